@@ -1,0 +1,40 @@
+"""A process of the subprocess executor: runs one function, and dies with the process that started it."""
+
+import importlib
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+PARENT_PIPE_ENV = "DLM_PARENT_PIPE"
+ORPHANED_EXIT_CODE = 75
+
+
+def die_with_parent(read_fd: int) -> None:
+    """Exit as soon as the other end of a pipe closes, which the kernel does when the parent dies."""
+
+    def watch() -> None:
+        while os.read(read_fd, 1):
+            pass
+        os._exit(ORPHANED_EXIT_CODE)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def call_function(function: str, payload: dict[str, Any]) -> None:
+    """Import ``module:name`` and call it."""
+    module, name = function.split(":")
+    getattr(importlib.import_module(module), name)(payload)
+
+
+def main() -> None:
+    """``python -m cluster.child MODULE:FUNCTION PAYLOAD.json``."""
+    die_with_parent(int(os.environ.pop(PARENT_PIPE_ENV)))
+    function, payload_path = sys.argv[1:]
+    call_function(function, json.loads(Path(payload_path).read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What the coordinator asks of a place to run: start calls, tell which have ended, stop them.
+
+A call is an importable function and a JSON payload.  It reports through files that its payload names; an executor
+says only that it ended, and how if it died.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Call:
+    """One function to run in a process of its own, or on every rank of a gang."""
+
+    key: str
+    """Unique among the calls that are running."""
+    function: str
+    """``module:function``, called with the payload."""
+    payload: dict[str, Any]
+    log_dir: Path
+    """Where the output of the processes goes, ``rank-0.log`` and so on."""
+    cpus: float = 1.0
+    """Cores of one process."""
+    gang_size: int = 0
+    """0 for a single process; otherwise the number of ranks, all started or none."""
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A call that is over."""
+
+    key: str
+    failure: str = ""
+    """Empty if every process returned; otherwise what the executor saw (an exit code, a lost node)."""
+
+
+class Executor(Protocol):
+    """A place to run calls."""
+
+    def start(self, call: Call) -> None:
+        """Queue a call; it starts when there are cores for it."""
+        ...
+
+    def wait(self, timeout_s: float) -> list[Ended]:
+        """Calls that have ended since the last time, waiting up to ``timeout_s`` for the first."""
+        ...
+
+    def cancel(self, key: str) -> None:
+        """Stop the processes of a call; it is reported as ended with a failure."""
+        ...
+
+    def close(self) -> None:
+        """Stop everything that this executor started, and wait until it is gone."""
+        ...

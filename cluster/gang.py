@@ -1,0 +1,50 @@
+"""A gang on Ray: every rank a worker of Ray Train's TorchTrainer, all of them started or none."""
+
+import os
+import tempfile
+from typing import Any
+
+_LEAN_TRAIN = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+}
+_START_TIMEOUT_S = "120"
+
+
+def run_gang(function: str, payload: dict[str, Any], size: int, cpus: float, log_dir: str) -> None:
+    """Run ``module:function`` on ``size`` ranks and wait; raises if any of them fails.
+
+    No retries here: the coordinator counts them.  Nothing is reported to Ray Train, since ranks write their
+    checkpoints to the store themselves; its own bookkeeping goes to a temporary directory.
+    """
+    os.environ.update(_LEAN_TRAIN)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_TIMEOUT_S)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    backend = _backend()
+    with tempfile.TemporaryDirectory(prefix="dlm-train-") as storage:
+        trainer = TorchTrainer(
+            _run_rank,
+            train_loop_config={"function": function, "payload": payload, "log_dir": log_dir},
+            torch_config=TorchConfig(backend=backend),
+            scaling_config=ScalingConfig(
+                num_workers=size, use_gpu=backend == "nccl", resources_per_worker={"CPU": cpus}
+            ),
+            run_config=RunConfig(name="gang", storage_path=storage, failure_config=FailureConfig(max_failures=0)),
+        )
+        trainer.fit()
+
+
+def _backend() -> str:
+    import ray
+
+    return "nccl" if ray.cluster_resources().get("GPU", 0) else "gloo"
+
+
+def _run_rank(config: dict[str, Any]) -> None:
+    from cluster.ray_executor import run_logged
+
+    os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
+    run_logged(config["function"], config["payload"], config["log_dir"], int(os.environ["RANK"]))

@@ -1,0 +1,133 @@
+"""The executor without Ray: every call in subprocesses of this machine."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.child import PARENT_PIPE_ENV
+from cluster.executor import Call, Ended, Executor
+
+_POLL_S = 0.05
+_KILL_AFTER_S = 10.0
+
+
+@dataclass
+class _Running:
+    call: Call
+    processes: list[subprocess.Popen[bytes]]
+    failure: str = ""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class LocalExecutor(Executor):
+    """Subprocesses that end with their parent, at most as many as there are cores.
+
+    A call that wants more cores than the machine has runs alone.
+    """
+
+    def __init__(self, num_cpus: int | None = None) -> None:
+        self._num_cpus = float(num_cpus or os.cpu_count() or 1)
+        self._queue: list[Call] = []
+        self._running: dict[str, _Running] = {}
+        self._cancelled: list[Ended] = []
+        self._pipe_read, self._pipe_write = os.pipe()
+
+    def start(self, call: Call) -> None:
+        """Queue a call."""
+        assert call.key not in self._running, f"{call.key} is running already"
+        self._queue.append(call)
+        self._start_what_fits()
+
+    def _start_what_fits(self) -> None:
+        while self._queue:
+            call = self._queue[0]
+            used = sum(r.call.cpus * max(1, r.call.gang_size) for r in self._running.values())
+            if self._running and used + call.cpus * max(1, call.gang_size) > self._num_cpus:
+                return
+            self._queue.pop(0)
+            self._running[call.key] = _Running(call, self._spawn(call))
+
+    def _spawn(self, call: Call) -> list[subprocess.Popen[bytes]]:
+        call.log_dir.mkdir(parents=True, exist_ok=True)
+        payload_path = call.log_dir / "payload.json"
+        payload_path.write_text(json.dumps(call.payload))
+        port = _free_port() if call.gang_size else 0
+        return [self._spawn_rank(call, rank, port, payload_path) for rank in range(max(1, call.gang_size))]
+
+    def _spawn_rank(self, call: Call, rank: int, port: int, payload: Path) -> subprocess.Popen[bytes]:
+        env = {**os.environ, **call.env, PARENT_PIPE_ENV: str(self._pipe_read), "PYTHONUNBUFFERED": "1"}
+        if call.gang_size:
+            size = str(call.gang_size)
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_SIZE": size}
+            env |= {"LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with (call.log_dir / f"rank-{rank}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "cluster.child", call.function, str(payload)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                pass_fds=[self._pipe_read],
+                start_new_session=True,
+            )
+
+    def wait(self, timeout_s: float) -> list[Ended]:
+        """Calls that have ended; the rest of a gang is killed with its first casualty."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            ended, self._cancelled = self._cancelled, []
+            for key, running in list(self._running.items()):
+                codes = [process.poll() for process in running.processes]
+                bad = [(rank, code) for rank, code in enumerate(codes) if code]
+                if bad and not running.failure:
+                    rank, code = bad[0]
+                    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                    running.failure = f"rank {rank} ended with {how}"
+                    _stop(running.processes)
+                    codes = [0] * len(codes)
+                if None not in codes:
+                    del self._running[key]
+                    ended.append(Ended(key, running.failure))
+            if ended:
+                self._start_what_fits()
+            if ended or time.monotonic() >= deadline:
+                return ended
+            time.sleep(_POLL_S)
+
+    def cancel(self, key: str) -> None:
+        """Stop the processes of a call."""
+        self._queue = [call for call in self._queue if call.key != key]
+        if running := self._running.pop(key, None):
+            _stop(running.processes)
+        self._cancelled.append(Ended(key, "cancelled"))
+
+    def close(self) -> None:
+        """Stop everything."""
+        self._queue.clear()
+        for running in self._running.values():
+            _stop(running.processes)
+        self._running.clear()
+        for fd in (self._pipe_write, self._pipe_read):
+            os.close(fd)
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Terminate process groups, kill what is left after a while, and reap."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        alive = [process for process in processes if process.poll() is None]
+        for process in alive:
+            os.killpg(process.pid, number)
+        deadline = time.monotonic() + _KILL_AFTER_S
+        while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)

@@ -1,0 +1,124 @@
+"""The executor on Ray: one task a call, retries off, gangs through Ray Train.
+
+Without an address it starts a Ray of its own in this process, which ends with it.
+"""
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.child import call_function
+from cluster.executor import Call, Ended, Executor
+
+_LEAN_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_OBJECT_STORE_BYTES = 100 * 1024 * 1024
+_CANCEL_WAIT_S = 15.0
+
+
+@contextmanager
+def redirected(path: Path) -> Iterator[None]:
+    """Send this process's standard output and error to the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    saved = [os.dup(fd) for fd in (1, 2)]
+    with path.open("ab") as log:
+        for fd in (1, 2):
+            os.dup2(log.fileno(), fd)
+    try:
+        yield
+    finally:
+        for fd, old in zip((1, 2), saved, strict=True):
+            os.dup2(old, fd)
+            os.close(old)
+
+
+def run_logged(function: str, payload: dict[str, Any], log_dir: str, rank: int) -> None:
+    """Call ``module:function`` with its output in ``log_dir``."""
+    with redirected(Path(log_dir) / f"rank-{rank}.log"):
+        call_function(function, payload)
+
+
+def _run_task(function: str, payload: dict[str, Any], log_dir: str, env: dict[str, str]) -> None:
+    os.environ.update(env)
+    run_logged(function, payload, log_dir, 0)
+
+
+def _run_gang(
+    function: str, payload: dict[str, Any], log_dir: str, env: dict[str, str], size: int, cpus: float
+) -> None:
+    from cluster.gang import run_gang
+
+    os.environ.update(env)
+    with redirected(Path(log_dir) / "gang.log"):
+        run_gang(function, payload, size, cpus, log_dir)
+
+
+class RayExecutor(Executor):
+    """Ray tasks; the truth about what they did is in the files they write."""
+
+    def __init__(self, num_cpus: int) -> None:
+        """Start a Ray with ``num_cpus`` logical cores in this process."""
+        os.environ.update(_LEAN_RAY)
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        import ray
+
+        self._ray = ray
+        self._refs: dict[Any, str] = {}
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+        )
+
+    def start(self, call: Call) -> None:
+        """Submit a call; Ray starts it when there are cores for it."""
+        call.log_dir.mkdir(parents=True, exist_ok=True)
+        common = (call.function, call.payload, str(call.log_dir), call.env)
+        if call.gang_size:
+            task = self._ray.remote(_run_gang).options(num_cpus=0, max_retries=0, name=call.key)
+            ref = task.remote(*common, call.gang_size, call.cpus)
+        else:
+            task = self._ray.remote(_run_task).options(num_cpus=call.cpus, max_retries=0, name=call.key)
+            ref = task.remote(*common)
+        self._refs[ref] = call.key
+
+    def wait(self, timeout_s: float) -> list[Ended]:
+        """Calls that have ended."""
+        if not self._refs:
+            time.sleep(timeout_s)
+            return []
+        ready, _ = self._ray.wait(list(self._refs), num_returns=1, timeout=timeout_s)
+        return [self._ended(ref) for ref in ready]
+
+    def _ended(self, ref: Any) -> Ended:
+        key = self._refs.pop(ref)
+        try:
+            self._ray.get(ref)
+        except Exception as error:  # noqa: BLE001 - whatever Ray raises is the answer
+            return Ended(key, f"{type(error).__name__}: {error}")
+        return Ended(key)
+
+    def cancel(self, key: str) -> None:
+        """Cancel the task, and with it the workers that it started."""
+        for ref in [ref for ref, name in self._refs.items() if name == key]:
+            self._ray.cancel(ref, force=False, recursive=True)
+
+    def close(self) -> None:
+        """Cancel what runs, then stop this process's Ray."""
+        for key in set(self._refs.values()):
+            self.cancel(key)
+        if self._refs:
+            self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=_CANCEL_WAIT_S)
+        self._ray.shutdown()

@@ -1,0 +1,227 @@
+"""An artifact: a directory of files and, written last, a manifest with their sizes and SHA-256.
+
+A directory without a valid manifest does not exist for any reader.  Opening an artifact reads the manifest and
+compares sizes; a file's bytes are hashed at its first touch (``checked``) and the result remembered for
+the process by (path, size, mtime, inode).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.config import from_json, to_json
+from pipeline.errors import CorruptionError, UserError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+_hashed: dict[tuple[str, int, int, int], str] = {}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of an artifact, by its path relative to the artifact."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        path = PurePosixPath(self.path)
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in self.path:
+            raise ValueError(f"path {self.path!r} leads outside the artifact")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is, what it was made from, and which bytes it consists of."""
+
+    stage: str
+    fingerprint: str
+    code_version: int
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    """Name of each input -> fingerprint of the artifact it was."""
+    files: list[FileRecord]
+    stats: dict[str, Any] = field(default_factory=dict)
+    """Counts and figures that the stage reports about its output."""
+    started_at: float = 0.0
+    """Seconds since the epoch, for display only."""
+    elapsed_s: float = 0.0
+    environment: dict[str, str] = field(default_factory=dict)
+    """Versions of the packages and the machine."""
+    schema_version: int = SCHEMA_VERSION
+
+
+def fsync_dir(path: Path) -> None:
+    """Flush a directory entry to disk, so that a rename in it survives a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file as a whole: temporary file, fsync, rename, fsync of the directory."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``write_atomic`` of indented JSON."""
+    write_atomic(path, (json.dumps(to_json(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def create_exclusive(path: Path, value: Any) -> bool:
+    """Create a JSON file completely or not at all; False if it was there already.
+
+    The content is written aside and linked into place: link(2) is atomic and exclusive, locally and on NFS,
+    and no reader can see the file half written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write((json.dumps(to_json(value), indent=1, allow_nan=False) + "\n").encode())
+            handle.flush()
+            os.fsync(handle.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+    return True
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; CorruptionError if it is not one."""
+    try:
+        return json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptionError(f"{path} is not valid JSON: {error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, remembered for the process while size, mtime and inode stay the same."""
+    stat = path.stat()
+    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    if key not in _hashed:
+        with path.open("rb") as handle:
+            _hashed[key] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return _hashed[key]
+
+
+def list_files(directory: Path) -> list[Path]:
+    """All regular files below a directory but its manifest, sorted, relative to it; symbolic links are refused."""
+    found: list[Path] = []
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink():
+            raise CorruptionError(f"{path} is a symbolic link; an artifact holds plain files only")
+        if path.is_file() and path != directory / MANIFEST:
+            found.append(path.relative_to(directory))
+    return found
+
+
+def record_file(directory: Path, relative: Path) -> FileRecord:
+    """Flush and hash one file."""
+    path = directory / relative
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+    return FileRecord(relative.as_posix(), path.stat().st_size, file_sha256(path))
+
+
+def record_files(directory: Path) -> list[FileRecord]:
+    """Flush and hash every file below a directory."""
+    records = [record_file(directory, relative) for relative in list_files(directory)]
+    for parent in {(directory / r.path).parent for r in records}:
+        fsync_dir(parent)
+    return records
+
+
+def load_manifest(directory: Path) -> Manifest:
+    """The manifest of an artifact; UserError if there is none, CorruptionError if it cannot be trusted."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{directory} is not a finished artifact: it has no {MANIFEST}. Point to a directory that a stage "
+            "has completed, or run that stage again"
+        )
+    value = read_json(path)
+    version = value.get("schema_version") if isinstance(value, Mapping) else None
+    if version != SCHEMA_VERSION:
+        raise CorruptionError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}")
+    try:
+        return from_json(Manifest, value)
+    except UserError as error:
+        raise CorruptionError(f"{path} is not a manifest: {error}") from error
+
+
+def open_artifact(directory: Path) -> Manifest:
+    """Manifest of an artifact whose files are all there with the recorded sizes."""
+    manifest = load_manifest(directory)
+    for record in manifest.files:
+        path = directory / record.path
+        found = path.stat().st_size if path.is_file() else None
+        if found != record.size_bytes:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise CorruptionError(f"{path} {state}, the manifest says {record.size_bytes} bytes")
+    return manifest
+
+
+def checked(directory: Path, relative: str) -> Path:
+    """Path of one file of an artifact, its bytes verified against the manifest."""
+    for record in load_manifest(directory).files:
+        if record.path == relative:
+            return _checked(directory, record)
+    raise CorruptionError(f"{directory} has no file {relative} in its manifest")
+
+
+def checked_files(directory: Path, pattern: str) -> list[Path]:
+    """Paths of the files that match a glob, sorted by name, each verified against the manifest."""
+    records = [r for r in load_manifest(directory).files if Path(r.path).match(pattern)]
+    return [_checked(directory, record) for record in sorted(records, key=lambda r: r.path)]
+
+
+def _checked(directory: Path, record: FileRecord) -> Path:
+    path = directory / record.path
+    if not path.is_file():
+        raise CorruptionError(f"{path} is missing although it was committed")
+    if file_sha256(path) != record.sha256:
+        raise CorruptionError(
+            f"{path} does not have the bytes that were committed (SHA-256 differs). Delete {directory} and "
+            "run the stage again"
+        )
+    return path
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put a file under a second name: a hard link where the file system allows, else a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def remove_tree(directory: Path) -> None:
+    """Delete an artifact or a checkpoint, its manifest first, so that no half of it looks complete."""
+    with contextlib.suppress(FileNotFoundError):
+        (directory / MANIFEST).unlink()
+    shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,82 @@
+"""A tokenizer with the three special ids that diffusion training needs, loaded and checked in one place."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from pipeline.artifact import checked
+from pipeline.errors import UserError
+
+MASK_TOKEN, EOS_TOKEN, PAD_TOKEN = "[MASK]", "<|endoftext|>", "[PAD]"
+
+TOKENIZER_FILE, SPECIAL_FILE = "tokenizer.json", "special_tokens.json"
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids with a meaning of their own; none of them ever comes from ordinary text."""
+
+    mask_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    vocab_size: int
+    """Rows that an embedding needs: the highest id plus one."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer that takes text literally, and its special ids."""
+
+    tokenizer: Tokenizer
+    special: SpecialTokens
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text.  Text that spells a special token is ordinary text."""
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, the special ones left out."""
+        hidden = {self.special.eos_token_id, self.special.pad_token_id, self.special.mask_token_id}
+        return self.tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
+
+
+def take_literally(tokenizer: Tokenizer) -> Tokenizer:
+    """Make encoding treat the spelling of a special token as text; the setting is not stored in the file."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def find_special_tokens(tokenizer: Tokenizer, mask: str, eos: str, pad: str, name: str) -> SpecialTokens:
+    """Look up the ids of the special tokens; UserError naming the missing one and what exists."""
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    if not vocab:
+        raise UserError(f"{name} has an empty vocabulary")
+    ids: dict[str, int] = {}
+    for field, token in (("mask", mask), ("eos", eos), ("pad", pad)):
+        token_id = tokenizer.token_to_id(token)
+        if token_id is None:
+            special = sorted(t.content for t in tokenizer.get_added_tokens_decoder().values())
+            raise UserError(
+                f"{name} has no {field} token {token!r}; its special tokens are {special[:12]}. Set "
+                f"tokenizer.{field}_token to one of them, or train a tokenizer (tokenizer.file='')"
+            )
+        ids[field] = token_id
+    if len(set(ids.values())) < 3 and ids["mask"] in (ids["eos"], ids["pad"]):
+        raise UserError(f"{name}: the mask token must differ from the eos and the pad token; found {ids}")
+    return SpecialTokens(ids["mask"], ids["eos"], ids["pad"], max(vocab.values()) + 1)
+
+
+def save_vocabulary(tokenizer: Tokenizer, special: SpecialTokens, directory: Path) -> None:
+    """Write tokenizer.json and the special ids beside it."""
+    tokenizer.save(str(directory / TOKENIZER_FILE))
+    (directory / SPECIAL_FILE).write_text(json.dumps(asdict(special), indent=1) + "\n")
+
+
+def load_vocabulary(artifact: Path) -> Vocabulary:
+    """The vocabulary in a committed artifact, its files verified first."""
+    special = SpecialTokens(**json.loads(checked(artifact, SPECIAL_FILE).read_text()))
+    tokenizer = Tokenizer.from_file(str(checked(artifact, TOKENIZER_FILE)))
+    return Vocabulary(take_literally(tokenizer), special)

@@ -1,0 +1,56 @@
+"""What can go wrong, by who has to act: the error classes that decide about retries and exit codes."""
+
+import errno
+import re
+from typing import Literal
+
+ErrorClass = Literal["user", "code", "transient", "infra", "memory", "numerics", "stopped"]
+
+
+class UserError(ValueError):
+    """Something the user did or set.  The message names the thing, the value and the remedy.
+
+    It is shown without a traceback and never retried.
+    """
+
+
+class NumericsError(RuntimeError):
+    """Training diverged: a limit of non-finite steps was reached.  Never retried."""
+
+
+class CorruptionError(RuntimeError):
+    """A committed file no longer has the bytes that were committed."""
+
+
+class LeaseLostError(RuntimeError):
+    """Another process took over this work; whatever this one still writes must not be published."""
+
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the error means that no space was left.
+
+    torch.save reports it as a RuntimeError of its zip writer instead of an OSError.
+    """
+    if isinstance(error, OSError):
+        return error.errno in _DISK_FULL
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"inline_container\.cc.*(unexpected pos|write)|No space left", str(error), re.DOTALL)
+    )
+
+
+def classify(error: BaseException) -> ErrorClass:
+    """The class of an exception raised by a stage."""
+    if isinstance(error, UserError):
+        return "user"
+    if isinstance(error, NumericsError):
+        return "numerics"
+    if isinstance(error, MemoryError) or is_disk_full(error):
+        return "memory"
+    if isinstance(error, ConnectionError | TimeoutError | InterruptedError):
+        return "transient"
+    if type(error).__name__ == "OutOfMemoryError":
+        return "memory"
+    return "code"

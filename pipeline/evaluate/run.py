@@ -1,0 +1,141 @@
+"""Held-out NELBO, nats a token and bits a byte, beside unigram entropy and xz of the same documents.
+
+Every shard of rows writes the loss of each (replicate, row, document); the masks of a row depend only on
+(noise_seed, replicate, row), so neither the number of shards nor the batch size changes a digit of the masks.
+"""
+
+import itertools
+import json
+import lzma
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.artifact import checked_files, write_json
+from pipeline.data.packing import PackedRows
+from pipeline.data.shards import TokenStream, open_stream
+from pipeline.data.vocabulary import load_vocabulary
+from pipeline.evaluate.config import EvaluateConfig
+from pipeline.stage import Shard, StageContext, Stats
+from pipeline.weights import load_denoiser, load_record
+
+_LOSSES = "losses.npz"
+XZ_PRESET = 9
+
+
+def _held_out(inputs: Mapping[str, Path]) -> TokenStream:
+    return open_stream(checked_files(inputs["tokens"], "held_out-*.arrow"))
+
+
+def list_shards(config: EvaluateConfig, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
+    """Contiguous ranges of rows."""
+    num_rows = PackedRows(_held_out(inputs), load_record(inputs["weights"]).seq_len).num_rows
+    edges = np.linspace(0, num_rows, min(config.num_shards, num_rows) + 1).astype(int).tolist()
+    return [
+        {"name": f"rows-{start:08d}", "start": start, "stop": stop}
+        for start, stop in itertools.pairwise(edges)
+    ]
+
+
+def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, context: StageContext) -> Stats | None:
+    """Loss sums [replicate, row, document] of the rows of one shard, as a sparse table."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    model, record = load_denoiser(inputs["weights"])
+    special = load_vocabulary(inputs["tokenizer"]).special
+    rows = PackedRows(_held_out(inputs), record.seq_len)
+    sums = torch.zeros(config.num_replicates, len(rows.stream.doc_starts) - 1, dtype=torch.float64)
+    with torch.inference_mode():
+        for start in range(shard["start"], shard["stop"], config.batch_rows):
+            indices = list(range(start, min(start + config.batch_rows, shard["stop"])))
+            for replicate in range(config.num_replicates):
+                doc_ids, losses = _row_losses(model, rows, indices, replicate, config, special)
+                sums[replicate].index_add_(0, doc_ids, losses)
+    np.savez(context.out / _LOSSES, sums=sums.numpy())
+    return None
+
+
+def _row_losses(
+    model: Any, rows: PackedRows, indices: list[int], replicate: int, config: EvaluateConfig, special: Any
+) -> tuple[Any, Any]:
+    """Weighted cross-entropy of every masked token of some rows, with the document each belongs to."""
+    import torch
+    import torch.nn.functional as F
+
+    from dlm_core.corruption import mask_exact_count
+    from dlm_core.likelihood import exact_count_weight, stratified_counts
+
+    drawn = [rows.row(i, special.pad_token_id) for i in indices]
+    x0 = torch.from_numpy(np.stack([tokens for tokens, _ in drawn]))
+    lengths = torch.tensor([length for _, length in drawn])
+    all_lengths = torch.full((rows.num_rows,), rows.seq_len)
+    all_lengths[-1] = rows.stream.num_tokens - (rows.num_rows - 1) * rows.seq_len
+    counts = stratified_counts(config.noise_seed, replicate, all_lengths)[indices]
+    valid = torch.arange(rows.seq_len) < lengths[:, None]
+    xt = mask_exact_count(
+        x0,
+        counts,
+        torch.tensor(indices),
+        noise_seed=config.noise_seed,
+        step=replicate,
+        mask_token_id=special.mask_token_id,
+        maskable=valid,
+    )
+    doc_ids = torch.zeros_like(x0)
+    for place, (index, length) in enumerate(zip(indices, lengths.tolist(), strict=True)):
+        doc_ids[place, :length] = torch.from_numpy(rows.doc_ids(index))
+    select = ((xt == special.mask_token_id) & valid).flatten().nonzero().squeeze(1)
+    cross_entropy = F.cross_entropy(model(xt, select).float(), x0.flatten()[select], reduction="none").double()
+    weight = exact_count_weight(lengths, counts)[select // rows.seq_len]
+    return doc_ids.flatten()[select], cross_entropy * weight
+
+
+def finish(
+    config: EvaluateConfig, inputs: Mapping[str, Path], shard_dirs: Sequence[Path], context: StageContext
+) -> Stats:
+    """Add the shards up and put the yardsticks beside the bound."""
+    import torch
+
+    from dlm_core.likelihood import estimate_bound, unigram_entropy
+
+    stream = _held_out(inputs)
+    sums = sum(np.load(directory / _LOSSES)["sums"] for directory in sorted(shard_dirs))
+    doc_tokens = torch.from_numpy(np.diff(stream.doc_starts))
+    bound = estimate_bound(torch.from_numpy(np.asarray(sums)), doc_tokens)
+    text = _held_out_bytes(inputs["corpus"])
+    counts = np.bincount(stream.read(0, stream.num_tokens), minlength=stream.vocab_size)
+    unigram = unigram_entropy(torch.from_numpy(counts))
+    bits_per_byte = bound.bpb_bound(len(text)) / bound.nelbo
+    compressed = lzma.compress(text, preset=XZ_PRESET)
+    results = {
+        "nelbo": bound.nelbo,
+        "nelbo_mc_se": bound.mc_se,
+        "nelbo_doc_se": bound.doc_se if bound.num_docs > 1 else None,
+        "ppl_bound": bound.ppl_bound,
+        "bpb_bound": bound.bpb_bound(len(text)),
+        "bpb_bound_mc_se": bound.mc_se * bits_per_byte,
+        "unigram_entropy": unigram,
+        "unigram_bpb": unigram * bits_per_byte,
+        "xz_bytes": len(compressed),
+        "xz_bpb": 8 * len(compressed) / len(text),
+        "num_bytes": len(text),
+        "num_tokens": bound.num_tokens,
+        "num_docs": bound.num_docs,
+        "num_replicates": bound.num_replicates,
+    }
+    write_json(context.out / "results.json", results)
+    return json.loads(json.dumps(results))
+
+
+def _held_out_bytes(corpus: Path) -> bytes:
+    texts: list[str] = []
+    for path in checked_files(corpus, "held_out-*.arrow"):
+        with pa.memory_map(str(path)) as source:
+            for text in pa.ipc.open_file(source).read_all().column(0).to_pylist():
+                texts.append(text)
+    return "".join(texts).encode()

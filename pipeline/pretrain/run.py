@@ -1,0 +1,317 @@
+"""The training loop: batch, noise, loss, step, log, save.  Runs on every rank of the gang."""
+
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import FileRecord, checked_files, link_or_copy, write_json
+from pipeline.config import to_json
+from pipeline.data.packing import PackedRows, pack_for_training
+from pipeline.data.shards import open_stream
+from pipeline.data.vocabulary import SpecialTokens, load_vocabulary
+from pipeline.errors import NumericsError, UserError, is_disk_full
+from pipeline.pretrain.checkpoint import (
+    DEEPSPEED_TAG,
+    Topology,
+    check_topology,
+    checkpoint_name,
+    clear_staging,
+    free_bytes,
+    newest_valid,
+    publish,
+    retain,
+)
+from pipeline.pretrain.config import PretrainConfig
+from pipeline.pretrain.engine import (
+    build_engine,
+    leave_process_group,
+    loss_scale,
+    prepare_process,
+    set_lr,
+    start_process_group,
+)
+from pipeline.stage import StageContext, Stats, Stopped, environment
+from pipeline.tracking import MetricsLog, Tracker, WandbRun
+
+METRICS_FILE = "metrics.jsonl"
+_SPACE_FACTOR = 2.2
+"""Free space wanted before a save, in sizes of the last checkpoint."""
+
+
+def run(config: PretrainConfig, inputs: Mapping[str, Path], context: StageContext) -> Stats | None:
+    """Train to ``num_steps``, continuing from the newest valid checkpoint; rank 0 writes the artifact."""
+    prepare_process(config.threads_per_worker)
+    import torch.distributed as dist
+
+    from dlm_core.models.config import ModelConfig
+    from dlm_core.models.transformer import Denoiser
+
+    special = load_vocabulary(inputs["tokenizer"]).special
+    stream = open_stream(checked_files(inputs["tokens"], "train-*.arrow"))
+    if stream.vocab_size != special.vocab_size:
+        raise UserError(
+            f"the token shards are of a vocabulary of {stream.vocab_size}, the tokenizer of {special.vocab_size}; "
+            "give the tokenizer that made the shards"
+        )
+    rows = pack_for_training(stream, config.seq_len)
+    start_process_group()
+    model_config = ModelConfig(config.architecture, special.vocab_size, special.mask_token_id)
+    model = Denoiser(model_config)
+    model.init_weights(config.init_seed)
+    engine = build_engine(model, config)
+    training = Training(config, context, engine, dist.get_rank())
+    first_step = training.restore()
+    if training.rank == 0:
+        with training.tracker(first_step, model_config.num_params()) as tracker:
+            train(training, rows, special, first_step, tracker)
+    else:
+        train(training, rows, special, first_step, None)
+    training.save(config.num_steps)
+    stats = training.write_artifact(model_config) if training.rank == 0 else None
+    leave_process_group()
+    return stats
+
+
+def train(
+    training: "Training", rows: PackedRows, special: SpecialTokens, first_step: int, tracker: Tracker | None
+) -> None:
+    """Optimizer steps first_step..num_steps-1."""
+    import torch
+
+    from dlm_core.objectives import masked_nelbo
+    from pipeline.pretrain.batches import micro_batches
+
+    config, engine = training.config, training.engine
+    device = engine.device
+    for step in range(first_step, config.num_steps):
+        start_s = time.monotonic()
+        lr = config.optimizer.lr_at(step, config.num_steps)
+        set_lr(engine, lr)
+        batches = list(micro_batches(config, rows, special, step, training.rank))
+        num_tokens = int(training.sum_over_ranks(sum(batch.loss_mask.sum() for batch in batches)))
+        totals = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            xt, x0 = batch.xt.to(device), batch.x0.to(device)
+            select = (xt == special.mask_token_id).flatten().nonzero().squeeze(1)
+            out = masked_nelbo(
+                engine(xt, select),
+                x0.flatten()[select],
+                select // config.seq_len,
+                batch.t.to(device),
+                batch.weight.to(device),
+                batch.loss_mask.to(device),
+            )
+            engine.backward(out.loss_sum * loss_scale(config, num_tokens))
+            engine.step()
+            totals += torch.tensor([float(out.loss_sum.detach()), float(out.num_masked)], dtype=torch.float64)
+        loss_sum, num_masked = training.sum_over_ranks(totals).tolist()
+        grad_norm = float(engine.get_global_grad_norm() or 0.0)
+        training.guard(step, loss_sum, grad_norm)
+        elapsed_s = time.monotonic() - start_s
+        if tracker is not None:
+            loss = loss_sum / num_tokens
+            tracker.write(
+                {
+                    "step": step,
+                    "loss": loss if math.isfinite(loss) else None,
+                    "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                    "lr": lr,
+                    "tokens": (step + 1) * num_tokens,
+                    "masked_fraction": num_masked / num_tokens,
+                    "step_s": round(elapsed_s, 4),
+                }
+            )
+            training.context.progress(step + 1, config.num_steps, loss=loss, tokens_per_s=num_tokens / elapsed_s)
+        done = step + 1
+        if done < config.num_steps and done % config.checkpoint_every_steps == 0:
+            training.save(done)
+        if training.agree_to_stop() and done < config.num_steps:
+            training.save(done)
+            raise Stopped(f"training was asked to stop after step {done} and saved a checkpoint")
+
+
+class Training:
+    """What the loop calls besides the mathematics: restore, save, guard, agree."""
+
+    def __init__(self, config: PretrainConfig, context: StageContext, engine: Any, rank: int) -> None:
+        self.config, self.context, self.engine, self.rank = config, context, engine, rank
+        self.topology = Topology(config.workers, config.zero_stage, config.precision)
+        self._consecutive_skips = 0
+        self._skipped_before = 0
+        self._last_saved = -1
+        self._last_size_bytes = 0
+
+    def sum_over_ranks(self, value: Any) -> Any:
+        """All-reduced copy of a tensor of counts or sums."""
+        import torch.distributed as dist
+
+        total = value.clone().to(self.engine.device)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def _broadcast(self, value: Any) -> Any:
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.engine.device)
+        return box[0]
+
+    def warn(self, message: str) -> None:
+        """Say something on the stage's log that a person should read."""
+        print(f"warning: {message}", flush=True)  # noqa: T201
+
+    def tracker(self, first_step: int, num_params: int) -> Tracker:
+        """The stage's log of metrics, rewound to the step that training continues from."""
+        log = MetricsLog(self.context.state / METRICS_FILE, first_step)
+        if not self.config.track:
+            return Tracker(log, None)
+        details = {**to_json(self.config), "num_params": num_params}
+        group = self.context.labels.get("run_id", "alone")
+        wandb_dir = self.context.state / "wandb"
+        return Tracker(log, WandbRun(wandb_dir, self.context.fingerprint[:12], group, details, self.warn))
+
+    def restore(self) -> int:
+        """Load the newest valid checkpoint, chosen by rank 0 for all; returns the step to go on with."""
+        choice: Any = None
+        if self.rank == 0:
+            clear_staging(self.context.state)
+            try:
+                choice = newest_valid(self.context.state, self.warn)
+            except Exception as error:  # noqa: BLE001 - carried to every rank, raised there
+                choice = error
+        choice = self._broadcast(choice)
+        if isinstance(choice, Exception):
+            raise choice
+        if choice is None:
+            return 0
+        path, manifest = choice
+        if manifest.fingerprint != self.context.fingerprint:
+            raise UserError(
+                f"{path} belongs to another training ({manifest.fingerprint[:12]}, this one is "
+                f"{self.context.fingerprint[:12]}); choose another directory or delete it"
+            )
+        check_topology(manifest.topology, self.topology)
+        loaded, client_state = self.engine.load_checkpoint(str(path), tag=DEEPSPEED_TAG)
+        assert loaded is not None, f"DeepSpeed found no checkpoint in {path}"
+        assert client_state["dlm_step"] == manifest.step
+        self._last_saved = manifest.step
+        self._last_size_bytes = sum(record.size_bytes for record in manifest.files)
+        self._skipped_before = self.engine.skipped_steps
+        print(f"continuing after step {manifest.step} from {path.name}", flush=True)  # noqa: T201
+        return manifest.step
+
+    def agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop: all of them decide alike."""
+        import torch
+
+        return bool(self.sum_over_ranks(torch.tensor([float(self.context.should_stop())])) > 0)
+
+    def guard(self, step: int, loss_sum: float, grad_norm: float) -> None:
+        """Count steps that DeepSpeed skipped for a non-finite gradient; stop after too many in a row."""
+        skipped = self.engine.skipped_steps > self._skipped_before
+        self._skipped_before = self.engine.skipped_steps
+        finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
+        self._consecutive_skips = 0 if finite and not skipped else self._consecutive_skips + 1
+        if self._consecutive_skips:
+            self.warn(f"step {step} had a non-finite loss or gradient")
+        if self._consecutive_skips >= self.config.max_skipped_steps:
+            raise NumericsError(
+                f"{self._consecutive_skips} steps in a row up to step {step} had a non-finite loss or gradient. "
+                "Lower pretrain.optimizer.lr, lengthen the warm-up, or use precision fp32; the last checkpoint "
+                f"is of step {max(self._last_saved, 0)}"
+            )
+
+    def save(self, step: int) -> None:
+        """Publish a checkpoint after ``step`` steps, on all ranks or on none."""
+        if step == self._last_saved:
+            return
+        import torch.distributed as dist
+
+        state = self.context.state
+        name = f"staging-{step:08d}-{time.time_ns()}" if self.rank == 0 else ""
+        staging = state / self._broadcast(name)
+        start_s = time.monotonic()
+        problem: BaseException | None = None
+        records: list[FileRecord] = []
+        try:
+            self._check_space(step)
+            self.engine.save_checkpoint(
+                str(staging), tag=DEEPSPEED_TAG, client_state={"dlm_step": step}, save_latest=False
+            )
+            records = self._own_records(staging)
+        except (OSError, RuntimeError, UserError) as error:
+            problem = error
+        gathered: list[Any] = [None] * self.config.workers
+        dist.all_gather_object(gathered, (problem, records))
+        problems = [p for p, _ in gathered if p is not None]
+        if not problems and self.rank == 0:
+            try:
+                everything = [record for _, found in gathered for record in found]
+                self.context.fence()
+                final = state / checkpoint_name(step)
+                publish(staging, final, step, self.context.fingerprint, self.topology, everything, environment())
+                self._last_size_bytes = sum(record.size_bytes for record in everything)
+                retain(state, self.config.keep_checkpoints)
+            except (OSError, RuntimeError) as error:
+                problem = error
+        problem = self._broadcast(problems[0] if problems else problem)
+        if problem is not None:
+            if self.rank == 0:
+                shutil.rmtree(staging, ignore_errors=True)
+            self._save_failed(step, problem)
+            return
+        self._last_saved = step
+        print(f"checkpoint of step {step} in {time.monotonic() - start_s:.2f} s", flush=True)  # noqa: T201
+
+    def _save_failed(self, step: int, problem: BaseException) -> None:
+        """A save on the way may fail and training goes on; the last one, or a disk that is full, may not."""
+        if is_disk_full(problem) or step >= self.config.num_steps:
+            raise problem
+        self.warn(f"the checkpoint of step {step} failed ({problem}); training goes on from memory")
+
+    def _check_space(self, step: int) -> None:
+        wanted, free = _SPACE_FACTOR * self._last_size_bytes, free_bytes(self.context.state)
+        if free < wanted:
+            raise OSError(
+                28, f"{free / 1e6:.0f} MB are free in {self.context.state}, the checkpoint of step {step} wants "
+                f"{wanted / 1e6:.0f} MB; free some space and resume"
+            )  # fmt: skip
+
+    def _own_records(self, staging: Path) -> list[FileRecord]:
+        """Records of the files this rank wrote: those with its number, and for rank 0 all without one."""
+        from pipeline.artifact import list_files, record_file
+
+        own: list[FileRecord] = []
+        for relative in list_files(staging):
+            owner = 0
+            if "zero_pp_rank_" in relative.name:
+                owner = int(relative.name.split("zero_pp_rank_")[1].split("_")[0])
+            if owner == self.rank:
+                own.append(record_file(staging, relative))
+        return own
+
+    def write_artifact(self, model_config: Any) -> Stats:
+        """Link the last checkpoint, the model's configuration and the metrics into the artifact."""
+        out, state = self.context.out, self.context.state
+        checkpoint = state / checkpoint_name(self.config.num_steps)
+        for path in sorted(checkpoint.rglob("*")):
+            if path.is_file():
+                name = "checkpoint.json" if path.parent == checkpoint else f"checkpoint/{path.relative_to(checkpoint)}"
+                link_or_copy(path, out / name)
+        write_json(out / "model_config.json", model_config)
+        shutil.copyfile(state / METRICS_FILE, out / METRICS_FILE)
+        lines = [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(self.config.num_steps))
+        tail = [line["loss"] for line in lines[-50:] if line["loss"] is not None]
+        step_s = statistics.median(line["step_s"] for line in lines)
+        return {
+            "num_params": model_config.num_params(),
+            "tokens": self.config.num_tokens,
+            "final_loss": sum(tail) / max(1, len(tail)),
+            "tokens_per_s": self.config.global_batch_seqs * self.config.seq_len / step_s,
+        }

@@ -1,0 +1,228 @@
+"""The contract of a stage: what it declares, what it is given, and how it runs by itself.
+
+A stage is a folder with ``config.py`` (its configuration and its ``STAGE`` declaration, light to import) and
+``run.py`` (the work).  ``run.py`` offers, by kind,
+
+    task   run(config, inputs, context)
+    map    list_shards(config, inputs, context) -> list[Shard]
+           run_shard(config, inputs, shard, context)
+           finish(config, inputs, shard_dirs, context)
+    gang   run(config, inputs, context), on every rank, with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
+
+and writes only below ``context.out``.  Each returns the stats for the manifest, or None.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.artifact import MANIFEST, Manifest, open_artifact, record_files, write_json
+from pipeline.config import fingerprint, from_json, identity, parse_json, to_json
+from pipeline.errors import CorruptionError, UserError
+
+Shard = dict[str, Any]
+"""One piece of a map stage, as JSON values, with a unique "name"."""
+
+Stats = dict[str, Any]
+
+
+def _no_progress(done: int, total: int, **figures: Any) -> None:
+    """The default of StageContext.progress: keep quiet."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Declaration of a stage."""
+
+    name: str
+    kind: Literal["task", "map", "gang"]
+    config: type
+    module: str
+    """Import path of the module with the work; imported only where it runs."""
+    inputs: tuple[str, ...] = ()
+    code_version: int = 1
+    """Raised when the same configuration would give another result."""
+    external: str = ""
+    """``module:function`` of (config) -> JSON that identifies data from outside the store, or empty."""
+    cpus: float = 1.0
+    """CPU cores of a task, of one shard, or of one rank."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage is given besides its configuration and inputs."""
+
+    out: Path
+    """Empty directory that only this attempt writes to."""
+    state: Path
+    """Directory that survives attempts: checkpoints and logs of unfinished work."""
+    fingerprint: str
+    progress: Callable[..., None] = _no_progress
+    """progress(done, total, **figures): cheap, may be called at every step."""
+    should_stop: Callable[[], bool] = lambda: False
+    """True once the run was asked to stop: save and raise Stopped at the next boundary."""
+    fence: Callable[[], None] = lambda: None
+    """Raises once another attempt has taken over: called before anything is published in ``state``."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """``run_id`` and the like, for tracking."""
+
+
+class Stopped(Exception):
+    """A stage ended early on request, its state saved."""
+
+
+PACKAGES = ("torch", "deepspeed", "ray", "pyarrow", "tokenizers", "numpy")
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, as recorded in manifests."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def external_identity(stage: Stage, config: Any) -> Any:
+    """What identifies the data a stage reads from outside the store (None for most stages)."""
+    if not stage.external:
+        return None
+    module, function = stage.external.split(":")
+    return getattr(importlib.import_module(module), function)(config)
+
+
+def stage_fingerprint(stage: Stage, config: Any, inputs: Mapping[str, str], external: Any = None) -> str:
+    """Identity of a stage's output: code version, identity fields, input fingerprints, outside data."""
+    return fingerprint(
+        {
+            "stage": stage.name,
+            "code_version": stage.code_version,
+            "config": identity(config),
+            "inputs": dict(inputs),
+            "external": external,
+        }
+    )
+
+
+def build_manifest(
+    stage: Stage,
+    config: Any,
+    fingerprint_: str,
+    inputs: Mapping[str, Path],
+    out: Path,
+    stats: Stats | None,
+    started_at: float,
+    elapsed_s: float,
+) -> Manifest:
+    """Hash what a stage wrote below ``out`` and describe it."""
+    return Manifest(
+        stage=stage.name,
+        fingerprint=fingerprint_,
+        code_version=stage.code_version,
+        config=to_json(config),
+        inputs={name: open_artifact(path).fingerprint for name, path in inputs.items()},
+        files=record_files(out),
+        stats=stats or {},
+        started_at=started_at,
+        elapsed_s=elapsed_s,
+        environment=environment(),
+    )
+
+
+def run_here(stage: Stage, config: Any, inputs: Mapping[str, Path], context: StageContext) -> Stats | None:
+    """Run a whole stage in this process (for a gang: this rank of it)."""
+    work = importlib.import_module(stage.module)
+    if stage.kind != "map":
+        return work.run(config, inputs, context)
+    shards = work.list_shards(config, inputs, context)
+    parts: list[Path] = []
+    for number, shard in enumerate(shards):
+        part = context.state / "shards" / shard["name"]
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        work.run_shard(config, inputs, shard, shard_context(context, part))
+        parts.append(part)
+        context.progress(number + 1, len(shards))
+    return work.finish(config, inputs, parts, context)
+
+
+def shard_context(context: StageContext, out: Path) -> StageContext:
+    """The context of one shard, which writes to its own directory and reports no progress of its own."""
+    return StageContext(out, context.state, context.fingerprint, should_stop=context.should_stop)
+
+
+def main(stage: Stage) -> None:
+    """``python -m pipeline.STAGE --config c.json --input NAME=DIR --out DIR``: a stage without the engine.
+
+    A gang of several ranks is started with torchrun.  Exit code 2 for what the user did wrong.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {stage.module.rsplit('.', 1)[0]}")
+    parser.add_argument("--config", help="JSON file with the configuration (default: all defaults)")
+    parser.add_argument("--input", action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--out", required=True, help="directory of the artifact to make")
+    arguments = parser.parse_args()
+    try:
+        _run_alone(stage, arguments)
+    except (UserError, CorruptionError) as error:
+        print(f"{stage.name}: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    except Exception:  # noqa: BLE001 - the end of the program: any other failure is exit code 3
+        traceback.print_exc()
+        sys.exit(3)
+
+
+def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
+    value: Any = {}
+    if arguments.config:
+        try:
+            value = parse_json(Path(arguments.config).read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"--config {arguments.config}: {error}") from None
+    config = from_json(stage.config, value, where=stage.name)
+    pairs = [item.partition("=")[::2] for item in arguments.input]
+    inputs = {name: Path(path) for name, path in pairs}
+    if set(inputs) != set(stage.inputs):
+        wanted = " ".join(f"--input {name}=DIR" for name in stage.inputs) or "no --input"
+        raise UserError(f"this stage takes {wanted}; found {sorted(inputs) or 'none'}")
+    fingerprints = {name: open_artifact(path).fingerprint for name, path in inputs.items()}
+    own = stage_fingerprint(stage, config, fingerprints, external_identity(stage, config))
+    out = Path(arguments.out).resolve()
+    if (out / MANIFEST).exists():
+        if open_artifact(out).fingerprint == own:
+            print(f"{stage.name}: {out} is already complete")  # noqa: T201
+            return
+        raise UserError(f"--out {out} holds another artifact; choose another directory or delete it")
+    state = out.with_name(out.name + ".state")
+    if out.exists() and not (out.is_dir() and (state.is_dir() or not any(out.iterdir()))):
+        raise UserError(f"--out {out} holds something else; choose a new or an empty directory")
+    state.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+    started_at, start_s = time.time(), time.monotonic()
+    context = StageContext(out, state, own, progress=_print_progress)
+    stats = run_here(stage, config, inputs, context)
+    if os.environ.get("RANK", "0") == "0":
+        elapsed_s = time.monotonic() - start_s
+        manifest = build_manifest(stage, config, own, inputs, out, stats, started_at, elapsed_s)
+        write_json(out / MANIFEST, manifest)
+        print(f"{stage.name}: {out} complete in {elapsed_s:.1f} s")  # noqa: T201
+
+
+def _print_progress(done: int, total: int, **figures: Any) -> None:
+    if os.environ.get("RANK", "0") == "0" and (done == total or done % max(1, total // 20) == 0):
+        details = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items())
+        print(f"{done}/{total} {details}", flush=True)  # noqa: T201

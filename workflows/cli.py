@@ -1,0 +1,288 @@
+"""The command line.  It imports neither torch nor ray: only the workers of a stage that has to run do."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.artifact import read_json
+from pipeline.config import parse_value, to_json
+from pipeline.errors import CorruptionError, UserError
+from workflows import runs
+from workflows.coordinator import Coordinator, StepState
+from workflows.display import Display, duration
+from workflows.plan import Plan, explain
+from workflows.recipes import RECIPES
+from workflows.store import LeaseHeldError, RunPlace, Store
+
+EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED = 2, 3, 4, 5, 75
+
+app = typer.Typer(
+    help="Pretrain diffusion language models as durable workflows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="PATH=VALUE", help="Change a setting, e.g. pretrain.num_steps=500."),
+]
+StoreOption = Annotated[str, typer.Option("--store", envvar="DLM_STORE", help="Directory of runs and artifacts.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ExecutorOption = Annotated[
+    str, typer.Option("--executor", help="ray: an embedded Ray; local: subprocesses without Ray.")
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id.")]
+OptionalRun = Annotated[str, typer.Argument(metavar="[RUN]", help="Run id; the newest by default.")]
+
+
+def _store(path: str) -> Store:
+    root = Path(path).expanduser().resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--store {path}: {error.strerror}; choose a directory that can be written") from None
+    if not os.access(root, os.W_OK):
+        raise UserError(f"--store {path} cannot be written; choose another directory")
+    return Store(root)
+
+
+def _settings(items: list[str]) -> list[tuple[str, Any]]:
+    settings: list[tuple[str, Any]] = []
+    for item in items:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            raise UserError(f"--set {item!r} is not of the form PATH=VALUE, as in pretrain.num_steps=500")
+        settings.append((path, parse_value(text)))
+    return settings
+
+
+def _executor_name(name: str) -> runs.ExecutorName:
+    if name not in ("ray", "local"):
+        raise UserError(f"--executor is {name!r}; it is ray or local")
+    return name
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(to_json(value), indent=1))
+
+
+@app.command("recipes")
+def recipes(as_json: JsonOption = False) -> None:
+    """List the recipes."""
+    workflows = [make() for make in RECIPES.values()]
+    if as_json:
+        _print_json([{"name": w.name, "summary": w.summary, "steps": [s.name for s in w.steps]} for w in workflows])
+        return
+    for workflow in workflows:
+        console.print(f"[bold]{workflow.name}[/bold]  {workflow.summary}", highlight=False)
+
+
+@app.command("plan")
+def plan_command(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    settings: SetOption = [],  # noqa: B006 - typer reads it, nobody changes it
+    store: StoreOption = "dlm-store",
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a run would do and why, without doing it."""
+    plan = runs.plan_recipe(recipe, _settings(settings))
+    actions = explain(plan, _store(store))
+    if as_json:
+        _print_json(actions)
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("step", "action", "why", "address"):
+        table.add_column(column, no_wrap=column in ("step", "action"), overflow="fold")
+    for action in actions:
+        style = "green" if action.action == "cached" else "bold cyan"
+        table.add_row(action.step, f"[{style}]{action.action}[/]", action.reason, action.fingerprint[:12])
+    console.print(table)
+
+
+@app.command("run")
+def run_command(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    settings: SetOption = [],  # noqa: B006 - as above
+    store: StoreOption = "dlm-store",
+    executor: ExecutorOption = "ray",
+    run_id: Annotated[str, typer.Option("--run-id", help="Name of the run; made up by default.")] = "",
+) -> None:
+    """Run a recipe; steps whose output exists are not run again."""
+    place = _store(store)
+    name = _executor_name(executor)
+    plan = runs.plan_recipe(recipe, _settings(settings))
+    _drive(place, runs.create_run(place, plan, name, run_id), plan, name)
+
+
+@app.command("resume")
+def resume_command(run_id: RunArgument, store: StoreOption = "dlm-store") -> None:
+    """Go on with a run that failed, was stopped or was killed."""
+    place = _store(store)
+    run = place.run(run_id)
+    plan = runs.frozen_plan(run)
+    runs.refuse_drift(plan)
+    _drive(place, run, plan, runs.frozen_executor(run))
+
+
+def _drive(store: Store, run: RunPlace, plan: Plan, executor: runs.ExecutorName) -> None:
+    with Display(console, run.run_id) as display:
+        coordinator = Coordinator(store, run, plan, runs.executor_factory(executor, plan), display.update)
+        if not console.is_terminal:
+            console.print(f"run {run.run_id}", highlight=False)
+        with _stop_on_signal(coordinator):
+            states = coordinator.run()
+    _print_outcome(store, run, states, coordinator.status)
+
+
+class _stop_on_signal:
+    """The first SIGINT or SIGTERM asks the stages to save and stop; the second interrupts at once."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._coordinator.request_stop()
+        errors.print("stopping: stages save first; interrupt again to stop at once", highlight=False)
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, signal.default_int_handler)
+
+    def __exit__(self, *details: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _print_outcome(store: Store, run: RunPlace, states: list[StepState], status: str) -> None:
+    for state in states:
+        if state.status == "failed" and state.failure is not None:
+            errors.print(f"\n{state.step.name} failed: {state.failure.message}", highlight=False, markup=False)
+            if state.failure.error_class != "user":
+                errors.print(f"logs: {run.directory / 'work'}\n{state.failure.traceback}", markup=False)
+    if status == "failed":
+        errors.print(f"\nmend it, then go on with: dlm resume {run.run_id}", highlight=False)
+        raise typer.Exit(EXIT_FAILED)
+    if status == "stopped":
+        errors.print(f"stopped; go on with: dlm resume {run.run_id}", highlight=False)
+        raise typer.Exit(EXIT_INTERRUPTED)
+    _print_figures(store, run)
+
+
+def _print_figures(store: Store, run: RunPlace) -> None:
+    """The results of a finished run, for the steps that have any."""
+    outputs = runs.committed_outputs(store, run)
+    figures: list[tuple[str, str]] = []
+    if "evaluate" in outputs:
+        r = read_json(outputs["evaluate"] / "results.json")
+        figures += [
+            ("NELBO (bound)", f"{r['nelbo']:.4f} ± {r['nelbo_mc_se']:.4f} nats/token"),
+            ("unigram entropy", f"{r['unigram_entropy']:.4f} nats/token"),
+            ("bits a byte (bound)", f"{r['bpb_bound']:.4f} ± {r['bpb_bound_mc_se']:.4f}"),
+            ("unigram, bits a byte", f"{r['unigram_bpb']:.4f}"),
+            ("xz -9, bits a byte", f"{r['xz_bpb']:.4f}  ({r['xz_bytes']:,} of {r['num_bytes']:,} bytes)"),
+        ]
+    if "pretrain" in outputs:
+        stats = read_json(outputs["pretrain"] / "manifest.json")["stats"]
+        figures.append(("training speed", f"{stats['tokens_per_s']:,.0f} tokens/s"))
+    if "report" in outputs:
+        figures.append(("report", str(outputs["report"] / "report.html")))
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in figures:
+        table.add_row(label, value)
+    console.print()
+    console.print(table, soft_wrap=True)
+
+
+@app.command("status")
+def status_command(run_id: OptionalRun = "", store: StoreOption = "dlm-store", as_json: JsonOption = False) -> None:
+    """Show where a run stands."""
+    place = _store(store)
+    summary = runs.summarise(place, runs.require_run_id(place, run_id))
+    if as_json:
+        _print_json(summary)
+        return
+    attempts = f"{summary.attempts} attempt{'s' if summary.attempts != 1 else ''}"
+    console.print(f"run {summary.run_id}  [bold]{summary.status}[/bold]  {attempts}", highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("step", "status", "time", "detail", "artifact"):
+        table.add_column(column, overflow="fold")
+    for step in summary.steps:
+        elapsed = duration(step.elapsed_s) if step.elapsed_s is not None else ""
+        table.add_row(step.step, step.status, elapsed, step.detail, step.artifact)
+    console.print(table)
+
+
+@app.command("list")
+def list_command(store: StoreOption = "dlm-store", as_json: JsonOption = False) -> None:
+    """List the runs of a store, newest first."""
+    place = _store(store)
+    summaries = [runs.summarise(place, run) for run in place.runs()]
+    if as_json:
+        _print_json(summaries)
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("run", "workflow", "status", "attempts", "started"):
+        table.add_column(column)
+    for s in summaries:
+        started = f"{datetime.fromtimestamp(s.started_at):%Y-%m-%d %H:%M}" if s.started_at else ""
+        table.add_row(s.run_id, s.workflow, s.status, str(s.attempts), started)
+    console.print(table)
+
+
+@app.command("report")
+def report_command(run_id: OptionalRun = "", store: StoreOption = "dlm-store") -> None:
+    """Print the path of a run's report; an unfinished run gets one of what there is."""
+    place = _store(store)
+    run = runs.require_run_id(place, run_id)
+    outputs = runs.committed_outputs(place, run)
+    if "report" in outputs:
+        print(outputs["report"] / "report.html")
+        return
+    from workflows.report.run import render_partial
+
+    path = run.directory / "report.html"
+    render_partial(f"{run.run_id} (unfinished)", runs.report_inputs(run, outputs), path)
+    print(path)
+
+
+def main(run: Callable[[], Any] = app) -> None:
+    """Entry point: what the user did wrong ends in a message, not in a traceback."""
+    try:
+        run()
+    except UserError as error:
+        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(EXIT_USAGE)
+    except runs.DriftError as error:
+        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(EXIT_DRIFT)
+    except LeaseHeldError as error:
+        errors.print(f"error: this run is being worked on: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(EXIT_UNSCHEDULABLE)
+    except CorruptionError as error:
+        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(EXIT_FAILED)
+    except KeyboardInterrupt:
+        errors.print("interrupted; go on with: dlm resume RUN", highlight=False)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""Runs a frozen plan: starts what is ready, commits what is done, retries what may be retried.
+
+A single-threaded loop over an executor and the store.  It holds no truth: started again, it reads the commits and
+goes on.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.executor import Call, Ended, Executor
+from pipeline.artifact import create_exclusive, read_json
+from pipeline.config import from_json, to_json
+from pipeline.errors import CorruptionError, ErrorClass, LeaseLostError
+from workflows.plan import Plan, PlannedStep, step_config
+from workflows.step import load_stage
+from workflows.store import (
+    HEARTBEAT_S,
+    ArtifactPlace,
+    EventLog,
+    Lease,
+    LeaseHeldError,
+    RunPlace,
+    Store,
+    acquire_lease,
+)
+from workflows.worker import Failure, Piece
+
+StepStatus = Literal["pending", "waiting", "running", "committed", "cached", "failed", "blocked", "stopped"]
+
+RETRIES: Mapping[ErrorClass, int] = {"transient": 5, "infra": 20, "memory": 1}
+"""Attempts after the first, by error class; the classes that are not named are not retried."""
+_BACKOFF_S = 1.0
+_MAX_BACKOFF_S = 60.0
+_POLL_S = 0.25
+SHARD_LIST = "shards.json"
+"""The fixed list of pieces of a map stage, beside its leases."""
+_WORKER = "workflows.worker:run_piece"
+_FAILURE_RANKING: tuple[ErrorClass, ...] = (
+    "stopped",
+    "user",
+    "numerics",
+    "memory",
+    "code",
+    "transient",
+    "infra",
+)
+
+
+@dataclass
+class StepState:
+    """Where a step stands; rebuilt from the store whenever a coordinator starts."""
+
+    step: PlannedStep
+    status: StepStatus = "pending"
+    reason: str = ""
+    output: Path | None = None
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    progress: dict[str, Any] = field(default_factory=dict[str, Any])
+    failure: Failure | None = None
+    lease: Lease | None = None
+    attempt: Path | None = None
+    pieces: dict[str, Piece] = field(default_factory=dict[str, Piece])
+    """Calls in flight, by key."""
+    shards: list[dict[str, Any]] | None = None
+    failures_by_class: dict[str, int] = field(default_factory=dict[str, int])
+    retry_at_s: float = 0.0
+    last_done: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.status in ("committed", "cached", "failed", "blocked", "stopped")
+
+
+class Coordinator:
+    """Drives the steps of one run attempt."""
+
+    def __init__(
+        self,
+        store: Store,
+        run: RunPlace,
+        plan: Plan,
+        make_executor: Callable[[], Executor],
+        on_change: Callable[[list[StepState]], None],
+    ) -> None:
+        self._store, self._run, self._plan = store, run, plan
+        self._make_executor, self._executor = make_executor, None
+        self._on_change = on_change
+        self._run_lease = acquire_lease(run.lease_dir, f"run {run.run_id}")
+        self.attempt = self._run_lease.epoch
+        self.events = EventLog(run, self.attempt)
+        self.states = {step.name: StepState(step) for step in plan.steps}
+        self._next_heartbeat_s = 0.0
+        run.cancel_file.unlink(missing_ok=True)
+
+    def run(self) -> list[StepState]:
+        """Go on until every step is over; the executor is closed and the leases released in any case."""
+        self.events.write("run_started")
+        try:
+            while not all(state.is_over for state in self.states.values()):
+                self._heartbeat()
+                self._advance()
+                self._on_change(list(self.states.values()))
+                if self._executor is not None:
+                    for ended in self._executor.wait(_POLL_S):
+                        self._finished(ended)
+                elif any(state.status == "waiting" for state in self.states.values()):
+                    time.sleep(_POLL_S)
+            self.events.write("run_ended", status=self.status)
+            self._on_change(list(self.states.values()))
+        finally:
+            if self._executor is not None:
+                self._executor.close()
+            for state in self.states.values():
+                if state.lease is not None:
+                    state.lease.release()
+            self._run_lease.release()
+        return list(self.states.values())
+
+    @property
+    def status(self) -> str:
+        """The run as a whole."""
+        statuses = {state.status for state in self.states.values()}
+        if "failed" in statuses:
+            return "failed"
+        return "stopped" if "stopped" in statuses else "succeeded"
+
+    def request_stop(self) -> None:
+        """Ask every stage to save and stop."""
+        self._run.cancel_file.touch()
+
+    def _heartbeat(self) -> None:
+        now = time.monotonic()
+        if now < self._next_heartbeat_s:
+            return
+        self._next_heartbeat_s = now + HEARTBEAT_S
+        self._run_lease.heartbeat()
+        for state in self.states.values():
+            if state.lease is not None:
+                state.lease.heartbeat()
+
+    def _place(self, state: StepState) -> ArtifactPlace:
+        return self._store.artifact(load_stage(state.step.stage).name, state.step.fingerprint)
+
+    def _advance(self) -> None:
+        for state in self.states.values():
+            if state.status in ("pending", "waiting") and time.monotonic() >= state.retry_at_s:
+                self._consider(state)
+            elif state.status == "running":
+                self._read_progress(state)
+
+    def _consider(self, state: StepState) -> None:
+        """Start a step if its inputs are there, nobody else builds it and nobody has built it."""
+        sources = [self.states[name] for name in state.step.inputs.values()]
+        if any(source.status in ("failed", "blocked") for source in sources):
+            failed = next(s for s in sources if s.status in ("failed", "blocked"))
+            state.status, state.reason = "blocked", f"needs {failed.step.name}"
+            return
+        if self._run.cancel_file.exists():
+            state.status, state.reason = "stopped", "the run was asked to stop"
+            return
+        if any(source.output is None for source in sources):
+            return
+        place = self._place(state)
+        try:
+            committed = place.committed()
+        except CorruptionError as error:
+            self._fail(state, Failure("code", "CorruptionError", str(error), "", 0, time.time()))
+            return
+        if committed is not None:
+            state.status, state.output = "cached", committed
+            self.events.write("step_cached", state.step.name, artifact=place.directory.name)
+            return
+        try:
+            state.lease = acquire_lease(place.lease_dir, f"run {self._run.run_id}, step {state.step.name}")
+        except LeaseHeldError as error:
+            if state.status != "waiting":
+                self.events.write("step_waiting", state.step.name, reason=str(error))
+            state.status, state.reason = "waiting", str(error)
+            return
+        self._start(state, place)
+
+    def _start(self, state: StepState, place: ArtifactPlace) -> None:
+        assert state.lease is not None
+        place.state.mkdir(parents=True, exist_ok=True)
+        state.attempt = place.new_attempt(state.lease)
+        state.status, state.reason, state.progress = "running", "", {}
+        state.started_at = state.started_at or time.time()
+        self.events.write("step_started", state.step.name, artifact=place.directory.name, epoch=state.lease.epoch)
+        if self._executor is None:
+            self._executor = self._make_executor()
+        if load_stage(state.step.stage).kind != "map":
+            self._call(state, "whole", state.attempt)
+        elif (place.directory / SHARD_LIST).exists():
+            self._start_shards(state, read_json(place.directory / SHARD_LIST))
+        else:
+            self._call(state, "list", state.attempt)
+
+    def _call(
+        self,
+        state: StepState,
+        what: Literal["whole", "list", "shard", "finish"],
+        out: Path,
+        shard: dict[str, Any] | None = None,
+        shard_dirs: list[str] | None = None,
+    ) -> None:
+        assert state.lease is not None
+        assert self._executor is not None
+        stage, step = load_stage(state.step.stage), state.step
+        name = f"{step.name}-{shard['name']}" if shard else step.name if what == "whole" else f"{step.name}-{what}"
+        work_dir = self._run.work_dir(self.attempt, name) / f"{state.lease.epoch:06d}"
+        shutil.rmtree(work_dir, ignore_errors=True)
+        work_dir.mkdir(parents=True)
+        piece = Piece(
+            what=what,
+            stage=step.stage,
+            step=step.name,
+            config=step.config,
+            inputs={name: str(self.states[source].output) for name, source in step.inputs.items()},
+            out=str(out),
+            state=str(self._place(state).state),
+            work_dir=str(work_dir),
+            fingerprint=step.fingerprint,
+            run_id=self._run.run_id,
+            lease_dir=str(state.lease.directory),
+            lease_epoch=state.lease.epoch,
+            cancel_file=str(self._run.cancel_file),
+            shard=shard or {},
+            shard_dirs=shard_dirs or [],
+            started_at=state.started_at,
+        )
+        gang_size = step_config(step).workers if stage.kind == "gang" else 0
+        call = Call(f"{name}@{state.lease.epoch}", _WORKER, to_json(piece), work_dir, stage.cpus, gang_size)
+        state.pieces[call.key] = piece
+        self._executor.start(call)
+
+    def _start_shards(self, state: StepState, shards: list[dict[str, Any]]) -> None:
+        state.shards = shards
+        committed = self._place(state).committed_shards()
+        missing = [shard for shard in shards if shard["name"] not in committed]
+        state.progress = {"done": len(shards) - len(missing), "total": len(shards)}
+        assert state.attempt is not None
+        for shard in missing:
+            out = state.attempt.with_name(f"{state.attempt.name}-shards") / shard["name"]
+            out.mkdir(parents=True)
+            self._call(state, "shard", out, shard)
+        if not missing:
+            self._finish_shards(state)
+
+    def _finish_shards(self, state: StepState) -> None:
+        assert state.shards is not None
+        assert state.attempt is not None
+        committed = self._place(state).committed_shards()
+        shard_dirs = [str(committed[shard["name"]]) for shard in state.shards]
+        self._call(state, "finish", state.attempt, shard_dirs=shard_dirs)
+
+    def _finished(self, ended: Ended) -> None:
+        """One call is over: what it left on disk says how."""
+        state = next((s for s in self.states.values() if ended.key in s.pieces), None)
+        if state is None:
+            return
+        piece = state.pieces.pop(ended.key)
+        work_dir = Path(piece.work_dir)
+        done = work_dir / "done.json"
+        if not done.exists():
+            self._piece_failed(state, ended, work_dir)
+            return
+        place = self._place(state)
+        assert state.lease is not None
+        assert state.attempt is not None
+        try:
+            if piece.what == "list":
+                create_exclusive(place.directory / SHARD_LIST, read_json(done))
+                self._start_shards(state, read_json(place.directory / SHARD_LIST))
+            elif piece.what == "shard":
+                place.commit_shard(piece.shard["name"], Path(piece.out), state.lease)
+                state.progress["done"] = state.progress.get("done", 0) + 1
+                if not state.pieces:
+                    self._finish_shards(state)
+            else:
+                state.output = place.commit(state.attempt, state.lease, self._run.run_id)
+                state.status, state.ended_at = "committed", time.time()
+                state.lease.release()
+                state.lease = None
+                elapsed_s = state.ended_at - state.started_at
+                self.events.write("step_committed", state.step.name, elapsed_s=elapsed_s)
+                if ended.failure:
+                    self.events.write("step_warning", state.step.name, message=f"after its end: {ended.failure}")
+        except LeaseLostError as error:
+            self._fail(state, Failure("infra", "LeaseLostError", str(error), "", 0, time.time()))
+
+    def _piece_failed(self, state: StepState, ended: Ended, work_dir: Path) -> None:
+        if state.status != "running":
+            return  # a sibling failed first and this one was cancelled
+        failure = first_failure(work_dir) or Failure(
+            "infra", "WorkerDied", ended.failure or "the worker left without a result", "", 0, time.time()
+        )
+        assert self._executor is not None
+        for key in list(state.pieces):
+            self._executor.cancel(key)
+        state.pieces.clear()
+        if state.lease is not None:
+            state.lease.release()
+            state.lease = None
+        if failure.error_class == "stopped" or (self._run.cancel_file.exists() and failure.error_class == "infra"):
+            state.status, state.reason = "stopped", failure.message
+            self.events.write("step_stopped", state.step.name, message=failure.message)
+            return
+        if float(state.progress.get("done", 0)) > state.last_done:
+            state.failures_by_class.clear()
+        state.last_done = float(state.progress.get("done", 0))
+        count = state.failures_by_class.get(failure.error_class, 0) + 1
+        state.failures_by_class[failure.error_class] = count
+        if count > RETRIES.get(failure.error_class, 0):
+            self._fail(state, failure)
+            return
+        backoff_s = min(_MAX_BACKOFF_S, _BACKOFF_S * 2 ** (count - 1))
+        state.status, state.reason = "pending", f"retry {count} after {failure.type}: {failure.message}"
+        state.retry_at_s = time.monotonic() + backoff_s
+        self.events.write("step_retry", state.step.name, failure=to_json(failure), backoff_s=backoff_s)
+
+    def _fail(self, state: StepState, failure: Failure) -> None:
+        state.status, state.failure, state.reason = "failed", failure, failure.message
+        state.ended_at = time.time()
+        if state.lease is not None:
+            state.lease.release()
+            state.lease = None
+        self.events.write("step_failed", state.step.name, failure=to_json(failure))
+
+    def _read_progress(self, state: StepState) -> None:
+        if state.shards is not None:
+            return
+        for piece in state.pieces.values():
+            path = Path(piece.work_dir) / "progress.json"
+            if path.exists():
+                state.progress = read_json(path)
+
+
+def first_failure(work_dir: Path) -> Failure | None:
+    """The failure that explains the others: ranks that lost a peer fail too, later and less tellingly."""
+    found = [from_json(Failure, read_json(path)) for path in sorted(work_dir.glob("failure-*.json"))]
+    if not found:
+        return None
+    return min(found, key=lambda f: (_FAILURE_RANKING.index(f.error_class), f.time))

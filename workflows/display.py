@@ -1,0 +1,108 @@
+"""The run as a person sees it in the terminal: a live table of steps, and the figures at the end."""
+
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from workflows.coordinator import StepState
+
+_STYLES = {
+    "cached": "green",
+    "committed": "bold green",
+    "running": "bold cyan",
+    "failed": "bold red",
+    "blocked": "yellow",
+    "stopped": "yellow",
+    "waiting": "yellow",
+    "pending": "dim",
+}
+_PLAIN_EVERY_S = 15.0
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 8.1s, 2m05s or 1h02m."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)}m{int(seconds % 60):02d}s"
+    return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
+
+
+def _detail(state: StepState) -> str:
+    if state.status != "running":
+        return state.reason.splitlines()[0] if state.reason else ""
+    progress: dict[str, Any] = state.progress
+    if not progress:
+        return "starting"
+    done, total = progress.get("done", 0), progress.get("total", 0)
+    figures = progress.get("figures", {})
+    parts = [f"{done}/{total}"] if total else []
+    if "loss" in figures:
+        parts.append(f"loss {figures['loss']:.3f}")
+    if "tokens_per_s" in figures:
+        parts.append(f"{figures['tokens_per_s']:,.0f} tokens/s")
+    if "documents" in figures:
+        parts.append(f"{figures['documents']} documents, {figures['mb']:.1f} MB")
+    if total and 0 < done < total and "loss" in figures:
+        elapsed_s = time.time() - state.started_at
+        parts.append(f"{duration(elapsed_s * (total - done) / done)} left")
+    return "  ".join(parts)
+
+
+def step_table(states: list[StepState]) -> Table:
+    """One line a step: status, time, what it is doing."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("step", "status", "time", ""):
+        table.add_column(column, no_wrap=column != "")
+    for state in states:
+        elapsed = ""
+        if state.started_at:
+            elapsed = duration((state.ended_at or time.time()) - state.started_at)
+        status = Text(state.status, style=_STYLES[state.status])
+        table.add_row(state.step.name, status, elapsed, _detail(state))
+    return table
+
+
+class Display:
+    """Shows step states as they change: a live table on a terminal, lines otherwise."""
+
+    def __init__(self, console: Console, run_id: str) -> None:
+        self._console, self._run_id = console, run_id
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._shown: dict[str, str] = {}
+        self._next_line_s = 0.0
+
+    def __enter__(self) -> "Display":
+        if self._live is not None:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*details)
+
+    def update(self, states: list[StepState]) -> None:
+        """Show the states."""
+        if self._live is not None:
+            self._live.update(Group(Text(f"run {self._run_id}", style="bold"), step_table(states)), refresh=True)
+            return
+        now = time.monotonic()
+        due = now >= self._next_line_s
+        for state in states:
+            changed = self._shown.get(state.step.name) != state.status
+            if (changed and state.status != "pending") or (due and state.status == "running" and state.progress):
+                self._print_line(state)
+            self._shown[state.step.name] = state.status
+        if due:
+            self._next_line_s = now + _PLAIN_EVERY_S
+
+    def _print_line(self, state: StepState) -> None:
+        elapsed = ""
+        if state.ended_at:
+            elapsed = duration(state.ended_at - state.started_at)
+        line = f"{state.step.name:<13} {state.status:<10} {elapsed:<8} {_detail(state)}"
+        self._console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)

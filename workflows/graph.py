@@ -1,0 +1,43 @@
+"""Order and validity of a workflow's graph."""
+
+from graphlib import CycleError, TopologicalSorter
+
+from pipeline.errors import UserError
+from workflows.step import Step, Workflow, load_stage
+
+
+def ordered_steps(workflow: Workflow) -> list[Step]:
+    """Steps with every input before its user, otherwise in the order they were written.
+
+    Raises UserError for a duplicate name, an input that no step makes or that the stage does not take, a
+    configuration of the wrong type, and a cycle.
+    """
+    by_name = {step.name: step for step in workflow.steps}
+    if len(by_name) < len(workflow.steps):
+        raise UserError(f"workflow {workflow.name}: two steps have the same name")
+    for step in workflow.steps:
+        _check_step(workflow, step, by_name)
+    sorter = TopologicalSorter({step.name: list(step.inputs.values()) for step in workflow.steps})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        raise UserError(f"workflow {workflow.name} has a cycle: {' -> '.join(error.args[1])}") from None
+    place = {step.name: number for number, step in enumerate(workflow.steps)}
+    ordered: list[Step] = []
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready(), key=place.__getitem__)
+        ordered += [by_name[name] for name in ready]
+        sorter.done(*ready)
+    return ordered
+
+
+def _check_step(workflow: Workflow, step: Step, by_name: dict[str, Step]) -> None:
+    stage = load_stage(step.stage)
+    where = f"workflow {workflow.name}, step {step.name}"
+    if set(step.inputs) != set(stage.inputs):
+        raise UserError(f"{where}: stage {stage.name} takes inputs {list(stage.inputs)}, found {list(step.inputs)}")
+    for source in step.inputs.values():
+        if source not in by_name:
+            raise UserError(f"{where}: there is no step {source!r}; the steps are {', '.join(by_name)}")
+    if type(step.config) is not stage.config:
+        raise UserError(f"{where}: the configuration is a {type(step.config).__name__}, not {stage.config.__name__}")

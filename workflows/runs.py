@@ -1,0 +1,206 @@
+"""What the commands do with runs: create, go on, look at.  No terminal here."""
+
+import datetime
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.executor import Executor
+from pipeline.artifact import load_manifest, read_json
+from pipeline.config import apply_settings, from_json, to_json
+from pipeline.errors import CorruptionError, UserError
+from pipeline.stage import environment
+from workflows.plan import Plan, check_drift, make_plan, step_config
+from workflows.recipes import load_recipe
+from workflows.step import Step, Workflow, load_stage
+from workflows.store import RunPlace, Store, lease_is_free
+
+ExecutorName = Literal["ray", "local"]
+RunStatus = Literal["running", "succeeded", "failed", "stopped", "interrupted", "submitted"]
+
+
+class DriftError(RuntimeError):
+    """A frozen plan no longer describes what would be done."""
+
+
+def configured(recipe: str, settings: list[tuple[str, Any]]) -> Workflow:
+    """A recipe with settings applied; UserError for any that do not fit."""
+    workflow = load_recipe(recipe)
+    configs = apply_settings({step.name: step.config for step in workflow.steps}, settings)
+    steps = tuple(Step(s.name, s.stage, configs[s.name], s.inputs) for s in workflow.steps)
+    return Workflow(workflow.name, workflow.summary, steps)
+
+
+def plan_recipe(recipe: str, settings: list[tuple[str, Any]]) -> Plan:
+    """The plan of a recipe with settings."""
+    return make_plan(configured(recipe, settings), environment())
+
+
+def new_run_id(workflow: str) -> str:
+    """A readable id that sorts by time."""
+    now = datetime.datetime.now(tz=datetime.UTC)
+    return f"{workflow}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def frozen_plan(run: RunPlace) -> Plan:
+    """The plan that a run was created with."""
+    return from_json(Plan, run.plan()["plan"])
+
+
+def frozen_executor(run: RunPlace) -> ExecutorName:
+    """The executor that a run was created for."""
+    return run.plan()["executor"]
+
+
+def create_run(store: Store, plan: Plan, executor: ExecutorName, run_id: str = "") -> RunPlace:
+    """Freeze a plan as a new run."""
+    value = {"plan": to_json(plan), "executor": executor}
+    return store.create_run(run_id or new_run_id(plan.workflow), value)
+
+
+def refuse_drift(plan: Plan) -> None:
+    """DriftError naming every field of the frozen plan that would come out otherwise now."""
+    drifted = check_drift(plan)
+    if drifted:
+        lines = [
+            f"  {step}: {field} was {old!r}, is now {new!r}"
+            for step, fields in drifted.items()
+            for field, (old, new) in fields.items()
+        ]
+        raise DriftError(
+            "the run was planned for other data or code than there is now:\n" + "\n".join(lines) + "\n"
+            "Bring them back to resume it, or start a new run with: dlm run " + plan.workflow
+        )
+
+
+def executor_factory(name: ExecutorName, plan: Plan) -> Callable[[], Executor]:
+    """How to start the executor, once a stage has to run."""
+
+    def make() -> Executor:
+        if name == "local":
+            from cluster.local import LocalExecutor  # noqa: PLC0415
+
+            return LocalExecutor()
+        from cluster.ray_executor import RayExecutor  # noqa: PLC0415
+
+        return RayExecutor(num_cpus=_wanted_cpus(plan))
+
+    return make
+
+
+def _wanted_cpus(plan: Plan) -> int:
+    """Logical cores of an embedded Ray: those of the machine, or more if a gang has more ranks."""
+    wanted = [os.cpu_count() or 1]
+    for step in plan.steps:
+        stage = load_stage(step.stage)
+        ranks = step_config(step).workers if stage.kind == "gang" else 1
+        wanted.append(int(-(-ranks * stage.cpus // 1)))
+    return max(wanted)
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """A step of a run, from what the store knows."""
+
+    step: str
+    status: str
+    elapsed_s: float | None
+    detail: str
+    artifact: str
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run, from what the store knows; no process is asked."""
+
+    run_id: str
+    workflow: str
+    status: RunStatus
+    attempts: int
+    started_at: float | None
+    steps: list[StepSummary]
+
+
+def summarise(store: Store, run: RunPlace) -> RunSummary:
+    """Status of a run and its steps.  A run whose coordinator is gone without a word is interrupted."""
+    plan = frozen_plan(run)
+    events = list(run.events())
+    started = [event for event in events if event["kind"] == "run_started"]
+    ended = [event for event in events if event["kind"] == "run_ended"]
+    alive = not lease_is_free(run.lease_dir)
+    status: RunStatus = "submitted"
+    if alive:
+        status = "running"
+    elif ended and ended[-1]["attempt"] == started[-1]["attempt"]:
+        status = ended[-1]["status"]
+    elif started:
+        status = "interrupted"
+    steps = [_summarise_step(store, run, plan, name, events, alive) for name in (s.name for s in plan.steps)]
+    return RunSummary(run.run_id, plan.workflow, status, len(started), started[0]["time"] if started else None, steps)
+
+
+def _summarise_step(
+    store: Store, run: RunPlace, plan: Plan, name: str, events: list[dict[str, Any]], alive: bool
+) -> StepSummary:
+    step = plan.step(name)
+    place = store.artifact(load_stage(step.stage).name, step.fingerprint)
+    own = [event for event in events if event["step"] == name]
+    kind = own[-1]["kind"] if own else ""
+    address = f"{place.directory.parent.name}/{place.directory.name}"
+    try:
+        committed = place.committed()
+    except CorruptionError as error:
+        return StepSummary(name, "damaged", None, str(error), address)
+    if committed is not None:
+        manifest = load_manifest(committed)
+        status = "cached" if kind == "step_cached" else "committed"
+        return StepSummary(name, status, manifest.elapsed_s, "", address)
+    if kind == "step_failed":
+        return StepSummary(name, "failed", None, own[-1]["failure"]["message"], address)
+    if kind in ("step_started", "step_retry"):
+        detail = _latest_progress(run, name)
+        return StepSummary(name, "running" if alive else "interrupted", None, detail, address)
+    return StepSummary(name, kind.removeprefix("step_") or "pending", None, "", address)
+
+
+def _latest_progress(run: RunPlace, step: str) -> str:
+    found = sorted((run.directory / "work").glob(f"*/{step}/*/progress.json"))
+    if not found:
+        return ""
+    value = read_json(found[-1])
+    figures = " ".join(
+        f"{key} {figure:.4g}" if isinstance(figure, float) else f"{key} {figure}"
+        for key, figure in value["figures"].items()
+    )
+    return f"{value['done']}/{value['total']} {figures}".strip()
+
+
+def committed_outputs(store: Store, run: RunPlace) -> dict[str, Path]:
+    """Step -> directory of its committed artifact, for the steps that have one."""
+    found: dict[str, Path] = {}
+    for step in frozen_plan(run).steps:
+        committed = store.artifact(load_stage(step.stage).name, step.fingerprint).committed()
+        if committed is not None:
+            found[step.name] = committed
+    return found
+
+
+def require_run_id(store: Store, run_id: str) -> RunPlace:
+    """The named run, or the newest for an empty name."""
+    if run_id:
+        return store.run(run_id)
+    runs = store.runs()
+    if not runs:
+        raise UserError(f"there is no run in {store.root}; start one with: dlm run quickstart")
+    return runs[0]
+
+
+def report_inputs(run: RunPlace, outputs: dict[str, Path]) -> dict[str, Path]:
+    """The committed inputs of the report step, by the names that the report stage gives them."""
+    for step in frozen_plan(run).steps:
+        if load_stage(step.stage).name == "report":
+            return {name: outputs[source] for name, source in step.inputs.items() if source in outputs}
+    raise UserError(f"workflow {frozen_plan(run).workflow} has no report")

@@ -1,0 +1,157 @@
+"""What runs in a worker process: one piece of a step, reported through files.
+
+Executors call ``run_piece`` with a JSON payload; nothing comes back through them.  A piece that fails leaves
+``failure-<rank>.json``; one that is done leaves ``done.json``, written last.
+"""
+
+import contextlib
+import importlib
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.artifact import MANIFEST, write_json
+from pipeline.config import from_json
+from pipeline.errors import ErrorClass, LeaseLostError, classify
+from pipeline.stage import StageContext, Stats, Stopped, build_manifest, run_here
+from workflows.step import load_stage
+from workflows.store import Lease
+
+_PROGRESS_EVERY_S = 0.5
+_STOP_CHECK_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One call to a worker."""
+
+    what: Literal["whole", "list", "shard", "finish"]
+    """A task or gang as a whole; or the parts of a map stage."""
+    stage: str
+    """Package of the stage."""
+    step: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    """Input -> directory of the committed artifact."""
+    out: str
+    state: str
+    work_dir: str
+    """Where this piece reports."""
+    fingerprint: str
+    run_id: str
+    lease_dir: str
+    lease_epoch: int
+    cancel_file: str
+    shard: dict[str, Any] = field(default_factory=dict[str, Any])
+    shard_dirs: list[str] = field(default_factory=list[str])
+    started_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong on one rank."""
+
+    error_class: ErrorClass
+    type: str
+    message: str
+    traceback: str
+    rank: int
+    time: float
+
+
+class _Throttled:
+    """Calls a function at most once in a while; remembers its last answer."""
+
+    def __init__(self, function: Callable[[], bool], every_s: float) -> None:
+        self._function, self._every_s = function, every_s
+        self._next_s, self._last = 0.0, False
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now >= self._next_s:
+            self._last, self._next_s = self._function(), now + self._every_s
+        return self._last
+
+
+class _ProgressFile:
+    """Writes progress.json, at most twice a second and always at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._next_s = path, 0.0
+        self._started_s = time.monotonic()
+
+    def __call__(self, done: int, total: int, **figures: Any) -> None:
+        now = time.monotonic()
+        if now < self._next_s and done != total:
+            return
+        self._next_s = now + _PROGRESS_EVERY_S
+        write_json(self._path, {"done": done, "total": total, "figures": figures, "time": time.time()})
+
+
+def run_piece(payload: dict[str, Any]) -> None:
+    """Run one piece; raises what the stage raised, after writing it down."""
+    piece = from_json(Piece, payload)
+    rank = int(os.environ.get("RANK", "0"))
+    work_dir = Path(piece.work_dir)
+    lease = Lease(Path(piece.lease_dir), piece.lease_epoch)
+    cancel_file = Path(piece.cancel_file)
+    context = StageContext(
+        out=Path(piece.out),
+        state=Path(piece.state),
+        fingerprint=piece.fingerprint,
+        progress=_ProgressFile(work_dir / "progress.json"),
+        should_stop=_Throttled(cancel_file.exists, _STOP_CHECK_EVERY_S),
+        fence=lease.check,
+        labels={"run_id": piece.run_id, "step": piece.step},
+    )
+    try:
+        lease.check()
+        result = _work(piece, context)
+        if rank == 0:
+            write_json(work_dir / "done.json", result)
+    except BaseException as error:
+        _write_failure(work_dir, error, rank)
+        raise
+
+
+def _work(piece: Piece, context: StageContext) -> Any:
+    stage = load_stage(piece.stage)
+    config = from_json(stage.config, piece.config, where=piece.step)
+    inputs = {name: Path(path) for name, path in piece.inputs.items()}
+    start_s = time.monotonic()
+    if piece.what == "list":
+        return importlib.import_module(stage.module).list_shards(config, inputs, context)
+    if piece.what == "shard":
+        importlib.import_module(stage.module).run_shard(config, inputs, piece.shard, context)
+        manifest = build_manifest(stage, config, piece.fingerprint, {}, context.out, None, 0.0, 0.0)
+        write_json(context.out / MANIFEST, manifest)
+        return None
+    if piece.what == "finish":
+        shard_dirs = [Path(path) for path in piece.shard_dirs]
+        stats: Stats | None = importlib.import_module(stage.module).finish(config, inputs, shard_dirs, context)
+    else:
+        stats = run_here(stage, config, inputs, context)
+    if os.environ.get("RANK", "0") == "0":
+        elapsed_s = time.time() - piece.started_at if piece.started_at else time.monotonic() - start_s
+        manifest = build_manifest(
+            stage, config, piece.fingerprint, inputs, context.out, stats, piece.started_at, elapsed_s
+        )
+        write_json(context.out / MANIFEST, manifest)
+    return None
+
+
+def _write_failure(work_dir: Path, error: BaseException, rank: int) -> None:
+    """Write the failure down; nothing if even that is impossible, since the error itself goes on."""
+    if isinstance(error, Stopped):
+        error_class: ErrorClass = "stopped"
+    elif isinstance(error, LeaseLostError):
+        error_class = "infra"
+    else:
+        error_class = classify(error)
+    failure = Failure(error_class, type(error).__name__, str(error), traceback.format_exc(), rank, time.time())
+    with contextlib.suppress(OSError):
+        write_json(work_dir / f"failure-{rank}.json", failure)
