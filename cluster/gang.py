@@ -4,8 +4,11 @@ import os
 import tempfile
 from typing import Any
 
+from cluster.logged import run_logged
+
 _LEAN_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
@@ -44,7 +47,5 @@ def _backend() -> str:
 
 
 def _run_rank(config: dict[str, Any]) -> None:
-    from cluster.ray_executor import run_logged
-
     os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
     run_logged(config["function"], config["payload"], config["log_dir"], int(os.environ["RANK"]))

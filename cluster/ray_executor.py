@@ -7,13 +7,12 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.child import call_function
 from cluster.executor import Call, Ended, Executor
+from cluster.gang import run_gang
+from cluster.logged import redirected, run_logged
 
 _LEAN_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -24,28 +23,6 @@ _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _CANCEL_WAIT_S = 15.0
 
 
-@contextmanager
-def redirected(path: Path) -> Iterator[None]:
-    """Send this process's standard output and error to the end of a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    saved = [os.dup(fd) for fd in (1, 2)]
-    with path.open("ab") as log:
-        for fd in (1, 2):
-            os.dup2(log.fileno(), fd)
-    try:
-        yield
-    finally:
-        for fd, old in zip((1, 2), saved, strict=True):
-            os.dup2(old, fd)
-            os.close(old)
-
-
-def run_logged(function: str, payload: dict[str, Any], log_dir: str, rank: int) -> None:
-    """Call ``module:function`` with its output in ``log_dir``."""
-    with redirected(Path(log_dir) / f"rank-{rank}.log"):
-        call_function(function, payload)
-
-
 def _run_task(function: str, payload: dict[str, Any], log_dir: str, env: dict[str, str]) -> None:
     os.environ.update(env)
     run_logged(function, payload, log_dir, 0)
@@ -54,8 +31,6 @@ def _run_task(function: str, payload: dict[str, Any], log_dir: str, env: dict[st
 def _run_gang(
     function: str, payload: dict[str, Any], log_dir: str, env: dict[str, str], size: int, cpus: float
 ) -> None:
-    from cluster.gang import run_gang
-
     os.environ.update(env)
     with redirected(Path(log_dir) / "gang.log"):
         run_gang(function, payload, size, cpus, log_dir)

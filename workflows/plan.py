@@ -78,7 +78,8 @@ def make_plan(workflow: Workflow, environment: Mapping[str, str]) -> Plan:
 
 def step_config(step: PlannedStep) -> Any:
     """The configuration of a planned step as its dataclass."""
-    return from_json(load_stage(step.stage).config, step.config, where=step.name)
+    kind: type[Any] = load_stage(step.stage).config
+    return from_json(kind, step.config, where=step.name)
 
 
 def explain(plan: Plan, store: Store) -> list[Action]:

@@ -120,7 +120,8 @@ def run_piece(payload: dict[str, Any]) -> None:
 
 def _work(piece: Piece, context: StageContext) -> Any:
     stage = load_stage(piece.stage)
-    config = from_json(stage.config, piece.config, where=piece.step)
+    kind: type[Any] = stage.config
+    config = from_json(kind, piece.config, where=piece.step)
     inputs = {name: Path(path) for name, path in piece.inputs.items()}
     start_s = time.monotonic()
     if piece.what == "list":

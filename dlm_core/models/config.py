@@ -11,6 +11,8 @@ class Architecture:
     num_layers: int = 6
     num_heads: int = 4
     d_ff: int = 704
+    qk_norm: bool = False
+    """RMSNorm of every query and key head, as in Qwen3: lets a small model learn at a high rate."""
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -53,7 +55,7 @@ class ModelConfig:
         a = self.architecture
         attention = 4 * a.d_model * a.d_model
         feed_forward = 3 * a.d_model * a.d_ff
-        norms = 2 * a.d_model
+        norms = 2 * a.d_model + (2 * a.head_dim if a.qk_norm else 0)
         return a.num_layers * (attention + feed_forward + norms) + a.d_model + self.vocab_size * a.d_model
 
     def flops_per_token(self, seq_len: int, head_fraction: float = 1.0) -> int:

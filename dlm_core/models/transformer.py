@@ -43,13 +43,16 @@ class Attention(nn.Module):
         self.num_heads = a.num_heads
         self.qkv = nn.Linear(a.d_model, 3 * a.d_model, bias=False)
         self.out = nn.Linear(a.d_model, a.d_model, bias=False)
+        self.q_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if a.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if a.qk_norm else nn.Identity()
 
     def forward(
         self, x: Float[Tensor, "B L D"], cos: Float[Tensor, "L C"], sin: Float[Tensor, "L C"]
     ) -> Float[Tensor, "B L D"]:
         """Every position attends to every position."""
         q, k, v = rearrange(self.qkv(x), "b l (n h c) -> n b h l c", n=3, h=self.num_heads)
-        y = F.scaled_dot_product_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v)
         return self.out(rearrange(y, "b h l c -> b l (h c)"))
 
 

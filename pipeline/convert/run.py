@@ -41,6 +41,7 @@ def _master_weights(checkpoint: Path) -> dict[str, object]:
 
     add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
     state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="ds")
+    assert state is not None
     return {name: tensor.contiguous().clone() for name, tensor in sorted(state.items())}
 
 

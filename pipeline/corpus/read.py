@@ -167,14 +167,25 @@ def _read_parquet(file: SourceFile, config: CorpusConfig, ledger: Ledger) -> Ite
     if config.text_field not in table.schema_arrow.names:
         raise _missing_field(file.name, config, table.schema_arrow.names)
     number = 0
-    for batch in table.iter_batches(columns=[config.text_field], batch_size=1024):
-        for value in batch.column(0).to_pylist():
-            number += 1
-            ledger.records += 1
-            if isinstance(value, str):
-                yield value
-            else:
-                ledger.reject(file.name, number, f"{config.text_field!r} holds {type(value).__name__}")
+    try:
+        for batch in table.iter_batches(columns=[config.text_field], batch_size=1024):
+            for value in _without_decoding(batch.column(0)).to_pylist():
+                number += 1
+                ledger.records += 1
+                if not isinstance(value, bytes | str):
+                    ledger.reject(file.name, number, f"{config.text_field!r} holds {type(value).__name__}")
+                    continue
+                text = value if isinstance(value, str) else _decode(value, file.name, number, config, ledger)
+                if text is not None:
+                    yield text
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file.path} cannot be read: {error}. Fetch the file again") from None
+
+
+def _without_decoding(column: pa.Array) -> pa.Array:
+    """Text as bytes: Parquet does not promise that a string column holds UTF-8."""
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    return column.cast(pa.large_binary()) if is_text else column
 
 
 def _read_hub(name: str, config: CorpusConfig, ledger: Ledger) -> Iterator[str]:

@@ -34,10 +34,7 @@ def list_shards(config: EvaluateConfig, inputs: Mapping[str, Path], context: Sta
     """Contiguous ranges of rows."""
     num_rows = PackedRows(_held_out(inputs), load_record(inputs["weights"]).seq_len).num_rows
     edges = np.linspace(0, num_rows, min(config.num_shards, num_rows) + 1).astype(int).tolist()
-    return [
-        {"name": f"rows-{start:08d}", "start": start, "stop": stop}
-        for start, stop in itertools.pairwise(edges)
-    ]
+    return [{"name": f"rows-{start:08d}", "start": start, "stop": stop} for start, stop in itertools.pairwise(edges)]
 
 
 def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, context: StageContext) -> Stats | None:

@@ -43,6 +43,7 @@ def start_process_group() -> None:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
+    from torch._C._distributed_c10d import HashStore
     from torch.serialization import add_safe_globals
 
     add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
@@ -50,7 +51,7 @@ def start_process_group() -> None:
     backend = "nccl" if os.environ["DS_ACCELERATOR"] == "cuda" else "gloo"
     if not dist.is_initialized():
         if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
-            store = dist.HashStore()
+            store = HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
         else:
             dist.init_process_group(backend, timeout=_TIMEOUT)

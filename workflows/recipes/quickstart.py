@@ -19,7 +19,7 @@ def quickstart() -> Workflow:
         summary="text -> tokens -> a small diffusion model -> held-out bound, samples, report (2 CPU cores)",
         steps=(
             Step("corpus", "pipeline.corpus", CorpusConfig()),
-            Step("tokenizer", "pipeline.tokenizer", TokenizerConfig(vocab_size=1024), {"corpus": "corpus"}),
+            Step("tokenizer", "pipeline.tokenizer", TokenizerConfig(vocab_size=4096), {"corpus": "corpus"}),
             Step(
                 "tokenization",
                 "pipeline.tokenization",
@@ -30,11 +30,14 @@ def quickstart() -> Workflow:
                 "pretrain",
                 "pipeline.pretrain",
                 PretrainConfig(
-                    architecture=Architecture(d_model=256, num_layers=4, num_heads=4, d_ff=704),
-                    optimizer=OptimizerConfig(lr=2e-3),
-                    num_steps=2000,
-                    global_batch_seqs=8,
+                    architecture=Architecture(
+                        d_model=192, num_layers=4, num_heads=4, d_ff=512, qk_norm=True, rope_base=100.0, init_std=0.04
+                    ),
+                    optimizer=OptimizerConfig(lr=3e-3),
+                    num_steps=4800,
+                    global_batch_seqs=4,
                     seq_len=128,
+                    checkpoint_every_steps=400,
                 ),
                 {"tokens": "tokenization", "tokenizer": "tokenizer"},
             ),

@@ -1,4 +1,4 @@
-"""What the report shows."""
+"""What the report is called and what it is made from."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,13 @@ from pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """A page about one run."""
+    """One page about one run."""
 
     title: str = "Masked diffusion language model"
+
+    def __post_init__(self) -> None:
+        if not self.title.strip():
+            raise ValueError(f"title is {self.title!r}; give the page a name")
 
 
 STAGE = Stage(

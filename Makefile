@@ -1,0 +1,50 @@
+# make quickstart | test | test-slow | check | format: each sets up .venv by itself.
+# On a machine with a CUDA driver: make quickstart TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH_INDEX_URL ?=
+TORCH := torch==2.13.0
+CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow check format clean
+
+quickstart: .venv/run.installed
+	$(BIN)/dlm run quickstart
+
+test: .venv/dev.installed
+	$(BIN)/python -m pytest -q
+
+test-slow: .venv/dev.installed
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"
+
+check: .venv/dev.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: .venv/dev.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch comes first and alone: without an NVIDIA driver the build without CUDA, from wherever pip is set up to
+# look, then from PyTorch's own index.
+.venv/torch.installed: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	if [ -n "$(TORCH_INDEX_URL)" ]; then $(PIP) install -q $(TORCH) --index-url $(TORCH_INDEX_URL); \
+	elif command -v nvidia-smi >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then $(PIP) install -q $(TORCH); \
+	else $(PIP) install -q $(TORCH)+cpu 2>/dev/null || $(PIP) install -q $(TORCH) --index-url $(CPU_INDEX_URL); fi
+	touch $@
+
+.venv/run.installed: .venv/torch.installed pyproject.toml constraints.txt
+	$(PIP) install -q -c constraints.txt -e '.[train,cluster,track]'
+	touch $@
+
+.venv/dev.installed: .venv/run.installed
+	$(PIP) install -q -c constraints.txt -e '.[train,cluster,track,hub,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

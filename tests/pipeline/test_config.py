@@ -1,0 +1,319 @@
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import (
+    apply_settings,
+    diff,
+    execution,
+    fingerprint,
+    flatten,
+    from_json,
+    identity,
+    parse_json,
+    parse_value,
+    to_json,
+)
+from pipeline.convert.config import ConvertConfig
+from pipeline.corpus.config import CorpusConfig
+from pipeline.errors import UserError
+from pipeline.evaluate.config import EvaluateConfig
+from pipeline.generate.config import GenerateConfig
+from pipeline.pretrain.config import OptimizerConfig, PretrainConfig
+from pipeline.tokenization.config import TokenizationConfig
+from pipeline.tokenizer.config import TokenizerConfig
+from tests.pipeline.conftest import python
+
+ALL_CONFIGS = (
+    CorpusConfig, TokenizerConfig, TokenizationConfig, PretrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig,
+)  # fmt: skip
+
+CHANGED: dict[type, dict[str, Any]] = {
+    CorpusConfig: {
+        "source": ["a", "b"], "text_field": "body", "hub_split": "test", "hub_revision": "abc", "undecodable": "skip",
+        "max_bad_ratio": 0.5, "txt_document_chars": 10, "held_out_fraction": 0.5, "split_seed": 1, "shard_bytes": 9,
+    },
+    TokenizerConfig: {
+        "vocab_size": 999, "max_train_bytes": 7, "file": "t.json", "mask_token": "<m>", "eos_token": "<e>",
+        "pad_token": "<p>",
+    },
+    PretrainConfig: {
+        "architecture.d_model": 64, "architecture.num_layers": 2, "architecture.num_heads": 2, "architecture.d_ff": 8,
+        "architecture.rope_base": 7.0, "architecture.norm_eps": 1e-3, "architecture.init_std": 0.5,
+        "optimizer.lr": 0.5, "optimizer.warmup_steps": 1, "optimizer.beta1": 0.1, "optimizer.beta2": 0.1,
+        "optimizer.eps": 1e-3, "optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": 9.0,
+        "num_steps": 7, "global_batch_seqs": 4, "seq_len": 8, "t_min": 0.1, "precision": "bf16",
+        "init_seed": 1, "data_seed": 1, "noise_seed": 1,
+    },
+    EvaluateConfig: {"num_replicates": 9, "noise_seed": 1},
+    GenerateConfig: {
+        "num_samples": 5, "length": 5, "num_steps": 50, "temperature": 0.5, "noise_seed": 1, "num_frames": 3,
+    },
+}  # fmt: skip
+"""Another valid value for every field that changes the expected result."""
+
+EXECUTION: dict[type, dict[str, Any]] = {
+    TokenizationConfig: {"batch_docs": 3},
+    PretrainConfig: {
+        "workers": 4, "zero_stage": 3, "micro_batch_seqs": 1, "threads_per_worker": 3, "checkpoint_every_steps": 7,
+        "keep_checkpoints": 9, "max_skipped_steps": 2, "track": False,
+    },
+    EvaluateConfig: {"num_shards": 9, "batch_rows": 3},
+}  # fmt: skip
+"""Another valid value for every field that may change in a resume."""
+
+
+def _with(kind: type, path: str, value: Any) -> Any:
+    return apply_settings({"it": kind()}, [(f"it.{path}", value)])["it"]
+
+
+def _cases(table: dict[type, dict[str, Any]]) -> list[Any]:
+    return [
+        pytest.param(kind, path, value, id=f"{kind.__name__}.{path}")
+        for kind, fields in table.items()
+        for path, value in fields.items()
+    ]
+
+
+@pytest.mark.parametrize("kind", ALL_CONFIGS)
+def test_json_round_trip_gives_the_same_config(kind: type) -> None:
+    text = json.dumps(to_json(kind()))
+    assert from_json(kind, json.loads(text)) == kind()
+
+
+@given(
+    lr=st.floats(1e-9, 1e3),
+    weight_decay=st.integers(0, 3) | st.floats(0, 3),
+    num_steps=st.integers(1, 10**12),
+    precision=st.sampled_from(["fp32", "bf16"]),
+)
+def test_json_round_trip_keeps_every_value_and_the_fingerprint(
+    lr: float, weight_decay: float, num_steps: int, precision: Any
+) -> None:
+    optimizer = OptimizerConfig(lr=lr, weight_decay=weight_decay)
+    config = PretrainConfig(optimizer=optimizer, num_steps=num_steps, precision=precision)
+    again = from_json(PretrainConfig, json.loads(json.dumps(to_json(config))))
+    assert again == config
+    assert fingerprint(identity(again)) == fingerprint(identity(config))
+
+
+@pytest.mark.parametrize("kind", ALL_CONFIGS)
+def test_every_field_is_in_one_of_the_two_tables_here(kind: type) -> None:
+    listed = {**CHANGED.get(kind, {}), **EXECUTION.get(kind, {})}
+    assert set(flatten(to_json(kind()))) - {""} == set(listed)
+
+
+@pytest.mark.parametrize(("kind", "path", "value"), _cases(CHANGED))
+def test_fingerprint_with_an_identity_field_changed_differs(kind: type, path: str, value: Any) -> None:
+    changed = _with(kind, path, value)
+    assert fingerprint(identity(changed)) != fingerprint(identity(kind()))
+    assert list(diff(identity(kind()), identity(changed))) == [path]
+
+
+@pytest.mark.parametrize(("kind", "path", "value"), _cases(EXECUTION))
+def test_fingerprint_with_an_execution_field_changed_stays(kind: type, path: str, value: Any) -> None:
+    changed = _with(kind, path, value)
+    assert changed != kind()
+    assert fingerprint(identity(changed)) == fingerprint(identity(kind()))
+    assert path not in flatten(identity(kind()))
+
+
+def test_fingerprint_is_the_hash_of_sorted_compact_ascii_json() -> None:
+    text = r'{"a":{},"b":[1,2.5,"\u00e9",null,true]}'
+    assert fingerprint({"b": (1, 2.5, "é", None, True), "a": {}}) == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_fingerprint_in_processes_with_other_hash_seeds_is_the_same() -> None:
+    program = (
+        "from pipeline.config import fingerprint, identity\n"
+        "from pipeline.pretrain.config import PretrainConfig\n"
+        "print(fingerprint({'c': identity(PretrainConfig()), **dict.fromkeys({'x', 'y', 'z', 'w'}, 1)}))"
+    )
+    found = [python("-c", program, PYTHONHASHSEED=seed) for seed in ("0", "4242")]
+    here = fingerprint({"c": identity(PretrainConfig()), **dict.fromkeys("wxyz", 1)})
+    assert [process.stdout.strip() for process in found] == [here, here], found[0].stderr
+
+
+@pytest.mark.parametrize("value", [print, lambda: 0, {1, 2}, b"bytes", Path("p"), object(), 1j, {object(): 1}])
+def test_fingerprint_of_an_unknown_type_raises_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match="canonical"):
+        fingerprint({"nested": [value]})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_fingerprint_of_a_number_that_is_not_finite_raises(value: float) -> None:
+    with pytest.raises(UserError, match="finite"):
+        fingerprint({"nested": [value]})
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "hint"),
+    [
+        ({"num_step": 3}, "pretrain.num_step", "did you mean num_steps?"),
+        ({"optimizer": {"learning_rate": 3}}, "pretrain.optimizer.learning_rate", "allowed here: lr"),
+        ({"optimizer": {"warmup_step": 3}}, "pretrain.optimizer.warmup_step", "did you mean warmup_steps?"),
+        ({"architecture": {"n_layers": 3}}, "pretrain.architecture.n_layers", "did you mean num_layers?"),
+    ],
+)
+def test_from_json_with_an_unknown_key_names_path_and_suggestion(value: Any, path: str, hint: str) -> None:
+    with pytest.raises(UserError) as error:
+        from_json(PretrainConfig, value, where="pretrain")
+    assert f"unknown setting {path}" in str(error.value)
+    assert hint in str(error.value)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class _Tree:
+    leaves: tuple[_Leaf, ...] | None = None
+    named: dict[str, list[_Leaf]] = field(default_factory=dict)
+    speed: int = execution(1)
+
+
+@pytest.mark.parametrize("value", [{"leaves": [{"siez": 2}]}, {"named": {"a": [{"siez": 2}]}}])
+def test_from_json_with_an_unknown_key_deep_in_containers_is_refused(value: Any) -> None:
+    with pytest.raises(UserError, match="siez"):
+        from_json(_Tree, value)
+
+
+def test_identity_of_configs_in_containers_leaves_execution_out() -> None:
+    assert identity((_Tree(leaves=(_Leaf(2),)),)) == [{"leaves": [{"size": 2}], "named": {}}]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("num_steps", "abc"), ("num_steps", 1.5), ("num_steps", None), ("num_steps", True), ("num_steps", [1]),
+        ("optimizer.lr", "abc"), ("optimizer.lr", True), ("optimizer.lr", "nan"), ("optimizer.lr", math.inf),
+        ("optimizer.lr", None), ("optimizer", 3), ("precision", "fp16"), ("zero_stage", 4), ("track", "maybe"),
+        ("track", 2), ("architecture", None),
+    ],
+)  # fmt: skip
+def test_from_json_with_a_wrong_type_names_path_and_value(path: str, value: Any) -> None:
+    nested: Any = value
+    for part in reversed(path.split(".")):
+        nested = {part: nested}
+    with pytest.raises(UserError) as error:
+        from_json(PretrainConfig, nested, where="pretrain")
+    assert f"pretrain.{path} is {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [[], None, 3, "text"])
+def test_from_json_of_something_else_than_an_object_is_refused(value: Any) -> None:
+    with pytest.raises(UserError, match="corpus is"):
+        from_json(CorpusConfig, value, where="corpus")
+
+
+def test_from_json_converts_numbers_written_as_text() -> None:
+    config = from_json(PretrainConfig, {"optimizer": {"lr": "1e-3"}, "num_steps": "12"})
+    assert (config.optimizer.lr, config.num_steps) == (1e-3, 12)
+
+
+def test_from_json_with_several_mistakes_names_all() -> None:
+    with pytest.raises(UserError) as error:
+        from_json(PretrainConfig, {"num_steps": "x", "seq_len": "y", "sede": 1})
+    assert all(name in str(error.value) for name in ("num_steps", "seq_len", "sede"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        (CorpusConfig, "source", []), (CorpusConfig, "held_out_fraction", 0.0), (CorpusConfig, "held_out_fraction", 1),
+        (CorpusConfig, "max_bad_ratio", -0.1), (CorpusConfig, "max_bad_ratio", 1.1),
+        (CorpusConfig, "txt_document_chars", -1), (CorpusConfig, "shard_bytes", 0),
+        (TokenizerConfig, "vocab_size", 258), (TokenizerConfig, "max_train_bytes", 0),
+        (TokenizerConfig, "mask_token", ""), (TokenizerConfig, "mask_token", "[PAD]"),
+        (TokenizationConfig, "batch_docs", 0),
+    ],
+)  # fmt: skip
+def test_from_json_out_of_range_names_the_field(kind: type, path: str, value: Any) -> None:
+    with pytest.raises(UserError, match=path):
+        from_json(kind, {path: value}, where="it")
+
+
+def test_every_config_is_frozen() -> None:
+    for kind in ALL_CONFIGS:
+        assert dataclasses.is_dataclass(kind)
+        assert kind.__dataclass_params__.frozen, kind
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3), ("1e-3", 1e-3), ("true", True), ("null", None),
+        ('"3"', "3"), ("[1, 2]", [1, 2]), ('{"a": 1}', {"a": 1}),
+        ("stdlib", "stdlib"), ("no", "no"), ("a=b", "a=b"), ("", ""), ("NaN", "NaN"), ("-Infinity", "-Infinity"),
+        ("{broken", "{broken"), ("/a/*.txt", "/a/*.txt"),
+    ],
+)  # fmt: skip
+def test_parse_value_takes_json_where_it_is_json(text: str, value: Any) -> None:
+    found = parse_value(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("parse", [parse_json, parse_value])
+def test_parse_with_a_key_twice_names_it(parse: Any) -> None:
+    with pytest.raises(UserError, match="'lr' stands twice"):
+        parse('{"optimizer": {"lr": 1, "lr": 2}}')
+
+
+def test_apply_settings_reaches_nested_fields_and_leaves_the_rest() -> None:
+    before = {"pretrain": PretrainConfig(num_steps=5), "corpus": CorpusConfig()}
+    after = apply_settings(before, [("pretrain.optimizer.lr", 0.5), ("corpus.source", "a.txt")])
+    assert diff(to_json(before["pretrain"]), to_json(after["pretrain"])) == {"optimizer.lr": (1e-3, 0.5)}
+    assert after["corpus"] == CorpusConfig(source=("a.txt",))
+    assert before["pretrain"] == PretrainConfig(num_steps=5)
+
+
+def test_apply_settings_merges_objects_at_every_depth() -> None:
+    config = PretrainConfig(optimizer=OptimizerConfig(warmup_steps=7, beta1=0.5))
+    settings = [("pretrain", {"num_steps": 9, "optimizer": {"lr": 0.5}}), ("pretrain.optimizer", {"beta1": 0.25})]
+    after = apply_settings({"pretrain": config}, settings)["pretrain"]
+    assert after == PretrainConfig(num_steps=9, optimizer=OptimizerConfig(lr=0.5, warmup_steps=7, beta1=0.25))
+
+
+def test_apply_settings_of_one_path_twice_takes_the_last() -> None:
+    after = apply_settings({"p": PretrainConfig()}, [("p.num_steps", 3), ("p.num_steps", 4)])
+    assert after["p"].num_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("pretrian.num_steps", 1, "did you mean pretrain?"),
+        ("pretrain.num_step", 1, "did you mean num_steps?"),
+        ("pretrain.optimizer.lrr", 1, "did you mean lr?"),
+        ("pretrain.num_steps.deep", 1, "unknown setting pretrain.num_steps.deep"),
+        ("pretrain", 1, "pretrain needs a field"),
+        ("pretrain", {"optimizer": {"lrr": 1}}, "pretrain.optimizer.lrr"),
+        ("pretrain.", 1, "unknown setting"),
+        ("", 1, "unknown setting"),
+        ("pretrain.num_steps", "abc", "pretrain.num_steps is 'abc'"),
+        ("pretrain.num_steps", 0, "num_steps is 0"),
+        ("pretrain.optimizer.lr", "NaN", "pretrain.optimizer.lr is 'NaN'"),
+    ],
+)
+def test_apply_settings_with_a_bad_path_or_value_names_it(path: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        apply_settings({"pretrain": PretrainConfig(), "corpus": CorpusConfig()}, [(path, value)])
+    assert message in str(error.value)
+
+
+def test_diff_names_changed_added_and_removed_paths() -> None:
+    old = {"a": {"b": 1, "c": 2}, "d": [1]}
+    new = {"a": {"b": 1, "c": 3}, "e": "x"}
+    assert diff(old, new) == {"a.c": (2, 3), "d": ([1], None), "e": (None, "x")}
+    assert diff(old, old) == {}
