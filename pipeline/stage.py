@@ -104,6 +104,15 @@ def external_identity(stage: Stage, config: Any) -> Any:
     return getattr(importlib.import_module(module), function)(config)
 
 
+def check_external(stage: Stage, config: Any, planned: Any) -> None:
+    """UserError if data from outside the store are no longer what the fingerprint was made from."""
+    if external_identity(stage, config) != planned:
+        raise UserError(
+            f"the files that {stage.name} reads have changed since the run was planned, so its output would be filed "
+            "under the wrong fingerprint. Start a new run once they are complete"
+        )
+
+
 def stage_fingerprint(stage: Stage, config: Any, inputs: Mapping[str, str], external: Any = None) -> str:
     """Identity of a stage's output: code version, identity fields, input fingerprints, outside data."""
     return fingerprint(
@@ -198,7 +207,8 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
         wanted = " ".join(f"--input {name}=DIR" for name in stage.inputs) or "no --input"
         raise UserError(f"this stage takes {wanted}; found {sorted(inputs) or 'none'}")
     fingerprints = {name: open_artifact(path).fingerprint for name, path in inputs.items()}
-    own = stage_fingerprint(stage, config, fingerprints, external_identity(stage, config))
+    external = external_identity(stage, config)
+    own = stage_fingerprint(stage, config, fingerprints, external)
     out = Path(arguments.out).resolve()
     if (out / MANIFEST).exists():
         if open_artifact(out).fingerprint == own:
@@ -215,6 +225,7 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
     started_at, start_s = time.time(), time.monotonic()
     context = StageContext(out, state, own, progress=_print_progress)
     stats = run_here(stage, config, inputs, context)
+    check_external(stage, config, external)
     if os.environ.get("RANK", "0") == "0":
         elapsed_s = time.monotonic() - start_s
         manifest = build_manifest(stage, config, own, inputs, out, stats, started_at, elapsed_s)

@@ -230,6 +230,7 @@ class Coordinator:
             lease_dir=str(state.lease.directory),
             lease_epoch=state.lease.epoch,
             cancel_file=str(self._run.cancel_file),
+            external=step.external,
             shard=shard or {},
             shard_dirs=shard_dirs or [],
             started_at=state.started_at,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pipeline.artifact import MANIFEST, write_json
 from pipeline.config import from_json
 from pipeline.errors import ErrorClass, LeaseLostError, classify
-from pipeline.stage import StageContext, Stats, Stopped, build_manifest, run_here
+from pipeline.stage import StageContext, Stats, Stopped, build_manifest, check_external, run_here
 from workflows.step import load_stage
 from workflows.store import Lease
 
@@ -46,6 +46,8 @@ class Piece:
     lease_dir: str
     lease_epoch: int
     cancel_file: str
+    external: Any = None
+    """Identity of outside data as planned; checked once the stage has read them."""
     shard: dict[str, Any] = field(default_factory=dict[str, Any])
     shard_dirs: list[str] = field(default_factory=list[str])
     started_at: float = 0.0
@@ -136,6 +138,7 @@ def _work(piece: Piece, context: StageContext) -> Any:
         stats: Stats | None = importlib.import_module(stage.module).finish(config, inputs, shard_dirs, context)
     else:
         stats = run_here(stage, config, inputs, context)
+        check_external(stage, config, piece.external)
     if os.environ.get("RANK", "0") == "0":
         elapsed_s = time.time() - piece.started_at if piece.started_at else time.monotonic() - start_s
         manifest = build_manifest(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.corpus.config import HUB_PREFIX, CorpusConfig, external_data, find_files
+from pipeline.corpus.config import HUB_PREFIX, CorpusConfig, find_files
 from pipeline.corpus.read import Ledger, read_source
 from pipeline.errors import UserError
 from pipeline.stage import StageContext, Stats
@@ -66,7 +66,6 @@ class _Writer:
 
 def run(config: CorpusConfig, inputs: Mapping[str, Path], context: StageContext) -> Stats:
     """Write train-*.arrow and held_out-*.arrow, rejects.jsonl, and the counts by source."""
-    identity_before = external_data(config)
     train = _Writer(context.out, "train", config.shard_bytes)
     held_out = _Writer(context.out, "held_out", config.shard_bytes)
     ledgers: dict[str, Ledger] = {}
@@ -88,8 +87,6 @@ def run(config: CorpusConfig, inputs: Mapping[str, Path], context: StageContext)
     train.close()
     held_out.close()
     _check_not_empty(config, train.num_docs, held_out.num_docs, ledgers)
-    if external_data(config) != identity_before:
-        raise UserError("corpus.source changed while it was being read; run again once it is complete")
     with (context.out / "rejects.jsonl").open("w") as handle:
         for ledger in ledgers.values():
             handle.writelines(json.dumps(asdict(reject)) + "\n" for reject in ledger.rejects)

@@ -6,6 +6,9 @@ from pipeline.data.order import Permutation, row_at
 
 WORDS = st.integers(0, 2**64 - 1)
 
+FIRST_ROWS = [6, 0, 3, 2, 4, 5, 1, 7, 9, 8, 8, 6, 1, 2, 9, 3, 4, 5, 0, 7]
+"""row_at(0, 10, 0 to 19); another order would break the resume of every unfinished run."""
+
 
 @given(size=st.integers(1, 700), key=WORDS)
 def test_permutation_of_any_size_is_a_bijection(size: int, key: int) -> None:
@@ -72,7 +75,4 @@ def test_epochs_and_seeds_give_other_orders_and_a_call_repeats_itself() -> None:
 
 
 def test_order_of_the_first_rows_is_the_one_that_old_runs_saw() -> None:
-    assert [row_at(0, 10, i) for i in range(20)] == GOLDEN
-
-
-GOLDEN = [0]
+    assert [row_at(0, 10, i) for i in range(20)] == FIRST_ROWS
