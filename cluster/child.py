@@ -1,24 +1,27 @@
-"""A process of the subprocess executor: runs one function, and dies with the process that started it."""
+"""A process of the subprocess executor: runs one function, and dies with the process that started it.
+
+It leads a process group, which whatever it starts itself belongs to: the group dies as a whole.
+"""
 
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 PARENT_PIPE_ENV = "DLM_PARENT_PIPE"
-ORPHANED_EXIT_CODE = 75
 
 
 def die_with_parent(read_fd: int) -> None:
-    """Exit as soon as the other end of a pipe closes, which the kernel does when the parent dies."""
+    """Kill this process group as soon as the other end of a pipe closes: the kernel does that when the parent dies."""
 
     def watch() -> None:
         while os.read(read_fd, 1):
             pass
-        os._exit(ORPHANED_EXIT_CODE)
+        os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
 

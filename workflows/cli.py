@@ -16,7 +16,7 @@ from rich.table import Table
 
 from pipeline.artifact import read_json
 from pipeline.config import parse_value, to_json
-from pipeline.errors import CorruptionError, UserError
+from pipeline.errors import CorruptionError, UserError, is_disk_full
 from workflows import runs
 from workflows.coordinator import Coordinator, StepState
 from workflows.display import Display, duration
@@ -46,6 +46,11 @@ ExecutorOption = Annotated[
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id.")]
 OptionalRun = Annotated[str, typer.Argument(metavar="[RUN]", help="Run id; the newest by default.")]
+
+
+def _say(message: str) -> None:
+    """Print a message for the user on standard error, exactly as it is."""
+    errors.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def _store(path: str) -> Store:
@@ -160,7 +165,7 @@ class _stop_on_signal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._coordinator.request_stop()
-        errors.print("stopping: stages save first; interrupt again to stop at once", highlight=False)
+        _say("stopping: stages save first; interrupt again to stop at once")
         for other in (signal.SIGINT, signal.SIGTERM):
             signal.signal(other, signal.default_int_handler)
 
@@ -172,14 +177,14 @@ class _stop_on_signal:
 def _print_outcome(store: Store, run: RunPlace, states: list[StepState], status: str) -> None:
     for state in states:
         if state.status == "failed" and state.failure is not None:
-            errors.print(f"\n{state.step.name} failed: {state.failure.message}", highlight=False, markup=False)
+            _say(f"\n{state.step.name} failed: {state.failure.message}")
             if state.failure.error_class != "user":
-                errors.print(f"logs: {run.directory / 'work'}\n{state.failure.traceback}", markup=False)
+                _say(f"logs: {run.directory / 'work'}\n{state.failure.traceback}")
     if status == "failed":
-        errors.print(f"\nmend it, then go on with: dlm resume {run.run_id}", highlight=False)
+        _say(f"\nmend it, then go on with: dlm resume {run.run_id}")
         raise typer.Exit(EXIT_FAILED)
     if status == "stopped":
-        errors.print(f"stopped; go on with: dlm resume {run.run_id}", highlight=False)
+        _say(f"stopped; go on with: dlm resume {run.run_id}")
         raise typer.Exit(EXIT_INTERRUPTED)
     _print_figures(store, run)
 
@@ -268,19 +273,24 @@ def main(run: Callable[[], Any] = app) -> None:
     try:
         run()
     except UserError as error:
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        _say(f"error: {error}")
         sys.exit(EXIT_USAGE)
     except runs.DriftError as error:
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        _say(f"error: {error}")
         sys.exit(EXIT_DRIFT)
     except LeaseHeldError as error:
-        errors.print(f"error: this run is being worked on: {error}", highlight=False, markup=False, soft_wrap=True)
+        _say(f"error: this run is being worked on: {error}")
         sys.exit(EXIT_UNSCHEDULABLE)
     except CorruptionError as error:
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        _say(f"error: {error}")
+        sys.exit(EXIT_FAILED)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        _say(f"error: no space is left in the store: {error}; free some, then: dlm resume RUN")
         sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
-        errors.print("interrupted; go on with: dlm resume RUN", highlight=False)
+        _say("interrupted; go on with: dlm resume RUN")
         sys.exit(EXIT_INTERRUPTED)
 
 

@@ -14,7 +14,9 @@ def ordered_steps(workflow: Workflow) -> list[Step]:
     """
     by_name = {step.name: step for step in workflow.steps}
     if len(by_name) < len(workflow.steps):
-        raise UserError(f"workflow {workflow.name}: two steps have the same name")
+        names = [step.name for step in workflow.steps]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"workflow {workflow.name}: two steps have the same name, {twice}")
     for step in workflow.steps:
         _check_step(workflow, step, by_name)
     sorter = TopologicalSorter({step.name: list(step.inputs.values()) for step in workflow.steps})

@@ -57,7 +57,10 @@ class Owner:
         if self.host != socket.gethostname():
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started_at) > 1.0
+            process = psutil.Process(self.pid)
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True  # ended, and not yet waited for by its parent
+            return abs(process.create_time() - self.started_at) > 1.0
         except psutil.NoSuchProcess:
             return True
 
@@ -171,8 +174,8 @@ class ArtifactPlace:
         commit = self.directory / "COMMIT.json"
         if not commit.exists():
             return None
-        attempt = self.directory / "attempts" / read_json(commit)["attempt"]
         try:
+            attempt = self.directory / "attempts" / read_json(commit)["attempt"]
             open_artifact(attempt)
         except (CorruptionError, UserError) as error:
             raise CorruptionError(

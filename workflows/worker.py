@@ -16,13 +16,21 @@ from typing import Any, Literal
 
 from pipeline.artifact import MANIFEST, write_json
 from pipeline.config import from_json
-from pipeline.errors import ErrorClass, LeaseLostError, classify
+from pipeline.errors import ErrorClass, LeaseLostError, classify, is_disk_full
 from pipeline.stage import StageContext, Stats, Stopped, build_manifest, check_external, run_here
 from workflows.step import load_stage
 from workflows.store import Lease
 
 _PROGRESS_EVERY_S = 0.5
 _STOP_CHECK_EVERY_S = 0.5
+
+
+_RESERVE_BYTES = 64 * 1024
+"""Space set aside while a piece runs, so that a full disk leaves room to write down that it is full."""
+
+
+def _reserve_name(rank: int) -> str:
+    return f".reserve-{rank}"
 
 
 @dataclass(frozen=True)
@@ -110,11 +118,14 @@ def run_piece(payload: dict[str, Any]) -> None:
         fence=lease.check,
         labels={"run_id": piece.run_id, "step": piece.step},
     )
+    reserve = work_dir / _reserve_name(rank)
+    reserve.write_bytes(bytes(_RESERVE_BYTES))
     try:
         lease.check()
         result = _work(piece, context)
         if rank == 0:
             write_json(work_dir / "done.json", result)
+        reserve.unlink()
     except BaseException as error:
         _write_failure(work_dir, error, rank)
         raise
@@ -150,12 +161,16 @@ def _work(piece: Piece, context: StageContext) -> Any:
 
 def _write_failure(work_dir: Path, error: BaseException, rank: int) -> None:
     """Write the failure down; nothing if even that is impossible, since the error itself goes on."""
+    (work_dir / _reserve_name(rank)).unlink(missing_ok=True)
     if isinstance(error, Stopped):
         error_class: ErrorClass = "stopped"
     elif isinstance(error, LeaseLostError):
         error_class = "infra"
     else:
         error_class = classify(error)
-    failure = Failure(error_class, type(error).__name__, str(error), traceback.format_exc(), rank, time.time())
+    message = str(error)
+    if is_disk_full(error):
+        message = f"no space is left on the disk of {work_dir}: {error}. Free some, then resume the run"
+    failure = Failure(error_class, type(error).__name__, message, traceback.format_exc(), rank, time.time())
     with contextlib.suppress(OSError):
         write_json(work_dir / f"failure-{rank}.json", failure)

@@ -18,7 +18,7 @@ def quickstart() -> Workflow:
         name="quickstart",
         summary="text -> tokens -> a small diffusion model -> held-out bound, samples, report (2 CPU cores)",
         steps=(
-            Step("corpus", "pipeline.corpus", CorpusConfig()),
+            Step("corpus", "pipeline.corpus", CorpusConfig(undecodable="skip")),
             Step("tokenizer", "pipeline.tokenizer", TokenizerConfig(vocab_size=4096), {"corpus": "corpus"}),
             Step(
                 "tokenization",
@@ -34,10 +34,10 @@ def quickstart() -> Workflow:
                         d_model=192, num_layers=4, num_heads=4, d_ff=512, qk_norm=True, rope_base=100.0, init_std=0.04
                     ),
                     optimizer=OptimizerConfig(lr=3e-3),
-                    num_steps=4800,
-                    global_batch_seqs=4,
+                    num_steps=3000,
+                    global_batch_seqs=8,
                     seq_len=128,
-                    checkpoint_every_steps=400,
+                    checkpoint_every_steps=250,
                 ),
                 {"tokens": "tokenization", "tokenizer": "tokenizer"},
             ),

@@ -17,9 +17,10 @@ _STYLE = Template(
     ".tick,.axis,.legend,.sub{fill:$muted}"
     ".tick{font-size:11px}.axis{font-size:12px}.legend{font-size:12px}"
     ".grid{stroke:$line;stroke-width:1}"
-    ".raw{fill:none;stroke:$accent;stroke-width:1;opacity:.3}"
+    ".raw{fill:none;stroke:$accent;stroke-width:1;opacity:.35}"
     ".smooth{fill:none;stroke:$accent;stroke-width:2;stroke-linejoin:round}"
-    ".level{stroke:$level;stroke-width:1.5;stroke-dasharray:5 4}.level-label{fill:$level;font-size:12px}"
+    ".level{stroke:$level;stroke-width:1.5;stroke-dasharray:5 4}"
+    ".level-label{fill:$level;font-size:12px;font-weight:600;stroke:$card;stroke-width:4px;paint-order:stroke}"
     ".box{fill:$card;stroke:$line;stroke-width:1}"
     ".share-track{fill:$line}.share{fill:$accent}"
     ".edge{fill:none;stroke:$muted;stroke-width:1.5}.head{fill:$muted}"
@@ -83,7 +84,7 @@ class Level:
     label: str
 
 
-_CHART_WIDTH, _CHART_HEIGHT = 960.0, 380.0
+_CHART_WIDTH, _CHART_HEIGHT = 1070.0, 380.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 16.0, 34.0, 48.0
 _LABEL_CLEARANCE = 18.0
 
@@ -330,8 +331,9 @@ def _curve(a: Point, b: Point, layout: Layout) -> str:
     forwards = b[0] > a[0]
     x0, x1 = (a[0] + width, b[0]) if forwards else (a[0], b[0] + width)
     y0, y1 = a[1] + height / 2, b[1] + height / 2
-    bend, tip = (x0 + x1) / 2, x1 - 5 if forwards else x1 + 5
-    path = f'<path d="M{x0:g} {y0:g}C{bend:g} {y0:g} {bend:g} {y1:g} {tip:g} {y1:g}" class="edge"/>'
+    end, tip = (x1 - 9, x1 - 5) if forwards else (x1 + 9, x1 + 5)
+    bend = (x0 + end) / 2
+    path = f'<path d="M{x0:g} {y0:g}C{bend:g} {y0:g} {bend:g} {y1:g} {end:g} {y1:g}H{tip:g}" class="edge"/>'
     return path + _head(x1, y1, "right" if forwards else "left", "head")
 
 
@@ -396,7 +398,7 @@ def _box(node: Node, x: float, y: float, layout: Layout) -> str:
     parts.append(text(x + _PADDING, middle - 5, _fit(node.name, inside, 14), "name"))
     parts.append(text(x + _PADDING, middle + 14, _fit(node.subtitle, inside, 11), "sub"))
     if node.kind:
-        pill = _text_width(node.kind, _KIND_SIZE_PX) + 14
+        pill = _kind_width(node.kind)
         parts.append(kind_label(x + width - _PADDING / 1.5 - pill, middle - 18, node.kind))
     if node.share is not None:
         bar = f'x="{x + _PADDING:g}" y="{y + height - 9:g}" height="3" rx="1.5"'
@@ -408,7 +410,10 @@ def _box(node: Node, x: float, y: float, layout: Layout) -> str:
 def kind_label(x: float, y: float, kind: str) -> str:
     """The coloured label of a kind of stage, its upper left corner at (x, y)."""
     width = _text_width(kind, _KIND_SIZE_PX) + 14
-    return (
-        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="17" rx="8.5" class="pill {escape(kind)}"/>'
-        + text(x + width / 2, y + 12, kind, f"kind {escape(kind)}", "middle")
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="17" rx="8.5" class="pill {escape(kind)}"/>' + text(
+        x + width / 2, y + 12, kind, f"kind {escape(kind)}", "middle"
     )
+
+
+def _kind_width(kind: str) -> float:
+    return _text_width(kind, _KIND_SIZE_PX) + 18

@@ -1,0 +1,372 @@
+"""The report as one HTML page that needs nothing else: no scripts, no fonts, no network."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.artifact import Manifest
+from workflows.report import svg
+from workflows.report.data import ReportData
+from workflows.report.film import sample_strips
+from workflows.report.style import page_style
+from workflows.report.text import (
+    ABSENT,
+    Cell,
+    Html,
+    Number,
+    count,
+    decimals,
+    duration,
+    listed,
+    note,
+    plain,
+    scaled,
+    section,
+    table,
+)
+
+_RAW_POINTS = 2000
+"""Points of the faint line; a longer training is thinned to the extremes of each stretch."""
+_SMOOTH_POINTS = 600
+_SMOOTH_SHARE = 50
+"""The smooth line is a mean over this fraction of the training (one over)."""
+
+
+def render_page(data: ReportData) -> str:
+    """The whole page."""
+    body = "".join(
+        [
+            _missing(data),
+            _tiles(data),
+            _evaluation(data),
+            _training(data),
+            _samples(data),
+            _pipeline(data),
+            _corpus(data),
+            _provenance(data),
+        ]
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{plain(data.title)}</title><style>{page_style()}</style></head><body>"
+        f'<header><h1>{plain(data.title)}</h1><p class="lead">{plain(_lead(data))}</p></header>'
+        f"<main>{body}</main></body></html>\n"
+    )
+
+
+def _lead(data: ReportData) -> str:
+    manifests = data.manifests.values()
+    if not manifests:
+        return "Nothing has finished yet."
+    total = duration(sum(m.elapsed_s for m in manifests))
+    last = time.strftime("%Y-%m-%d %H:%M", time.gmtime(max(m.started_at + m.elapsed_s for m in manifests)))
+    return f"{len(manifests)} stages in {total} of work, the last finished {last} UTC."
+
+
+def _missing(data: ReportData) -> str:
+    if not data.missing:
+        return ""
+    verb = "is" if len(data.missing) == 1 else "are"
+    sentence = f"This run is unfinished: {listed(data.missing)} {verb} missing, and so is what they would show."
+    return f'<section class="missing"><p>{plain(sentence)}</p></section>'
+
+
+# Headline figures
+
+
+def _tiles(data: ReportData) -> str:
+    tiles: list[str] = []
+    if r := data.results:
+        tiles += [
+            _tile(
+                "NELBO, held out (upper bound)",
+                decimals(r["nelbo"]),
+                f"± {decimals(r['nelbo_mc_se'])}",
+                "nats/token; ± is mc_se, the noise of the drawn masks",
+            ),
+            _tile(
+                "Bits per byte (upper bound)",
+                decimals(r["bpb_bound"]),
+                f"± {decimals(r['bpb_bound_mc_se'])}",
+                "bits/byte, held out; ± is mc_se",
+            ),
+            _tile("xz -9, same text", decimals(r["xz_bpb"]), "", "bits/byte"),
+            _tile("Unigram entropy", decimals(r["unigram_entropy"]), "", "nats/token of the same text"),
+        ]
+    if stats := data.stats("pretrain"):
+        tiles += [
+            _tile("Parameters", scaled(stats["num_params"]), "", count(stats["num_params"])),
+            _tile("Tokens trained on", scaled(stats["tokens"]), "", count(stats["tokens"])),
+            _tile("Training speed", scaled(stats["tokens_per_s"]), "tokens/s", "at the median step"),
+        ]
+    if stats := data.stats("tokenizer"):
+        tiles.append(
+            _tile("Vocabulary", count(stats["vocab_size"]), "tokens", "masks and other special tokens included")
+        )
+    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _tile(name: str, value: str, error: str, detail: str) -> str:
+    small = f" <small>{plain(error)}</small>" if error else ""
+    return (
+        f'<dl class="tile"><dt>{plain(name)}</dt><dd><div class="value">{plain(value)}{small}</div>'
+        f'<div class="detail">{plain(detail)}</div></dd></dl>'
+    )
+
+
+# Evaluation
+
+
+def xz_verdict(results: Mapping[str, Any]) -> str:
+    """Whether the model is ahead of xz -9 or behind it, by how much, and whether the noise could turn it."""
+    bound, xz = results["bpb_bound"], results["xz_bpb"]
+    gap = abs(bound - xz)
+    figures = f"at most {bound:.4f} bits/byte against {xz:.4f}"
+    noise = ", within twice the mc_se" if gap < 2 * results["bpb_bound_mc_se"] else ""
+    if bound < xz:
+        return (
+            f"The model is ahead of xz -9 by {gap:.4f} bits/byte on the held-out text ({figures}{noise}); "
+            "the size of the model itself is not counted."
+        )
+    return (
+        f"The model is behind xz -9 by {gap:.4f} bits/byte on the held-out text ({figures}{noise}): "
+        "xz -9 is the yardstick that it has yet to beat."
+    )
+
+
+def _evaluation(data: ReportData) -> str:
+    r = data.results
+    if not r:
+        return ""
+    se = {"nelbo": (r["nelbo_mc_se"], r["nelbo_doc_se"]), "bpb_bound": (r["bpb_bound_mc_se"], None)}
+    quantities = [
+        ("nelbo", "nats/token", "Negative evidence lower bound: an upper bound of the negative log-likelihood"),
+        ("ppl_bound", "per token", "exp(nelbo), an upper bound of the perplexity"),
+        ("bpb_bound", "bits/byte", "The same bound per byte of text, comparable between tokenizers"),
+        (
+            "unigram_entropy",
+            "nats/token",
+            "Entropy of the token frequencies of this text: the loss without any context",
+        ),
+        ("unigram_bpb", "bits/byte", "The same entropy per byte"),
+        ("xz_bpb", "bits/byte", "This text compressed by xz -9 as one stream"),
+    ]
+    rows: list[list[Cell]] = [
+        [
+            Html(f"<code>{name}</code>"),
+            Number(decimals(r[name])),
+            *(Number(decimals(error)) for error in se.get(name, (None, None))),
+            unit,
+            meaning,
+        ]
+        for name, unit, meaning in quantities
+    ]
+    head: list[Cell] = ["Quantity", Number("Value"), Number("mc_se"), Number("doc_se"), "Unit", "What it is"]
+    return section(
+        "Evaluation on held-out text",
+        f'<p class="verdict">{plain(xz_verdict(r))}</p>',
+        table(head, rows),
+        note(
+            f"{count(r['num_docs'])} documents, {count(r['num_tokens'])} tokens, {count(r['num_bytes'])} bytes "
+            f"({count(r['xz_bytes'])} after xz -9). The two standard errors answer different questions: mc_se is "
+            f"the noise of the masks for this text, from {r['num_replicates']} independent draws; doc_se is the "
+            f"spread over documents, as if others had been held out. {ABSENT}: exact for this text, or not estimated."
+        ),
+    )
+
+
+# Training
+
+
+def trailing_mean(values: Sequence[float | None], window: int) -> list[float | None]:
+    """Mean of the last ``window`` values at each place, of those that are numbers; None where there are none."""
+    means: list[float | None] = []
+    total, number = 0.0, 0
+    for place, value in enumerate(values):
+        if value is not None:
+            total, number = total + value, number + 1
+        if place >= window and (old := values[place - window]) is not None:
+            total, number = total - old, number - 1
+        means.append(total / number if number else None)
+    return means
+
+
+def _training(data: ReportData) -> str:
+    if not data.metrics:
+        return ""
+    steps = [line["step"] for line in data.metrics]
+    losses: list[float | None] = [line["loss"] for line in data.metrics]
+    window = max(1, len(losses) // _SMOOTH_SHARE)
+    smooth = trailing_mean(losses, window)
+    unigram: float | None = data.results.get("unigram_entropy")
+    numbers = sorted(loss for loss in losses if loss is not None)
+    if not numbers:
+        return section("Training", note("No step had a finite loss."))
+    y_range = _visible_range(numbers, [y for y in smooth if y is not None], unigram)
+    label = f"mean of the last {window} steps" if window > 1 else "loss"
+    chart = svg.line_chart(
+        [
+            svg.Line(svg.thin(list(zip(steps, losses, strict=True)), _RAW_POINTS), "each step", "raw"),
+            svg.Line(svg.thin(list(zip(steps, smooth, strict=True)), _SMOOTH_POINTS), label, "smooth"),
+        ],
+        [] if unigram is None else [svg.Level(unigram, f"unigram entropy of the held-out text, {unigram:.2f}")],
+        x_label="optimizer step",
+        y_label="training loss (nats/token)",
+        y_range=y_range,
+    )
+    stats = data.stats("pretrain")
+    remarks = [
+        f"{count(len(losses))} steps of {count(stats['tokens'] // len(losses))} tokens; the mean of the last 50 is "
+        f"{stats['final_loss']:.4f} nats/token. "
+        "Each step estimates the bound from one draw of masks, hence the scatter."
+    ]
+    outside = sum(not y_range[0] <= loss <= y_range[1] for loss in numbers)
+    if outside:
+        remarks.append(f"Steps outside the frame: {count(outside)}.")
+    if len(numbers) < len(losses):
+        remarks.append(f"Steps without a finite loss: {count(len(losses) - len(numbers))}.")
+    if unigram is None:
+        remarks.append("The level of the unigram entropy comes with the evaluation.")
+    figure = svg.embed(chart, "Training loss by step", "figure chart")
+    return section("Training", f'<div class="scroll">{figure}</div>', note(" ".join(remarks)))
+
+
+def _visible_range(numbers: Sequence[float], smooth: Sequence[float], unigram: float | None) -> tuple[float, float]:
+    """Range of the loss axis: the smooth line, the level, and all but a hundredth of the single steps."""
+    rare = len(numbers) // 200
+    shown = [numbers[rare], numbers[len(numbers) - 1 - rare], *smooth]
+    if unigram is not None:
+        shown.append(unigram)
+    margin = 0.05 * (max(shown) - min(shown))
+    return max(0.0, min(shown) - margin), max(shown) + margin
+
+
+# Samples
+
+
+def _samples(data: ReportData) -> str:
+    if not data.samples:
+        return ""
+    legend = (
+        '<p class="note">Every sample starts as nothing but masks <i class="key"></i>; each row is one moment, '
+        "labelled with the steps done, and <mark>marked</mark> is what was revealed since the row above. "
+        "Line ends are shown as ⏎. Nothing was selected: these are all the samples that were drawn.</p>"
+    )
+    return section("Samples emerging from masks", legend, *sample_strips(data.samples))
+
+
+# Pipeline
+
+
+def pipeline_edges(manifests: Mapping[str, Manifest]) -> set[svg.Edge]:
+    """(a, b) wherever the fingerprint of artifact a is among the inputs of b."""
+    name_of = {manifest.fingerprint: name for name, manifest in manifests.items()}
+    return {
+        (name_of[source], name)
+        for name, manifest in manifests.items()
+        for source in manifest.inputs.values()
+        if source in name_of
+    }
+
+
+def _pipeline(data: ReportData) -> str:
+    if not data.manifests:
+        return ""
+    total_s = sum(m.elapsed_s for m in data.manifests.values())
+    nodes = [
+        svg.Node(name, duration(m.elapsed_s), share=m.elapsed_s / total_s if total_s else 0.0)
+        for name, m in data.manifests.items()
+    ]
+    graph = svg.layered_graph(nodes, pipeline_edges(data.manifests))
+    figure = svg.embed(graph, "Graph of the artifacts and the time each took", "figure graph")
+    return section(
+        "Pipeline",
+        f'<div class="scroll">{figure}</div>',
+        note(
+            "Each box is a committed artifact, with the time its stage took and, as a bar, its share of the whole. "
+            "An arrow leads to what was made from it; the faint ones skip a step."
+        ),
+    )
+
+
+# Corpus and tokenizer
+
+
+def _corpus(data: ReportData) -> str:
+    parts: list[str] = []
+    corpus, tokens, tokenizer = data.stats("corpus"), data.stats("tokens"), data.stats("tokenizer")
+    head: list[Cell] = ["Split"]
+    rows: list[list[Cell]] = [["training"], ["held out"]]
+    columns = [("docs", "Documents", corpus), ("bytes", "Bytes", corpus), ("tokens", "Tokens", tokens)]
+    for key, heading, stats in columns:
+        if stats:
+            head.append(Number(heading))
+            for row, split in zip(rows, ("train", "held_out"), strict=True):
+                row.append(Number(count(stats[f"{split}_{key}"])))
+    if corpus and tokens:
+        head.append(Number("Bytes per token"))
+        for row, split in zip(rows, ("train", "held_out"), strict=True):
+            row.append(Number(f"{corpus[f'{split}_bytes'] / max(1, tokens[f'{split}_tokens']):.2f}"))
+    if corpus or tokens:
+        parts.append(table(head, rows))
+    if tokenizer:
+        parts.append(note(f"The vocabulary has {count(tokenizer['vocab_size'])} tokens."))
+    if corpus:
+        parts += ["<h3>Sources and what was left out</h3>", _sources(corpus["sources"])]
+    return section("Corpus and tokenizer", *parts) if parts else ""
+
+
+def _sources(sources: Mapping[str, Mapping[str, Any]]) -> str:
+    head: list[Cell] = ["Source", Number("Records"), Number("Broken"), "Dropped", Number("Repaired"), Number("Skipped")]
+    rows: list[list[Cell]] = [
+        [
+            name,
+            Number(count(found["records"])),
+            Number(count(found["broken"])),
+            ", ".join(f"{count(number)} {reason}" for reason, number in found["dropped"].items()) or "0",
+            Number(count(sum(found["replaced_by_file"].values()))),
+            Number(count(sum(found["skipped_by_file"].values()))),
+        ]
+        for name, found in sources.items()
+    ]
+    explanation = (
+        "Broken records could not be read and are listed in rejects.jsonl; repaired documents had bytes that were "
+        "not UTF-8 replaced; skipped ones were left out for such bytes."
+    )
+    return table(head, rows) + note(explanation)
+
+
+# Provenance
+
+
+def _provenance(data: ReportData) -> str:
+    if not data.manifests:
+        return ""
+    environments = [m.environment for m in data.manifests.values()]
+    alike = all(environment == environments[0] for environment in environments)
+    head: list[Cell] = ["Artifact", "Stage", "Fingerprint", Number("Code version"), "Started (UTC)"]
+    head += [Number("Elapsed"), Number("Size"), *([] if alike else ["Packages"])]
+    rows: list[list[Cell]] = []
+    for name, m in data.manifests.items():
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(m.started_at))
+        size = scaled(sum(record.size_bytes for record in m.files), "B")
+        fingerprint = Html(f'<code title="{plain(m.fingerprint)}">{plain(m.fingerprint[:12])}</code>')
+        row: list[Cell] = [name, m.stage, fingerprint, Number(str(m.code_version)), started]
+        row += [Number(duration(m.elapsed_s)), Number(size), *([] if alike else [_packages(m.environment)])]
+        rows.append(row)
+    parts = [table(head, rows)]
+    if alike:
+        parts.append(note(f"All of them ran with {_packages(environments[0])}."))
+    configs = {name: m.config for name, m in data.manifests.items()}
+    parts.append(
+        "<details><summary>Configuration of every stage</summary>"
+        f"<pre>{plain(json.dumps(configs, indent=2, ensure_ascii=False))}</pre></details>"
+    )
+    return section("Provenance", *parts)
+
+
+def _packages(environment: Mapping[str, str]) -> str:
+    versions = [f"{name} {v}" for name, v in environment.items() if name != "machine" and v != "absent"]
+    return ", ".join(versions) + (f" on {environment['machine']}" if "machine" in environment else "")

@@ -1,0 +1,71 @@
+"""The picture in the README: ``python -m workflows.report.picture OUT.svg``.
+
+Stages, kinds and arrows are read from the quickstart recipe, so that the picture cannot tell another story.
+"""
+
+import argparse
+from pathlib import Path
+
+from workflows.recipes.quickstart import quickstart
+from workflows.report import svg
+from workflows.step import load_stage
+
+_WHAT_IT_DOES = {
+    "corpus": "text in, documents out",
+    "tokenizer": "trains or adopts a BPE",
+    "tokenization": "documents to token shards",
+    "pretrain": "masked diffusion, resumable",
+    "convert": "checkpoint to safetensors",
+    "evaluate": "held-out bound, xz beside it",
+    "generate": "text out of masks",
+    "report": "all of it on one page",
+}
+_KINDS = {"task": "one process", "map": "one process per shard", "gang": "all ranks together"}
+
+_LAYOUT = svg.Layout(node_width=214, node_height=66, gap_x=34, gap_y=20, layers_per_row=4)
+_MARGIN = 26.0
+_PALETTE = {
+    "ink": "#1c2330", "muted": "#566072", "line": "#d5dbe4", "card": "#ffffff", "accent": "#2f6bd8", "level": "#b4540a",
+    "lane": "#b3bcc9", "task": "#44546e", "map": "#0b7a75", "gang": "#8a3ab9",
+}  # fmt: skip
+_BACKGROUND = "#f4f6f9"
+
+
+def draw_picture() -> str:
+    """The graph of the quickstart workflow on a card of its own, as a whole SVG file."""
+    steps = quickstart().steps
+    nodes = [svg.Node(step.name, _WHAT_IT_DOES[step.name], load_stage(step.stage).kind) for step in steps]
+    edges = {(source, step.name) for step in steps for source in step.inputs.values()}
+    graph = svg.layered_graph(nodes, edges, _LAYOUT)
+    width, height = graph.width + 2 * _MARGIN, graph.height + 2 * _MARGIN
+    legend = _legend(graph.height - 3 * 24 + 4)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+        f'height="{height:g}" role="img"><title>From text to an evaluated diffusion language model</title>'
+        f"<style>{svg.stylesheet(_PALETTE)}</style>"
+        f'<rect x=".5" y=".5" width="{width - 1:g}" height="{height - 1:g}" rx="14" fill="{_BACKGROUND}" '
+        f'stroke="{_PALETTE["line"]}"/>'
+        f'<g transform="translate({_MARGIN:g} {_MARGIN:g})">{graph.body}{legend}</g></svg>\n'
+    )
+
+
+def _legend(top: float) -> str:
+    """What the kinds mean, in the free corner at the lower left."""
+    parts: list[str] = []
+    for number, (kind, meaning) in enumerate(_KINDS.items()):
+        y = top + 24 * number
+        parts.append(svg.kind_label(0, y, kind))
+        parts.append(svg.text(52, y + 13, meaning, "sub"))
+    return "".join(parts)
+
+
+def main() -> None:
+    """Write the picture to the path on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m workflows.report.picture", description=main.__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT.svg")
+    arguments = parser.parse_args()
+    arguments.out.write_text(draw_picture(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
