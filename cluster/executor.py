@@ -34,6 +34,8 @@ class Ended:
     key: str
     failure: str = ""
     """Empty if every process returned; otherwise what the executor saw (an exit code, a lost node)."""
+    killed: bool = False
+    """Whether a process was ended from outside (a signal, a lost node) instead of raising."""
 
 
 class Executor(Protocol):

@@ -22,6 +22,7 @@ class _Running:
     call: Call
     processes: list[subprocess.Popen[bytes]]
     failure: str = ""
+    killed: bool = False
 
 
 def _free_port() -> int:
@@ -89,16 +90,17 @@ class LocalExecutor(Executor):
             ended, self._cancelled = self._cancelled, []
             for key, running in list(self._running.items()):
                 codes = [process.poll() for process in running.processes]
-                bad = [(rank, code) for rank, code in enumerate(codes) if code]
+                bad = [(code, rank) for rank, code in enumerate(codes) if code]
                 if bad and not running.failure:
-                    rank, code = bad[0]
+                    code, rank = min(bad)  # a signal explains more than an exit code
+                    running.killed = code < 0
                     how = f"signal {-code}" if code < 0 else f"exit code {code}"
                     running.failure = f"rank {rank} ended with {how}"
                     _stop(running.processes)
                     codes = [0] * len(codes)
                 if None not in codes:
                     del self._running[key]
-                    ended.append(Ended(key, running.failure))
+                    ended.append(Ended(key, running.failure, running.killed))
             if ended:
                 self._start_what_fits()
             if ended or time.monotonic() >= deadline:

@@ -6,7 +6,11 @@ Without an address it starts a Ray of its own in this process, which ends with i
 import logging
 import os
 import secrets
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,17 @@ def _run_gang(
         run_gang(function, payload, size, cpus, log_dir)
 
 
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Put this process's signal handlers back afterwards: Ray installs some that end it at once."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class RayExecutor(Executor):
     """Ray tasks; the truth about what they did is in the files they write."""
 
@@ -48,14 +63,15 @@ class RayExecutor(Executor):
 
         self._ray = ray
         self._refs: dict[Any, str] = {}
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-        )
+        with _own_signal_handlers():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+            )
 
     def start(self, call: Call) -> None:
         """Submit a call; Ray starts it when there are cores for it."""

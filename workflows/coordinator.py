@@ -61,6 +61,8 @@ class StepState:
     started_at: float = 0.0
     ended_at: float = 0.0
     progress: dict[str, Any] = field(default_factory=dict[str, Any])
+    first_progress: tuple[float, float] | None = None
+    """Time and count of the first report of this attempt, from which the rate is told."""
     failure: Failure | None = None
     lease: Lease | None = None
     attempt: Path | None = None
@@ -148,8 +150,9 @@ class Coordinator:
         return self._store.artifact(load_stage(state.step.stage).name, state.step.fingerprint)
 
     def _advance(self) -> None:
+        stopping = self._run.cancel_file.exists()
         for state in self.states.values():
-            if state.status in ("pending", "waiting") and time.monotonic() >= state.retry_at_s:
+            if state.status in ("pending", "waiting") and (stopping or time.monotonic() >= state.retry_at_s):
                 self._consider(state)
             elif state.status == "running":
                 self._read_progress(state)
@@ -161,7 +164,7 @@ class Coordinator:
             failed = next(s for s in sources if s.status in ("failed", "blocked"))
             state.status, state.reason = "blocked", f"needs {failed.step.name}"
             return
-        if self._run.cancel_file.exists():
+        if self._run.cancel_file.exists() or any(source.status == "stopped" for source in sources):
             state.status, state.reason = "stopped", "the run was asked to stop"
             return
         if any(source.output is None for source in sources):
@@ -189,7 +192,7 @@ class Coordinator:
         assert state.lease is not None
         place.state.mkdir(parents=True, exist_ok=True)
         state.attempt = place.new_attempt(state.lease)
-        state.status, state.reason, state.progress = "running", "", {}
+        state.status, state.reason, state.progress, state.first_progress = "running", "", {}, None
         state.started_at = state.started_at or time.time()
         self.events.write("step_started", state.step.name, artifact=place.directory.name, epoch=state.lease.epoch)
         if self._executor is None:
@@ -293,14 +296,18 @@ class Coordinator:
                 if ended.failure:
                     self.events.write("step_warning", state.step.name, message=f"after its end: {ended.failure}")
         except LeaseLostError as error:
-            self._fail(state, Failure("infra", "LeaseLostError", str(error), "", 0, time.time()))
+            self._attempt_failed(state, Failure("infra", "LeaseLostError", str(error), "", 0, time.time()))
 
     def _piece_failed(self, state: StepState, ended: Ended, work_dir: Path) -> None:
-        if state.status != "running":
-            return  # a sibling failed first and this one was cancelled
-        failure = first_failure(work_dir) or Failure(
-            "infra", "WorkerDied", ended.failure or "the worker left without a result", "", 0, time.time()
-        )
+        failure = first_failure(work_dir)
+        if failure is None or (ended.killed and failure.error_class == "code"):
+            # A rank that was killed leaves nothing; its peers then fail over a lost connection.
+            message = ended.failure or "the worker left without a result"
+            failure = Failure("infra", "WorkerDied", message, "", 0, time.time())
+        self._attempt_failed(state, failure)
+
+    def _attempt_failed(self, state: StepState, failure: Failure) -> None:
+        """Stop what is left of an attempt; try again where its class of error allows."""
         assert self._executor is not None
         for key in list(state.pieces):
             self._executor.cancel(key)
@@ -312,9 +319,9 @@ class Coordinator:
             state.status, state.reason = "stopped", failure.message
             self.events.write("step_stopped", state.step.name, message=failure.message)
             return
-        if float(state.progress.get("done", 0)) > state.last_done:
+        if (done := float(state.progress.get("done", 0))) > state.last_done:
             state.failures_by_class.clear()
-        state.last_done = float(state.progress.get("done", 0))
+            state.last_done = done
         count = state.failures_by_class.get(failure.error_class, 0) + 1
         state.failures_by_class[failure.error_class] = count
         if count > RETRIES.get(failure.error_class, 0):
@@ -340,6 +347,8 @@ class Coordinator:
             path = Path(piece.work_dir) / "progress.json"
             if path.exists():
                 state.progress = read_json(path)
+                if state.first_progress is None:
+                    state.first_progress = (state.progress["time"], state.progress["done"])
 
 
 def first_failure(work_dir: Path) -> Failure | None:

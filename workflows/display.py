@@ -47,9 +47,10 @@ def _detail(state: StepState) -> str:
         parts.append(f"{figures['tokens_per_s']:,.0f} tokens/s")
     if "documents" in figures:
         parts.append(f"{figures['documents']} documents, {figures['mb']:.1f} MB")
-    if total and 0 < done < total and "loss" in figures:
-        elapsed_s = time.time() - state.started_at
-        parts.append(f"{duration(elapsed_s * (total - done) / done)} left")
+    if total and state.first_progress and done > state.first_progress[1]:
+        started_at, first = state.first_progress
+        rate_per_s = (done - first) / max(1e-9, progress["time"] - started_at)
+        parts.append(f"{duration((total - done) / rate_per_s)} left")
     return "  ".join(parts)
 
 

@@ -122,6 +122,8 @@ def run_piece(payload: dict[str, Any]) -> None:
     reserve.write_bytes(bytes(_RESERVE_BYTES))
     try:
         lease.check()
+        if cancel_file.exists():
+            raise Stopped("the run was asked to stop")
         result = _work(piece, context)
         if rank == 0:
             write_json(work_dir / "done.json", result)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline.artifact import Manifest
@@ -205,12 +206,12 @@ def _training(data: ReportData) -> str:
     if not numbers:
         return section("Training", note("No step had a finite loss."))
     y_range = _visible_range(numbers, [y for y in smooth if y is not None], unigram)
-    label = f"mean of the last {window} steps" if window > 1 else "loss"
+    lines = [svg.Line(svg.thin(list(zip(steps, smooth, strict=True)), _SMOOTH_POINTS), "loss", "smooth")]
+    if window > 1:
+        raw = svg.Line(svg.thin(list(zip(steps, losses, strict=True)), _RAW_POINTS), "each step", "raw")
+        lines = [raw, replace(lines[0], label=f"mean of the last {window} steps")]
     chart = svg.line_chart(
-        [
-            svg.Line(svg.thin(list(zip(steps, losses, strict=True)), _RAW_POINTS), "each step", "raw"),
-            svg.Line(svg.thin(list(zip(steps, smooth, strict=True)), _SMOOTH_POINTS), label, "smooth"),
-        ],
+        lines,
         [] if unigram is None else [svg.Level(unigram, f"unigram entropy of the held-out text, {unigram:.2f}")],
         x_label="optimizer step",
         y_label="training loss (nats/token)",
@@ -218,7 +219,8 @@ def _training(data: ReportData) -> str:
     )
     stats = data.stats("pretrain")
     remarks = [
-        f"{count(len(losses))} steps of {count(stats['tokens'] // len(losses))} tokens; the mean of the last 50 is "
+        f"{count(len(losses))} steps of {count(stats['tokens'] // len(losses))} tokens; "
+        f"the mean of the last {min(50, len(losses))} is "
         f"{stats['final_loss']:.4f} nats/token. "
         "Each step estimates the bound from one draw of masks, hence the scatter."
     ]

@@ -1,14 +1,24 @@
 """The picture in the README: ``python -m workflows.report.picture OUT.svg``.
 
-Stages, kinds and arrows are read from the quickstart recipe, so that the picture cannot tell another story.
+Kinds and arrows are read from the declarations of the stages; a test compares them with the quickstart recipe.
 """
 
 import argparse
 from pathlib import Path
 
-from workflows.recipes.quickstart import quickstart
+from pipeline.convert.config import STAGE as CONVERT
+from pipeline.corpus.config import STAGE as CORPUS
+from pipeline.evaluate.config import STAGE as EVALUATE
+from pipeline.generate.config import STAGE as GENERATE
+from pipeline.pretrain.config import STAGE as PRETRAIN
+from pipeline.tokenization.config import STAGE as TOKENIZATION
+from pipeline.tokenizer.config import STAGE as TOKENIZER
 from workflows.report import svg
-from workflows.step import load_stage
+from workflows.report.config import STAGE as REPORT
+
+STAGES = (CORPUS, TOKENIZER, TOKENIZATION, PRETRAIN, CONVERT, EVALUATE, GENERATE, REPORT)
+_MADE_BY = {"tokens": "tokenization", "weights": "convert", "evaluation": "evaluate", "samples": "generate"}
+"""Stage behind an input, where it is called otherwise."""
 
 _WHAT_IT_DOES = {
     "corpus": "text in, documents out",
@@ -31,12 +41,15 @@ _PALETTE = {
 _BACKGROUND = "#f4f6f9"
 
 
+def picture_edges() -> set[svg.Edge]:
+    """Which stage reads what which other stage made."""
+    return {(_MADE_BY.get(name, name), stage.name) for stage in STAGES for name in stage.inputs}
+
+
 def draw_picture() -> str:
-    """The graph of the quickstart workflow on a card of its own, as a whole SVG file."""
-    steps = quickstart().steps
-    nodes = [svg.Node(step.name, _WHAT_IT_DOES[step.name], load_stage(step.stage).kind) for step in steps]
-    edges = {(source, step.name) for step in steps for source in step.inputs.values()}
-    graph = svg.layered_graph(nodes, edges, _LAYOUT)
+    """The graph of the stages on a card of its own, as a whole SVG file."""
+    nodes = [svg.Node(stage.name, _WHAT_IT_DOES[stage.name], stage.kind) for stage in STAGES]
+    graph = svg.layered_graph(nodes, picture_edges(), _LAYOUT)
     width, height = graph.width + 2 * _MARGIN, graph.height + 2 * _MARGIN
     legend = _legend(graph.height - 3 * 24 + 4)
     return (
