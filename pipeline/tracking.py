@@ -82,25 +82,36 @@ class WandbRun:
         self._warn = warn
         self._run: Any = None
         mode = os.environ.get("WANDB_MODE") or ("online" if is_logged_in() else "offline")
+        details = {"id": run_id, "name": f"{group}/{run_id}", "group": group, "config": dict(config)}
         try:
-            import wandb
-
-            settings = wandb.Settings(init_timeout=_INIT_TIMEOUT_S, console="off", silent=True, x_disable_stats=True)
             directory.mkdir(parents=True, exist_ok=True)
-            self._run = wandb.init(
+            self._run = self._start(mode, directory, details)
+        except Exception as error:  # noqa: BLE001 - an outage of a tracker must never stop training
+            self._give_up(error)
+
+    def _start(self, mode: str, directory: Path, details: dict[str, Any]) -> Any:
+        """Open the run; offline if it cannot be opened online."""
+        import wandb
+
+        settings = wandb.Settings(init_timeout=_INIT_TIMEOUT_S, console="off", silent=True, x_disable_stats=True)
+        try:
+            run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "dlm"),
-                id=run_id,
-                name=f"{group}/{run_id}",
-                group=group,
                 resume="allow",
                 mode=mode,  # pyright: ignore[reportArgumentType]
                 dir=str(directory),
-                config=dict(config),
                 settings=settings,
+                **details,
             )
-            self._run.define_metric("train/*", step_metric="train/step")
-        except Exception as error:  # noqa: BLE001 - an outage of a tracker must never stop training
-            self._give_up(error)
+        except Exception as error:  # whatever it raises, the local files can still be written
+            if mode == "offline":
+                raise
+            reason = " ".join(str(error).split())
+            self._warn(f"Weights & Biases cannot be reached, continuing offline: {type(error).__name__}: {reason}")
+            wandb.teardown()  # it would go on holding the run's id
+            return self._start("offline", directory, details)
+        run.define_metric("train/*", step_metric="train/step")
+        return run
 
     def _give_up(self, error: BaseException) -> None:
         self._run = None

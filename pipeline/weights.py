@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlm_core.models.config import ModelConfig
-from pipeline.artifact import checked, write_json
+from pipeline.artifact import checked, load_manifest, write_json
 from pipeline.config import from_json
-from pipeline.errors import CorruptionError
+from pipeline.errors import CorruptionError, UserError
 
 if TYPE_CHECKING:
     from dlm_core.models.transformer import Denoiser
@@ -24,6 +24,8 @@ class ModelRecord:
     seq_len: int
     """Length of the rows that the model was trained on."""
     objective: str
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer artifact that its token ids belong to; empty if unknown."""
     format_version: int = 1
 
 
@@ -52,6 +54,15 @@ def load_denoiser(artifact: Path) -> "tuple[Denoiser, ModelRecord]":
     check_tensors(model, tensors, str(artifact))
     model.load_state_dict(tensors)
     return model.eval(), record
+
+
+def check_tokenizer(record: ModelRecord, tokenizer: Path) -> None:
+    """UserError if a model does not speak the vocabulary of a tokenizer artifact."""
+    if record.tokenizer and record.tokenizer != load_manifest(tokenizer).fingerprint:
+        raise UserError(
+            f"the model was trained with another tokenizer ({record.tokenizer[:12]}) than {tokenizer}; give the one "
+            "that it was trained with"
+        )
 
 
 def check_tensors(model: "Denoiser", tensors: dict[str, Any], name: str) -> None:

@@ -18,7 +18,7 @@ def run(config: ConvertConfig, inputs: Mapping[str, Path], context: StageContext
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     source = inputs["pretrain"]
-    trained = load_manifest(source).config
+    trained = load_manifest(source)
     model_config = from_json(ModelConfig, read_json(checked(source, "model_config.json")))
     checked_files(source, "checkpoint/**/*")
     context.progress(0, 1)
@@ -26,7 +26,12 @@ def run(config: ConvertConfig, inputs: Mapping[str, Path], context: StageContext
     from dlm_core.models.transformer import Denoiser
 
     check_tensors(Denoiser(model_config), tensors, str(source))
-    record = ModelRecord(model_config, seq_len=trained["seq_len"], objective="masked_nelbo")
+    record = ModelRecord(
+        model_config,
+        seq_len=trained.config["seq_len"],
+        objective="masked_nelbo",
+        tokenizer=trained.inputs["tokenizer"],
+    )
     save_weights(context.out, tensors, record)
     _prove(context.out, tensors)
     return {"num_params": model_config.num_params(), "tensors": len(tensors)}

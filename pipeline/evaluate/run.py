@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifact import checked_files, write_json
+from pipeline.artifact import checked_files, load_manifest, write_json
 from pipeline.data.packing import PackedRows
 from pipeline.data.shards import TokenStream, open_stream
 from pipeline.data.vocabulary import load_vocabulary
+from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.stage import Shard, StageContext, Stats
-from pipeline.weights import load_denoiser, load_record
+from pipeline.weights import check_tokenizer, load_denoiser, load_record
 
 _LOSSES = "losses.npz"
 XZ_PRESET = 9
@@ -32,7 +33,13 @@ def _held_out(inputs: Mapping[str, Path]) -> TokenStream:
 
 def list_shards(config: EvaluateConfig, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
     """Contiguous ranges of rows."""
-    num_rows = PackedRows(_held_out(inputs), load_record(inputs["weights"]).seq_len).num_rows
+    record = load_record(inputs["weights"])
+    check_tokenizer(record, inputs["tokenizer"])
+    made_with = {name: load_manifest(inputs["tokens"]).inputs[name] for name in ("tokenizer", "corpus")}
+    for name, fingerprint in made_with.items():
+        if fingerprint != load_manifest(inputs[name]).fingerprint:
+            raise UserError(f"the tokens in {inputs['tokens']} were made with another {name} than {inputs[name]}")
+    num_rows = PackedRows(_held_out(inputs), record.seq_len).num_rows
     edges = np.linspace(0, num_rows, min(config.num_shards, num_rows) + 1).astype(int).tolist()
     return [{"name": f"rows-{start:08d}", "start": start, "stop": stop} for start, stop in itertools.pairwise(edges)]
 

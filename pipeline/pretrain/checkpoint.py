@@ -27,6 +27,7 @@ from pipeline.config import diff, from_json
 from pipeline.errors import CorruptionError, UserError
 
 DEEPSPEED_TAG = "ds"
+SCHEMA_VERSION = 1
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -50,7 +51,7 @@ class CheckpointManifest:
     topology: Topology
     files: list[FileRecord]
     versions: dict[str, str]
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
 
 
 def expected_files(topology: Topology) -> set[str]:
@@ -83,6 +84,11 @@ def load_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
         manifest = from_json(CheckpointManifest, _read(checkpoint / MANIFEST))
     except UserError as error:
         raise CorruptionError(f"{checkpoint / MANIFEST} is not a checkpoint manifest: {error}") from None
+    if manifest.schema_version != SCHEMA_VERSION or checkpoint.name != checkpoint_name(manifest.step):
+        raise CorruptionError(
+            f"{checkpoint} says step {manifest.step} and schema version {manifest.schema_version}; this program wrote "
+            f"or reads neither (its schema version is {SCHEMA_VERSION})"
+        )
     names = {Path(record.path).name for record in manifest.files}
     missing = expected_files(manifest.topology) - names
     if missing:
@@ -162,7 +168,7 @@ def publish(
 
 
 def retain(directory: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints, and staging directories left by dead attempts."""
+    """Delete all but the newest ``keep`` checkpoints."""
     for checkpoint in list_checkpoints(directory)[keep:]:
         remove_tree(checkpoint)
 

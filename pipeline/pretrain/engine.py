@@ -82,6 +82,8 @@ def build_engine(model: Any, config: PretrainConfig) -> Any:
     import deepspeed
     from torch.distributed import get_world_size
 
+    from pipeline.pretrain.writer import install_writer
+
     if get_world_size() != config.workers:
         raise UserError(
             f"pretrain.workers is {config.workers}, but {get_world_size()} process(es) were started. Start the "
@@ -93,6 +95,7 @@ def build_engine(model: Any, config: PretrainConfig) -> Any:
         config=deepspeed_config(config),
         dist_init_required=False,
     )
+    install_writer(engine)
     return engine
 
 

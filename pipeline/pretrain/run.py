@@ -1,5 +1,6 @@
 """The training loop: batch, noise, loss, step, log, save.  Runs on every rank of the gang."""
 
+import errno
 import json
 import math
 import shutil
@@ -9,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import FileRecord, checked_files, link_or_copy, write_json
+from pipeline.artifact import FileRecord, checked_files, link_or_copy, load_manifest, write_json
 from pipeline.config import to_json
 from pipeline.data.packing import PackedRows, pack_for_training
 from pipeline.data.shards import open_stream
 from pipeline.data.vocabulary import SpecialTokens, load_vocabulary
-from pipeline.errors import NumericsError, UserError, is_disk_full
+from pipeline.errors import LeaseLostError, NumericsError, UserError, is_disk_full
 from pipeline.pretrain.checkpoint import (
     DEEPSPEED_TAG,
     Topology,
@@ -53,10 +54,10 @@ def run(config: PretrainConfig, inputs: Mapping[str, Path], context: StageContex
 
     special = load_vocabulary(inputs["tokenizer"]).special
     stream = open_stream(checked_files(inputs["tokens"], "train-*.arrow"))
-    if stream.vocab_size != special.vocab_size:
+    if load_manifest(inputs["tokens"]).inputs.get("tokenizer") != load_manifest(inputs["tokenizer"]).fingerprint:
         raise UserError(
-            f"the token shards are of a vocabulary of {stream.vocab_size}, the tokenizer of {special.vocab_size}; "
-            "give the tokenizer that made the shards"
+            f"the tokens in {inputs['tokens']} were made with another tokenizer than {inputs['tokenizer']}; "
+            "give the one that made them"
         )
     rows = pack_for_training(stream, config.seq_len)
     start_process_group()
@@ -232,20 +233,22 @@ class Training:
             return
         import torch.distributed as dist
 
+        from pipeline.pretrain.writer import write_checkpoint
+
         state = self.context.state
-        name = f"staging-{step:08d}-{time.time_ns()}" if self.rank == 0 else ""
-        staging = state / self._broadcast(name)
         start_s = time.monotonic()
-        problem: BaseException | None = None
+        name, problem = self._broadcast(self._plan_save(step) if self.rank == 0 else None)
+        if problem is not None:
+            self._save_failed(step, problem)
+            return
+        staging = state / name
+        problem = write_checkpoint(self.engine, staging, DEEPSPEED_TAG, {"dlm_step": step})
         records: list[FileRecord] = []
-        try:
-            self._check_space(step)
-            self.engine.save_checkpoint(
-                str(staging), tag=DEEPSPEED_TAG, client_state={"dlm_step": step}, save_latest=False
-            )
-            records = self._own_records(staging)
-        except (OSError, RuntimeError, UserError) as error:
-            problem = error
+        if problem is None:
+            try:
+                records = self._own_records(staging)
+            except (OSError, RuntimeError) as error:
+                problem = error
         gathered: list[Any] = [None] * self.config.workers
         dist.all_gather_object(gathered, (problem, records))
         problems = [p for p, _ in gathered if p is not None]
@@ -269,18 +272,24 @@ class Training:
         print(f"checkpoint of step {step} in {time.monotonic() - start_s:.2f} s", flush=True)  # noqa: T201
 
     def _save_failed(self, step: int, problem: BaseException) -> None:
-        """A save on the way may fail and training goes on; the last one, or a disk that is full, may not."""
-        if is_disk_full(problem) or step >= self.config.num_steps:
+        """Raise for the last save, a full disk and a lost lease; after any other training goes on."""
+        if is_disk_full(problem):
+            raise OSError(
+                errno.ENOSPC,
+                f"the checkpoint of step {step} does not fit on the disk of {self.context.state} ({problem}); "
+                f"free some space and resume: training goes on after step {max(self._last_saved, 0)}",
+            ) from problem
+        if isinstance(problem, LeaseLostError) or step >= self.config.num_steps:
             raise problem
         self.warn(f"the checkpoint of step {step} failed ({problem}); training goes on from memory")
 
-    def _check_space(self, step: int) -> None:
+    def _plan_save(self, step: int) -> tuple[str, OSError | None]:
+        """Name of the staging directory, and what stands in the way of filling it."""
+        name = f"staging-{step:08d}-{time.time_ns()}"
         wanted, free = _SPACE_FACTOR * self._last_size_bytes, free_bytes(self.context.state)
         if free < wanted:
-            raise OSError(
-                28, f"{free / 1e6:.0f} MB are free in {self.context.state}, the checkpoint of step {step} wants "
-                f"{wanted / 1e6:.0f} MB; free some space and resume"
-            )  # fmt: skip
+            return name, OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB are free, {wanted / 1e6:.0f} MB are wanted")
+        return name, None
 
     def _own_records(self, staging: Path) -> list[FileRecord]:
         """Records of the files this rank wrote: those with its number, and for rank 0 all without one."""

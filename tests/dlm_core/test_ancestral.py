@@ -198,10 +198,8 @@ def test_categorical_at_a_temperature_draws_from_the_tempered_distribution(tempe
     assert shares == pytest.approx(expected, abs=2e-4)  # a cell of the grid of u at each of its two ends
 
 
-def test_categorical_keeps_tails_below_the_resolution_of_float32():
-    logits = torch.tensor([[0.0, -40.0]])
-    tail = math.exp(-40.0) / (1 + math.exp(-40.0))
-    assert 2**-53 > tail > 0
-    drawn = categorical(torch.tensor([[-20.0, 0.0]]), torch.tensor([1e-9], dtype=torch.float64), 1.0)
-    assert int(drawn) == 0
-    assert int(categorical(logits, torch.tensor([1 - 2**-53], dtype=torch.float64), 1.0)) == 0
+def test_categorical_reaches_tails_below_the_resolution_of_float32():
+    tail = 1 / (1 + math.exp(20.0))  # 2e-9, which float32 cannot subtract from 1
+    logits = torch.tensor([[0.0, -20.0]]).expand(2, 2)
+    u = torch.tensor([1 - 1.5 * tail, 1 - 0.5 * tail], dtype=torch.float64)
+    assert categorical(logits, u, 1.0).tolist() == [0, 1]

@@ -260,6 +260,16 @@ def test_mask_tokens_with_probability_zero_or_one_masks_none_or_all():
     assert (xt[1] == MASK).all()
 
 
+def test_mask_tokens_at_the_edge_of_the_hash_masks_strictly_below_the_floor():
+    # at h / 2**24 and up to the next multiple the hash h is not below the floor; float32 would round up to it
+    address = reference.hash_words(0, 0, Stream.MASK, 5)
+    h = reference.hash_words(address, 0) >> 40
+    mask_prob = torch.tensor([h / 2**24, (h + 1) / 2**24 - 2.0**-45, (h + 1) / 2**24], dtype=torch.float64)
+    x0, sample_ids = torch.zeros(3, 1, dtype=torch.int64), torch.full((3,), 5)
+    xt = mask_tokens(x0, mask_prob, sample_ids, noise_seed=0, step=0, mask_token_id=MASK)
+    assert xt.flatten().tolist() == [0, 0, MASK]
+
+
 def test_mask_tokens_with_maskable_keeps_the_rest_and_the_same_noise():
     x0, mask_prob, sample_ids = _rows(6, 40), torch.full((6,), 0.6), torch.arange(6)
     maskable = torch.arange(40)[None, :].expand(6, 40) >= torch.arange(0, 36, 6)[:, None]
@@ -290,6 +300,14 @@ def test_mask_exact_count_masks_exactly_that_many(data):
     assert is_masked.sum(dim=1).tolist() == counts.tolist()
     assert not (is_masked & ~maskable).any()
     assert torch.equal(xt[~is_masked], x0[~is_masked])
+
+
+def test_mask_exact_count_above_the_maskable_masks_those_alone():
+    maskable = torch.tensor([[True, False, True, False], [False, False, False, False]])
+    x0 = _rows(2, 4)
+    address = {"noise_seed": 0, "step": 0, "mask_token_id": MASK}
+    xt = mask_exact_count(x0, torch.tensor([4, 1]), torch.arange(2), maskable=maskable, **address)
+    assert torch.equal(xt == MASK, maskable)
 
 
 @pytest.mark.parametrize("places", [(0, 1, 2, 3), (1, 2, 4, 5)])

@@ -66,6 +66,7 @@ def _peer_state(model: Denoiser) -> dict[str, torch.Tensor]:
     [
         Architecture(d_model=16, num_layers=2, num_heads=2, d_ff=24, init_std=0.2),
         Architecture(d_model=32, num_layers=1, num_heads=4, d_ff=20, rope_base=500.0, norm_eps=1e-2, init_std=0.2),
+        Architecture(d_model=16, num_layers=2, num_heads=2, d_ff=24, qk_norm=True, norm_eps=1e-2, init_std=0.2),
     ],
 )
 def test_denoiser_logits_equal_those_of_bidirectional_peer(architecture):

@@ -72,11 +72,12 @@ def cut_end(path: Path, num_bytes: int = 1) -> None:
     damage(path, cut)
 
 
-def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the interpreter of the tests in a process of its own."""
+def python(*arguments: str, **env: str | None) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter of the tests in a process of its own; None takes a variable out of its environment."""
+    merged = {**os.environ, **env}
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, **env},
+        env={name: value for name, value in merged.items() if value is not None},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -48,6 +48,7 @@ CHANGED: dict[type, dict[str, Any]] = {
     PretrainConfig: {
         "architecture.d_model": 64, "architecture.num_layers": 2, "architecture.num_heads": 2, "architecture.d_ff": 8,
         "architecture.rope_base": 7.0, "architecture.norm_eps": 1e-3, "architecture.init_std": 0.5,
+        "architecture.qk_norm": True,
         "optimizer.lr": 0.5, "optimizer.warmup_steps": 1, "optimizer.beta1": 0.1, "optimizer.beta2": 0.1,
         "optimizer.eps": 1e-3, "optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": 9.0,
         "num_steps": 7, "global_batch_seqs": 4, "seq_len": 8, "t_min": 0.1, "precision": "bf16",

@@ -296,7 +296,7 @@ def test_any_bytes_as_lines_of_json_give_documents_or_a_user_error(
 
 def test_values_of_a_wrong_type_in_parquet_are_set_aside(read: Runner, tmp_path: Path) -> None:
     source = _write_parquet(tmp_path / "a.parquet", [*TEXTS, None])
-    stats, out = read(source, max_bad_ratio=0.1)
+    _, out = read(source, max_bad_ratio=0.1)
     assert _all_texts(out) == sorted(TEXTS)
     assert _rejects(out) == [{"file": "a.parquet", "line": 41, "reason": "'text' holds NoneType"}]
     with pytest.raises(UserError, match="40 of 40 records are broken"):
@@ -438,21 +438,6 @@ def test_identity_of_the_input_follows_bytes_and_names_but_not_the_place(tmp_pat
         found.append(external_data(CorpusConfig(source=(str(tmp_path / folder),))))
     assert found[0] == found[1]
     assert found[2] != found[0] != found[3] != found[2]
-
-
-def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    (tmp_path / "out").mkdir()
-
-    def grow(*_: Any, **__: Any) -> None:
-        with source.open("a") as handle:
-            handle.write('{"text": "late"}\n')
-
-    context = StageContext(tmp_path / "out", tmp_path, "f", progress=grow)
-    texts = [t for t in TEXTS * 5 if not is_held_out(t, 0.3, 0)]
-    write_jsonl(source, (texts * 3)[:200] + TEXTS)
-    with pytest.raises(UserError, match="changed while it was being read"):
-        run(CorpusConfig(source=(str(source),), held_out_fraction=0.3), {}, context)
 
 
 def test_hub_without_the_package_says_what_to_install(read: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

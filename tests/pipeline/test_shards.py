@@ -42,9 +42,10 @@ def test_read_across_shards_equals_naive_concatenation(
     stream = _stream(tmp_path_factory.mktemp("shards"), groups)
     documents = [document for group in groups for document in group]
     flat = [token for document in documents for token in document]
-    found = stream.read(start, length)
-    assert found.dtype == np.int64
-    assert found.tolist() == flat[start : start + length]
+    for first in (0, start, *stream.piece_starts.tolist()):
+        found = stream.read(first, length)
+        assert found.dtype == np.int64
+        assert found.tolist() == flat[first : first + length]
     assert stream.num_tokens == len(flat)
     assert stream.doc_starts.tolist() == [0, *np.cumsum([len(d) for d in documents], dtype=int).tolist()]
 

@@ -1,0 +1,65 @@
+"""A step's batch is a function of the step alone: ranks and micro batches only cut it up."""
+
+import pytest
+import torch
+
+from pipeline.artifact import checked_files
+from pipeline.data.packing import PackedRows
+from pipeline.data.shards import open_stream
+from pipeline.data.vocabulary import SpecialTokens, load_vocabulary
+from pipeline.pretrain.batches import Batch, micro_batches
+from pipeline.pretrain.config import PretrainConfig
+from tests.support.tiny_run import Artifacts, tiny
+
+
+@pytest.fixture(scope="module")
+def rows(made: Artifacts) -> PackedRows:
+    """Rows of the training split."""
+    return PackedRows(open_stream(checked_files(made.tokens, "train-*.arrow")), 32)
+
+
+@pytest.fixture(scope="module")
+def special(made: Artifacts) -> SpecialTokens:
+    """Special ids of the tiny tokenizer."""
+    return load_vocabulary(made.tokenizer).special
+
+
+def whole(config: PretrainConfig, rows: PackedRows, special: SpecialTokens, step: int) -> Batch:
+    """The global batch, put together from all ranks and micro batches."""
+    parts = [b for rank in range(config.workers) for b in micro_batches(config, rows, special, step, rank)]
+    assert all(len(part.x0) == config.rows_per_pass for part in parts)
+    return Batch(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+@pytest.mark.parametrize(("workers", "micro"), [(2, 0), (2, 2), (4, 1), (8, 0), (1, 2)])
+@pytest.mark.parametrize("step", [0, 7])
+def test_global_batch_is_the_same_however_it_is_cut(
+    rows: PackedRows, special: SpecialTokens, step: int, workers: int, micro: int
+) -> None:
+    wanted = whole(tiny(), rows, special, step)
+    found = whole(tiny(workers=workers, micro_batch_seqs=micro), rows, special, step)
+    for name, value in vars(wanted).items():
+        assert torch.equal(value, getattr(found, name)), name
+
+
+def test_batch_masks_as_its_time_says_and_weighs_by_one_over_t(rows: PackedRows, special: SpecialTokens) -> None:
+    config = tiny(global_batch_seqs=64)
+    batch = whole(config, rows, special, 3)
+    is_masked = batch.xt == special.mask_token_id
+    assert torch.equal(batch.xt[~is_masked], batch.x0[~is_masked])
+    assert special.mask_token_id not in batch.x0
+    torch.testing.assert_close(batch.weight, 1 / batch.t)
+    assert torch.equal((batch.t.sort().values * 64).floor().long(), torch.arange(64))  # one time a stratum
+    by_row = is_masked.double().mean(dim=1)
+    assert float((by_row - batch.t).abs().max()) < 5 * (0.25 / 32) ** 0.5  # five sigmas of a binomial share
+    assert bool(batch.loss_mask.all())
+
+
+def test_an_epoch_shows_every_full_row_once_and_the_next_one_in_another_order(
+    rows: PackedRows, special: SpecialTokens
+) -> None:
+    config = tiny(global_batch_seqs=rows.num_full_rows)
+    first, second = (whole(config, rows, special, epoch).x0.tolist() for epoch in range(2))
+    everything = sorted(rows.row(i, special.pad_token_id)[0].tolist() for i in range(rows.num_full_rows))
+    assert first != second
+    assert sorted(first) == sorted(second) == everything

@@ -1,0 +1,236 @@
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.artifact import MANIFEST, open_artifact
+from pipeline.config import from_json, identity
+from pipeline.corpus.config import STAGE as CORPUS
+from pipeline.corpus.config import CorpusConfig
+from pipeline.errors import UserError
+from pipeline.pretrain.config import STAGE as PRETRAIN
+from pipeline.stage import (
+    Stage,
+    StageContext,
+    check_external,
+    environment,
+    external_identity,
+    run_here,
+    stage_fingerprint,
+)
+from pipeline.tokenizer.config import STAGE as TOKENIZER
+from tests.pipeline.conftest import flip_bit, python, write_jsonl
+
+TEXTS = [f"document {i}" for i in range(50)]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration of the corpus stage on disk, with its source."""
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"source": str(source), "held_out_fraction": 0.3}))
+    return path
+
+
+def _run_corpus(config: Path, out: Path, *more: str) -> "subprocess.CompletedProcess[str]":
+    return python("-m", "pipeline.corpus", "--config", str(config), "--out", str(out), *more)
+
+
+def _refused(process: "subprocess.CompletedProcess[str]") -> str:
+    """What a user is told about a mistake; never a traceback."""
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    return process.stderr
+
+
+def test_a_stage_by_itself_commits_and_a_second_call_finds_it_complete(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "corpus"
+    first = _run_corpus(config, out)
+    assert first.returncode == 0, first.stderr
+    manifest = open_artifact(out)
+    assert (manifest.stage, manifest.code_version) == ("corpus", CORPUS.code_version)
+    assert manifest.stats["train_docs"] + manifest.stats["held_out_docs"] == len(TEXTS)
+    assert from_json(CorpusConfig, manifest.config).held_out_fraction == 0.3
+    assert manifest.environment == environment()
+    stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    second = _run_corpus(config, out)
+    assert second.returncode == 0, second.stderr
+    assert "already complete" in second.stdout
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
+
+
+def test_a_fingerprint_here_is_that_of_the_process(config: Path, tmp_path: Path) -> None:
+    assert _run_corpus(config, tmp_path / "corpus").returncode == 0
+    value = from_json(CorpusConfig, json.loads(config.read_text()))
+    own = stage_fingerprint(CORPUS, value, {}, external_identity(CORPUS, value))
+    assert open_artifact(tmp_path / "corpus").fingerprint == own
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"surce": "a"}', "unknown setting corpus.surce; did you mean source?"),
+        ('{"held_out_fraction": "much"}', "corpus.held_out_fraction is 'much'"),
+        ('{"held_out_fraction": 2}', "held_out_fraction is 2"),
+        ('{"source": "a", "source": "b"}', "'source' stands twice"),
+        ('{"source": "/absent/file"}', "there is no file or folder '/absent/file'"),
+        ("{", "--config"),
+        ("[]", "corpus is []"),
+        (b"\xff", "--config"),
+        (None, "--config"),
+    ],
+)
+def test_a_wrong_config_is_exit_2_and_names_the_mistake(
+    tmp_path: Path, content: str | bytes | None, message: str
+) -> None:
+    path = tmp_path / "c.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert message in _refused(_run_corpus(path, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_that_is_missing_or_unknown_or_no_artifact_is_refused(config: Path, tmp_path: Path) -> None:
+    assert "takes no --input" in _refused(_run_corpus(config, tmp_path / "out", "--input", "x=y"))
+    out = str(tmp_path / "t")
+    assert "--input corpus=DIR; found none" in _refused(python("-m", "pipeline.tokenizer", "--out", out))
+    command = ("-m", "pipeline.tokenizer", "--out", out, "--input", f"corpus={tmp_path}")
+    assert "is not a finished artifact" in _refused(python(*command))
+
+
+def test_an_out_directory_of_another_artifact_is_refused_and_left_alone(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "corpus"
+    assert _run_corpus(config, out).returncode == 0
+    before = open_artifact(out)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "split_seed": 1}))
+    assert "holds another artifact" in _refused(_run_corpus(config, out))
+    assert open_artifact(out) == before
+
+
+def test_an_out_directory_with_something_else_in_it_is_refused_and_left_alone(config: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    for out in (home, tmp_path / "file", home / ".." / "home"):
+        assert "holds something else" in _refused(_run_corpus(config, out))
+    assert (home / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+def test_an_empty_out_directory_is_used(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert _run_corpus(config, tmp_path / "out").returncode == 0
+    open_artifact(tmp_path / "out")
+
+
+def test_an_artifact_whose_files_are_damaged_is_not_called_complete(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "corpus"
+    assert _run_corpus(config, out).returncode == 0
+    (out / "train-00000.arrow").unlink()
+    assert "train-00000.arrow is missing" in _refused(_run_corpus(config, out))
+
+
+_MEANWHILE = """
+import sys, time
+import pipeline.corpus.run as work
+from pipeline.corpus.config import STAGE
+from pipeline.stage import main
+action = sys.argv.pop(1)
+work._check_not_empty = lambda *_: exec(action)
+main(STAGE)
+"""
+"""Runs the corpus stage; once all shards are written, the statements in the first argument."""
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(config: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    options = ("--config", str(config), "--out", str(tmp_path / "corpus"))
+    grow = f"open({str(source)!r}, 'a').write('{{}}')"
+    assert "have changed" in _refused(python("-c", _MEANWHILE, grow, *options))
+    assert not (tmp_path / "corpus" / MANIFEST).exists()
+
+
+def test_check_external_compares_with_what_was_planned(config: Path) -> None:
+    value = from_json(CorpusConfig, json.loads(config.read_text()))
+    planned = external_identity(CORPUS, value)
+    check_external(CORPUS, value, planned)
+    flip_bit(Path(value.source[0]), 12)
+    with pytest.raises(UserError, match="corpus reads have changed"):
+        check_external(CORPUS, value, planned)
+
+
+def test_what_a_killed_attempt_left_is_not_trusted(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "corpus"
+    options = ("--config", str(config), "--out", str(out))
+    assert _run_corpus(config, tmp_path / "clean").returncode == 0
+    child = subprocess.Popen(
+        [sys.executable, "-c", _MEANWHILE, "print('written', flush=True); time.sleep(60)", *options],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert any("written" in line for line in child.stdout)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert (out / "train-00000.arrow").exists()
+    assert not (out / MANIFEST).exists()
+    flip_bit(out / "train-00000.arrow", 300)
+    (out / "train-00007.arrow").write_bytes(b"stray")
+    assert _run_corpus(config, out).returncode == 0
+    assert open_artifact(out).files == open_artifact(tmp_path / "clean").files
+
+
+def test_a_failure_of_our_own_is_exit_3_with_a_traceback(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus.state").write_text("a file where a directory must be")
+    process = _run_corpus(config, tmp_path / "corpus")
+    assert process.returncode == 3
+    assert "Traceback" in process.stderr
+    assert not (tmp_path / "corpus" / MANIFEST).exists()
+
+
+def test_stage_fingerprint_follows_everything_that_decides_the_result() -> None:
+    stage = Stage(name="a", kind="task", config=CorpusConfig, module="m")
+    config = CorpusConfig()
+    variants = [
+        stage_fingerprint(stage, config, {"x": "1", "y": "2"}, {"sha256": "3"}),
+        stage_fingerprint(Stage("b", "task", CorpusConfig, "m"), config, {"x": "1", "y": "2"}, {"sha256": "3"}),
+        stage_fingerprint(
+            Stage("a", "task", CorpusConfig, "m", code_version=2), config, {"x": "1", "y": "2"}, {"sha256": "3"}
+        ),
+        stage_fingerprint(stage, CorpusConfig(split_seed=1), {"x": "1", "y": "2"}, {"sha256": "3"}),
+        stage_fingerprint(stage, config, {"x": "2", "y": "1"}, {"sha256": "3"}),
+        stage_fingerprint(stage, config, {"x": "1"}, {"sha256": "3"}),
+        stage_fingerprint(stage, config, {"x": "1", "y": "2"}, {"sha256": "4"}),
+        stage_fingerprint(stage, config, {"x": "1", "y": "2"}),
+    ]
+    assert len(set(variants)) == len(variants)
+    assert stage_fingerprint(stage, config, {"y": "2", "x": "1"}, {"sha256": "3"}) == variants[0]
+
+
+@pytest.mark.parametrize("stage", [CORPUS, TOKENIZER, PRETRAIN], ids=lambda stage: stage.name)
+def test_a_declaration_is_light_to_import_and_its_config_has_defaults(stage: Stage) -> None:
+    assert identity(stage.config()) != {}
+    folder = stage.module.rsplit(".", 1)[0]
+    program = f"import {folder}.config, sys; print([m for m in ('torch', 'ray', 'deepspeed') if m in sys.modules])"
+    assert python("-c", program).stdout.strip() == "[]"
+
+
+def test_run_here_reports_the_shards_of_a_map_stage(tmp_path: Path, corpus: Path, tokenizer: Path) -> None:
+    from pipeline.tokenization.config import STAGE, TokenizationConfig
+
+    seen: list[Any] = []
+    (tmp_path / "out").mkdir()
+    context = StageContext(
+        tmp_path / "out", tmp_path / "state", "f", progress=lambda done, total: seen.append((done, total))
+    )
+    run_here(STAGE, TokenizationConfig(), {"corpus": corpus, "tokenizer": tokenizer}, context)
+    total = len(list((tmp_path / "out").glob("*.arrow")))
+    assert seen == [(i + 1, total) for i in range(total)]

@@ -1,0 +1,218 @@
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.tracking import MetricsLog, Tracker, WandbRun, is_logged_in
+from tests.pipeline.conftest import python
+
+UNREACHABLE = "http://127.0.0.1:9"
+
+WANDB_LIMIT_S = 45.0
+"""Time-outs of start and end of a run together, and the start of the interpreter."""
+
+_TRACK = """
+import sys
+from pathlib import Path
+from pipeline.tracking import MetricsLog, Tracker, WandbRun
+root = Path(sys.argv[1])
+warnings = []
+run = WandbRun(root / "wandb", "abcdef", "group", {"lr": 0.5}, warnings.append)
+with Tracker(MetricsLog(root / "metrics.jsonl", 0), run) as tracker:
+    for step in range(3):
+        tracker.write({"step": step, "loss": 1.0 / (step + 1)})
+for warning in warnings:
+    print("WARNED", warning)
+print("DONE")
+"""
+
+
+def _track(root: Path, **env: str | None) -> list[str]:
+    """Track three steps in a process of its own; gives its warnings."""
+    settings = {"HOME": str(root), "NETRC": str(root / "none"), "WANDB_API_KEY": None, "WANDB_MODE": None, **env}
+    process = python("-c", _TRACK, str(root), **settings)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert "DONE" in lines, process.stderr
+    steps = [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2]
+    return [line for line in lines if line.startswith("WARNED")]
+
+
+def _write_steps(path: Path, first: int, last: int) -> None:
+    log = MetricsLog(path, first)
+    for step in range(first, last):
+        log.write({"step": step, "loss": step / 2})
+    log.close()
+
+
+def _steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_metrics_log_holds_one_object_a_step(tmp_path: Path) -> None:
+    _write_steps(tmp_path / "m.jsonl", 0, 4)
+    lines = (tmp_path / "m.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": i, "loss": i / 2} for i in range(4)]
+
+
+@pytest.mark.parametrize("resume_step", [0, 1, 5, 9, 10])
+def test_metrics_log_rewinds_to_the_step_of_a_resume(tmp_path: Path, resume_step: int) -> None:
+    path = tmp_path / "m.jsonl"
+    _write_steps(path, 0, 10)
+    MetricsLog(path, resume_step).close()
+    assert _steps(path) == list(range(resume_step))
+    _write_steps(path, resume_step, 12)
+    assert _steps(path) == list(range(12))
+
+
+@pytest.mark.parametrize(
+    "tail",
+    ['{"step": 3, "lo', '{"step": 3, "loss": 1.5}', "\0" * 40, "\0" * 40 + "\n", "{}\n", "null\n", "\u00e9"],
+    ids=["half", "no newline", "zeros", "zeros and newline", "no step", "not an object", "not ASCII"],
+)
+def test_metrics_log_drops_a_line_that_is_not_whole(tmp_path: Path, tail: str) -> None:
+    path = tmp_path / "m.jsonl"
+    _write_steps(path, 0, 3)
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail.encode())
+    MetricsLog(path, 100).close()
+    assert path.read_bytes() == whole
+    path.write_bytes(whole + tail.encode("latin-1"))
+    MetricsLog(path, 100).close()
+    assert path.read_bytes() == whole
+
+
+def test_metrics_log_survives_without_being_closed(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl", 0)
+    log.write({"step": 0, "loss": None})
+    assert _steps(tmp_path / "m.jsonl") == [0]
+    log.close()
+
+
+def test_metrics_log_of_nan_is_refused_and_keeps_the_log_readable(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl", 0)
+    with pytest.raises(ValueError, match="JSON"):
+        log.write({"step": 0, "loss": float("nan")})
+    log.write({"step": 0, "loss": 1.0})
+    log.close()
+    assert _steps(tmp_path / "m.jsonl") == [0]
+
+
+def test_tracker_closes_the_log_when_training_fails(tmp_path: Path) -> None:
+    tracker = Tracker(MetricsLog(tmp_path / "m.jsonl", 0), None)
+
+    def train() -> None:
+        with tracker:
+            tracker.write({"step": 0})
+            raise RuntimeError("loss is not finite")
+
+    with pytest.raises(RuntimeError, match="not finite"):
+        train()
+    assert _steps(tmp_path / "m.jsonl") == [0]
+    with pytest.raises(ValueError, match="closed"):
+        tracker.write({"step": 1})
+
+
+def test_wandb_missing_warns_once_and_never_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    warnings: list[str] = []
+    run = WandbRun(tmp_path / "wandb", "id", "group", {}, warnings.append)
+    run.log({"step": 0})
+    run.finish()
+    assert len(warnings) == 1
+    assert "ModuleNotFoundError" in warnings[0]
+
+
+class _BrokenRun:
+    """A service that accepts a run and fails at one call."""
+
+    def __init__(self, fails_at: str) -> None:
+        self.fails_at, self.calls = fails_at, 0
+
+    def _call(self, name: str) -> None:
+        if name == self.fails_at:
+            self.calls += 1
+            raise RuntimeError(f"broken {name}")
+
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        self._call("define_metric")
+
+    def log(self, *_: Any) -> None:
+        self._call("log")
+
+    def finish(self, **_: Any) -> None:
+        self._call("finish")
+
+
+@pytest.mark.parametrize("fails_at", ["define_metric", "log", "finish"])
+def test_wandb_failing_at_any_call_warns_once_and_never_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    broken = _BrokenRun(fails_at)
+    wandb: Any = type(sys)("wandb")
+    wandb.Settings = lambda **_: None
+    wandb.init = lambda **_: broken
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    warnings: list[str] = []
+    run = WandbRun(tmp_path / "wandb", "id", "group", {}, warnings.append)
+    for step in range(3):
+        run.log({"step": step})
+    run.finish()
+    assert broken.calls == 1
+    assert len(warnings) == 1
+    assert f"broken {fails_at}" in warnings[0]
+
+
+def test_wandb_directory_that_cannot_be_made_warns_and_never_raises(tmp_path: Path) -> None:
+    (tmp_path / "wandb").write_text("a file")
+    (warning,) = _track(tmp_path)
+    assert "FileExistsError" in warning
+
+
+def test_wandb_with_an_unknown_mode_warns_and_never_raises(tmp_path: Path) -> None:
+    warnings = _track(tmp_path, WANDB_MODE="bogus")
+    assert "Weights & Biases is off" in warnings[-1]
+
+
+def test_wandb_without_a_login_writes_an_offline_run(tmp_path: Path) -> None:
+    assert _track(tmp_path) == []
+    (run,) = (tmp_path / "wandb" / "wandb").glob("offline-run-*-abcdef")
+    assert (run / "run-abcdef.wandb").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_wandb_online_that_cannot_be_reached_goes_on_offline_in_bounded_time(tmp_path: Path) -> None:
+    start_s = time.monotonic()
+    (warning,) = _track(tmp_path, WANDB_MODE="online", WANDB_BASE_URL=UNREACHABLE, WANDB_API_KEY="0123456789" * 4)
+    assert "continuing offline" in warning
+    assert time.monotonic() - start_s < WANDB_LIMIT_S
+    (run,) = (tmp_path / "wandb" / "wandb").glob("offline-run-*-abcdef")
+    assert (run / "run-abcdef.wandb").stat().st_size > 0
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path.name != ".netrc":
+            assert b"0123456789" * 4 not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("key", "netrc", "expected"),
+    [
+        ("k" * 40, "", True),
+        ("", "machine api.wandb.ai login user password kkk\n", True),
+        ("", "machine elsewhere.example login user password kkk\n", False),
+        ("", "machine broken", False),
+        ("", None, False),
+    ],
+)
+def test_is_logged_in_looks_at_the_key_and_the_netrc_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, netrc: str | None, expected: bool
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    if netrc is not None:
+        (tmp_path / ".netrc").write_text(netrc)
+        (tmp_path / ".netrc").chmod(0o600)
+    assert is_logged_in() is expected

@@ -1,0 +1,95 @@
+"""Stages that do next to nothing, and go wrong on request.
+
+Every execution of a piece appends a line to ``<log>/<piece>``, so that a test can count executions, and the
+trouble of a piece can end after the first of them.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config import execution
+from pipeline.errors import UserError
+from pipeline.stage import StageContext, Stopped
+
+Trouble = Literal["", "user", "code", "connection", "kill", "hang", "slow", "stop", "leave"]
+_TICK_S = 0.05
+_NUM_TICKS = 600
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """A number that identifies the result, and how making it goes."""
+
+    number: int = 1
+    path: str = execution("")
+    """File outside the store that the source reads; its size is part of the result."""
+    log: str = execution("")
+    trouble: Trouble = execution("")
+    """What befalls a piece: raise UserError, RuntimeError or ConnectionError, be killed, hang while ignoring
+    requests to stop, be slow while heeding them, stop by itself, or leave a process of its own behind and be slow."""
+    where: str = execution("")
+    """The pieces that it befalls, such as "total-0" or "double-[0-9]"; all of them if empty."""
+    times: int = execution(1)
+    """Executions of the piece that it befalls."""
+    workers: int = execution(2)
+
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise ValueError(f"number is {self.number}; it must not be negative")
+
+
+def toy_inputs(inputs: Mapping[str, Path]) -> int:
+    """Sum of the numbers in the input artifacts."""
+    return sum(int((path / "value.txt").read_text()) for path in inputs.values())
+
+
+def execute(
+    piece: str, config: ToyConfig, context: StageContext, meet_others: Callable[[], None] = lambda: None
+) -> None:
+    """Record one execution of a piece, and have its trouble once the other ranks are there."""
+    count = _record(Path(config.log), piece)
+    meet_others()
+    if count <= config.times and re.fullmatch(config.where or ".*", piece):
+        _have_trouble(config.trouble, piece, context)
+
+
+def executions(log: Path) -> dict[str, int]:
+    """Piece -> how many times it was executed."""
+    return {path.name: len(path.read_text().splitlines()) for path in log.iterdir()}
+
+
+def _record(log: Path, piece: str) -> int:
+    with (log / piece).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    return len((log / piece).read_text().splitlines())
+
+
+def _have_trouble(trouble: Trouble, piece: str, context: StageContext) -> None:
+    if trouble == "user":
+        raise UserError(f"{piece} does not like its settings")
+    if trouble == "code":
+        raise RuntimeError(f"{piece} has a defect")
+    if trouble == "connection":
+        raise ConnectionError(f"{piece} was cut off")
+    if trouble == "stop":
+        raise Stopped(f"{piece} had enough")
+    if trouble == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if trouble == "hang":
+        time.sleep(_TICK_S * _NUM_TICKS)
+    if trouble == "leave":
+        subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({_TICK_S * _NUM_TICKS})"])
+    if trouble in ("slow", "leave"):
+        for tick in range(_NUM_TICKS):
+            context.progress(tick, _NUM_TICKS)
+            time.sleep(_TICK_S)
+            if context.should_stop():
+                raise Stopped(f"{piece} was asked to stop")

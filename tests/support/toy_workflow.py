@@ -1,0 +1,108 @@
+"""A workflow with a task, a map, a gang and an independent branch, and what tests do with it.
+
+``python -m tests.support.toy_workflow`` is the command line with this workflow as the recipe "toy".
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.executor import Executor
+from pipeline.artifact import MANIFEST, Manifest, open_artifact, record_files, write_json
+from pipeline.config import apply_settings
+from pipeline.stage import environment
+from tests.support.toy_stages.trouble import ToyConfig
+from workflows import cli
+from workflows.coordinator import Coordinator, StepState
+from workflows.plan import Plan, make_plan
+from workflows.recipes import RECIPES
+from workflows.runs import create_run
+from workflows.step import Step, Workflow, load_stage
+from workflows.store import RunPlace, Store, acquire_lease
+
+STAGES = "tests.support.toy_stages"
+PIECES = {"source", "aside", "double-list", "double-0", "double-1", "double-2", "double-finish", "total-0", "total-1"}
+"""Everything that is executed once when all goes well."""
+
+
+def toy_workflow(log: Path | str = "", only: tuple[str, ...] = (), **settings: Any) -> Workflow:
+    """source -> double (3 shards) -> total (2 ranks) <- aside, or only some of it.  Settings: step__field=value."""
+    if log:
+        Path(log).mkdir(parents=True, exist_ok=True)
+    config = ToyConfig(log=str(log))
+    steps = (
+        Step("source", f"{STAGES}.source", config),
+        Step("double", f"{STAGES}.double", config, {"value": "source"}),
+        Step("aside", f"{STAGES}.source", ToyConfig(number=7, log=str(log))),
+        Step("total", f"{STAGES}.total", config, {"value": "double", "aside": "aside"}),
+    )
+    steps = tuple(step for step in steps if not only or step.name in only)
+    changes = [(name.replace("__", "."), value) for name, value in settings.items()]
+    configs = apply_settings({step.name: step.config for step in steps}, changes)
+    return Workflow("toy", "small", tuple(Step(s.name, s.stage, configs[s.name], s.inputs) for s in steps))
+
+
+def toy_plan(log: Path | str = "", only: tuple[str, ...] = (), **settings: Any) -> Plan:
+    """The plan of the workflow with settings."""
+    return make_plan(toy_workflow(log, only, **settings), environment())
+
+
+def coordinate(
+    store: Store,
+    run: RunPlace | Plan,
+    executor: Callable[[], Executor],
+    on_change: Callable[[list[StepState]], None] = lambda states: None,
+) -> dict[str, StepState]:
+    """Create a run of a plan, or go on with a run, to the end; its steps by name."""
+    if isinstance(run, Plan):
+        run = create_run(store, run, "local")
+    coordinator = Coordinator(store, run, cli.runs.frozen_plan(run), executor, on_change)
+    return {state.step.name: state for state in coordinator.run()}
+
+
+def fabricate(store: Store, plan: Plan, *only: str) -> None:
+    """Commit an artifact for each step of a plan (or the named ones), without running anything."""
+    for step in plan.steps:
+        if only and step.name not in only:
+            continue
+        stage = load_stage(step.stage)
+        place = store.artifact(stage.name, step.fingerprint)
+        lease = acquire_lease(place.lease_dir, "test")
+        attempt = place.new_attempt(lease)
+        (attempt / "value.txt").write_text("1")
+        inputs = {name: plan.step(source).fingerprint for name, source in step.inputs.items()}
+        files, stats = record_files(attempt), {"value": 1}
+        manifest = Manifest(stage.name, step.fingerprint, step.code_version, step.config, inputs, files, stats)
+        write_json(attempt / MANIFEST, manifest)
+        place.commit(attempt, lease, "test")
+        lease.release()
+
+
+def value_of(state: StepState) -> int:
+    """The number that a step committed, its artifact verified."""
+    assert state.output is not None
+    return open_artifact(state.output).stats["value"]
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> None:
+    """Poll until a condition holds; AssertionError naming it after the time-out."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain until {what}"
+        time.sleep(0.02)
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Whether a process has ended, reaped or not."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+if __name__ == "__main__":
+    RECIPES["toy"] = toy_workflow
+    cli.main()
