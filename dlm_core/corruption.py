@@ -26,9 +26,9 @@ class Stream(enum.IntEnum):
     MASK = 1
     STRATUM = 2
     OFFSET = 3
-    ORDER = 4
-    CATEGORICAL = 5
-    COUNT = 6
+    CATEGORICAL = 4
+    COUNT = 5
+    EXACT_MASK = 6
 
 
 def _signed(word: int) -> int:
@@ -57,7 +57,8 @@ def hash_words(*words: int | Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     h = torch.zeros((), dtype=torch.int64)
     for word in words:
         value = torch.tensor(_signed(word)) if isinstance(word, int) else word.to(torch.int64)
-        h = mix((h.to(value.device) + _signed(_GOLDEN)) ^ value)
+        device = value.device if value.device.type != "cpu" else h.device
+        h = mix((h.to(device) + _signed(_GOLDEN)) ^ value.to(device))
     return h
 
 
@@ -71,7 +72,9 @@ def hash_permutation(size: int, *words: int) -> Int[Tensor, " size"]:
     return torch.argsort(hash_words(*words, torch.arange(size)), stable=True)
 
 
-def stratified_uniform(noise_seed: int, step: int, num_places: int) -> Float[Tensor, " n"]:
+def stratified_uniform(
+    noise_seed: int, step: int, num_places: int, stream: Stream = Stream.STRATUM
+) -> Float[Tensor, " n"]:
     """One uniform number a place, one place a stratum of width 1 / num_places.
 
     u_place = (pi_step(place) + offset_step) / num_places, with the permutation pi and the offset from the
@@ -79,9 +82,9 @@ def stratified_uniform(noise_seed: int, step: int, num_places: int) -> Float[Ten
     *global* batch.  Each u is uniform on [0, 1) over the steps.
     """
     strata = torch.empty(num_places, dtype=torch.float64)
-    order = hash_permutation(num_places, noise_seed, step, Stream.STRATUM)
+    order = hash_permutation(num_places, noise_seed, step, stream)
     strata[order] = torch.arange(num_places, dtype=torch.float64)
-    offset = hash_uniform(noise_seed, step, Stream.OFFSET)
+    offset = hash_uniform(noise_seed, step, stream, Stream.OFFSET)
     return (strata + offset) / num_places
 
 
@@ -126,7 +129,7 @@ def mask_exact_count(
 ) -> Int[Tensor, "B L"]:
     """Mask exactly ``num_masked`` maskable positions of each row, every subset equally likely."""
     positions = torch.arange(x0.shape[1], device=x0.device)
-    address = hash_words(noise_seed, step, Stream.MASK, sample_ids.to(x0.device))
+    address = hash_words(noise_seed, step, Stream.EXACT_MASK, sample_ids.to(x0.device))
     hashes = hash_words(address[:, None], positions[None, :])
     last = torch.iinfo(torch.int64).max
     rank = hashes.masked_fill(~maskable, last).argsort(dim=1, stable=True).argsort(dim=1)

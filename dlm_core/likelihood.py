@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dlm_core.corruption import Stream, hash_permutation, hash_uniform
+from dlm_core.corruption import Stream, stratified_uniform
 
 
 def stratified_counts(noise_seed: int, replicate: int, lengths: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
@@ -18,12 +18,7 @@ def stratified_counts(noise_seed: int, replicate: int, lengths: Int[Tensor, " B"
 
     count = 1 + floor(u * length) with u one stratum a row; a row of length 0 gets 0.
     """
-    num_rows = lengths.shape[0]
-    strata = torch.empty(num_rows, dtype=torch.float64)
-    order = hash_permutation(num_rows, noise_seed, replicate, Stream.STRATUM)
-    strata[order] = torch.arange(num_rows, dtype=torch.float64)
-    offset = hash_uniform(noise_seed, replicate, Stream.OFFSET)
-    u = (strata + offset) / num_rows
+    u = stratified_uniform(noise_seed, replicate, lengths.shape[0], Stream.COUNT)
     counts = 1 + torch.floor(u * lengths).to(torch.int64)
     return torch.minimum(counts, lengths)
 

@@ -46,6 +46,7 @@ def sample_ancestral(
     num_steps: int,
     noise_seed: int,
     temperature: float = 1.0,
+    sample_ids: Int[Tensor, " B"] | None = None,
     record_steps: frozenset[int] = frozenset(),
 ) -> Sampled:
     """Fill the masks of xt in ``num_steps`` steps.
@@ -53,14 +54,20 @@ def sample_ancestral(
     From t to s < t a masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t) and drawn
     from p(x0 | xt); the others stay (MDLM, arXiv 2406.07524, eq. 6).  Tokens given in xt are never changed.
     The last step has s = 0 and leaves no mask.  A step that reveals nothing costs no forward pass.
+    ``sample_ids`` address the noise of the rows, 0.. by default.  Raises ValueError for a setting out of range.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
+    if not temperature >= 0.0:
+        raise ValueError(f"temperature is {temperature}; it must be 0 or more")
+    if not record_steps <= set(range(num_steps + 1)):
+        raise ValueError(f"record_steps are {sorted(record_steps)}; they must lie in 0..{num_steps}")
     schedule = LinearSchedule()
     times = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
     alphas = schedule.alpha(times)
-    xt = xt.clone()
-    rows, positions = torch.arange(xt.shape[0])[:, None], torch.arange(xt.shape[1])[None, :]
+    xt = xt.clone(memory_format=torch.contiguous_format)
+    rows = (torch.arange(xt.shape[0]) if sample_ids is None else sample_ids.cpu())[:, None]
+    positions = torch.arange(xt.shape[1])[None, :]
     trajectory, nfe = ([xt.clone()] if 0 in record_steps else []), 0
     for step in range(num_steps):
         reveal_prob = (alphas[step + 1] - alphas[step]) / (1.0 - alphas[step])

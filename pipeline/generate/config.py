@@ -22,7 +22,7 @@ class GenerateConfig:
         for name in ("num_samples", "length", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
         if not 2 <= self.num_frames <= self.num_steps + 1:
             raise ValueError(f"num_frames is {self.num_frames}; it must lie in [2, num_steps + 1]")

@@ -203,3 +203,31 @@ def test_categorical_reaches_tails_below_the_resolution_of_float32():
     logits = torch.tensor([[0.0, -20.0]]).expand(2, 2)
     u = torch.tensor([1 - 1.5 * tail, 1 - 0.5 * tail], dtype=torch.float64)
     assert categorical(logits, u, 1.0).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.5}, "temperature is -0.5"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"record_steps": frozenset({0, 9})}, r"0\.\.2"),
+    ],
+)
+def test_sampler_with_a_setting_out_of_range_is_refused(settings, message):
+    xt = torch.full((1, 3), 3)
+    with pytest.raises(ValueError, match=message):
+        sample_ancestral(lambda xt, select: None, xt, mask_token_id=3, num_steps=2, noise_seed=0, **settings)
+
+
+def test_sampler_addresses_rows_by_sample_id_in_any_order():
+    def denoise(xt, select):
+        return torch.zeros(len(select), 3)
+
+    def sample(ids):
+        xt = torch.full((len(ids), 8), 3)
+        return sample_ancestral(
+            denoise, xt, mask_token_id=3, num_steps=4, noise_seed=1, sample_ids=torch.tensor(ids)
+        ).x0
+
+    assert torch.equal(sample([5, 2]), sample([2, 5]).flip(0))
+    assert not torch.equal(sample([5]), sample([2]))
