@@ -2,14 +2,14 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.artifact import Manifest
 from workflows.report import svg
 from workflows.report.data import ReportData
 from workflows.report.film import sample_strips
+from workflows.report.loss import loss_chart
 from workflows.report.style import page_style
 from workflows.report.text import (
     ABSENT,
@@ -26,12 +26,6 @@ from workflows.report.text import (
     section,
     table,
 )
-
-_RAW_POINTS = 2000
-"""Points of the faint line; a longer training is thinned to the extremes of each stretch."""
-_SMOOTH_POINTS = 600
-_SMOOTH_SHARE = 50
-"""The smooth line is a mean over this fraction of the training (one over)."""
 
 
 def render_page(data: ReportData) -> str:
@@ -181,42 +175,15 @@ def _evaluation(data: ReportData) -> str:
 # Training
 
 
-def trailing_mean(values: Sequence[float | None], window: int) -> list[float | None]:
-    """Mean of the last ``window`` values at each place, of those that are numbers; None where there are none."""
-    means: list[float | None] = []
-    total, number = 0.0, 0
-    for place, value in enumerate(values):
-        if value is not None:
-            total, number = total + value, number + 1
-        if place >= window and (old := values[place - window]) is not None:
-            total, number = total - old, number - 1
-        means.append(total / number if number else None)
-    return means
-
-
 def _training(data: ReportData) -> str:
     if not data.metrics:
         return ""
-    steps = [line["step"] for line in data.metrics]
-    losses: list[float | None] = [line["loss"] for line in data.metrics]
-    window = max(1, len(losses) // _SMOOTH_SHARE)
-    smooth = trailing_mean(losses, window)
+    losses = [line["loss"] for line in data.metrics]
+    num_finite = sum(loss is not None for loss in losses)
     unigram: float | None = data.results.get("unigram_entropy")
-    numbers = sorted(loss for loss in losses if loss is not None)
-    if not numbers:
+    chart = loss_chart(data.metrics, unigram)
+    if chart is None:
         return section("Training", note("No step had a finite loss."))
-    y_range = _visible_range(numbers, [y for y in smooth if y is not None], unigram)
-    lines = [svg.Line(svg.thin(list(zip(steps, smooth, strict=True)), _SMOOTH_POINTS), "loss", "smooth")]
-    if window > 1:
-        raw = svg.Line(svg.thin(list(zip(steps, losses, strict=True)), _RAW_POINTS), "each step", "raw")
-        lines = [raw, replace(lines[0], label=f"mean of the last {window} steps")]
-    chart = svg.line_chart(
-        lines,
-        [] if unigram is None else [svg.Level(unigram, f"unigram entropy of the held-out text, {unigram:.2f}")],
-        x_label="optimizer step",
-        y_label="training loss (nats/token)",
-        y_range=y_range,
-    )
     stats = data.stats("pretrain")
     remarks = [
         f"{count(len(losses))} steps of {count(stats['tokens'] // len(losses))} tokens; "
@@ -224,25 +191,14 @@ def _training(data: ReportData) -> str:
         f"{stats['final_loss']:.4f} nats/token. "
         "Each step estimates the bound from one draw of masks, hence the scatter."
     ]
-    outside = sum(not y_range[0] <= loss <= y_range[1] for loss in numbers)
-    if outside:
-        remarks.append(f"Steps outside the frame: {count(outside)}.")
-    if len(numbers) < len(losses):
-        remarks.append(f"Steps without a finite loss: {count(len(losses) - len(numbers))}.")
+    if chart.num_outside:
+        remarks.append(f"Steps outside the frame: {count(chart.num_outside)}.")
+    if num_finite < len(losses):
+        remarks.append(f"Steps without a finite loss: {count(len(losses) - num_finite)}.")
     if unigram is None:
         remarks.append("The level of the unigram entropy comes with the evaluation.")
-    figure = svg.embed(chart, "Training loss by step", "figure chart")
+    figure = svg.embed(chart.drawing, "Training loss by step", "figure chart")
     return section("Training", f'<div class="scroll">{figure}</div>', note(" ".join(remarks)))
-
-
-def _visible_range(numbers: Sequence[float], smooth: Sequence[float], unigram: float | None) -> tuple[float, float]:
-    """Range of the loss axis: the smooth line, the level, and all but a hundredth of the single steps."""
-    rare = len(numbers) // 200
-    shown = [numbers[rare], numbers[len(numbers) - 1 - rare], *smooth]
-    if unigram is not None:
-        shown.append(unigram)
-    margin = 0.05 * (max(shown) - min(shown))
-    return max(0.0, min(shown) - margin), max(shown) + margin
 
 
 # Samples

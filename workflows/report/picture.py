@@ -1,4 +1,4 @@
-"""The picture in the README: ``python -m workflows.report.picture OUT.svg``.
+"""The pictures in the README: ``python -m workflows.report.picture OUT.svg [--loss PRETRAIN EVALUATION]``.
 
 Kinds and arrows are read from the declarations of the stages; a test compares them with the quickstart recipe.
 """
@@ -15,6 +15,8 @@ from pipeline.tokenization.config import STAGE as TOKENIZATION
 from pipeline.tokenizer.config import STAGE as TOKENIZER
 from workflows.report import svg
 from workflows.report.config import STAGE as REPORT
+from workflows.report.data import collect
+from workflows.report.loss import loss_chart
 
 STAGES = (CORPUS, TOKENIZER, TOKENIZATION, PRETRAIN, CONVERT, EVALUATE, GENERATE, REPORT)
 _MADE_BY = {"tokens": "tokenization", "weights": "convert", "evaluation": "evaluate", "samples": "generate"}
@@ -50,15 +52,29 @@ def draw_picture() -> str:
     """The graph of the stages on a card of its own, as a whole SVG file."""
     nodes = [svg.Node(stage.name, _WHAT_IT_DOES[stage.name], stage.kind) for stage in STAGES]
     graph = svg.layered_graph(nodes, picture_edges(), _LAYOUT)
-    width, height = graph.width + 2 * _MARGIN, graph.height + 2 * _MARGIN
     legend = _legend(graph.height - 3 * 24 + 4)
+    drawing = svg.Drawing(graph.body + legend, graph.width, graph.height)
+    return _card(drawing, "From text to an evaluated diffusion language model")
+
+
+def draw_loss(pretrain: Path, evaluation: Path) -> str:
+    """The training loss of two committed artifacts on a card of its own, as a whole SVG file."""
+    data = collect("", {"pretrain": pretrain, "evaluation": evaluation})
+    chart = loss_chart(data.metrics, data.results["unigram_entropy"])
+    assert chart is not None, "no step had a finite loss"
+    return _card(chart.drawing, "Training loss by step")
+
+
+def _card(drawing: svg.Drawing, title: str) -> str:
+    """A drawing with its own background, readable on a white and on a black page."""
+    width, height = drawing.width + 2 * _MARGIN, drawing.height + 2 * _MARGIN
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-        f'height="{height:g}" role="img"><title>From text to an evaluated diffusion language model</title>'
+        f'height="{height:g}" role="img"><title>{title}</title>'
         f"<style>{svg.stylesheet(_PALETTE)}</style>"
         f'<rect x=".5" y=".5" width="{width - 1:g}" height="{height - 1:g}" rx="14" fill="{_BACKGROUND}" '
         f'stroke="{_PALETTE["line"]}"/>'
-        f'<g transform="translate({_MARGIN:g} {_MARGIN:g})">{graph.body}{legend}</g></svg>\n'
+        f'<g transform="translate({_MARGIN:g} {_MARGIN:g})">{drawing.body}</g></svg>\n'
     )
 
 
@@ -73,11 +89,13 @@ def _legend(top: float) -> str:
 
 
 def main() -> None:
-    """Write the picture to the path on the command line."""
+    """Write the picture of the pipeline, or of a training's loss, to the path on the command line."""
     parser = argparse.ArgumentParser(prog="python -m workflows.report.picture", description=main.__doc__)
     parser.add_argument("out", type=Path, metavar="OUT.svg")
+    parser.add_argument("--loss", type=Path, nargs=2, metavar=("PRETRAIN", "EVALUATION"), help="committed artifacts")
     arguments = parser.parse_args()
-    arguments.out.write_text(draw_picture(), encoding="utf-8")
+    drawn = draw_loss(*arguments.loss) if arguments.loss else draw_picture()
+    arguments.out.write_text(drawn, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""The chart of the training loss: for the page, and as a file of its own for the README."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from workflows.report import svg
+
+_RAW_POINTS = 2000
+"""Points of the faint line; a longer training is thinned to the extremes of each stretch."""
+_SMOOTH_POINTS = 600
+_SMOOTH_SHARE = 50
+"""The smooth line is a mean over this fraction of the training (one over)."""
+
+
+@dataclass(frozen=True)
+class LossChart:
+    """The drawing, and how many steps lie outside its frame."""
+
+    drawing: svg.Drawing
+    num_outside: int
+
+
+def trailing_mean(values: Sequence[float | None], window: int) -> list[float | None]:
+    """Mean of the last ``window`` values at each place, of those that are numbers; None where there are none."""
+    means: list[float | None] = []
+    total, number = 0.0, 0
+    for place, value in enumerate(values):
+        if value is not None:
+            total, number = total + value, number + 1
+        if place >= window and (old := values[place - window]) is not None:
+            total, number = total - old, number - 1
+        means.append(total / number if number else None)
+    return means
+
+
+def loss_chart(metrics: Sequence[Mapping[str, Any]], unigram: float | None) -> LossChart | None:
+    """Loss by step, raw and smoothed, with the level of the unigram entropy; None without a finite loss."""
+    steps = [line["step"] for line in metrics]
+    losses: list[float | None] = [line["loss"] for line in metrics]
+    numbers = sorted(loss for loss in losses if loss is not None)
+    if not numbers:
+        return None
+    window = max(1, len(losses) // _SMOOTH_SHARE)
+    smooth = trailing_mean(losses, window)
+    y_range = _visible_range(numbers, [y for y in smooth if y is not None], unigram)
+    lines = [svg.Line(svg.thin(list(zip(steps, smooth, strict=True)), _SMOOTH_POINTS), "loss", "smooth")]
+    if window > 1:
+        raw = svg.Line(svg.thin(list(zip(steps, losses, strict=True)), _RAW_POINTS), "each step", "raw")
+        lines = [raw, replace(lines[0], label=f"mean of the last {window} steps")]
+    drawing = svg.line_chart(
+        lines,
+        [] if unigram is None else [svg.Level(unigram, f"unigram entropy of the held-out text, {unigram:.2f}")],
+        x_label="optimizer step",
+        y_label="training loss (nats/token)",
+        y_range=y_range,
+    )
+    return LossChart(drawing, sum(not y_range[0] <= loss <= y_range[1] for loss in numbers))
+
+
+def _visible_range(numbers: Sequence[float], smooth: Sequence[float], unigram: float | None) -> tuple[float, float]:
+    """Range of the loss axis: the smooth line, the level, and all but a hundredth of the single steps."""
+    rare = len(numbers) // 200
+    shown = [numbers[rare], numbers[len(numbers) - 1 - rare], *smooth]
+    if unigram is not None:
+        shown.append(unigram)
+    margin = 0.05 * (max(shown) - min(shown))
+    return max(0.0, min(shown) - margin), max(shown) + margin
