@@ -41,6 +41,21 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
+_LOST_PEER = re.compile(
+    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|Socket Timeout|Timed out waiting|"
+    r"failed to connect|NCCL (communicator was aborted|remote process exited)",
+    re.IGNORECASE,
+)
+_COLLECTIVE_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank was gone: a symptom, whose cause is elsewhere."""
+    return type(error).__name__ in _COLLECTIVE_ERRORS or (
+        isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+    )
+
+
 def classify(error: BaseException) -> ErrorClass:
     """The class of an exception raised by a stage."""
     if isinstance(error, UserError):
@@ -49,6 +64,8 @@ def classify(error: BaseException) -> ErrorClass:
         return "numerics"
     if isinstance(error, MemoryError) or is_disk_full(error):
         return "memory"
+    if isinstance(error, LeaseLostError) or is_lost_peer(error):
+        return "infra"
     if isinstance(error, ConnectionError | TimeoutError | InterruptedError):
         return "transient"
     if type(error).__name__ == "OutOfMemoryError":

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from pipeline.artifact import read_json
 from pipeline.config import parse_value, to_json
-from pipeline.errors import CorruptionError, UserError, is_disk_full
+from pipeline.errors import CorruptionError, LeaseLostError, UserError, is_disk_full
 from workflows import runs
 from workflows.coordinator import Coordinator, StepState
 from workflows.display import Display, duration
@@ -25,6 +25,8 @@ from workflows.recipes import RECIPES
 from workflows.store import LeaseHeldError, RunPlace, Store
 
 EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED = 2, 3, 4, 5, 75
+_TYPER_INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt."""
 
 app = typer.Typer(
     help="Pretrain diffusion language models as durable workflows.",
@@ -164,10 +166,10 @@ class _stop_on_signal:
             self._previous[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._coordinator.request_stop()
-        _say("stopping: stages save first; interrupt again to stop at once")
         for other in (signal.SIGINT, signal.SIGTERM):
             signal.signal(other, signal.default_int_handler)
+        self._coordinator.request_stop()
+        _say("stopping: stages save first; interrupt again to stop at once")
 
     def __exit__(self, *details: Any) -> None:
         for number, handler in self._previous.items():
@@ -178,7 +180,7 @@ def _print_outcome(store: Store, run: RunPlace, states: list[StepState], status:
     for state in states:
         if state.status == "failed" and state.failure is not None:
             _say(f"\n{state.step.name} failed: {state.failure.message}")
-            if state.failure.error_class != "user":
+            if state.failure.error_class == "code" and state.failure.type != CorruptionError.__name__:
                 _say(f"logs: {run.directory / 'work'}\n{state.failure.traceback}")
     if status == "failed":
         _say(f"\nmend it, then go on with: dlm resume {run.run_id}")
@@ -289,7 +291,12 @@ def main(run: Callable[[], Any] = app) -> None:
             raise
         _say(f"error: no space is left in the store: {error}; free some, then: dlm resume RUN")
         sys.exit(EXIT_FAILED)
-    except KeyboardInterrupt:
+    except LeaseLostError as error:
+        _say(f"error: another process took over, this one has stopped: {error}")
+        sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as end:
+        if end.code != _TYPER_INTERRUPTED:
+            raise
         _say("interrupted; go on with: dlm resume RUN")
         sys.exit(EXIT_INTERRUPTED)
 

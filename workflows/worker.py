@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pipeline.artifact import MANIFEST, write_json
 from pipeline.config import from_json
-from pipeline.errors import ErrorClass, LeaseLostError, classify, is_disk_full
+from pipeline.errors import ErrorClass, classify, is_disk_full
 from pipeline.stage import StageContext, Stats, Stopped, build_manifest, check_external, run_here
 from workflows.step import load_stage
 from workflows.store import Lease
@@ -164,12 +164,7 @@ def _work(piece: Piece, context: StageContext) -> Any:
 def _write_failure(work_dir: Path, error: BaseException, rank: int) -> None:
     """Write the failure down; nothing if even that is impossible, since the error itself goes on."""
     (work_dir / _reserve_name(rank)).unlink(missing_ok=True)
-    if isinstance(error, Stopped):
-        error_class: ErrorClass = "stopped"
-    elif isinstance(error, LeaseLostError):
-        error_class = "infra"
-    else:
-        error_class = classify(error)
+    error_class: ErrorClass = "stopped" if isinstance(error, Stopped) else classify(error)
     message = str(error)
     if is_disk_full(error):
         message = f"no space is left on the disk of {work_dir}: {error}. Free some, then resume the run"
