@@ -34,10 +34,10 @@ def quickstart() -> Workflow:
                         d_model=192, num_layers=4, num_heads=4, d_ff=512, qk_norm=True, rope_base=100.0, init_std=0.04
                     ),
                     optimizer=OptimizerConfig(lr=3e-3),
-                    num_steps=3000,
+                    num_steps=2000,
                     global_batch_seqs=8,
                     seq_len=128,
-                    checkpoint_every_steps=250,
+                    checkpoint_every_steps=200,
                 ),
                 {"tokens": "tokenization", "tokenizer": "tokenizer"},
             ),
