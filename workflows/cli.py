@@ -209,13 +209,9 @@ def _print_figures(store: Store, run: RunPlace) -> None:
         figures.append(("training speed", f"{stats['tokens_per_s']:,.0f} tokens/s"))
     if "report" in outputs:
         figures.append(("report", str(outputs["report"] / "report.html")))
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, value in figures:
-        table.add_row(label, value)
     console.print()
-    console.print(table, soft_wrap=True)
+    for label, value in figures:
+        console.print(f"{label:<21} {value}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("status")

@@ -16,7 +16,7 @@ class EvaluateConfig:
     num_replicates: int = 8
     """Independent stratified draws of masks; the standard error comes from their spread."""
     noise_seed: int = 1_000
-    num_shards: int = execution(4)
+    num_shards: int = execution(8)
     """Pieces that the rows are cut into and evaluated in parallel; no effect on the result."""
     batch_rows: int = execution(16)
 
