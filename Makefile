@@ -32,19 +32,20 @@ format: .venv/dev.installed
 # torch comes first and alone: without an NVIDIA driver the build without CUDA, from wherever pip is set up to
 # look, then from PyTorch's own index.
 .venv/torch.installed: constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	if [ -n "$(TORCH_INDEX_URL)" ]; then $(PIP) install -q $(TORCH) --index-url $(TORCH_INDEX_URL); \
+	@echo "installing into .venv (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@if [ -n "$(TORCH_INDEX_URL)" ]; then $(PIP) install -q $(TORCH) --index-url $(TORCH_INDEX_URL); \
 	elif command -v nvidia-smi >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then $(PIP) install -q $(TORCH); \
 	else $(PIP) install -q $(TORCH)+cpu 2>/dev/null || $(PIP) install -q $(TORCH) --index-url $(CPU_INDEX_URL); fi
-	touch $@
+	@touch $@
 
 .venv/run.installed: .venv/torch.installed pyproject.toml constraints.txt
-	$(PIP) install -q -c constraints.txt -e '.[train,cluster,track]'
-	touch $@
+	@$(PIP) install -q -c constraints.txt -e '.[train,cluster,track]'
+	@touch $@
 
 .venv/dev.installed: .venv/run.installed
-	$(PIP) install -q -c constraints.txt -e '.[train,cluster,track,hub,dev]'
-	touch $@
+	@$(PIP) install -q -c constraints.txt -e '.[train,cluster,track,hub,dev]'
+	@touch $@
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -10,8 +10,8 @@ class GenerateConfig:
     """Ancestral sampling."""
 
     num_samples: int = 4
-    length: int = 96
-    """Tokens of a sample; at most the seq_len that the model was trained on."""
+    length: int = 0
+    """Tokens of a sample, at most the seq_len that the model was trained on; 0 takes that."""
     num_steps: int = 96
     temperature: float = 0.9
     noise_seed: int = 0
@@ -19,7 +19,9 @@ class GenerateConfig:
     """Points of the trajectory that are kept, the first all masks and the last the text."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "length", "num_steps"):
+        if self.length < 0:
+            raise ValueError(f"length is {self.length}; it must be 0 or more")
+        for name in ("num_samples", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.temperature >= 0:

@@ -34,7 +34,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Path], context: StageContex
     with torch.inference_mode():
         sampled = sample_ancestral(
             model,
-            torch.full((config.num_samples, config.length), mask_token_id),
+            torch.full((config.num_samples, config.length or record.seq_len), mask_token_id),
             mask_token_id=mask_token_id,
             num_steps=config.num_steps,
             noise_seed=config.noise_seed,
