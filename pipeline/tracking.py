@@ -32,9 +32,13 @@ class MetricsLog:
         self._file.write(json.dumps(dict(values), allow_nan=False) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush to disk and close."""
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
 
 

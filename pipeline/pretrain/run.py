@@ -129,7 +129,7 @@ def train(
             )
             training.context.progress(step + 1, config.num_steps, loss=loss, tokens_per_s=num_tokens / elapsed_s)
         done = step + 1
-        if done < config.num_steps and done % config.checkpoint_every_steps == 0:
+        if done < config.num_steps and done % config.checkpoint_every_steps == 0 and training.is_healthy:
             training.save(done)
         if training.agree_to_stop() and done < config.num_steps:
             training.save(done)
@@ -144,6 +144,7 @@ class Training:
         self.topology = Topology(config.workers, config.zero_stage, config.precision)
         self._consecutive_skips = 0
         self._skipped_before = 0
+        self._log: MetricsLog | None = None
         self._last_saved = -1
         self._last_size_bytes = 0
 
@@ -168,7 +169,7 @@ class Training:
 
     def tracker(self, first_step: int, num_params: int) -> Tracker:
         """The stage's log of metrics, rewound to the step that training continues from."""
-        log = MetricsLog(self.context.state / METRICS_FILE, first_step)
+        self._log = log = MetricsLog(self.context.state / METRICS_FILE, first_step)
         if not self.config.track:
             return Tracker(log, None)
         details = {**to_json(self.config), "num_params": num_params}
@@ -227,6 +228,11 @@ class Training:
                 f"is of step {max(self._last_saved, 0)}"
             )
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the last step was finite: a diverging model must not push out the last good checkpoint."""
+        return self._consecutive_skips == 0
+
     def save(self, step: int) -> None:
         """Publish a checkpoint after ``step`` steps, on all ranks or on none."""
         if step == self._last_saved:
@@ -256,6 +262,8 @@ class Training:
             try:
                 everything = [record for _, found in gathered for record in found]
                 self.context.fence()
+                if self._log is not None and step < self.config.num_steps:
+                    self._log.sync()  # a checkpoint must not outlive the metrics of its steps
                 final = state / checkpoint_name(step)
                 publish(staging, final, step, self.context.fingerprint, self.topology, everything, environment())
                 self._last_size_bytes = sum(record.size_bytes for record in everything)

@@ -1,6 +1,5 @@
 """A training that was killed, at any moment, goes on to the bits of one that was not."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +7,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import MANIFEST, read_json, write_json
+from pipeline.artifact import MANIFEST
 from pipeline.pretrain.config import STAGE
 from tests.support.tiny_run import (
     TINY,
     Artifacts,
     Gang,
+    Payload,
     convert,
     copy_state,
+    forge,
     losses,
     metrics,
     pretrain,
@@ -82,19 +83,17 @@ def test_resume_after_sigkill_is_bitwise(
     assert weights_of(tmp_path / "out") == straight_weights
 
 
-def test_one_killed_rank_ends_the_gang_and_costs_nothing(made: Artifacts, straight: Path, tmp_path: Path) -> None:
-    gang = start_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2, fault="pause_at_step", step=6)
-    gang.wait_for(lambda: len(metrics(gang.state)) == 6, "line of step 5")
-    gang.kill(1)
-    gang.kill(0)
-    killing = start_gang(
+def test_a_rank_killed_in_the_middle_of_a_file_ends_the_gang_and_costs_nothing(
+    made: Artifacts, straight: Path, tmp_path: Path
+) -> None:
+    gang = start_gang(
         STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2, fault="kill_while_writing", step=8, rank=1
     )
-    assert killing.wait() == [3, -9]  # the survivor notices by itself
-    assert steps_of(killing.state) == ["step-00000004"]
-    assert list(killing.state.glob("staging-*"))
+    assert gang.wait() == [3, -9]  # the survivor notices by itself
+    assert steps_of(gang.state) == ["step-00000004"]
+    assert list(gang.state.glob("staging-*"))
     assert_same(run_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2), straight)
-    assert not list(killing.state.glob("staging-*"))
+    assert not list(gang.state.glob("staging-*"))
 
 
 def test_a_kill_between_the_files_and_the_manifest_publishes_nothing(
@@ -155,16 +154,6 @@ def test_all_checkpoints_damaged_is_refused_again_and_again(made: Artifacts, kil
         assert len(metrics(state)) == 10, "the metrics of the lost run were overwritten"
 
 
-class Payload:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self._marker = str(marker)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path(self._marker),)
-
-
 @pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
 def test_a_pickle_that_runs_code_is_refused_although_its_hash_is_right(
     made: Artifacts, killed: Path, tmp_path: Path, name: str
@@ -178,14 +167,10 @@ def test_a_pickle_that_runs_code_is_refused_although_its_hash_is_right(
     torch.load(path, weights_only=False)
     assert marker.exists(), "the payload does not work: a weak test"
     marker.unlink()
-    manifest = read_json(path.parents[1] / MANIFEST)
-    for record in manifest["files"]:
-        if record["path"] == f"ds/{name}":
-            record |= {"size_bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json(path.parents[1] / MANIFEST, manifest)
+    forge(state / "step-00000008", f"ds/{name}")
     gang = start_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2)
     assert 0 not in gang.wait()
-    assert "Unsupported" in gang.log() or "weights_only" in gang.log().lower()
+    assert "UnpicklingError" in gang.log()
     assert not marker.exists()
 
 
@@ -209,14 +194,10 @@ def test_another_topology_is_refused_with_the_field_and_another_micro_batch_is_n
         assert steps_of(state) == ["step-00000004", "step-00000008"]
 
 
-@pytest.mark.parametrize(
-    "change", [{"data_seed": 1}, {"num_steps": 13}, {"optimizer": replace(TINY.optimizer, lr=1e-3)}]
-)
-def test_a_checkpoint_of_another_training_is_refused(
-    made: Artifacts, killed: Path, tmp_path: Path, change: dict[str, Any]
-) -> None:
+def test_a_checkpoint_of_another_training_is_refused(made: Artifacts, killed: Path, tmp_path: Path) -> None:
     state = copy_state(killed, tmp_path / "out")
-    gang = start_gang(STAGE, replace(TWELVE, **change), made.inputs(), tmp_path / "out", workers=2)
+    config = replace(TWELVE, optimizer=replace(TINY.optimizer, lr=1e-3))
+    gang = start_gang(STAGE, config, made.inputs(), tmp_path / "out", workers=2)
     assert gang.wait() == [2, 2]
     assert "belongs to another training" in gang.log()
     assert len(metrics(state)) == 10
@@ -230,6 +211,7 @@ def test_a_training_killed_after_its_last_step_only_writes_its_artifact(
     gang = start_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2)
     assert gang.wait() == [0, 0]
     assert "continuing after step 12" in gang.log()
+    assert "checkpoint of step 12 in" not in gang.log()
     assert_same(tmp_path / "out", straight)
     for path in sorted(straight.rglob("*.pt")):
         assert sha256(tmp_path / "out" / path.relative_to(straight)) == sha256(path)
@@ -264,11 +246,3 @@ def test_resume_is_bitwise_for_every_kind_of_state(made: Artifacts, tmp_path: Pa
     found = run_gang(STAGE, config, made.inputs(), tmp_path / "cut" / "out", workers=2)
     assert_same(found, wanted)
     assert weights_of(found) == weights_of(wanted)
-
-
-def test_no_attempt_leaves_half_an_artifact(made: Artifacts, killed: Path, tmp_path: Path) -> None:
-    shutil.copytree(killed, tmp_path / "out.state")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "metrics.jsonl").write_text("half")
-    run_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2)
-    assert len(metrics(tmp_path / "out")) == 12
