@@ -17,6 +17,7 @@ from typing import Any
 from cluster.executor import Call, Ended, Executor
 from cluster.gang import run_gang
 from cluster.logged import redirected, run_logged
+from cluster.reaper import dismiss_reaper, start_reaper
 
 _LEAN_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -25,6 +26,8 @@ _LEAN_RAY = {
 }
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _CANCEL_WAIT_S = 15.0
+_KILL_AFTER_S = 10.0
+"""Time that a cancelled task has to end by itself: one that waits outside Python does not hear of it."""
 
 
 def _run_task(function: str, payload: dict[str, Any], log_dir: str, env: dict[str, str]) -> None:
@@ -51,6 +54,19 @@ def _own_signal_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _lost_process(error: Exception) -> bool:
+    """Whether a process or its node is gone; what a function raised arrives as a RayTaskError instead.
+
+    Of a gang, Ray Train tells the failure of each rank: what it raised, or the health check that found it gone.
+    """
+    from ray.exceptions import RayTaskError, TaskCancelledError
+
+    failures = getattr(error, "worker_failures", None)
+    if failures is not None:
+        return any(type(failure).__name__.startswith("WorkerHealthCheck") for failure in failures.values())
+    return not isinstance(error, RayTaskError | TaskCancelledError)
+
+
 class RayExecutor(Executor):
     """Ray tasks; the truth about what they did is in the files they write."""
 
@@ -63,6 +79,8 @@ class RayExecutor(Executor):
 
         self._ray = ray
         self._refs: dict[Any, str] = {}
+        self._kill_at_s: dict[Any, float] = {}
+        self._reaper = start_reaper()
         with _own_signal_handlers():
             ray.init(
                 address="local",
@@ -90,21 +108,30 @@ class RayExecutor(Executor):
         if not self._refs:
             time.sleep(timeout_s)
             return []
+        self._kill_overdue()
         ready, _ = self._ray.wait(list(self._refs), num_returns=1, timeout=timeout_s)
         return [self._ended(ref) for ref in ready]
 
     def _ended(self, ref: Any) -> Ended:
         key = self._refs.pop(ref)
+        self._kill_at_s.pop(ref, None)
         try:
             self._ray.get(ref)
         except Exception as error:  # noqa: BLE001 - whatever Ray raises is the answer
-            return Ended(key, f"{type(error).__name__}: {error}")
+            return Ended(key, f"{type(error).__name__}: {error}", _lost_process(error))
         return Ended(key)
 
     def cancel(self, key: str) -> None:
         """Cancel the task, and with it the workers that it started."""
         for ref in [ref for ref, name in self._refs.items() if name == key]:
             self._ray.cancel(ref, force=False, recursive=True)
+            self._kill_at_s.setdefault(ref, time.monotonic() + _KILL_AFTER_S)
+
+    def _kill_overdue(self) -> None:
+        now = time.monotonic()
+        for ref in [ref for ref, at_s in self._kill_at_s.items() if now >= at_s]:
+            del self._kill_at_s[ref]
+            self._ray.cancel(ref, force=True, recursive=True)
 
     def close(self) -> None:
         """Cancel what runs, then stop this process's Ray."""
@@ -113,3 +140,4 @@ class RayExecutor(Executor):
         if self._refs:
             self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=_CANCEL_WAIT_S)
         self._ray.shutdown()
+        dismiss_reaper(self._reaper)

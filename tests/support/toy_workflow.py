@@ -25,7 +25,8 @@ from workflows.store import RunPlace, Store, acquire_lease
 
 STAGES = "tests.support.toy_stages"
 PIECES = {"source", "aside", "double-list", "double-0", "double-1", "double-2", "double-finish", "total-0", "total-1"}
-"""Everything that is executed once when all goes well."""
+ONCE = dict.fromkeys(PIECES, 1)
+"""What is executed when all goes well, and how often."""
 
 
 def toy_workflow(log: Path | str = "", only: tuple[str, ...] = (), **settings: Any) -> Workflow:

@@ -22,6 +22,7 @@ from pipeline.stage import StageContext, Stopped
 Trouble = Literal["", "user", "code", "connection", "kill", "hang", "slow", "stop", "leave"]
 _TICK_S = 0.05
 _NUM_TICKS = 600
+_LEFT_BEHIND_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _have_trouble(trouble: Trouble, piece: str, context: StageContext) -> None:
     if trouble == "hang":
         time.sleep(_TICK_S * _NUM_TICKS)
     if trouble == "leave":
-        subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({_TICK_S * _NUM_TICKS})"])
+        subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({_LEFT_BEHIND_S})"])
     if trouble in ("slow", "leave"):
         for tick in range(_NUM_TICKS):
             context.progress(tick, _NUM_TICKS)

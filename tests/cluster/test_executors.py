@@ -1,0 +1,193 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import local
+from cluster import ray_executor as ray_executor_module
+from cluster.executor import Call, Ended, Executor
+from cluster.local import LocalExecutor
+from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, ray_executor
+from tests.support.toy_workflow import is_gone, wait_until
+
+CALLS = "tests.support.calls"
+
+
+@pytest.fixture(scope="module")
+def shared_ray() -> Iterator[Executor]:
+    with ray_executor() as executor:
+        yield executor
+
+
+@pytest.fixture
+def local_executor() -> Iterator[LocalExecutor]:
+    executor = LocalExecutor(NUM_CPUS)
+    yield executor
+    executor.close()
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(RAY_LIMIT_S)])])
+def executor(request: pytest.FixtureRequest) -> Executor:
+    return request.getfixturevalue("local_executor" if request.param == "local" else "shared_ray")
+
+
+def call(function: str, out: Path, key: str = "", gang_size: int = 0, cpus: float = 1.0, **payload: object) -> Call:
+    out.mkdir(exist_ok=True)
+    name = key or function
+    return Call(name, f"{CALLS}:{function}", {"out": str(out), **payload}, out / "log" / name, cpus, gang_size)
+
+
+def collect(executor: Executor, *calls: Call) -> dict[str, Ended]:
+    """Start calls and wait until all of them have ended."""
+    for item in calls:
+        executor.start(item)
+    found: dict[str, Ended] = {}
+
+    def all_ended() -> bool:
+        found.update({ended.key: ended for ended in executor.wait(0.1)})
+        return len(found) == len(calls)
+
+    wait_until(all_ended, f"{len(calls)} calls have ended", 120.0)
+    return found
+
+
+def processes(out: Path) -> list[psutil.Process]:
+    """The processes that said that they run, and their children."""
+    pids = [int(path.read_text()) for path in out.glob("*.pid")]
+    found = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    return found + [child for process in found for child in process.children(recursive=True)]
+
+
+def assert_gone(found: list[psutil.Process]) -> None:
+    wait_until(lambda: all(map(is_gone, found)), "the processes are gone", 20.0)
+
+
+# --- both executors -------------------------------------------------------------------------------------------------
+
+
+def test_calls_run_with_their_payload_and_their_output_is_kept(executor, tmp_path):
+    calls = [call("write_down", tmp_path, key=word, word=word, cpus=0.5) for word in ("a", "b", "c")]
+    found = collect(executor, *calls)
+    assert found == {item.key: Ended(item.key) for item in calls}
+    for item in calls:
+        assert "says " + item.key in (item.log_dir / "rank-0.log").read_text()
+        assert (tmp_path / f"{item.key}-none.json").exists()
+
+
+def test_call_that_raises_ends_with_a_failure_and_its_traceback_is_kept(executor, tmp_path):
+    item = call("fail", tmp_path, rank="0")
+    ended = collect(executor, item)[item.key]
+    assert ended.failure
+    assert not ended.killed
+    text = "".join(path.read_text() for path in item.log_dir.glob("*.log"))
+    assert "RuntimeError: no good" in text + ended.failure
+
+
+def test_call_that_is_killed_says_so(executor, tmp_path):
+    item = call("be_killed", tmp_path, rank="0")
+    ended = collect(executor, item)[item.key]
+    assert ended.failure
+    assert ended.killed
+
+
+def test_gang_has_ranks_and_one_address(executor, tmp_path):
+    item = call("write_down", tmp_path, gang_size=2, cpus=0.5, word="w")
+    assert collect(executor, item) == {item.key: Ended(item.key)}
+    ranks = [json.loads((tmp_path / f"w-{rank}.json").read_text()) for rank in range(2)]
+    assert [(rank["RANK"], rank["LOCAL_RANK"]) for rank in ranks] == [("0", "0"), ("1", "1")]
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        assert {rank[name] for rank in ranks} == {"2"}
+    assert len({(rank["MASTER_ADDR"], rank["MASTER_PORT"]) for rank in ranks}) == 1
+    assert len({rank["pid"] for rank in ranks}) == 2
+
+
+def test_cancelled_call_ends_with_a_failure(executor, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_executor_module, "_KILL_AFTER_S", 1.0)
+    item = call("sleep", tmp_path)
+    executor.start(item)
+    wait_until(lambda: list(tmp_path.glob("*.pid")), "the call runs", 60.0)
+    executor.cancel(item.key)
+    found: list[Ended] = []
+    wait_until(lambda: found.extend(executor.wait(0.1)) or found, "the call has ended")
+    assert [ended.key for ended in found] == [item.key]
+    assert found[0].failure
+
+
+def test_waiting_for_nothing_returns_nothing(executor):
+    assert executor.wait(0.01) == []
+
+
+# --- subprocesses ---------------------------------------------------------------------------------------------------
+
+
+def test_local_gang_with_a_failing_rank_is_stopped_as_a_whole(local_executor, tmp_path):
+    item = call("fail", tmp_path, gang_size=3, cpus=0.1, rank="1")
+    local_executor.start(item)
+    wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 3, "all ranks run")
+    found = processes(tmp_path)
+    ended: list[Ended] = []
+    wait_until(lambda: ended.extend(local_executor.wait(0.1)) or ended, "the gang has ended")
+    assert ended == [Ended(item.key, "rank 1 ended with exit code 1")]
+    assert_gone(found)
+
+
+def test_local_close_stops_processes_and_their_children(tmp_path):
+    executor = LocalExecutor(NUM_CPUS)
+    executor.start(call("sleep", tmp_path, gang_size=2, cpus=0.5))
+    wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, "both ranks run")
+    found = processes(tmp_path)
+    assert len(found) == 4
+    executor.close()
+    assert_gone(found)
+
+
+def test_local_cancel_kills_what_ignores_the_request_to_end(local_executor, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "_KILL_AFTER_S", 0.3)
+    item = call("ignore_requests_to_end", tmp_path)
+    local_executor.start(item)
+    wait_until(lambda: list(tmp_path.glob("*.pid")), "the call runs")
+    found = processes(tmp_path)
+    local_executor.cancel(item.key)
+    assert_gone(found)
+
+
+def test_local_calls_beyond_the_cores_wait_their_turn(tmp_path):
+    executor = LocalExecutor(1)
+    first, second = (call("sleep", tmp_path / key, key=key) for key in ("first", "second"))
+    executor.start(first)
+    executor.start(second)
+    wait_until(lambda: list((tmp_path / "first").glob("*.pid")), "the first runs")
+    assert executor.wait(0.0) == []
+    assert not second.log_dir.exists()
+    executor.cancel("first")
+    assert executor.wait(0.0) == [Ended("first", "cancelled")]
+    wait_until(lambda: list((tmp_path / "second").glob("*.pid")), "the second runs")
+    executor.close()
+
+
+def test_local_call_that_wants_more_cores_than_there_are_runs_alone(tmp_path):
+    executor = LocalExecutor(1)
+    item = call("write_down", tmp_path, gang_size=2, cpus=2.0, word="w")
+    assert collect(executor, item) == {item.key: Ended(item.key)}
+    executor.close()
+
+
+def test_local_cancelled_before_its_turn_never_runs(tmp_path):
+    executor = LocalExecutor(1)
+    executor.start(call("sleep", tmp_path / "first", key="first"))
+    item = call("write_down", tmp_path / "second", key="second", word="w")
+    executor.start(item)
+    executor.cancel("second")
+    executor.cancel("first")
+    assert {ended.key for ended in executor.wait(0.0)} == {"first", "second"}
+    executor.close()
+    assert not item.log_dir.exists()
+
+
+def test_local_gang_seen_late_tells_the_rank_that_was_killed_not_the_one_that_complained(local_executor, tmp_path):
+    local_executor.start(call("be_killed", tmp_path, gang_size=2, cpus=0.5, rank="1", peers_raise=True))
+    wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, "both ranks run")
+    assert_gone(processes(tmp_path))
+    assert local_executor.wait(0.0) == [Ended("be_killed", "rank 1 ended with signal 9", killed=True)]

@@ -1,0 +1,60 @@
+"""Functions for executors to call."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_LONG_S = 60.0
+
+
+def write_down(payload: dict[str, Any]) -> None:
+    """Say and write what this process was given."""
+    rank = os.environ.get("RANK", "none")
+    sys.stdout.write(f"rank {rank} says {payload['word']}\n")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ.get(name) for name in names}
+    (Path(payload["out"]) / f"{payload['word']}-{rank}.json").write_text(json.dumps({**found, "pid": os.getpid()}))
+
+
+def fail(payload: dict[str, Any]) -> None:
+    """Raise on the rank of the payload, and sleep on the others."""
+    _start(payload)
+    if os.environ.get("RANK", "0") == payload["rank"]:
+        raise RuntimeError("no good")
+    time.sleep(_LONG_S)
+
+
+def be_killed(payload: dict[str, Any]) -> None:
+    """Be killed on the rank of the payload; on the others, raise because of it or sleep."""
+    _start(payload)
+    if os.environ.get("RANK", "0") == payload["rank"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if payload.get("peers_raise"):
+        raise RuntimeError("connection closed by peer")
+    time.sleep(_LONG_S)
+
+
+def sleep(payload: dict[str, Any]) -> None:
+    """Sleep for long, with a process of its own that does as well."""
+    subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({_LONG_S})"])
+    _start(payload)
+    time.sleep(_LONG_S)
+
+
+def ignore_requests_to_end(payload: dict[str, Any]) -> None:
+    """Sleep for long, deaf to SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sleep(payload)
+
+
+def _start(payload: dict[str, Any]) -> None:
+    """Say that this process runs, and wait for the other ranks to say so."""
+    out = Path(payload["out"])
+    (out / f"{os.environ.get('RANK', '0')}.pid").write_text(str(os.getpid()))
+    while len(list(out.glob("*.pid"))) < int(os.environ.get("WORLD_SIZE", "1")):
+        time.sleep(0.01)

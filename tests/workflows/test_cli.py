@@ -1,0 +1,235 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.toy_stages.trouble import executions
+from tests.support.toy_workflow import fabricate, toy_plan, toy_workflow
+from workflows import cli, runs
+from workflows.recipes import RECIPES
+from workflows.store import Store, acquire_lease
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+Dlm = Callable[..., Done]
+
+
+@pytest.fixture
+def dlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], store: Store) -> Dlm:
+    """The command line, with the toy recipe beside the real ones."""
+    monkeypatch.setitem(RECIPES, "toy", toy_workflow)
+    monkeypatch.setenv("DLM_STORE", str(store.root))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["dlm", *arguments])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return Done(code, *capsys.readouterr())
+
+    return call
+
+
+def run_toy(dlm: Dlm, log: Path, *settings: str) -> Done:
+    """``dlm run toy`` as run r1 in subprocesses."""
+    sets = [f"{step.name}.log={log}" for step in toy_workflow().steps]
+    words = [word for setting in (*sets, *settings) for word in ("--set", setting)]
+    return dlm("run", "toy", "--executor", "local", "--run-id", "r1", *words)
+
+
+def assert_refused(done: Done, *words: str, code: int = 2) -> None:
+    assert done.code == code, done.stderr
+    assert done.stdout == ""
+    for word in words:
+        assert word in done.stderr
+
+
+# --- what the user did wrong ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "quickstar"], ["quickstar", "did you mean quickstart"]),
+        (["run", "nothing"], ["nothing", "quickstart"]),
+        (["plan", "toy", "--set", "sauce.number=2"], ["sauce.number", "source"]),
+        (["plan", "toy", "--set", "source.nummer=2"], ["source.nummer", "did you mean number"]),
+        (["plan", "toy", "--set", "source.number=two"], ["source.number", "two", "integer"]),
+        (["plan", "toy", "--set", "source.number=-1"], ["source", "number is -1"]),
+        (["run", "toy", "--set", "source.trouble=some"], ["source.trouble", "some"]),
+        (["plan", "toy", "--set", "source.number"], ["source.number", "PATH=VALUE"]),
+        (["plan", "toy", "--set", "source=3"], ["source.FIELD=VALUE"]),
+        (["run", "toy", "--executor", "slurm"], ["slurm", "ray or local"]),
+        (["run", "toy", "--run-id", "../x"], ["../x", "run id"]),
+        (["resume", "r9"], ["r9", "none in this store"]),
+        (["resume", "../../etc"], ["run id"]),
+        (["status", "r9"], ["r9", "none in this store"]),
+        (["status"], ["no run", "dlm run"]),
+        (["report"], ["no run", "dlm run"]),
+        (["frobnicate"], ["frobnicate"]),
+        (["plan"], ["recipe"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].islower() and len(value[0]) < 9 else "",
+)
+def test_cli_refuses_with_code_2_and_a_message(dlm, store, arguments, words):
+    assert_refused(dlm(*arguments), *words)
+    assert not (store.root / "runs").exists()
+
+
+def test_cli_with_a_file_for_a_store_is_refused(dlm, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    assert_refused(dlm("list", "--store", str(path)), "--store", str(path))
+    assert_refused(dlm("list", "--store", str(path / "below")), "--store", str(path / "below"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unwritable for root")
+def test_cli_with_an_unwritable_store_is_refused(dlm, tmp_path):
+    tmp_path.chmod(0o500)
+    assert_refused(dlm("list", "--store", str(tmp_path)), "cannot be written")
+
+
+def test_cli_run_id_that_exists_is_refused_naming_resume(dlm, store):
+    runs.create_run(store, toy_plan(), "local", "r1")
+    assert_refused(dlm("run", "toy", "--run-id", "r1"), "dlm resume r1")
+
+
+def test_cli_resume_of_a_run_at_work_ends_with_code_5(dlm, store):
+    run = runs.create_run(store, toy_plan(), "local", "r1")
+    acquire_lease(run.lease_dir, "run r1")
+    assert_refused(dlm("resume", "r1"), f"process {os.getpid()}", code=5)
+
+
+# --- looking without touching ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["plan", "quickstart"], ["recipes"], ["list"], ["status", "r1"], ["--help"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_cli_imports_neither_torch_nor_ray_to_look(store, arguments):
+    runs.create_run(store, toy_plan(), "local", "r1")
+    code = (
+        "import sys; from workflows.cli import main\n"
+        f"sys.argv = ['dlm', *{arguments!r}]\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'ray', 'deepspeed', 'transformers', 'pyarrow'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    env = {**os.environ, "DLM_STORE": str(store.root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cli_plan_of_quickstart_with_more_steps_names_what_would_run(dlm, store, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be")
+    fabricate(store, runs.plan_recipe("quickstart", [("corpus.source", str(text))]))
+    settings = ["--set", f"corpus.source={text}", "--set", "pretrain.num_steps=123"]
+    done = dlm("plan", "quickstart", *settings, "--json")
+    actions = {action["step"]: action["action"] for action in json.loads(done.stdout)}
+    assert [step for step, action in actions.items() if action == "run"] == [
+        "pretrain", "convert", "evaluate", "generate", "report",
+    ]  # fmt: skip
+    table = dlm("plan", "quickstart", *settings).stdout
+    assert "-> 123" in table
+    assert "input will be rebuilt: weights (convert)" in table
+
+
+def test_cli_plan_changes_nothing_in_the_store(dlm, store):
+    fabricate(store, toy_plan(), "source")
+    before = sorted(store.root.rglob("*"))
+    assert dlm("plan", "toy").code == 0
+    assert sorted(store.root.rglob("*")) == before
+
+
+def test_cli_of_an_empty_store_lists_nothing(dlm, store):
+    assert json.loads(dlm("list", "--json").stdout) == []
+    assert dlm("list").code == 0
+
+
+def test_cli_recipes_are_listed_with_their_steps(dlm):
+    found = {recipe["name"]: recipe["steps"] for recipe in json.loads(dlm("recipes", "--json").stdout)}
+    assert found["toy"] == ["source", "double", "aside", "total"]
+    assert "quickstart" in found
+    assert "quickstart" in dlm("recipes").stdout
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_cli_run_then_status_list_and_a_second_run(dlm, store, log):
+    done = run_toy(dlm, log)
+    assert done.code == 0, done.stderr
+    status = json.loads(dlm("status", "--json").stdout)
+    assert (status["run_id"], status["status"], status["attempts"]) == ("r1", "succeeded", 1)
+    assert {step["step"]: step["status"] for step in status["steps"]} == dict.fromkeys(
+        ["source", "double", "aside", "total"], "committed"
+    )
+    (listed,) = json.loads(dlm("list", "--json").stdout)
+    assert listed == status
+    assert "succeeded" in dlm("status", "r1").stdout
+    assert "r1" in dlm("list").stdout
+    before = executions(log)
+    again = dlm("resume", "r1")
+    assert again.code == 0
+    assert executions(log) == before
+
+
+def test_cli_run_with_a_failing_stage_ends_with_code_3_and_can_be_resumed(dlm, store, log):
+    done = run_toy(dlm, log, "source.trouble=user")
+    assert done.code == 3
+    assert "source failed: source does not like its settings" in done.stderr
+    assert "dlm resume r1" in done.stderr
+    assert "Traceback" not in done.stderr
+    status = json.loads(dlm("status", "r1", "--json").stdout)
+    assert status["status"] == "failed"
+    assert status["steps"][0]["detail"] == "source does not like its settings"
+    assert dlm("resume", "r1").code == 0
+    assert executions(log)["source"] == 2
+
+
+def test_cli_run_with_a_defective_stage_shows_where_it_broke(dlm, store, log):
+    done = run_toy(dlm, log, "source.trouble=code")
+    assert done.code == 3
+    assert "RuntimeError: source has a defect" in done.stderr
+    assert str(store.root / "runs" / "r1" / "work") in done.stderr
+
+
+def test_cli_resume_after_the_outside_data_changed_ends_with_code_4(dlm, store, log, tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text("before")
+    runs.create_run(store, toy_plan(log, source__path=str(path)), "local", "r1")
+    path.write_text("afterwards")
+    assert_refused(dlm("resume", "r1"), "source", "external.bytes was 6, is now 10", "dlm run toy", code=4)
+    assert executions(log) == {}
+
+
+def test_cli_on_a_damaged_artifact_ends_with_code_3_naming_what_to_delete(dlm, store):
+    plan = toy_plan()
+    fabricate(store, plan)
+    place = store.artifact("toy-source", plan.step("source").fingerprint)
+    committed = place.committed()
+    assert committed is not None
+    (committed / "value.txt").unlink()
+    assert_refused(dlm("plan", "toy"), f"delete {place.directory}", code=3)

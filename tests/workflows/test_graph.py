@@ -1,0 +1,67 @@
+from dataclasses import replace
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.evaluate.config import EvaluateConfig
+from tests.support.toy_workflow import toy_workflow
+from workflows.graph import ordered_steps
+from workflows.recipes import RECIPES
+from workflows.step import Workflow
+
+TOY = toy_workflow()
+SOURCE, DOUBLE, ASIDE, TOTAL = TOY.steps
+
+
+def order(*steps):
+    return [step.name for step in ordered_steps(Workflow("toy", "", steps))]
+
+
+def test_order_inputs_come_before_their_users():
+    assert order(TOTAL, DOUBLE, SOURCE, ASIDE) == ["source", "aside", "double", "total"]
+
+
+def test_order_otherwise_as_written():
+    assert order(ASIDE, SOURCE) == ["aside", "source"]
+    assert order(SOURCE, ASIDE) == ["source", "aside"]
+
+
+def test_order_of_an_empty_workflow_is_empty():
+    assert order() == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_order_of_every_recipe_is_topological(name):
+    seen: set[str] = set()
+    for step in ordered_steps(RECIPES[name]()):
+        assert set(step.inputs.values()) <= seen
+        seen.add(step.name)
+    assert len(seen) == len(RECIPES[name]().steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ((replace(DOUBLE, inputs={"value": "double"}),), ["cycle", "double"]),
+        (
+            (replace(DOUBLE, inputs={"value": "again"}), replace(DOUBLE, name="again", inputs={"value": "double"})),
+            ["cycle", "again", "double"],
+        ),
+        ((SOURCE, replace(DOUBLE, inputs={"value": "sauce"})), ["double", "sauce", "source"]),
+        ((SOURCE, replace(DOUBLE, inputs={"number": "source"})), ["double", "value", "number"]),
+        ((SOURCE, replace(DOUBLE, inputs={})), ["double", "value"]),
+        ((replace(SOURCE, inputs={"value": "source"}),), ["source", "value"]),
+        ((SOURCE, replace(SOURCE)), ["source", "same name"]),
+        ((replace(SOURCE, config=EvaluateConfig()),), ["source", "EvaluateConfig", "ToyConfig"]),
+        ((replace(SOURCE, config={"number": 1}),), ["source", "dict", "ToyConfig"]),
+    ],
+    ids=[
+        "self-cycle", "cycle", "unknown-step", "unknown-input", "missing-input", "input-of-a-source", "duplicate",
+        "config-of-another-stage", "config-as-dict",
+    ],
+)  # fmt: skip
+def test_order_of_a_wrong_graph_is_refused_naming_the_culprits(steps, words):
+    with pytest.raises(UserError) as error:
+        order(*steps)
+    for word in words:
+        assert word in str(error.value)

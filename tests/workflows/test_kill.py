@@ -1,0 +1,133 @@
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.executors import RAY_LIMIT_S
+from tests.support.toy_stages.trouble import executions
+from tests.support.toy_workflow import ONCE, PIECES, is_gone, toy_workflow, wait_until
+from workflows import runs
+from workflows.store import Store
+
+ROOT = Path(__file__).parents[2]
+DEAD_AFTER_S = 20.0
+
+
+def toy(*arguments: str, **settings: str) -> subprocess.Popen[bytes]:
+    """Start the command line with the toy recipe."""
+    sets = [word for path, value in settings.items() for word in ("--set", f"{path.replace('__', '.')}={value}")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.support.toy_workflow", *arguments, *sets],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def start(store: Store, log: Path, executor: str, step: str, piece: str, trouble: str) -> subprocess.Popen[bytes]:
+    """A run r1 that is in the middle of a slow piece when this returns."""
+    logs = {f"{s.name}__log": str(log) for s in toy_workflow().steps}
+    settings = {**logs, f"{step}__trouble": trouble, f"{step}__where": piece}
+    process = toy("run", "toy", "--store", str(store.root), "--executor", executor, "--run-id", "r1", **settings)
+    try:
+        wait_until(lambda: (log / piece).exists() or process.poll() is not None, f"{piece} runs", 90.0)
+        assert process.poll() is None, "the run ended by itself"
+        progress = f"work/001/{piece if step == 'double' else step}/*/progress.json"
+        wait_until(lambda: list((store.root / "runs" / "r1").glob(progress)), f"{piece} makes progress")
+    except BaseException:
+        process.kill()
+        raise
+    return process
+
+
+def finish(store: Store, log: Path, again: set[str]) -> None:
+    """Resume r1 to its end; only the pieces of the killed step may have been executed again."""
+    assert runs.summarise(store, store.run("r1")).status == "interrupted"
+    before = executions(log)
+    assert toy("resume", "r1", "--store", str(store.root)).wait(timeout=120) == 0
+    found = executions(log)
+    assert set(found) == PIECES
+    assert {name: count for name, count in found.items() if name not in again} == {
+        name: 1 for name in ONCE if name not in again
+    }
+    assert all(found[name] == before.get(name, 0) + 1 for name in again)
+
+
+def children_of(process: subprocess.Popen[bytes], at_least: int) -> list[psutil.Process]:
+    """All descendants, of which there are some."""
+    found = psutil.Process(process.pid).children(recursive=True)
+    assert len(found) >= at_least
+    return found
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    deadline = time.monotonic() + DEAD_AFTER_S
+    while left := [process for process in processes if not is_gone(process)]:
+        assert time.monotonic() < deadline, f"still there {DEAD_AFTER_S:.0f} s later: {[p.name() for p in left]}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("step", "piece", "again"),
+    [("double", "double-1", {"double-1"}), ("total", "total-1", {"total-0", "total-1"})],
+)
+def test_coordinator_killed_takes_every_descendant_with_it_and_the_run_resumes(store, log, step, piece, again):
+    process = start(store, log, "local", step, piece, "leave")
+    if step == "double":
+        committed = store.artifact("toy-double", runs.frozen_plan(store.run("r1")).step("double").fingerprint)
+        wait_until(lambda: len(committed.committed_shards()) == 2, "the other shards are committed")
+    found = children_of(process, at_least=2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert_gone(found)
+    finish(store, log, again)
+
+
+def test_coordinator_and_all_its_descendants_killed_the_run_resumes(store, log):
+    process = start(store, log, "local", "total", "total-1", "slow")
+    found = children_of(process, at_least=2)
+    for victim in [psutil.Process(process.pid), *found]:
+        victim.kill()
+    process.wait()
+    assert_gone(found)
+    finish(store, log, {"total-0", "total-1"})
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(RAY_LIMIT_S)
+def test_coordinator_on_ray_killed_takes_every_descendant_with_it_and_the_run_resumes(store, log, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    process = start(store, log, "ray", "double", "double-1", "leave")
+    committed = store.artifact("toy-double", runs.frozen_plan(store.run("r1")).step("double").fingerprint)
+    wait_until(lambda: len(committed.committed_shards()) == 2, "the other shards are committed")
+    found = children_of(process, at_least=3)
+    (worker,) = [psutil.Process(int(pid)) for pid in (log / "double-1").read_text().split()]
+    assert len(worker.children()) == 1
+    assert {worker, *worker.children()} < set(found)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert_gone(found)
+    finish(store, log, {"double-1"})
+
+
+@pytest.mark.parametrize(("signals", "ends_as"), [([signal.SIGTERM], "stopped"), ([signal.SIGINT] * 2, "interrupted")])
+def test_signal_ends_a_run_as_resumable(store, log, signals, ends_as):
+    """The first signal lets stages stop; the second does not wait for them."""
+    trouble = "slow" if ends_as == "stopped" else "hang"
+    logs = {f"{s.name}__log": str(log) for s in toy_workflow().steps}
+    settings = {**logs, "source__trouble": trouble}
+    process = toy(
+        "run", "toy", "--store", str(store.root), "--executor", "local", "--run-id", "r1", **settings
+    )  # fmt: skip
+    wait_until((log / "source").exists, "the source runs")
+    found = children_of(process, at_least=1)
+    for number in signals:
+        process.send_signal(number)
+        wait_until((store.root / "runs" / "r1" / "cancel").exists, "the request is heard")
+    assert process.wait(timeout=30) == 75
+    assert_gone(found)
+    assert runs.summarise(store, store.run("r1")).status == ends_as

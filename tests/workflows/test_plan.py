@@ -1,0 +1,282 @@
+import dataclasses
+import json
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from pipeline.artifact import read_json
+from pipeline.config import apply_settings, to_json
+from pipeline.errors import CorruptionError, UserError
+from tests.support.toy_stages.source import config as source_config
+from tests.support.toy_workflow import fabricate, toy_plan
+from workflows import runs
+from workflows.plan import Plan, check_drift, explain, make_plan
+from workflows.recipes.quickstart import quickstart
+from workflows.step import Step, Workflow
+from workflows.store import Store
+
+TRAINED = ["pretrain", "convert", "evaluate", "generate", "report"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A corpus for recipes that are planned and not run."""
+    path = tmp_path / "text.txt"
+    path.write_text("to be or not to be")
+    return path
+
+
+def fingerprints(plan: Plan) -> dict[str, str]:
+    return {step.name: step.fingerprint for step in plan.steps}
+
+
+def changed(a: Plan, b: Plan) -> set[str]:
+    return {name for name, value in fingerprints(a).items() if fingerprints(b)[name] != value}
+
+
+def downstream(workflow: Workflow, name: str) -> set[str]:
+    found = {name}
+    for _ in workflow.steps:
+        found |= {step.name for step in workflow.steps if found & set(step.inputs.values())}
+    return found
+
+
+def reasons(plan: Plan, store: Store) -> dict[str, str]:
+    return {action.step: f"{action.action}: {action.reason}" for action in explain(plan, store)}
+
+
+# --- fingerprints ---------------------------------------------------------------------------------------------------
+
+
+def test_plan_fingerprints_are_the_same_in_another_process():
+    code = (
+        "import json; from tests.support.toy_workflow import toy_plan;"
+        "print(json.dumps({s.name: s.fingerprint for s in toy_plan().steps}))"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert json.loads(other.stdout) == fingerprints(toy_plan())
+
+
+def test_plan_survives_the_round_trip_through_run_json(store: Store, text: Path):
+    plan = runs.plan_recipe("quickstart", [("corpus.source", str(text))])
+    assert runs.frozen_plan(runs.create_run(store, plan, "local", "r1")) == plan
+
+
+def test_plan_with_a_missing_input_file_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"nowhere\.txt"):
+        runs.plan_recipe("quickstart", [("corpus.source", str(tmp_path / "nowhere.txt"))])
+
+
+def _fields(config: Any, path: str, run_only: bool = False) -> Iterator[tuple[str, Any, Any, bool]]:
+    """(dotted path, type, value, whether it is execution) of every leaf of a configuration."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        below = f"{path}.{field.name}"
+        is_execution = run_only or bool(field.metadata.get("execution"))
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, below, is_execution)
+        else:
+            yield below, hints[field.name], value, is_execution
+
+
+def _others(kind: Any, value: Any) -> list[Any]:
+    """Other values that a field may take, the likeliest first."""
+    if isinstance(value, bool):
+        return [not value]
+    if typing.get_origin(kind) is Literal:
+        return [choice for choice in typing.get_args(kind) if choice != value]
+    if isinstance(value, int):
+        return [value + 1, value * 2, value * 4, max(1, value // 2)]
+    if isinstance(value, float):
+        return [value * 0.5, value * 2.0, 0.25]
+    if isinstance(value, str):
+        return [value + "x"]
+    if isinstance(value, tuple | list):
+        return [[*value, item] for item in ("more", 3, 0.5)] + [[item, item] for item in value]
+    if value is None:
+        return [3, 0.5, "other", {}]
+    return []
+
+
+def _changes(workflow: Workflow, other_text: str) -> Iterator[tuple[str, bool, Workflow]]:
+    """The workflow with one setting changed, for every setting of every step."""
+    configs = {step.name: step.config for step in workflow.steps}
+    for step in workflow.steps:
+        for path, kind, value, is_execution in _fields(step.config, step.name):
+            candidates = [other_text] if path in ("corpus.source", "tokenizer.file") else _others(kind, value)
+            for candidate in candidates:
+                try:
+                    new = apply_settings(configs, [(path, candidate)])
+                except UserError:
+                    continue
+                if to_json(new[step.name]) != to_json(step.config):
+                    steps = tuple(Step(s.name, s.stage, new[s.name], s.inputs) for s in workflow.steps)
+                    yield path, is_execution, Workflow(workflow.name, "", steps)
+                    break
+            else:
+                raise AssertionError(f"no other value found for {path}: {value!r}; extend _others")
+
+
+def test_plan_of_quickstart_changes_exactly_downstream_of_an_identity_setting_and_nowhere_for_execution(text: Path):
+    workflow = runs.configured("quickstart", [("corpus.source", str(text))])
+    other_text = text.with_name("other.txt")
+    other_text.write_text("that is the question")
+    plan = make_plan(workflow, {})
+    seen: dict[str, bool] = {}
+    for path, is_execution, other in _changes(workflow, str(other_text)):
+        expected = set() if is_execution else downstream(workflow, path.split(".")[0])
+        assert changed(plan, make_plan(other, {})) == expected, path
+        seen[path] = is_execution
+    assert seen["pretrain.workers"]
+    assert seen["pretrain.zero_stage"]
+    assert not seen["pretrain.num_steps"]
+    assert not seen["pretrain.noise_seed"]
+    assert not seen["pretrain.architecture.d_model"]
+
+
+def test_plan_follows_the_content_of_outside_files_not_their_place(text: Path):
+    plan = runs.plan_recipe("quickstart", [("corpus.source", str(text))])
+    elsewhere = text.parent / "elsewhere" / text.name
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(text.read_bytes())
+    moved = runs.plan_recipe("quickstart", [("corpus.source", str(elsewhere))])
+    assert moved.step("corpus").external == plan.step("corpus").external
+    text.write_text("to be or not to bee")
+    edited = runs.plan_recipe("quickstart", [("corpus.source", str(text))])
+    assert changed(plan, edited) == {step.name for step in plan.steps}
+
+
+def test_plan_follows_the_code_version(monkeypatch: pytest.MonkeyPatch):
+    plan = toy_plan()
+    monkeypatch.setattr(source_config, "STAGE", replace(source_config.STAGE, code_version=2))
+    assert changed(plan, toy_plan()) == {"source", "aside", "double", "total"}
+
+
+# --- explain --------------------------------------------------------------------------------------------------------
+
+
+def test_explain_an_empty_store_says_never_run(store: Store):
+    assert set(reasons(toy_plan(), store).values()) == {"run: never run"}
+
+
+def test_explain_a_full_store_says_cached(store: Store):
+    plan = toy_plan()
+    fabricate(store, plan)
+    assert {action.action for action in explain(plan, store)} == {"cached"}
+
+
+def test_explain_a_changed_setting_names_it_with_both_values_and_what_follows(store: Store):
+    fabricate(store, toy_plan())
+    found = reasons(toy_plan(double__number=5), store)
+    assert found["double"] == "run: changed: number 1 -> 5"
+    assert found["total"] == "run: input will be rebuilt: value (double)"
+    assert found["source"].startswith("cached")
+    assert found["aside"].startswith("cached")
+
+
+def test_explain_names_the_smallest_difference_of_several_artifacts(store: Store):
+    fabricate(store, toy_plan(source__number=3, double__number=3))
+    fabricate(store, toy_plan(source__number=3, double__number=9))
+    assert reasons(toy_plan(double__number=9), store)["double"] == "run: input will be rebuilt: value (source)"
+
+
+def test_explain_an_input_that_exists_but_is_another_says_input_changed(store: Store):
+    fabricate(store, toy_plan())
+    fabricate(store, toy_plan(source__number=4), "source")
+    found = reasons(toy_plan(source__number=4), store)
+    assert found["source"].startswith("cached")
+    assert found["double"] == "run: input changed: value"
+
+
+def test_explain_an_execution_setting_changes_nothing(store: Store):
+    fabricate(store, toy_plan())
+    assert {a.action for a in explain(toy_plan(total__workers=5, source__trouble="user"), store)} == {"cached"}
+
+
+def test_explain_a_changed_code_version_says_so(store: Store, monkeypatch: pytest.MonkeyPatch):
+    fabricate(store, toy_plan())
+    monkeypatch.setattr(source_config, "STAGE", replace(source_config.STAGE, code_version=2))
+    assert reasons(toy_plan(), store)["source"] == "run: changed: code_version 1 -> 2"
+
+
+def test_explain_changed_outside_data_says_so(store: Store, text: Path):
+    fabricate(store, toy_plan(source__path=str(text)))
+    text.write_text("longer than before, by a few bytes")
+    assert reasons(toy_plan(source__path=str(text)), store)["source"] == "run: outside data changed"
+
+
+@pytest.mark.parametrize("trace", ["shards/0.json", "state/step-000100/model.safetensors"])
+def test_explain_unfinished_work_says_started_before(store: Store, trace: str):
+    plan = toy_plan()
+    path = store.artifact("toy-double", plan.step("double").fingerprint).directory / trace
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    assert reasons(plan, store)["double"] == "run: started before and not finished"
+
+
+def test_explain_ignores_an_artifact_whose_configuration_has_an_older_shape(store: Store):
+    plan = toy_plan()
+    fabricate(store, plan, "source")
+    place = store.artifact("toy-source", plan.step("source").fingerprint)
+    committed = place.committed()
+    assert committed is not None
+    manifest = read_json(committed / "manifest.json")
+    manifest["config"]["colour"] = manifest["config"].pop("number")
+    (committed / "manifest.json").write_text(json.dumps(manifest))
+    assert reasons(toy_plan(source__number=2), store)["source"] == "run: never run"
+
+
+def test_explain_a_damaged_artifact_names_what_to_delete(store: Store):
+    plan = toy_plan()
+    fabricate(store, plan)
+    place = store.artifact("toy-source", plan.step("source").fingerprint)
+    committed = place.committed()
+    assert committed is not None
+    (committed / "value.txt").unlink()
+    with pytest.raises(CorruptionError, match=f"delete {place.directory}"):
+        explain(plan, store)
+
+
+def test_explain_quickstart_with_more_steps_names_training_and_what_follows(store: Store, text: Path):
+    source = ("corpus.source", str(text))
+    fabricate(store, runs.plan_recipe("quickstart", [source]))
+    steps = next(step.config.num_steps for step in quickstart().steps if step.name == "pretrain")
+    actions = explain(runs.plan_recipe("quickstart", [source, ("pretrain.num_steps", steps + 1)]), store)
+    assert [action.step for action in actions if action.action == "run"] == TRAINED
+    assert actions[3].reason == f"changed: num_steps {steps} -> {steps + 1}"
+
+
+# --- drift ----------------------------------------------------------------------------------------------------------
+
+
+def test_drift_of_an_untouched_plan_is_none(text: Path):
+    assert check_drift(toy_plan(source__path=str(text))) == {}
+
+
+def test_drift_of_the_code_version_is_found(monkeypatch: pytest.MonkeyPatch):
+    plan = toy_plan()
+    monkeypatch.setattr(source_config, "STAGE", replace(source_config.STAGE, code_version=3))
+    assert check_drift(plan) == {"source": {"code_version": (1, 3)}, "aside": {"code_version": (1, 3)}}
+
+
+def test_drift_of_an_outside_file_is_found(text: Path):
+    plan = toy_plan(source__path=str(text))
+    before = text.stat().st_size
+    text.write_text("short")
+    assert check_drift(plan) == {"source": {"external.bytes": (before, 5)}}
+
+
+def test_drift_is_refused_naming_step_field_and_both_values(text: Path):
+    plan = toy_plan(source__path=str(text))
+    text.write_text("short")
+    with pytest.raises(runs.DriftError) as error:
+        runs.refuse_drift(plan)
+    for word in ("source", "external.bytes", "18", "5", "dlm run toy"):
+        assert word in str(error.value)
