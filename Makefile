@@ -7,10 +7,12 @@ TORCH := torch==2.13.0
 CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 BIN := .venv/bin
+TORCH_STAMP := .venv/torch$(subst :,_,$(subst /,_,$(TORCH_INDEX_URL))).installed
+RUN_STAMP := $(TORCH_STAMP:.installed=-run.installed)
 
 .PHONY: quickstart test test-slow check format clean
 
-quickstart: .venv/run.installed
+quickstart: $(RUN_STAMP)
 	$(BIN)/dlm run quickstart
 
 test: .venv/dev.installed
@@ -31,19 +33,21 @@ format: .venv/dev.installed
 
 # torch comes first and alone: without an NVIDIA driver the build without CUDA, from wherever pip is set up to
 # look, then from PyTorch's own index.
-.venv/torch.installed: constraints.txt
+$(TORCH_STAMP): constraints.txt
 	@echo "installing into .venv (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) uninstall -q -y torch 2>/dev/null || true
+	@rm -f .venv/*.installed
 	@if [ -n "$(TORCH_INDEX_URL)" ]; then $(PIP) install -q $(TORCH) --index-url $(TORCH_INDEX_URL); \
 	elif command -v nvidia-smi >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then $(PIP) install -q $(TORCH); \
 	else $(PIP) install -q $(TORCH)+cpu 2>/dev/null || $(PIP) install -q $(TORCH) --index-url $(CPU_INDEX_URL); fi
 	@touch $@
 
-.venv/run.installed: .venv/torch.installed pyproject.toml constraints.txt
+$(RUN_STAMP): $(TORCH_STAMP) pyproject.toml constraints.txt
 	@$(PIP) install -q -c constraints.txt -e '.[train,cluster,track]'
 	@touch $@
 
-.venv/dev.installed: .venv/run.installed
+.venv/dev.installed: $(RUN_STAMP)
 	@$(PIP) install -q -c constraints.txt -e '.[train,cluster,track,hub,dev]'
 	@touch $@
 

@@ -13,6 +13,7 @@ _LEAN_TRAIN = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
 _START_TIMEOUT_S = "120"
+_COLLECTIVE_TIMEOUT_S = 600
 
 
 def run_gang(function: str, payload: dict[str, Any], size: int, cpus: float, log_dir: str) -> None:
@@ -26,24 +27,29 @@ def run_gang(function: str, payload: dict[str, Any], size: int, cpus: float, log
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    backend = _backend()
+    backend = _backend(size)
     with tempfile.TemporaryDirectory(prefix="dlm-train-") as storage:
         trainer = TorchTrainer(
             _run_rank,
             train_loop_config={"function": function, "payload": payload, "log_dir": log_dir},
-            torch_config=TorchConfig(backend=backend),
+            torch_config=TorchConfig(backend=backend, timeout_s=_COLLECTIVE_TIMEOUT_S),
             scaling_config=ScalingConfig(
                 num_workers=size, use_gpu=backend == "nccl", resources_per_worker={"CPU": cpus}
             ),
-            run_config=RunConfig(name="gang", storage_path=storage, failure_config=FailureConfig(max_failures=0)),
+            run_config=RunConfig(
+                name="gang",
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            ),
         )
         trainer.fit()
 
 
-def _backend() -> str:
-    import ray
+def _backend(size: int) -> str:
+    """NCCL if torch can use a GPU for every rank; otherwise gloo, and a stage may refuse what it finds."""
+    import torch
 
-    return "nccl" if ray.cluster_resources().get("GPU", 0) else "gloo"
+    return "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= size else "gloo"
 
 
 def _run_rank(config: dict[str, Any]) -> None:

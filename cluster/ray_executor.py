@@ -74,7 +74,7 @@ class RayExecutor(Executor):
         """Start a Ray with ``num_cpus`` logical cores in this process."""
         os.environ.update(_LEAN_RAY)
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         import ray
 
         self._ray = ray

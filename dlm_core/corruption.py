@@ -84,7 +84,7 @@ def stratified_uniform(
     strata = torch.empty(num_places, dtype=torch.float64)
     order = hash_permutation(num_places, noise_seed, step, stream)
     strata[order] = torch.arange(num_places, dtype=torch.float64)
-    offset = hash_uniform(noise_seed, step, stream, Stream.OFFSET)
+    offset = hash_uniform(noise_seed, step, Stream.OFFSET, stream)
     return (strata + offset) / num_places
 
 

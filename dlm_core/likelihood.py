@@ -41,7 +41,8 @@ class BoundEstimate:
     mc_se: float
     """Standard error of nelbo from the drawn masks, over independent replicates."""
     doc_se: float
-    """Standard error of nelbo over documents, as if they were a sample of a population."""
+    """Standard error of nelbo over documents, as if they were a sample of a population; the noise of the drawn
+    masks, averaged over replicates, is part of their spread."""
     num_tokens: int
     num_docs: int
     num_replicates: int

@@ -222,6 +222,6 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def remove_tree(directory: Path) -> None:
     """Delete an artifact or a checkpoint, its manifest first, so that no half of it looks complete."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         (directory / MANIFEST).unlink()
     shutil.rmtree(directory, ignore_errors=True)

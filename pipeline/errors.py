@@ -26,6 +26,8 @@ class LeaseLostError(RuntimeError):
     """Another process took over this work; whatever this one still writes must not be published."""
 
 
+_PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ENETUNREACH, errno.EHOSTUNREACH}
+"""Errors of storage and network that may be gone at the next try."""
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -66,6 +68,8 @@ def classify(error: BaseException) -> ErrorClass:
         return "memory"
     if isinstance(error, LeaseLostError) or is_lost_peer(error):
         return "infra"
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        return "transient"
     if isinstance(error, ConnectionError | TimeoutError | InterruptedError):
         return "transient"
     if type(error).__name__ == "OutOfMemoryError":

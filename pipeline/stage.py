@@ -203,9 +203,9 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
     config = from_json(stage.config, value, where=stage.name)
     pairs = [item.partition("=")[::2] for item in arguments.input]
     inputs = {name: Path(path) for name, path in pairs}
-    if set(inputs) != set(stage.inputs):
+    if len(pairs) != len(inputs) or set(inputs) != set(stage.inputs):
         wanted = " ".join(f"--input {name}=DIR" for name in stage.inputs) or "no --input"
-        raise UserError(f"this stage takes {wanted}; found {sorted(inputs) or 'none'}")
+        raise UserError(f"this stage takes {wanted}; found {sorted(name for name, _ in pairs) or 'none'}")
     fingerprints = {name: open_artifact(path).fingerprint for name, path in inputs.items()}
     external = external_identity(stage, config)
     own = stage_fingerprint(stage, config, fingerprints, external)

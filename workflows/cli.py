@@ -56,14 +56,23 @@ def _say(message: str) -> None:
 
 
 def _store(path: str) -> Store:
+    """A store to look at; it need not exist."""
     root = Path(path).expanduser().resolve()
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--store {path} is a file; choose a directory")
+    return Store(root)
+
+
+def _writable_store(path: str) -> Store:
+    """A store to work in, made if it is not there."""
+    store = _store(path)
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        store.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--store {path}: {error.strerror}; choose a directory that can be written") from None
-    if not os.access(root, os.W_OK):
+    if not os.access(store.root, os.W_OK):
         raise UserError(f"--store {path} cannot be written; choose another directory")
-    return Store(root)
+    return store
 
 
 def _settings(items: list[str]) -> list[tuple[str, Any]]:
@@ -128,7 +137,7 @@ def run_command(
     run_id: Annotated[str, typer.Option("--run-id", help="Name of the run; made up by default.")] = "",
 ) -> None:
     """Run a recipe; steps whose output exists are not run again."""
-    place = _store(store)
+    place = _writable_store(store)
     name = _executor_name(executor)
     plan = runs.plan_recipe(recipe, _settings(settings))
     _drive(place, runs.create_run(place, plan, name, run_id), plan, name)
@@ -137,7 +146,7 @@ def run_command(
 @app.command("resume")
 def resume_command(run_id: RunArgument, store: StoreOption = "dlm-store") -> None:
     """Go on with a run that failed, was stopped or was killed."""
-    place = _store(store)
+    place = _writable_store(store)
     run = place.run(run_id)
     plan = runs.frozen_plan(run)
     runs.refuse_drift(plan)
@@ -283,9 +292,8 @@ def main(run: Callable[[], Any] = app) -> None:
         _say(f"error: {error}")
         sys.exit(EXIT_FAILED)
     except OSError as error:
-        if not is_disk_full(error):
-            raise
-        _say(f"error: no space is left in the store: {error}; free some, then: dlm resume RUN")
+        what = "no space is left in the store" if is_disk_full(error) else "the store or a file cannot be used"
+        _say(f"error: {what}: {error}; mend it, then: dlm resume RUN")
         sys.exit(EXIT_FAILED)
     except LeaseLostError as error:
         _say(f"error: another process took over, this one has stopped: {error}")

@@ -4,6 +4,7 @@ A single-threaded loop over an executor and the store.  It holds no truth: start
 goes on.
 """
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from cluster.executor import Call, Ended, Executor
 from pipeline.artifact import create_exclusive, read_json
 from pipeline.config import from_json, to_json
-from pipeline.errors import CorruptionError, ErrorClass, LeaseLostError
+from pipeline.errors import CorruptionError, ErrorClass, LeaseLostError, classify
 from workflows.plan import Plan, PlannedStep, step_config
 from workflows.step import load_stage
 from workflows.store import (
@@ -33,6 +34,10 @@ StepStatus = Literal["pending", "waiting", "running", "committed", "cached", "fa
 
 RETRIES: Mapping[ErrorClass, int] = {"transient": 5, "infra": 20, "memory": 1}
 """Attempts after the first, by error class; the classes that are not named are not retried."""
+_POISON_FAILURES = 3
+"""Failures at the same point after which trying again is given up, whatever the class."""
+_SAME_POINT_SHARE = 0.01
+"""Progress is reported now and then: points this share of the whole apart count as the same."""
 _BACKOFF_S = 1.0
 _MAX_BACKOFF_S = 60.0
 _POLL_S = 0.25
@@ -72,6 +77,8 @@ class StepState:
     failures_by_class: dict[str, int] = field(default_factory=dict[str, int])
     retry_at_s: float = 0.0
     last_done: float = 0.0
+    failed_at: list[float] = field(default_factory=list[float])
+    """How far each failed attempt had come."""
 
     @property
     def is_over(self) -> bool:
@@ -295,8 +302,9 @@ class Coordinator:
                 self.events.write("step_committed", state.step.name, elapsed_s=elapsed_s)
                 if ended.failure:
                     self.events.write("step_warning", state.step.name, message=f"after its end: {ended.failure}")
-        except LeaseLostError as error:
-            self._attempt_failed(state, Failure("infra", "LeaseLostError", str(error), "", 0, time.time()))
+        except (LeaseLostError, CorruptionError, OSError) as error:
+            failure = Failure(classify(error), type(error).__name__, str(error), "", 0, time.time())
+            self._attempt_failed(state, failure)
 
     def _piece_failed(self, state: StepState, ended: Ended, work_dir: Path) -> None:
         failure = first_failure(work_dir)
@@ -322,6 +330,13 @@ class Coordinator:
         if (done := float(state.progress.get("done", 0))) > state.last_done:
             state.failures_by_class.clear()
             state.last_done = done
+        state.failed_at.append(done)
+        last = state.failed_at[-_POISON_FAILURES:]
+        near = _SAME_POINT_SHARE * float(state.progress.get("total", 0))
+        if done > 0 and len(last) == _POISON_FAILURES and max(last) - min(last) <= near:
+            message = f"failed {_POISON_FAILURES} times at the same point ({done:g} done): {failure.message}"
+            self._fail(state, dataclasses.replace(failure, message=message))
+            return
         count = state.failures_by_class.get(failure.error_class, 0) + 1
         state.failures_by_class[failure.error_class] = count
         if count > RETRIES.get(failure.error_class, 0):

@@ -1,6 +1,7 @@
 """What the commands do with runs: create, go on, look at.  No terminal here."""
 
 import datetime
+import importlib.util
 import os
 import secrets
 from collections.abc import Callable
@@ -88,7 +89,20 @@ def executor_factory(name: ExecutorName, plan: Plan) -> Callable[[], Executor]:
 
         return RayExecutor(num_cpus=_wanted_cpus(plan))
 
+    if name == "ray":
+        _check_ray()
     return make
+
+
+def _check_ray() -> None:
+    """UserError if the executor on Ray would not do what the environment asks for."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("Ray is not installed: pip install 'dlm[cluster]', or run with --executor local")
+    if os.environ.get("RAY_ADDRESS"):
+        raise UserError(
+            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']!r}, but a run starts a Ray of its own; submitting to a cluster "
+            "is not there yet. Unset it"
+        )
 
 
 def _wanted_cpus(plan: Plan) -> int:

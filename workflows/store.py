@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.artifact import create_exclusive, open_artifact, read_json
+from pipeline.artifact import create_exclusive, fsync_dir, open_artifact, read_json
 from pipeline.errors import CorruptionError, LeaseLostError, UserError
 
 HEARTBEAT_S = 10.0
@@ -46,23 +46,44 @@ class Owner:
     host: str
     pid: int
     started_at: float
+    """By the kernel's own count where there is one: it does not move with the clock."""
+    machine: str
+    """The boot and the process namespace in which ``pid`` means something."""
 
     @staticmethod
     def this_process() -> "Owner":
         """The calling process."""
-        return Owner(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        return Owner(socket.gethostname(), os.getpid(), _started_at(os.getpid()), _machine())
 
     def is_dead(self) -> bool:
         """Whether the process is known to be gone; a process of another host is never known to be."""
-        if self.host != socket.gethostname():
+        if (self.host, self.machine) != (socket.gethostname(), _machine()):
             return False
         try:
             process = psutil.Process(self.pid)
             if process.status() == psutil.STATUS_ZOMBIE:
                 return True  # ended, and not yet waited for by its parent
-            return abs(process.create_time() - self.started_at) > 1.0
+            return _started_at(self.pid) != self.started_at
         except psutil.NoSuchProcess:
             return True
+
+
+def _machine() -> str:
+    if not Path("/proc/self/ns/pid").exists():
+        return f"{psutil.boot_time():.0f}"
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot_id} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _started_at(pid: int) -> float:
+    """When a process started; psutil.NoSuchProcess if there is none."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not Path("/proc/self/stat").exists():
+        return psutil.Process(pid).create_time()
+    try:
+        return float(stat.read_text().rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
 
 
 @dataclass(frozen=True)
@@ -129,7 +150,7 @@ def _check_free(directory: Path, epoch: int) -> None:
     if (directory / f"{epoch:06d}.released").exists():
         return
     value = read_json(directory / f"{epoch:06d}.json")
-    owner = Owner(value["host"], value["pid"], value["started_at"])
+    owner = Owner(value["host"], value["pid"], value["started_at"], value["machine"])
     if owner.is_dead():
         return
     heartbeat = directory / f"{epoch:06d}.heartbeat"
@@ -144,7 +165,10 @@ def _check_free(directory: Path, epoch: int) -> None:
 def _storage_now(directory: Path) -> float:
     """Time by the clock of the storage, which heartbeats are stamped with."""
     probe = directory / f".clock-{secrets.token_hex(4)}"
-    probe.touch()
+    try:
+        probe.touch()
+    except PermissionError:
+        return time.time()  # a store that can only be looked at
     now = probe.stat().st_mtime
     probe.unlink()
     return now
@@ -175,14 +199,24 @@ class ArtifactPlace:
         if not commit.exists():
             return None
         try:
-            attempt = self.directory / "attempts" / read_json(commit)["attempt"]
-            open_artifact(attempt)
+            attempt = self._attempt(read_json(commit)["attempt"])
+            found = open_artifact(attempt).fingerprint
+            if not found.startswith(self.directory.name):
+                raise CorruptionError(
+                    f"{attempt} is the artifact {found[:FINGERPRINT_CHARS]}, filed in the wrong place"
+                )
         except (CorruptionError, UserError) as error:
             raise CorruptionError(
                 f"{error}. The artifact was committed and has been damaged since; delete {self.directory} to "
                 "build it again"
             ) from None
         return attempt
+
+    def _attempt(self, name: Any) -> Path:
+        """Directory below attempts/ that a commit names; nothing outside it is believed."""
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts or not name:
+            raise CorruptionError(f"{self.directory}: a commit names {name!r}, which is no attempt")
+        return self.directory / "attempts" / name
 
     def new_attempt(self, lease: Lease) -> Path:
         """An empty directory that only the holder of the lease writes to."""
@@ -193,6 +227,7 @@ class ArtifactPlace:
     def commit(self, attempt: Path, lease: Lease, run_id: str) -> Path:
         """Publish an attempt whose manifest is written; the first to commit wins, and is returned."""
         open_artifact(attempt)
+        fsync_dir(attempt.parent)
         lease.check()
         value = {"attempt": attempt.name, "run": run_id, "epoch": lease.epoch, "committed_at": time.time()}
         create_exclusive(self.directory / "COMMIT.json", value)
@@ -201,15 +236,22 @@ class ArtifactPlace:
         return committed
 
     def committed_shards(self) -> dict[str, Path]:
-        """Directories of the committed pieces of a map stage, by name."""
+        """Directories of the committed pieces of a map stage, by name; a record of a damaged one is dropped."""
         found: dict[str, Path] = {}
         for record in sorted((self.directory / "shards").glob("*.json")):
-            found[record.stem] = self.directory / "attempts" / read_json(record)["directory"]
+            try:
+                directory = self._attempt(read_json(record)["directory"])
+                open_artifact(directory)
+            except (CorruptionError, UserError):
+                record.unlink()  # not committed after all: it will be made again
+                continue
+            found[record.stem] = directory
         return found
 
     def commit_shard(self, name: str, directory: Path, lease: Lease) -> None:
-        """Publish one piece."""
+        """Publish one piece whose manifest is written."""
         lease.check()
+        open_artifact(directory)
         (self.directory / "shards").mkdir(exist_ok=True)
         relative = directory.relative_to(self.directory / "attempts").as_posix()
         create_exclusive(self.directory / "shards" / f"{name}.json", {"directory": relative})

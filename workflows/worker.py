@@ -6,6 +6,8 @@ Executors call ``run_piece`` with a JSON payload; nothing comes back through the
 
 import contextlib
 import importlib
+import json
+import math
 import os
 import time
 import traceback
@@ -14,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import MANIFEST, write_json
+from pipeline.artifact import MANIFEST, checked_files, write_json
 from pipeline.config import from_json
 from pipeline.errors import ErrorClass, classify, is_disk_full
 from pipeline.stage import StageContext, Stats, Stopped, build_manifest, check_external, run_here
@@ -99,7 +101,12 @@ class _ProgressFile:
         if now < self._next_s and done != total:
             return
         self._next_s = now + _PROGRESS_EVERY_S
-        write_json(self._path, {"done": done, "total": total, "figures": figures, "time": time.time()})
+        shown = {k: v for k, v in figures.items() if not isinstance(v, float) or math.isfinite(v)}
+        value = {"done": done, "total": total, "figures": shown, "time": time.time()}
+        aside = self._path.with_suffix(".tmp")
+        with contextlib.suppress(OSError):  # for display only: never a reason to fail
+            aside.write_text(json.dumps(value))
+            aside.replace(self._path)
 
 
 def run_piece(payload: dict[str, Any]) -> None:
@@ -119,8 +126,8 @@ def run_piece(payload: dict[str, Any]) -> None:
         labels={"run_id": piece.run_id, "step": piece.step},
     )
     reserve = work_dir / _reserve_name(rank)
-    reserve.write_bytes(bytes(_RESERVE_BYTES))
     try:
+        reserve.write_bytes(bytes(_RESERVE_BYTES))
         lease.check()
         if cancel_file.exists():
             raise Stopped("the run was asked to stop")
@@ -148,10 +155,12 @@ def _work(piece: Piece, context: StageContext) -> Any:
         return None
     if piece.what == "finish":
         shard_dirs = [Path(path) for path in piece.shard_dirs]
+        for directory in shard_dirs:
+            checked_files(directory, "*")
         stats: Stats | None = importlib.import_module(stage.module).finish(config, inputs, shard_dirs, context)
     else:
         stats = run_here(stage, config, inputs, context)
-        check_external(stage, config, piece.external)
+    check_external(stage, config, piece.external)
     if os.environ.get("RANK", "0") == "0":
         elapsed_s = time.time() - piece.started_at if piece.started_at else time.monotonic() - start_s
         manifest = build_manifest(

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from pipeline.artifact import file_sha256
+from pipeline.config import execution
 from pipeline.errors import UserError
 from pipeline.stage import Stage
 
@@ -19,15 +20,26 @@ HUB_PREFIX = "hf:"
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+def _sources(value: Any) -> Any:
+    """A single source as a tuple of one; paths made absolute, so that a plan means the same from anywhere."""
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, tuple | list):
+        return items
+    return tuple(_absolute(item) if isinstance(item, str) else item for item in items)
+
+
+def _absolute(item: str) -> str:
+    if not item.strip():
+        raise ValueError("an entry is empty; name a file, a folder, a glob or a dataset")
+    is_path = item != STDLIB and not item.startswith(HUB_PREFIX)
+    return os.path.abspath(os.path.expanduser(item)) if is_path else item
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
     """Text in, documents out, a few of them held out for evaluation."""
 
-    source: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = (STDLIB,)
+    source: Annotated[tuple[str, ...], BeforeValidator(_sources)] = execution((STDLIB,))
     """Files, folders or globs of .txt .md .py .jsonl(.gz/.zst) .parquet; "stdlib", the sources of Python's own
     standard library; or "hf:NAME", "hf:NAME:SUBSET", any name that datasets.load_dataset takes."""
     text_field: str = "text"
@@ -69,31 +81,50 @@ class SourceFile:
 
 
 def find_files(item: str) -> list[SourceFile]:
-    """Files of one entry of ``source``, in sorted order; UserError if there are none."""
+    """Files of one entry of ``source``, in sorted order; UserError if there are none or they cannot be listed."""
     if item == STDLIB:
         return list(_stdlib_files())
-    path = Path(item).expanduser()
-    if any(character in item for character in "*?[") and not path.exists():
-        anchor = Path(path.anchor) if path.is_absolute() else Path()
-        pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else str(path)
-        found = [p for p in sorted(anchor.glob(pattern)) if p.is_file()]
-        base = anchor
-    elif path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.is_file() and _known(p)]
-        base = path
-    elif path.is_file():
-        found, base = [path], path.parent
-    else:
-        raise UserError(
-            f"corpus.source: there is no file or folder {item!r}. Give a path, a glob, {STDLIB!r}, or "
-            f"{HUB_PREFIX}NAME for a dataset of the Hugging Face hub"
-        )
+    try:
+        base, found = _list(Path(item))
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"corpus.source: {item!r} cannot be read: {error}") from None
     if not found:
         raise UserError(f"corpus.source: {item!r} holds no file of a known kind ({' '.join(SUFFIXES)})")
     unknown = [p for p in found if not _known(p)]
     if unknown:
         raise UserError(f"corpus.source: {unknown[0]} is of no known kind ({' '.join(SUFFIXES)})")
     return [SourceFile(p.relative_to(base).as_posix(), p) for p in found]
+
+
+def _list(path: Path) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files of a path or glob."""
+    if path.is_dir():
+        return path, sorted(_walk(path))
+    if path.is_file():
+        return path.parent, [path]
+    patterned = [number for number, part in enumerate(path.parts) if set(part) & set("*?[")]
+    if not patterned:
+        raise UserError(
+            f"corpus.source: there is no file or folder {str(path)!r}. Give a path, a glob, {STDLIB!r}, or "
+            f"{HUB_PREFIX}NAME for a dataset of the Hugging Face hub"
+        )
+    base = Path(*path.parts[: patterned[0]])
+    pattern = str(Path(*path.parts[patterned[0] :]))
+    return base, [p for p in sorted(base.glob(pattern)) if p.is_file()]
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Files of a known kind below a folder; hidden folders, and stores of runs and artifacts, are left out."""
+    for folder, subfolders, names in os.walk(root):
+        here = Path(folder)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and not _is_store(here / name)]
+        yield from (here / name for name in names if _known(here / name) and (here / name).is_file())
+
+
+def _is_store(folder: Path) -> bool:
+    return (folder / "artifacts").is_dir() and (folder / "runs").is_dir()
 
 
 def _known(path: Path) -> bool:
@@ -118,7 +149,10 @@ def external_data(config: CorpusConfig) -> Any:
         digest = hashlib.sha256()
         files = find_files(item)
         for file in files:
-            digest.update(os.fsencode(f"{file.name}\0{file_sha256(file.path)}\n"))
+            try:
+                digest.update(os.fsencode(f"{file.name}\0{file_sha256(file.path)}\n"))
+            except OSError as error:
+                raise UserError(f"corpus.source: {file.path} cannot be read: {error.strerror}") from None
         found.append({"files": len(files), "sha256": digest.hexdigest()})
     return found
 

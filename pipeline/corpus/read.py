@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pipeline.corpus.config import HUB_PREFIX, CorpusConfig, SourceFile
 from pipeline.errors import UserError
 
 _LISTED_FIELDS = 12
+_BLANK_LINE = re.compile(r"\n\r?\n")
 
 
 @dataclass
@@ -84,8 +86,8 @@ def cut_at_blank_lines(text: str, document_chars: int) -> Iterator[str]:
     """Pieces of at least ``document_chars`` characters that end at a blank line; joined they are the text."""
     start = 0
     while start < len(text):
-        end = text.find("\n\n", start + document_chars)
-        end = len(text) if end < 0 else end + 2
+        blank = _BLANK_LINE.search(text, start + document_chars)
+        end = blank.end() if blank else len(text)
         yield text[start:end]
         start = end
 

@@ -1,12 +1,13 @@
 """Held-out NELBO, nats a token and bits a byte, beside unigram entropy and xz of the same documents.
 
-Every shard of rows writes the loss of each (replicate, row, document); the masks of a row depend only on
+Every shard of rows writes the loss summed by (replicate, document); the masks of a row depend only on
 (noise_seed, replicate, row), so neither the number of shards nor the batch size changes a digit of the masks.
 """
 
 import itertools
 import json
 import lzma
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipeline.artifact import checked_files, load_manifest, write_json
 from pipeline.data.packing import PackedRows
 from pipeline.data.shards import TokenStream, open_stream
 from pipeline.data.vocabulary import load_vocabulary
-from pipeline.errors import UserError
+from pipeline.errors import NumericsError, UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.stage import Shard, StageContext, Stats
 from pipeline.weights import check_tokenizer, load_denoiser, load_record
@@ -45,41 +46,44 @@ def list_shards(config: EvaluateConfig, inputs: Mapping[str, Path], context: Sta
 
 
 def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, context: StageContext) -> Stats | None:
-    """Loss sums [replicate, row, document] of the rows of one shard, as a sparse table."""
+    """Loss sums [replicate, document] of the rows of one shard."""
     import torch
+
+    from dlm_core.likelihood import stratified_counts
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     model, record = load_denoiser(inputs["weights"])
     special = load_vocabulary(inputs["tokenizer"]).special
     rows = PackedRows(_held_out(inputs), record.seq_len)
+    lengths = torch.full((rows.num_rows,), rows.seq_len)
+    lengths[-1] = rows.stream.num_tokens - (rows.num_rows - 1) * rows.seq_len
+    counts = [stratified_counts(config.noise_seed, replicate, lengths) for replicate in range(config.num_replicates)]
     sums = torch.zeros(config.num_replicates, len(rows.stream.doc_starts) - 1, dtype=torch.float64)
     with torch.inference_mode():
         for start in range(shard["start"], shard["stop"], config.batch_rows):
             indices = list(range(start, min(start + config.batch_rows, shard["stop"])))
             for replicate in range(config.num_replicates):
-                doc_ids, losses = _row_losses(model, rows, indices, replicate, config, special)
+                doc_ids, losses = _row_losses(model, rows, indices, replicate, counts[replicate], config, special)
                 sums[replicate].index_add_(0, doc_ids, losses)
     np.savez(context.out / _LOSSES, sums=sums.numpy())
     return None
 
 
 def _row_losses(
-    model: Any, rows: PackedRows, indices: list[int], replicate: int, config: EvaluateConfig, special: Any
+    model: Any, rows: PackedRows, indices: list[int], replicate: int, counts: Any, config: EvaluateConfig, special: Any
 ) -> tuple[Any, Any]:
     """Weighted cross-entropy of every masked token of some rows, with the document each belongs to."""
     import torch
     import torch.nn.functional as F
 
     from dlm_core.corruption import mask_exact_count
-    from dlm_core.likelihood import exact_count_weight, stratified_counts
+    from dlm_core.likelihood import exact_count_weight
 
     drawn = [rows.row(i, special.pad_token_id) for i in indices]
     x0 = torch.from_numpy(np.stack([tokens for tokens, _ in drawn]))
     lengths = torch.tensor([length for _, length in drawn])
-    all_lengths = torch.full((rows.num_rows,), rows.seq_len)
-    all_lengths[-1] = rows.stream.num_tokens - (rows.num_rows - 1) * rows.seq_len
-    counts = stratified_counts(config.noise_seed, replicate, all_lengths)[indices]
+    counts = counts[indices]
     valid = torch.arange(rows.seq_len) < lengths[:, None]
     xt = mask_exact_count(
         x0,
@@ -111,6 +115,8 @@ def finish(
     sums = sum(np.load(directory / _LOSSES)["sums"] for directory in sorted(shard_dirs))
     doc_tokens = torch.from_numpy(np.diff(stream.doc_starts))
     bound = estimate_bound(torch.from_numpy(np.asarray(sums)), doc_tokens)
+    if not math.isfinite(bound.nelbo):
+        raise NumericsError(f"the bound is {bound.nelbo}: the weights give no finite loss on the held-out text")
     text = _held_out_bytes(inputs["corpus"])
     counts = np.bincount(stream.read(0, stream.num_tokens), minlength=stream.vocab_size)
     unigram = unigram_entropy(torch.from_numpy(counts))

@@ -80,8 +80,15 @@ def load_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
 
     Raises CorruptionError naming the file.
     """
+    value = _read(checkpoint / MANIFEST)
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UserError(
+            f"{checkpoint} was written by a newer version of this program (schema version {version}, this one reads "
+            f"{SCHEMA_VERSION}); use that version to go on"
+        )
     try:
-        manifest = from_json(CheckpointManifest, _read(checkpoint / MANIFEST))
+        manifest = from_json(CheckpointManifest, value)
     except UserError as error:
         raise CorruptionError(f"{checkpoint / MANIFEST} is not a checkpoint manifest: {error}") from None
     if manifest.schema_version != SCHEMA_VERSION or checkpoint.name != checkpoint_name(manifest.step):
@@ -161,10 +168,21 @@ def publish(
         raise CorruptionError(f"the checkpoint of step {step} lacks {sorted(missing)}; nothing was published")
     manifest = CheckpointManifest(step, fingerprint, topology, records, versions)
     write_json(staging / MANIFEST, manifest)
-    if final.exists():  # a checkpoint of this step that failed verification earlier, or was left by a zombie
-        remove_tree(final)
+    fsync_dir(staging / DEEPSPEED_TAG)
+    if final.exists() and _is_whole(final):
+        shutil.rmtree(staging)  # the same step of the same training, published by an attempt that was thought dead
+        return
+    remove_tree(final)
     staging.rename(final)
     fsync_dir(final.parent)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        load_checkpoint_manifest(checkpoint)
+    except CorruptionError:
+        return False
+    return True
 
 
 def retain(directory: Path, keep: int) -> None:

@@ -10,7 +10,7 @@ from pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) with linear warm-up and linear decay to zero at the last step."""
+    """AdamW (arXiv 1711.05101) with linear warm-up, then linear decay towards zero."""
 
     lr: float = 1e-3
     warmup_steps: int = 50
@@ -76,6 +76,9 @@ class PretrainConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("init_seed", "data_seed", "noise_seed"):
+            if not 0 <= getattr(self, name) < 1 << 63:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 2**63)")
         if self.keep_checkpoints < 2:
             raise ValueError(
                 f"keep_checkpoints is {self.keep_checkpoints}; at least 2, since the newest may turn out damaged"

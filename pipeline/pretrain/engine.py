@@ -26,6 +26,13 @@ def prepare_process(threads: int) -> None:
     os.environ.setdefault("LOCAL_SIZE", os.environ["WORLD_SIZE"])
     import torch
 
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"]))
+    if torch.cuda.is_available() and torch.cuda.device_count() < ranks_here:
+        raise UserError(
+            f"pretrain.workers puts {ranks_here} ranks on this machine, which has {torch.cuda.device_count()} GPU(s). "
+            f"Set pretrain.workers={torch.cuda.device_count()}, or hide the GPUs to train on the CPU "
+            "(CUDA_VISIBLE_DEVICES=)"
+        )
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # denormals slow CPU matrix products a hundredfold
 

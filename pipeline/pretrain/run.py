@@ -40,7 +40,7 @@ from pipeline.stage import StageContext, Stats, Stopped, environment
 from pipeline.tracking import MetricsLog, Tracker, WandbRun
 
 METRICS_FILE = "metrics.jsonl"
-_SPACE_FACTOR = 2.2
+_SPACE_FACTOR = 1.1
 """Free space wanted before a save, in sizes of the last checkpoint."""
 
 
@@ -72,7 +72,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Path], context: StageContex
             train(training, rows, special, first_step, tracker)
     else:
         train(training, rows, special, first_step, None)
-    training.save(config.num_steps)
+    training.save(config.num_steps, is_last=True)
     stats = training.write_artifact(model_config) if training.rank == 0 else None
     leave_process_group()
     return stats
@@ -84,7 +84,7 @@ def train(
     """Optimizer steps first_step..num_steps-1."""
     import torch
 
-    from dlm_core.objectives import masked_nelbo
+    from dlm_core.objectives import NUM_T_BINS, masked_nelbo
     from pipeline.pretrain.batches import micro_batches
 
     config, engine = training.config, training.engine
@@ -95,7 +95,7 @@ def train(
         set_lr(engine, lr)
         batches = list(micro_batches(config, rows, special, step, training.rank))
         num_tokens = int(training.sum_over_ranks(sum(batch.loss_mask.sum() for batch in batches)))
-        totals = torch.zeros(2, dtype=torch.float64)
+        totals = torch.zeros(2 + 2 * NUM_T_BINS, dtype=torch.float64)
         for batch in batches:
             xt, x0 = batch.xt.to(device), batch.x0.to(device)
             select = (xt == special.mask_token_id).flatten().nonzero().squeeze(1)
@@ -109,8 +109,10 @@ def train(
             )
             engine.backward(out.loss_sum * loss_scale(config, num_tokens))
             engine.step()
-            totals += torch.tensor([float(out.loss_sum.detach()), float(out.num_masked)], dtype=torch.float64)
-        loss_sum, num_masked = training.sum_over_ranks(totals).tolist()
+            sums = torch.stack([out.loss_sum.detach(), out.num_masked])
+            totals += torch.cat([sums, out.bin_loss_sum, out.bin_num_masked]).double().cpu()
+        totals = training.sum_over_ranks(totals)
+        loss_sum, num_masked = totals[:2].tolist()
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
         training.guard(step, loss_sum, grad_norm)
         elapsed_s = time.monotonic() - start_s
@@ -124,6 +126,7 @@ def train(
                     "lr": lr,
                     "tokens": (step + 1) * num_tokens,
                     "masked_fraction": num_masked / num_tokens,
+                    **bin_means(totals[2:]),
                     "step_s": round(elapsed_s, 4),
                 }
             )
@@ -132,8 +135,15 @@ def train(
         if done < config.num_steps and done % config.checkpoint_every_steps == 0 and training.is_healthy:
             training.save(done)
         if training.agree_to_stop() and done < config.num_steps:
-            training.save(done)
+            training.save(done, is_last=True)
             raise Stopped(f"training was asked to stop after step {done} and saved a checkpoint")
+
+
+def bin_means(sums: Any) -> dict[str, float]:
+    """Mean cross-entropy of masked tokens by bin of t, unweighted, for the bins that had any."""
+    losses, counts = sums.chunk(2)
+    means = losses / counts
+    return {f"ce_t{number}": round(float(mean), 5) for number, mean in enumerate(means) if math.isfinite(mean)}
 
 
 class Training:
@@ -233,7 +243,7 @@ class Training:
         """Whether the last step was finite: a diverging model must not push out the last good checkpoint."""
         return self._consecutive_skips == 0
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, is_last: bool = False) -> None:
         """Publish a checkpoint after ``step`` steps, on all ranks or on none."""
         if step == self._last_saved:
             return
@@ -245,7 +255,7 @@ class Training:
         start_s = time.monotonic()
         name, problem = self._broadcast(self._plan_save(step) if self.rank == 0 else None)
         if problem is not None:
-            self._save_failed(step, problem)
+            self._save_failed(step, problem, is_last)
             return
         staging = state / name
         problem = write_checkpoint(self.engine, staging, DEEPSPEED_TAG, {"dlm_step": step})
@@ -267,19 +277,20 @@ class Training:
                 final = state / checkpoint_name(step)
                 publish(staging, final, step, self.context.fingerprint, self.topology, everything, environment())
                 self._last_size_bytes = sum(record.size_bytes for record in everything)
-                retain(state, self.config.keep_checkpoints)
             except (OSError, RuntimeError) as error:
                 problem = error
         problem = self._broadcast(problems[0] if problems else problem)
         if problem is not None:
             if self.rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)
-            self._save_failed(step, problem)
+            self._save_failed(step, problem, is_last)
             return
         self._last_saved = step
+        if self.rank == 0:
+            retain(state, self.config.keep_checkpoints)
         print(f"checkpoint of step {step} in {time.monotonic() - start_s:.2f} s", flush=True)  # noqa: T201
 
-    def _save_failed(self, step: int, problem: BaseException) -> None:
+    def _save_failed(self, step: int, problem: BaseException, is_last: bool) -> None:
         """Raise for the last save, a full disk and a lost lease; after any other training goes on."""
         if is_disk_full(problem):
             raise OSError(
@@ -287,7 +298,7 @@ class Training:
                 f"the checkpoint of step {step} does not fit on the disk of {self.context.state} ({problem}); "
                 f"free some space and resume: training goes on after step {max(self._last_saved, 0)}",
             ) from problem
-        if isinstance(problem, LeaseLostError) or step >= self.config.num_steps:
+        if isinstance(problem, LeaseLostError) or is_last:
             raise problem
         self.warn(f"the checkpoint of step {step} failed ({problem}); training goes on from memory")
 

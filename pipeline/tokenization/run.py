@@ -26,7 +26,7 @@ def run_shard(config: TokenizationConfig, inputs: Mapping[str, Path], shard: Sha
     """Write NAME.arrow with the tokens of one file of text, and its counts."""
     vocabulary = load_vocabulary(inputs["tokenizer"])
     source = checked(inputs["corpus"], shard["file"])
-    encoded = _encode(source, vocabulary, config.batch_docs)
+    encoded = _encode(source, vocabulary, config.batch_docs, shard["name"].startswith("held_out"))
     path = context.out / f"{shard['name']}.arrow"
     num_docs, num_tokens = write_shard(path, encoded, vocabulary.special.vocab_size)
     counts = {"docs": num_docs, "tokens": num_tokens}
@@ -34,14 +34,21 @@ def run_shard(config: TokenizationConfig, inputs: Mapping[str, Path], shard: Sha
     return counts
 
 
-def _encode(source: Path, vocabulary: Vocabulary, batch_docs: int) -> Iterator[list[int]]:
+def _encode(source: Path, vocabulary: Vocabulary, batch_docs: int, is_held_out: bool) -> Iterator[list[int]]:
     eos = vocabulary.special.eos_token_id
     with pa.memory_map(str(source)) as mapped:
         reader = pa.ipc.open_file(mapped)
         for i in range(reader.num_record_batches):
             texts = reader.get_batch(i).column(0)
             for start in range(0, len(texts), batch_docs):
-                for ids in vocabulary.encode_batch(texts[start : start + batch_docs].to_pylist()):
+                batch = texts[start : start + batch_docs].to_pylist()
+                for text, ids in zip(batch, vocabulary.encode_batch(batch), strict=True):
+                    if is_held_out and vocabulary.decode(ids) != text:
+                        raise UserError(
+                            "the tokenizer does not give back the text it was given (case, spaces or unknown "
+                            "characters are lost), so its tokens give no bound on the text. Use a byte-level "
+                            "tokenizer, or train one (tokenizer.file='')"
+                        )
                     if vocabulary.special.mask_token_id in ids:
                         raise UserError("the tokenizer gives the mask id for ordinary text; choose another")
                     yield [*ids, eos]

@@ -1,15 +1,24 @@
 """How the vocabulary is made: trained on the corpus, or taken from a file."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from pipeline.artifact import file_sha256
+from pipeline.config import execution
 from pipeline.data.vocabulary import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
 from pipeline.errors import UserError
 from pipeline.stage import Stage
 
 MIN_VOCAB_SIZE = 256 + 3
+
+
+def _absolute(value: Any) -> Any:
+    """A path made absolute, so that a plan means the same from anywhere."""
+    return os.path.abspath(os.path.expanduser(value)) if isinstance(value, str) and value else value
 
 
 @dataclass(frozen=True)
@@ -19,8 +28,8 @@ class TokenizerConfig:
     vocab_size: int = 4096
     """Size asked for, special tokens included; a small corpus may give fewer."""
     max_train_bytes: int = 32_000_000
-    """Text that the merges are learned from; whole shards of the corpus, in order, up to this size."""
-    file: str = ""
+    """Text that the merges are learned from: batches of the corpus, in order, until this size is reached."""
+    file: Annotated[str, BeforeValidator(_absolute)] = execution("")
     """Take this tokenizer.json instead of training one."""
     mask_token: str = MASK_TOKEN
     eos_token: str = EOS_TOKEN

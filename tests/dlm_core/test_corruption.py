@@ -119,7 +119,7 @@ def test_stratified_uniform_shares_one_offset_over_the_places():
     u = stratified_uniform(11, 3, 16)
     offsets = (u * 16) % 1.0
     assert float(offsets.max() - offsets.min()) < 1e-12  # rounding of u * 16
-    offset = (reference.hash_words(11, 3, Stream.STRATUM, Stream.OFFSET) >> 11) / 2**53
+    offset = (reference.hash_words(11, 3, Stream.OFFSET, Stream.STRATUM) >> 11) / 2**53
     assert float(offsets[0]) == pytest.approx(offset, abs=1e-12)
 
 

@@ -278,7 +278,7 @@ def test_file_record_of_a_relative_path_is_accepted() -> None:
         (TimeoutError(), "transient"),
         (CorruptionError("x"), "code"),
         (ValueError("x"), "code"),
-        (OSError(errno.EIO, "disk"), "code"),
+        (OSError(errno.EACCES, "disk"), "code"),
         (RuntimeError("shape mismatch"), "code"),
     ],
 )

@@ -38,11 +38,11 @@ ALL_CONFIGS = (
 
 CHANGED: dict[type, dict[str, Any]] = {
     CorpusConfig: {
-        "source": ["a", "b"], "text_field": "body", "hub_split": "test", "hub_revision": "abc", "undecodable": "skip",
+        "text_field": "body", "hub_split": "test", "hub_revision": "abc", "undecodable": "skip",
         "max_bad_ratio": 0.5, "txt_document_chars": 10, "held_out_fraction": 0.5, "split_seed": 1, "shard_bytes": 9,
     },
     TokenizerConfig: {
-        "vocab_size": 999, "max_train_bytes": 7, "file": "t.json", "mask_token": "<m>", "eos_token": "<e>",
+        "vocab_size": 999, "max_train_bytes": 7, "mask_token": "<m>", "eos_token": "<e>",
         "pad_token": "<p>",
     },
     PretrainConfig: {
@@ -62,6 +62,8 @@ CHANGED: dict[type, dict[str, Any]] = {
 """Another valid value for every field that changes the expected result."""
 
 EXECUTION: dict[type, dict[str, Any]] = {
+    CorpusConfig: {"source": ["a", "b"]},
+    TokenizerConfig: {"file": "t.json"},
     TokenizationConfig: {"batch_docs": 3},
     PretrainConfig: {
         "workers": 4, "zero_stage": 3, "micro_batch_seqs": 1, "threads_per_worker": 3, "checkpoint_every_steps": 7,
@@ -275,7 +277,7 @@ def test_apply_settings_reaches_nested_fields_and_leaves_the_rest() -> None:
     before = {"pretrain": PretrainConfig(num_steps=5), "corpus": CorpusConfig()}
     after = apply_settings(before, [("pretrain.optimizer.lr", 0.5), ("corpus.source", "a.txt")])
     assert diff(to_json(before["pretrain"]), to_json(after["pretrain"])) == {"optimizer.lr": (1e-3, 0.5)}
-    assert after["corpus"] == CorpusConfig(source=("a.txt",))
+    assert after["corpus"] == CorpusConfig(source=(str(Path("a.txt").absolute()),))
     assert before["pretrain"] == PretrainConfig(num_steps=5)
 
 

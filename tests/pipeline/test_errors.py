@@ -24,6 +24,7 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("CUDA out of memory"), "memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "memory"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "memory"),
+        (OSError(errno.EIO, "Input/output error"), "transient"),
         (OSError(errno.EACCES, "Permission denied"), "code"),
         (ConnectionResetError("x"), "transient"),
         (TimeoutError("x"), "transient"),

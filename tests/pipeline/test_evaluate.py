@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dlm_core.likelihood import stratified_counts
 from pipeline.artifact import MANIFEST, Manifest, checked_files, load_manifest, record_files, write_json
 from pipeline.data.packing import PackedRows
 from pipeline.data.shards import open_stream
@@ -173,7 +174,8 @@ def test_replicates_mask_other_places_not_only_other_numbers_of_them(made: Artif
         return torch.zeros(len(select), special.vocab_size)
 
     for replicate in range(2):
-        _row_losses(model, rows, list(range(rows.num_full_rows)), replicate, EvaluateConfig(), special)
+        counts = stratified_counts(1_000, replicate, torch.full((rows.num_rows,), 32))
+        _row_losses(model, rows, list(range(rows.num_full_rows)), replicate, counts, EvaluateConfig(), special)
     telling = [(a, b) for a, b in zip(*masked, strict=True) if 4 <= len(a) <= 28 and 4 <= len(b) <= 28]
     nested = [(a, b) for a, b in telling if a <= b or b <= a]
     assert len(telling) > 20

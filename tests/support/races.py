@@ -33,7 +33,9 @@ def finished_attempt(place: ArtifactPlace, lease: Lease, text: str) -> Path:
     """An attempt that is ready to be committed."""
     attempt = place.new_attempt(lease)
     (attempt / "value.txt").write_text(text)
-    manifest = Manifest("toy", "f" * 64, 1, {}, {}, record_files(attempt), {"text": text})
+    manifest = Manifest(
+        "toy", f"{place.directory.name}{64 * 'f'}"[:64], 1, {}, {}, record_files(attempt), {"text": text}
+    )
     write_json(attempt / MANIFEST, manifest)
     return attempt
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from workflows.store import (
     Owner,
     RunPlace,
     Store,
+    _started_at,
     acquire_lease,
     lease_is_free,
 )
@@ -105,7 +107,7 @@ def test_lease_of_a_dead_process_is_taken_over_at_once(place: ArtifactPlace):
 def test_lease_of_a_dead_process_that_nobody_waited_for_is_taken_over(place: ArtifactPlace):
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     observed = psutil.Process(process.pid)
-    owner = Owner(Owner.this_process().host, process.pid, observed.create_time())
+    owner = dataclasses.replace(Owner.this_process(), pid=process.pid, started_at=_started_at(process.pid))
     wait_until(lambda: observed.status() == psutil.STATUS_ZOMBIE, "the process has ended")
     assert owner.is_dead()
     process.wait()
