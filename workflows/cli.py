@@ -58,8 +58,8 @@ def _say(message: str) -> None:
 def _store(path: str) -> Store:
     """A store to look at; it need not exist."""
     root = Path(path).expanduser().resolve()
-    if root.exists() and not root.is_dir():
-        raise UserError(f"--store {path} is a file; choose a directory")
+    if any(folder.is_file() for folder in (root, *root.parents)):
+        raise UserError(f"--store {path} is or lies in a file; choose a directory")
     return Store(root)
 
 

@@ -104,7 +104,7 @@ def test_cli_with_a_file_for_a_store_is_refused(dlm, tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unwritable for root")
 def test_cli_with_an_unwritable_store_is_refused(dlm, tmp_path):
     tmp_path.chmod(0o500)
-    assert_refused(dlm("list", "--store", str(tmp_path)), "cannot be written")
+    assert_refused(dlm("run", "toy", "--store", str(tmp_path)), "cannot be written")
 
 
 def test_cli_run_id_that_exists_is_refused_naming_resume(dlm, store):
