@@ -4,6 +4,7 @@ When a driver is killed, Ray's workers go with it, but some of its agents take a
 a list of the driver's descendants and, when the driver is gone without a word, kills those that are left.
 """
 
+import contextlib
 import os
 import select
 import subprocess
@@ -51,10 +52,8 @@ def main() -> None:
         if process.is_running():
             seen |= {child.pid: child for child in _children(process.pid)}
     for process in seen.values():
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()  # psutil checks that the number still belongs to the same process
-        except psutil.NoSuchProcess:
-            continue
 
 
 if __name__ == "__main__":

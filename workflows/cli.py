@@ -275,29 +275,27 @@ def report_command(run_id: OptionalRun = "", store: StoreOption = "dlm-store") -
     print(path)
 
 
+_ENDINGS: dict[type[Exception], tuple[int, str, str]] = {
+    UserError: (EXIT_USAGE, "", ""),
+    runs.DriftError: (EXIT_DRIFT, "", ""),
+    LeaseHeldError: (EXIT_UNSCHEDULABLE, "this run is being worked on: ", ""),
+    LeaseLostError: (EXIT_INTERRUPTED, "another process took over, this one has stopped: ", ""),
+    CorruptionError: (EXIT_FAILED, "", ""),
+    OSError: (EXIT_FAILED, "the store or a file cannot be used: ", "; mend it, then: dlm resume RUN"),
+}
+"""What is not a bug -> exit code, and words around the message."""
+
+
 def main(run: Callable[[], Any] = app) -> None:
     """Entry point: what the user did wrong ends in a message, not in a traceback."""
     try:
         run()
-    except UserError as error:
-        _say(f"error: {error}")
-        sys.exit(EXIT_USAGE)
-    except runs.DriftError as error:
-        _say(f"error: {error}")
-        sys.exit(EXIT_DRIFT)
-    except LeaseHeldError as error:
-        _say(f"error: this run is being worked on: {error}")
-        sys.exit(EXIT_UNSCHEDULABLE)
-    except CorruptionError as error:
-        _say(f"error: {error}")
-        sys.exit(EXIT_FAILED)
-    except OSError as error:
-        what = "no space is left in the store" if is_disk_full(error) else "the store or a file cannot be used"
-        _say(f"error: {what}: {error}; mend it, then: dlm resume RUN")
-        sys.exit(EXIT_FAILED)
-    except LeaseLostError as error:
-        _say(f"error: another process took over, this one has stopped: {error}")
-        sys.exit(EXIT_INTERRUPTED)
+    except tuple(_ENDINGS) as error:
+        code, before, after = next(ending for kind, ending in _ENDINGS.items() if isinstance(error, kind))
+        if is_disk_full(error):
+            before = "no space is left in the store: "
+        _say(f"error: {before}{error}{after}")
+        sys.exit(code)
     except SystemExit as end:
         if end.code != _TYPER_INTERRUPTED:
             raise

@@ -1,15 +1,16 @@
 """The store: where runs and artifacts live, and the protocol that makes their writing safe.
 
-    runs/<run>/run.json                    the frozen plan, created once
-              /lease/<epoch>/…             who coordinates the run
-              /events/<attempt>-<seq>.json appended under unique names
-              /work/<attempt>/<step>/…     logs, progress, failures
-              /cancel                      request to stop
-    artifacts/<stage>/<fp12>/lease/…       who builds the artifact
-                            /attempts/…    what attempts wrote; only the committed one is ever read
-                            /state/…       checkpoints and the like, kept across attempts
-                            /shards/…      committed pieces of a map stage
-                            /COMMIT.json   created once: the attempt that counts
+    runs/<run>/  run.json                   the frozen plan, created once
+                 lease/<epoch>.json         who coordinates the run
+                 events/<attempt>-<n>.json  appended under unique names
+                 work/<attempt>/<step>/     logs, progress, failures
+                 cancel                     request to stop
+    artifacts/<stage>/<fp12>/
+                 lease/<epoch>.json         who builds the artifact
+                 attempts/                  what attempts wrote; only the committed one is ever read
+                 state/                     checkpoints and the like, kept across attempts
+                 shards/                    committed pieces of a map stage
+                 COMMIT.json                created once: the attempt that counts
 
 What was not committed does not exist.  Every commit is one exclusive creation of a complete file.
 """
