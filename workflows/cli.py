@@ -2,8 +2,10 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.artifact import read_json
-from pipeline.config import parse_value, to_json
+from pipeline.config import flatten, parse_value, to_json
 from pipeline.errors import CorruptionError, LeaseLostError, UserError, is_disk_full
 from workflows import runs
 from workflows.coordinator import Coordinator, StepState
@@ -36,6 +38,8 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+
+DEFAULT_STORE = "dlm-store"
 
 SetOption = Annotated[
     list[str],
@@ -110,11 +114,20 @@ def recipes(as_json: JsonOption = False) -> None:
 def plan_command(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
     settings: SetOption = [],  # noqa: B006 - typer reads it, nobody changes it
-    store: StoreOption = "dlm-store",
+    store: StoreOption = DEFAULT_STORE,
+    show_settings: Annotated[bool, typer.Option("--settings", help="Print every setting and its value.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a run would do and why, without doing it."""
     plan = runs.plan_recipe(recipe, _settings(settings))
+    if show_settings:
+        values = {f"{step.name}.{path}": value for step in plan.steps for path, value in flatten(step.config).items()}
+        if as_json:
+            _print_json(values)
+        else:
+            for path, value in values.items():
+                print(f"{path}={json.dumps(value)}")
+        return
     actions = explain(plan, _store(store))
     if as_json:
         _print_json(actions)
@@ -132,7 +145,7 @@ def plan_command(
 def run_command(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
     settings: SetOption = [],  # noqa: B006 - as above
-    store: StoreOption = "dlm-store",
+    store: StoreOption = DEFAULT_STORE,
     executor: ExecutorOption = "ray",
     run_id: Annotated[str, typer.Option("--run-id", help="Name of the run; made up by default.")] = "",
 ) -> None:
@@ -144,7 +157,7 @@ def run_command(
 
 
 @app.command("resume")
-def resume_command(run_id: RunArgument, store: StoreOption = "dlm-store") -> None:
+def resume_command(run_id: RunArgument, store: StoreOption = DEFAULT_STORE) -> None:
     """Go on with a run that failed, was stopped or was killed."""
     place = _writable_store(store)
     run = place.run(run_id)
@@ -185,6 +198,11 @@ class _stop_on_signal:
             signal.signal(number, handler)
 
 
+def _store_option(store: Store) -> str:
+    """The option that names this store in a command to copy; nothing for the default one."""
+    return "" if store.root == Path(DEFAULT_STORE).resolve() else f" --store {shlex.quote(str(store.root))}"
+
+
 def _print_outcome(store: Store, run: RunPlace, states: list[StepState], status: str) -> None:
     for state in states:
         if state.status == "failed" and state.failure is not None:
@@ -192,10 +210,12 @@ def _print_outcome(store: Store, run: RunPlace, states: list[StepState], status:
             if state.failure.error_class == "code" and state.failure.type != CorruptionError.__name__:
                 _say(f"logs: {run.directory / 'work'}\n{state.failure.traceback}")
     if status == "failed":
-        _say(f"\nmend it, then go on with: dlm resume {run.run_id}")
+        again = f"dlm resume {run.run_id}{_store_option(store)}"
+        _say(f"\nwhat was finished is kept. After mending the data or the machine: {again}")
+        _say(f"to change a setting: dlm run {runs.frozen_plan(run).workflow}{_store_option(store)} --set PATH=VALUE")
         raise typer.Exit(EXIT_FAILED)
     if status == "stopped":
-        _say(f"stopped; go on with: dlm resume {run.run_id}")
+        _say(f"stopped; go on with: dlm resume {run.run_id}{_store_option(store)}")
         raise typer.Exit(EXIT_INTERRUPTED)
     _print_figures(store, run)
 
@@ -213,6 +233,13 @@ def _print_figures(store: Store, run: RunPlace) -> None:
             ("unigram, bits a byte", f"{r['unigram_bpb']:.4f}"),
             ("xz -9, bits a byte", f"{r['xz_bpb']:.4f}  ({r['xz_bytes']:,} of {r['num_bytes']:,} bytes)"),
         ]
+    if "corpus" in outputs:
+        left_out = Counter[str]()
+        for source in read_json(outputs["corpus"] / "manifest.json")["stats"]["sources"].values():
+            left_out += Counter({"broken": source["broken"], **source["dropped"]})
+        if left_out:
+            what = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
+            figures.append(("left out of the text", f"{what} (which: see the report)"))
     if "pretrain" in outputs:
         stats = read_json(outputs["pretrain"] / "manifest.json")["stats"]
         figures.append(("training speed", f"{stats['tokens_per_s']:,.0f} tokens/s"))
@@ -224,7 +251,7 @@ def _print_figures(store: Store, run: RunPlace) -> None:
 
 
 @app.command("status")
-def status_command(run_id: OptionalRun = "", store: StoreOption = "dlm-store", as_json: JsonOption = False) -> None:
+def status_command(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """Show where a run stands."""
     place = _store(store)
     summary = runs.summarise(place, runs.require_run_id(place, run_id))
@@ -243,7 +270,7 @@ def status_command(run_id: OptionalRun = "", store: StoreOption = "dlm-store", a
 
 
 @app.command("list")
-def list_command(store: StoreOption = "dlm-store", as_json: JsonOption = False) -> None:
+def list_command(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """List the runs of a store, newest first."""
     place = _store(store)
     summaries = [runs.summarise(place, run) for run in place.runs()]
@@ -251,7 +278,8 @@ def list_command(store: StoreOption = "dlm-store", as_json: JsonOption = False) 
         _print_json(summaries)
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("run", "workflow", "status", "attempts", "started"):
+    table.add_column("run", min_width=max((len(s.run_id) for s in summaries), default=0))
+    for column in ("workflow", "status", "attempts", "started"):
         table.add_column(column)
     for s in summaries:
         started = f"{datetime.fromtimestamp(s.started_at):%Y-%m-%d %H:%M}" if s.started_at else ""
@@ -260,7 +288,7 @@ def list_command(store: StoreOption = "dlm-store", as_json: JsonOption = False) 
 
 
 @app.command("report")
-def report_command(run_id: OptionalRun = "", store: StoreOption = "dlm-store") -> None:
+def report_command(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE) -> None:
     """Print the path of a run's report; an unfinished run gets one of what there is."""
     place = _store(store)
     run = runs.require_run_id(place, run_id)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -111,12 +112,18 @@ def _summary(ledger: Ledger) -> dict[str, Any]:
 
 def _check_not_empty(config: CorpusConfig, num_train: int, num_held: int, ledgers: dict[str, Ledger]) -> None:
     if num_train + num_held == 0:
-        found = {item: _summary(ledger) for item, ledger in ledgers.items()}
-        raise UserError(f"corpus.source {list(config.source)} holds no document with text: {found}")
+        left_out = sum((ledger.dropped for ledger in ledgers.values()), Counter[str]())
+        broken = sum(ledger.broken for ledger in ledgers.values())
+        why = [f"{number} {reason}" for reason, number in left_out.items()] + ([f"{broken} broken"] if broken else [])
+        raise UserError(
+            f"corpus.source {list(config.source)} holds no document with text (left out: {', '.join(why) or 'none'}). "
+            "Text that is not UTF-8 is left out under corpus.undecodable=skip; convert it, or set =replace"
+        )
     if num_train == 0 or num_held == 0:
         empty = "training" if num_train == 0 else "evaluation"
         raise UserError(
             f"nothing is left for {empty} after the split of {num_train + num_held} documents at "
-            f"corpus.held_out_fraction {config.held_out_fraction}. Add documents, change the fraction, or lower "
-            "corpus.txt_document_chars so that a text file gives more documents"
+            f"corpus.held_out_fraction {config.held_out_fraction}. Add documents, or change the fraction (for example "
+            "--set corpus.held_out_fraction=0.1); a .txt file gives more documents with a lower "
+            "corpus.txt_document_chars"
         )

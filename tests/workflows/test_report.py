@@ -17,7 +17,7 @@ from workflows.report import svg
 from workflows.report.config import STAGE, ReportConfig
 from workflows.report.film import film_strip
 from workflows.report.loss import trailing_mean
-from workflows.report.page import pipeline_edges, xz_verdict
+from workflows.report.page import pipeline_edges, unigram_verdict, xz_verdict
 from workflows.report.picture import STAGES, draw_picture, picture_edges
 from workflows.report.run import render_partial, run
 from workflows.report.text import duration, plain, scaled
@@ -401,3 +401,8 @@ def test_scaled_names_the_magnitude(value: float, unit: str, expected: str):
 
 def test_plain_shows_control_characters_as_pictures():
     assert plain("a\x00\x1b\n\t<&") == "a␀␛\n\t&lt;&amp;"
+
+
+def test_unigram_verdict_follows_the_numbers():
+    assert "0.5000 nats/token below" in unigram_verdict({"unigram_entropy": 6.0, "nelbo": 5.5})
+    assert "nothing is shown to be learnt" in unigram_verdict({"unigram_entropy": 6.0, "nelbo": 6.5})

@@ -114,6 +114,14 @@ def _tile(name: str, value: str, error: str, detail: str) -> str:
 # Evaluation
 
 
+def unigram_verdict(results: Mapping[str, Any]) -> str:
+    """Whether the model has learnt more than how frequent each token is."""
+    gap = results["unigram_entropy"] - results["nelbo"]
+    if gap <= 0:
+        return f"The bound is {-gap:.4f} nats/token above the unigram entropy: nothing is shown to be learnt yet."
+    return f"The bound is {gap:.4f} nats/token below the unigram entropy."
+
+
 def xz_verdict(results: Mapping[str, Any]) -> str:
     """Whether the model is ahead of xz -9 or behind it, by how much, and whether the noise could turn it."""
     bound, xz = results["bpb_bound"], results["xz_bpb"]
@@ -161,7 +169,7 @@ def _evaluation(data: ReportData) -> str:
     head: list[Cell] = ["Quantity", Number("Value"), Number("mc_se"), Number("doc_se"), "Unit", "What it is"]
     return section(
         "Evaluation on held-out text",
-        f'<p class="verdict">{plain(xz_verdict(r))}</p>',
+        f'<p class="verdict">{plain(unigram_verdict(r))} {plain(xz_verdict(r))}</p>',
         table(head, rows),
         note(
             f"{count(r['num_docs'])} documents, {count(r['num_tokens'])} tokens, {count(r['num_bytes'])} bytes "
