@@ -24,6 +24,8 @@ _LEAN_RAY = {
     "RAY_enable_metrics_collection": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+_TOKEN = secrets.token_hex(32)
+"""Of every Ray that this process starts: Ray reads it once a process."""
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _CANCEL_WAIT_S = 15.0
 _KILL_AFTER_S = 10.0
@@ -74,22 +76,26 @@ class RayExecutor(Executor):
         """Start a Ray with ``num_cpus`` logical cores in this process."""
         os.environ.update(_LEAN_RAY)
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN"] = _TOKEN
         import ray
 
         self._ray = ray
         self._refs: dict[Any, str] = {}
         self._kill_at_s: dict[Any, float] = {}
         self._reaper = start_reaper()
-        with _own_signal_handlers():
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=_OBJECT_STORE_BYTES,
-            )
+        try:
+            with _own_signal_handlers():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                )
+        except BaseException:
+            dismiss_reaper(self._reaper)
+            raise
 
     def start(self, call: Call) -> None:
         """Submit a call; Ray starts it when there are cores for it."""
