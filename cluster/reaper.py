@@ -6,13 +6,17 @@ a list of the driver's descendants and, when the driver is gone without a word, 
 
 import contextlib
 import os
+import re
 import select
 import subprocess
 import sys
+import time
 
 import psutil
 
-_LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.5
+_SWEEPS = 3
+"""A Ray that is dying may still start a process."""
 
 
 def start_reaper() -> "subprocess.Popen[bytes]":
@@ -38,6 +42,20 @@ def _children(pid: int) -> list[psutil.Process]:
         return []
 
 
+def _of_session(driver: int) -> list[psutil.Process]:
+    """Processes of the Ray that a driver started, by its session's name: it ends in the driver's process id.
+
+    One that was started in the last moment was never seen among the descendants, and is nobody's child by now.
+    """
+    session = re.compile(rf"session_[\d_-]+_{driver}(?!\d)")
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if session.search(" ".join(process.cmdline())):
+                found.append(process)
+    return found
+
+
 def main() -> None:
     """Watch the process named on the command line until standard input says or shows that it is over."""
     parent, own = int(sys.argv[1]), os.getpid()
@@ -48,12 +66,14 @@ def main() -> None:
             break
     if os.read(0, 1):
         return
-    for process in list(seen.values()):
-        if process.is_running():
-            seen |= {child.pid: child for child in _children(process.pid)}
-    for process in seen.values():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()  # psutil checks that the number still belongs to the same process
+    for _ in range(_SWEEPS):
+        for process in list(seen.values()):
+            if process.is_running():
+                seen |= {child.pid: child for child in _children(process.pid)}
+        for process in [*seen.values(), *_of_session(parent)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()  # psutil checks that the number still belongs to the same process
+        time.sleep(_LOOK_EVERY_S)
 
 
 if __name__ == "__main__":
