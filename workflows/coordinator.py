@@ -15,7 +15,7 @@ from typing import Any, Literal
 from cluster.executor import Call, Ended, Executor
 from pipeline.artifact import create_exclusive, read_json
 from pipeline.config import from_json, to_json
-from pipeline.errors import CorruptionError, ErrorClass, LeaseLostError, classify
+from pipeline.errors import CorruptionError, ErrorClass, LeaseLostError, UserError, classify
 from workflows.plan import Plan, PlannedStep, step_config
 from workflows.step import load_stage
 from workflows.store import (
@@ -302,7 +302,7 @@ class Coordinator:
                 self.events.write("step_committed", state.step.name, elapsed_s=elapsed_s)
                 if ended.failure:
                     self.events.write("step_warning", state.step.name, message=f"after its end: {ended.failure}")
-        except (LeaseLostError, CorruptionError, OSError) as error:
+        except (LeaseLostError, CorruptionError, UserError, OSError) as error:
             failure = Failure(classify(error), type(error).__name__, str(error), "", 0, time.time())
             self._attempt_failed(state, failure)
 

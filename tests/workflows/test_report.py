@@ -322,7 +322,8 @@ def test_line_chart_interrupts_a_line_at_a_gap():
 @pytest.mark.parametrize("points", [[], [(5.0, 1.0)], [(0.0, 2.0), (1.0, 2.0)]])
 def test_line_chart_of_hardly_anything_is_well_formed(points: list[tuple[float, float | None]]):
     chart = svg.line_chart([svg.Line(points, "x", "raw")], [], x_label="a", y_label="b", y_range=(2, 2))
-    ElementTree.fromstring(f"<svg>{chart.body}</svg>")
+    assert len(ElementTree.fromstring(f"<svg>{chart.body}</svg>")) > 0
+    assert "nan" not in chart.body
 
 
 def test_layers_are_the_longest_path_and_a_cycle_is_refused():
