@@ -1,60 +1,405 @@
-"""Training objectives.  Each returns sums and counts, never a local mean.
+"""Training objectives: which tokens are predicted, what each one weighs, and the sums that come out.
 
-The caller divides by the *global* number of valid tokens: a mean taken here would make the gradient depend
-on how the batch is split over workers.
+Every objective of masked diffusion is a weighted sum of cross-entropies at masked positions,
+
+    loss = sum_{masked l} weight_l * -log p(x0_l | xt),
+
+and differs only in its weight.  So: corrupt (corruption.py), ``masked_targets`` with a ``Weighting``, the head
+(cross_entropy.py) for the chosen tokens alone, ``loss_output`` for sums and counts.  Nothing here takes a mean: the
+caller divides by the *global* number of tokens, since a local mean makes the gradient depend on how a batch is split.
+
+What lives here: weights and losses.  What must not: drawing, estimators for evaluation (likelihood.py).
+
+Shapes: B rows, L seq_len, M predicted tokens, V vocab_size.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from dlm_core.blocks import num_blocks, per_token
+from dlm_core.cross_entropy import HeadLoss, compute_dtype
+from dlm_core.kernels import reveal_prob
+from dlm_core.schedules import Schedule
 
 NUM_T_BINS = 4
 """Statistics are kept for this many equal bins of t."""
 
 
 @dataclass(frozen=True)
+class Corrupted:
+    """A noised batch, all on one device (the host's, in training): clean tokens, noised ones, each one's time."""
+
+    x0: Int[Tensor, "B L"]
+    xt: Int[Tensor, "B L"]
+    t: Float[Tensor, "B L"]
+    """Time of each token: constant over a row, a block or a document."""
+    is_text: Bool[Tensor, "B L"]
+    """Positions that hold text, prompt included: no padding."""
+    maskable: Bool[Tensor, "B L"]
+    """Text that could have been masked: no prompt.  These are the tokens of the bound."""
+    mask_token_id: int
+
+    @property
+    def is_masked(self) -> Bool[Tensor, "B L"]:
+        """Positions to be predicted."""
+        return (self.xt == self.mask_token_id) & self.maskable
+
+
+# Weights
+
+
+class Weighting(ABC):
+    """Weight of the cross-entropy of every token; a subclass is final."""
+
+    is_bound: ClassVar[bool]
+    """Whether the expected loss bounds -log p(x0) from above, for the sampling that the class names."""
+
+    def token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
+        """Weights >= 0, of which only those of masked tokens matter; in the dtype of batch.t, 1 / time."""
+        return self._token_weight(batch)
+
+    @abstractmethod
+    def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]: ...
+
+
+@dataclass(frozen=True)
+class Nelbo(Weighting):
+    """-dalpha_t / (1 - alpha_t): the continuous-time NELBO, 1 / t for the linear schedule.
+
+    MDLM (arXiv 2406.07524) eq. 10-11; with a time for each block and a denoiser that sees [xt ; x0], BD3-LM
+    (2503.09573).  With the linear schedule t is the mask probability itself: the lambda-form of RADD
+    (2406.03736).  A bound for t uniform on [0, 1] and a schedule from alpha 1 to 0; on [t_min, 1] what lies below is
+    missing, and likelihood.py adds it.
+    """
+
+    is_bound: ClassVar[bool] = True
+    schedule: Schedule
+
+    def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
+        return self.schedule.nelbo_weight(batch.t)
+
+
+@dataclass(frozen=True)
+class DiscreteTime(Weighting):
+    """T (alpha_s - alpha_t) / (1 - alpha_t) with s = t - 1 / T: the diffusion term of the bound with T steps.
+
+    MDLM (arXiv 2406.07524) eq. 8.  A bound for t uniform on {1/T, ..., 1} and a schedule from alpha 1 to 0; otherwise
+    add ``prior_loss`` and the reconstruction, which is the cross-entropy at t = 0 with weight 1.  Raises ValueError for
+    less than one step, and for a t that is not on the grid.
+    """
+
+    is_bound: ClassVar[bool] = True
+    schedule: Schedule
+    num_timesteps: int
+
+    def __post_init__(self) -> None:
+        if self.num_timesteps < 1:
+            raise ValueError(f"num_timesteps is {self.num_timesteps}; it must be at least 1")
+
+    def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
+        index = torch.round(batch.t * self.num_timesteps)
+        off_grid = (index < 1) | ((index / self.num_timesteps - batch.t).abs() > 1e-6)
+        if off_grid.any():
+            raise ValueError(
+                f"t is {float(batch.t[off_grid][0])}, which is no multiple of 1/{self.num_timesteps} above 0"
+            )
+        alpha_s = self.schedule.alpha((index - 1) / self.num_timesteps)
+        alpha_t = self.schedule.alpha(index / self.num_timesteps)
+        return self.num_timesteps * reveal_prob(alpha_s, alpha_t)
+
+
+@dataclass(frozen=True)
+class ExactCount(Weighting):
+    """n / k, with k of a row's n maskable tokens masked.
+
+    The k-form of RADD (arXiv 2406.03736) and LLaDA (2502.09992) eq. 14: a bound for k uniform on {1..n} and every
+    subset of k equally likely (``mask_exact_count``), the mean over all orders of the any-order autoregressive loss.
+    Its variance is zero for predictions that ignore the context.  With a block_size, n and k are those of each block.
+    On rows masked with one mask probability it is the weighting by the realised fraction (MegaDLMs).  Where nothing is
+    masked it is 0.  Raises ValueError if block_size doesn't divide the row.
+    """
+
+    is_bound: ClassVar[bool] = True
+    block_size: int | None = None
+
+    def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
+        num_rows, seq_len = batch.x0.shape
+        blocks = (num_rows, num_blocks(seq_len, self.block_size or seq_len), -1)
+        total = batch.maskable.view(blocks).sum(dim=-1)
+        count = batch.is_masked.view(blocks).sum(dim=-1)
+        weight = torch.where(count > 0, total.to(batch.t.dtype) / count.clamp(min=1), 0.0)
+        return per_token(weight, seq_len)
+
+
+@dataclass(frozen=True)
+class InverseMaskProb(Weighting):
+    """1 / (1 - alpha_t): what BD3-LM (arXiv 2503.09573) trains clipped schedules with.  Not a bound.
+
+    It is the NELBO weight divided by -dalpha_t, so it equals it for the linear schedule alone.  The released code
+    weighs with 1 when the lower end of the interval is above 1/2; this doesn't.
+    """
+
+    is_bound: ClassVar[bool] = False
+    schedule: Schedule
+
+    def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
+        return 1.0 / self.schedule.mask_prob(batch.t)
+
+
+@dataclass(frozen=True)
+class Uniform(Weighting):
+    """1: the MaskGIT loss (arXiv 2202.04200).  Not a bound, whatever t is drawn from."""
+
+    is_bound: ClassVar[bool] = False
+
+    def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
+        return torch.ones_like(batch.t)
+
+
+@dataclass(frozen=True)
+class OneMinusT(Weighting):
+    """1 - t: the "linear" reweighting in the code of Dream.  Not a bound."""
+
+    is_bound: ClassVar[bool] = False
+
+    def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
+        return 1.0 - batch.t
+
+
+@dataclass(frozen=True)
+class Snr(Weighting):
+    """SNR / |dSNR/dt| = alpha_t (1 - alpha_t) / -dalpha_t,  SNR = alpha_t / (1 - alpha_t).  Not a bound.
+
+    A weight of Gaussian diffusion that tutorials carry over; no masked diffusion model was trained with it.  Raises
+    ValueError where dalpha_t = 0.
+    """
+
+    is_bound: ClassVar[bool] = False
+    schedule: Schedule
+
+    def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
+        alpha_t, dalpha_t = self.schedule.alpha(batch.t), self.schedule.dalpha(batch.t)
+        if (dalpha_t == 0).any():
+            raise ValueError(
+                f"the SNR weight is undefined at t = {float(batch.t[dalpha_t == 0][0])}, where dalpha_t is 0"
+            )
+        return alpha_t * (1.0 - alpha_t) / -dalpha_t
+
+
+@dataclass(frozen=True)
+class MinSnr(Weighting):
+    """min(SNR, gamma), for Gaussian diffusion arXiv 2303.09556.  Not a bound.  Raises ValueError unless gamma > 0."""
+
+    is_bound: ClassVar[bool] = False
+    schedule: Schedule
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.gamma > 0.0:
+            raise ValueError(f"gamma is {self.gamma}; it must be above 0")
+
+    def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
+        mask_prob = self.schedule.mask_prob(batch.t)
+        return ((1.0 - mask_prob) / mask_prob).clamp(max=self.gamma)
+
+
+@dataclass(frozen=True)
+class Cart(Weighting):
+    """Context-adaptive reweighting:  weight_n = 1/2 sum over clean i != n of p (1 - p)^(|n - i| - 1).  Not a bound.
+
+    Dream (arXiv 2508.15487) eq. 4-5: a masked token weighs more the nearer its clean neighbours are; at most 1.
+    Padding is no context here, unlike in the released code.  p = 1 leaves the two direct neighbours.  Raises
+    ValueError unless 0 < p <= 1.
+    """
+
+    is_bound: ClassVar[bool] = False
+    p: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.p <= 1.0:
+            raise ValueError(f"p is {self.p}; it must lie in (0, 1]")
+
+    def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
+        clean = (batch.is_text & (batch.xt != batch.mask_token_id)).to(batch.t.dtype)
+        place = torch.arange(clean.shape[1], device=clean.device, dtype=clean.dtype)
+        distance = (place[:, None] - place).abs()
+        geometric = torch.where(distance > 0, self.p * (1.0 - self.p) ** (distance - 1).clamp(min=0), 0.0)
+        return 0.5 * clean @ geometric
+
+
+# What is predicted
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The tokens that the denoiser is asked for, flat, and what each weighs."""
+
+    select: Int[Tensor, " M"]
+    """Flat position in [B, L] whose hidden state predicts the token."""
+    targets: Int[Tensor, " M"]
+    weight: Float[Tensor, " M"]
+    """Of the training objective."""
+    nelbo_weight: Float[Tensor, " M"]
+    """Of the bound that is reported beside it."""
+    t: Float[Tensor, " M"]
+    num_tokens: Int[Tensor, ""]
+    """Tokens of the bound, masked or not: its denominator."""
+
+
+def masked_targets(
+    batch: Corrupted, weighting: Weighting, bound: Weighting, *, target_offset: Literal[0, 1] = 0
+) -> Targets:
+    """The masked tokens of a batch with the weights of an objective and of the bound to report.
+
+    target_offset 1: token l is predicted at position l - 1, as in the autoregressive model that Dream (arXiv
+    2508.15487) and DiffuLLaMA (2410.17891) start from; token 0 is then nobody's target and no token of the bound, which
+    is one on -log p of the others given token 0 if that stays clean (``maskable_positions`` with keep_first).
+    Raises ValueError if ``bound`` is none.
+    """
+    if not bound.is_bound:
+        raise ValueError(
+            f"{bound} is not a bound, so it can't be reported as one; use Nelbo, DiscreteTime or ExactCount"
+        )
+    scored = batch.maskable.clone()
+    scored[:, :target_offset] = False
+    places = (batch.is_masked & scored).flatten().nonzero().squeeze(1)
+    return Targets(
+        select=places - target_offset,
+        targets=batch.x0.flatten()[places],
+        weight=weighting.token_weight(batch).flatten()[places],
+        nelbo_weight=bound.token_weight(batch).flatten()[places],
+        t=batch.t.flatten()[places],
+        num_tokens=scored.sum(),
+    )
+
+
+def next_token_targets(x0: Int[Tensor, "B L"], valid: Bool[Tensor, "B L"]) -> Targets:
+    """Autoregressive targets: every valid token but the first, predicted at the position before it, weight 1.
+
+    The sum is the exact negative log-likelihood given the first token, no bound; there is no time, so t is nan.
+    """
+    scored = valid.clone()
+    scored[:, 0] = False
+    places = scored.flatten().nonzero().squeeze(1)
+    ones = torch.ones(len(places), dtype=torch.float64)
+    return Targets(places - 1, x0.flatten()[places], ones, ones, torch.full_like(ones, torch.nan), scored.sum())
+
+
+# What comes out
+
+
+@dataclass(frozen=True)
 class LossOutput:
-    """Sums over the tokens of a micro batch; nats."""
+    """Sums and counts over the tokens of a micro batch; nats."""
 
     loss_sum: Float[Tensor, ""]
-    """Weighted loss summed over tokens: the NELBO of the rows (differentiable)."""
+    """The training objective, differentiable."""
+    nelbo_sum: Float[Tensor, ""]
+    """The bound on -log p of the rows, whatever the objective (no gradient); up to t_min, see ``Nelbo``."""
     num_tokens: Int[Tensor, ""]
-    """Valid tokens, masked or not: the denominator of the bound."""
+    """Tokens of the bound, masked or not: its denominator."""
     num_masked: Int[Tensor, ""]
     bin_loss_sum: Float[Tensor, " bins"]
     """Unweighted cross-entropy of masked tokens, by bin of t (no gradient)."""
     bin_num_masked: Int[Tensor, " bins"]
 
 
-def masked_nelbo(
-    masked_logits: Float[Tensor, "M V"],
-    masked_targets: Int[Tensor, " M"],
-    masked_rows: Int[Tensor, " M"],
-    t: Float[Tensor, " B"],
-    weight: Float[Tensor, " B"],
-    loss_mask: Bool[Tensor, "B L"],
-) -> LossOutput:
-    """Continuous-time NELBO of masked diffusion:  sum_b weight_b * sum_{masked l} -log p(x0_l | xt).
+def loss_output(head: HeadLoss, targets: Targets) -> LossOutput:
+    """Sums and counts from what the head returned for these targets.
 
-    MDLM (arXiv 2406.07524) eq. 10-11, with weight = nelbo_weight(alpha_t, dalpha_t) (1/t for the linear
-    schedule).  It takes logits of the masked positions alone, since unmasked ones are copied by the SUBS
-    parameterisation and add nothing; ``masked_rows`` says which row of the batch each belongs to.  The
-    cross-entropy is taken in float32.  No masked position gives a loss of 0 that still has a gradient path.
+    A batch without a masked token gives 0, with a gradient of 0; without a valid token also num_tokens = 0, which the
+    caller must not divide by.  Tokens without a time (``next_token_targets``) are in no bin.
     """
-    cross_entropy = F.cross_entropy(masked_logits.float(), masked_targets, reduction="none")
-    loss_sum = (weight.float()[masked_rows] * cross_entropy).sum()
-    with torch.no_grad():
-        bins = (t[masked_rows] * NUM_T_BINS).long().clamp(max=NUM_T_BINS - 1)
-        bin_loss_sum = torch.zeros(NUM_T_BINS, device=t.device)
-        bin_loss_sum.index_add_(0, bins, cross_entropy.detach())
-        bin_num_masked = torch.bincount(bins, minlength=NUM_T_BINS)
+    cross_entropy = head.cross_entropy
+    device = cross_entropy.device
+    timed = ~targets.t.isnan()
+    bins = (targets.t[timed] * NUM_T_BINS).long().clamp(max=NUM_T_BINS - 1).to(device)
+    bin_loss_sum = torch.zeros(NUM_T_BINS, dtype=cross_entropy.dtype, device=device)
+    bin_loss_sum.index_add_(0, bins, cross_entropy[timed.to(device)])
     return LossOutput(
-        loss_sum=loss_sum,
-        num_tokens=loss_mask.sum(),
-        num_masked=torch.tensor(masked_targets.numel(), device=t.device),
+        loss_sum=head.loss_sum,
+        nelbo_sum=(targets.nelbo_weight.to(device, cross_entropy.dtype) * cross_entropy).sum(),
+        num_tokens=targets.num_tokens,
+        num_masked=torch.tensor(len(targets.targets), device=device),
         bin_loss_sum=bin_loss_sum,
-        bin_num_masked=bin_num_masked,
+        bin_num_masked=torch.bincount(bins, minlength=NUM_T_BINS),
     )
+
+
+# Other terms
+
+
+def prior_loss(alpha_1: Float[Tensor, ""], num_real_tokens: int) -> Float[Tensor, ""]:
+    """Prior term of the bound, nats a token:  KL(q(x_1 | x0) || p(x_1)) = alpha_1 log(num_real_tokens).
+
+    For a schedule that ends with alpha_1 > 0 and the prior that leaves a token unmasked equally often, uniform over the
+    real tokens (MDLM, arXiv 2406.07524, section 3.2: 0 for alpha_1 = 0).
+    """
+    return alpha_1 * torch.log(torch.tensor(num_real_tokens, dtype=alpha_1.dtype))
+
+
+def log_ratio(alpha_t: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """log(alpha_t / (1 - alpha_t)), the log of the signal-to-noise ratio.
+
+    Raises ValueError where nothing or everything is masked, where it is infinite.
+    """
+    if ((alpha_t <= 0) | (alpha_t >= 1)).any():
+        raise ValueError("alpha_t is 0 or 1 somewhere; the score of a mask is finite only in between")
+    return torch.log(alpha_t) - torch.log1p(-alpha_t)
+
+
+def concrete_score(log_probs: Float[Tensor, "M V"], alpha_t: Float[Tensor, " M"]) -> Float[Tensor, "M V"]:
+    """Log of the concrete score at a masked position:  log(alpha_t / (1 - alpha_t)) + log p(x0 = v | xt).
+
+    The ratio p_t(xt with v at the position) / p_t(xt): RADD (arXiv 2406.03736) theorem 1.  Raises ValueError unless
+    0 < alpha_t < 1.
+    """
+    return log_ratio(alpha_t)[:, None] + log_probs
+
+
+def score_entropy(
+    log_score: Float[Tensor, "M V"],
+    targets: Int[Tensor, " M"],
+    alpha_t: Float[Tensor, " M"],
+    dalpha_t: Float[Tensor, " M"],
+) -> Float[Tensor, " M"]:
+    """Denoising score entropy of masked positions, an integrand over t like weight * cross-entropy; nats / time.
+
+    -dalpha_t / alpha_t * (sum_v score_v  -  r log score_target  +  r (log r - 1)),  r = alpha_t / (1 - alpha_t).
+    SEDD (arXiv 2310.16834), absorbing kernel.  For the score of a normalised denoiser it equals
+    nelbo_weight * cross-entropy; an unnormalised score pays for the mass that its sum has too much or too little.
+    Raises ValueError unless 0 < alpha_t < 1.
+    """
+    log_r = log_ratio(alpha_t)
+    ratio = log_r.exp()
+    score_sum = log_score.logsumexp(dim=1).exp()
+    at_target = log_score.gather(1, targets[:, None]).squeeze(1)
+    return -dalpha_t / alpha_t * (score_sum - ratio * at_target + ratio * (log_r - 1.0))
+
+
+@dataclass(frozen=True)
+class ConfidenceLoss:
+    """The auxiliary loss of confidence-aware parallel decoding, as sum and count.  Not a bound."""
+
+    entropy_sum: Float[Tensor, ""]
+    """Entropy of the prediction, summed over the masked tokens whose argmax is right; nats, differentiable."""
+    num_correct: Int[Tensor, ""]
+
+
+def confidence_loss(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"]) -> ConfidenceLoss:
+    """Entropy where the denoiser is already right: lowering it lets a sampler commit more tokens a step.
+
+    CAP of LLaDA2.0 (arXiv 2512.15745), added to the loss as lambda * entropy_sum / num_correct.  In float32 (float64
+    for float64 logits); ids of logit -inf add nothing.
+    """
+    logits = logits.to(compute_dtype(logits.dtype))
+    is_correct = logits.argmax(dim=1) == targets
+    right = logits[is_correct]
+    finite = right.masked_fill(right == -torch.inf, 0.0)  # 0 * -inf would be nan
+    entropy = right.logsumexp(dim=1) - (right.softmax(dim=1) * finite).sum(dim=1)
+    return ConfidenceLoss(entropy.sum(), is_correct.sum())

@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dlm_core.cross_entropy import HeadLoss, exclude_token, masked_cross_entropy
 from dlm_core.models.config import Architecture, ModelConfig
 
 
@@ -121,11 +122,18 @@ class Denoiser(nn.Module):
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
                 parameter.copy_(drawn * std)
 
-    def forward(self, xt: Int[Tensor, "B L"], select: Int[Tensor, " M"] | None = None) -> Float[Tensor, "M V"]:
-        """Logits at the flat positions ``select`` of xt (all of them by default); the mask token gets -inf.
+    def forward(
+        self,
+        xt: Int[Tensor, "B L"],
+        select: Int[Tensor, " M"] | None = None,
+        targets: Int[Tensor, " M"] | None = None,
+        weight: Float[Tensor, " M"] | None = None,
+    ) -> Float[Tensor, "M V"] | HeadLoss:
+        """Logits at the flat positions ``select`` of xt (all by default), -inf for the mask token; or the loss there.
 
-        ``select`` indexes xt.flatten(); the head, the widest product of a small model, runs on those rows
-        alone.
+        ``select`` indexes xt.flatten(); the head, the widest product of a small model, runs on those rows alone.  With
+        ``targets`` and ``weight`` their weighted cross-entropy is returned (``masked_cross_entropy``) and the logits of
+        all rows are never held.
         """
         a = self.config.architecture
         cos, sin = rope_tables(xt.shape[1], a.head_dim, a.rope_base)
@@ -134,8 +142,8 @@ class Denoiser(nn.Module):
         for block in self.blocks:
             x = block(x, cos, sin)
         rows = rearrange(x, "b l d -> (b l) d")
-        if select is not None:
-            rows = rows[select]
-        logits = F.linear(self.norm(rows), self.embedding.weight)
-        never = torch.tensor([self.config.mask_token_id], device=logits.device)
-        return logits.index_fill_(-1, never, -torch.inf)
+        hidden = self.norm(rows if select is None else rows[select])
+        head, never = self.embedding.weight, self.config.mask_token_id
+        if targets is None or weight is None:
+            return exclude_token(F.linear(hidden, head), never)
+        return masked_cross_entropy(hidden, head, targets, weight, never=never)

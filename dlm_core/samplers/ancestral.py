@@ -1,17 +1,15 @@
 """Ancestral sampling of masked diffusion: walk t from 1 to 0 and draw from the posterior q(xs | xt, x0)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dlm_core.corruption import Stream, hash_uniform, hash_words
+from dlm_core.cross_entropy import Denoise
+from dlm_core.kernels import reveal_prob
+from dlm_core.noise import Stream, hash_uniform, hash_words
 from dlm_core.schedules import LinearSchedule
-
-Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(xt [B, L], select [M]) -> logits [M, V] at the flat positions ``select``."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,9 @@ def sample_ancestral(
     positions = torch.arange(xt.shape[1])[None, :]
     trajectory, nfe = ([xt.clone()] if 0 in record_steps else []), 0
     for step in range(num_steps):
-        reveal_prob = (alphas[step + 1] - alphas[step]) / (1.0 - alphas[step])
+        prob = reveal_prob(alphas[step + 1], alphas[step])
         address = hash_words(noise_seed, step, rows, positions)
-        chosen: Bool[Tensor, "B L"] = hash_uniform(address, Stream.MASK).to(xt.device) < reveal_prob
+        chosen: Bool[Tensor, "B L"] = hash_uniform(address, Stream.MASK).to(xt.device) < prob
         select = (chosen & (xt == mask_token_id)).flatten().nonzero().squeeze(1)
         if len(select):
             u = hash_uniform(address, Stream.CATEGORICAL).to(xt.device).flatten()[select]

@@ -75,9 +75,9 @@ def _row_losses(
 ) -> tuple[Any, Any]:
     """Weighted cross-entropy of every masked token of some rows, with the document each belongs to."""
     import torch
-    import torch.nn.functional as F
 
     from dlm_core.corruption import mask_exact_count
+    from dlm_core.cross_entropy import token_cross_entropy
     from dlm_core.likelihood import exact_count_weight
 
     drawn = [rows.row(i, special.pad_token_id) for i in indices]
@@ -87,7 +87,7 @@ def _row_losses(
     valid = torch.arange(rows.seq_len) < lengths[:, None]
     xt = mask_exact_count(
         x0,
-        counts,
+        counts[:, None],
         torch.tensor(indices),
         noise_seed=config.noise_seed,
         step=replicate,
@@ -98,7 +98,7 @@ def _row_losses(
     for place, (index, length) in enumerate(zip(indices, lengths.tolist(), strict=True)):
         doc_ids[place, :length] = torch.from_numpy(rows.doc_ids(index))
     select = ((xt == special.mask_token_id) & valid).flatten().nonzero().squeeze(1)
-    cross_entropy = F.cross_entropy(model(xt, select).float(), x0.flatten()[select], reduction="none").double()
+    cross_entropy = token_cross_entropy(model(xt, select), x0.flatten()[select]).double()
     weight = exact_count_weight(lengths, counts)[select // rows.seq_len]
     return doc_ids.flatten()[select], cross_entropy * weight
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dlm_core.corruption import mask_tokens, sample_times
-from dlm_core.schedules import LinearSchedule, nelbo_weight
+from dlm_core.objectives import Corrupted, Nelbo, Targets, masked_targets
+from dlm_core.schedules import LinearSchedule
 from pipeline.data.order import row_at
 from pipeline.data.packing import PackedRows
 from pipeline.data.vocabulary import SpecialTokens
@@ -17,18 +17,10 @@ from pipeline.pretrain.config import PretrainConfig
 
 @dataclass(frozen=True)
 class Batch:
-    """A corrupted micro batch."""
+    """A micro batch, on the host: what was noised, and what the model is asked for."""
 
-    x0: Tensor
-    """Clean tokens, int64 [B, L]."""
-    xt: Tensor
-    """Noised tokens, int64 [B, L]."""
-    loss_mask: Tensor
-    """Valid tokens, bool [B, L]."""
-    t: Tensor
-    """Time of each row, float64 [B]."""
-    weight: Tensor
-    """NELBO weight of each row, float64 [B]."""
+    noised: Corrupted
+    targets: Targets
 
 
 def micro_batches(
@@ -39,7 +31,7 @@ def micro_batches(
     Sample id = step * global_batch_seqs + place.  The rank takes a contiguous range of places; nothing else
     depends on it, so the global batch and its noise are the same for any number of ranks.
     """
-    schedule = LinearSchedule()
+    objective = Nelbo(LinearSchedule())
     times = sample_times(config.noise_seed, step, config.global_batch_seqs, config.t_min)
     first_place = rank * config.rank_batch_seqs
     for start in range(first_place, first_place + config.rank_batch_seqs, config.rows_per_pass):
@@ -51,16 +43,16 @@ def micro_batches(
         ]
         x0 = torch.from_numpy(np.stack([tokens for tokens, _ in drawn]))
         lengths = torch.tensor([length for _, length in drawn])
-        loss_mask = torch.arange(config.seq_len) < lengths[:, None]
-        t = times[list(places)]
-        alpha_t = schedule.alpha(t)
+        is_text = torch.arange(config.seq_len) < lengths[:, None]
+        t = times[list(places)][:, None]
         xt = mask_tokens(
             x0,
-            1.0 - alpha_t,
+            objective.schedule.mask_prob(t),
             torch.tensor(sample_ids),
             noise_seed=config.noise_seed,
             step=step,
             mask_token_id=special.mask_token_id,
-            maskable=loss_mask,
+            maskable=is_text,
         )
-        yield Batch(x0, xt, loss_mask, t, nelbo_weight(alpha_t, schedule.dalpha(t)))
+        noised = Corrupted(x0, xt, t.expand(xt.shape), is_text, is_text, special.mask_token_id)
+        yield Batch(noised, masked_targets(noised, objective, objective))

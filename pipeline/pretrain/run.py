@@ -84,7 +84,8 @@ def train(
     """Optimizer steps first_step..num_steps-1."""
     import torch
 
-    from dlm_core.objectives import NUM_T_BINS, masked_nelbo
+    from dlm_core.cross_entropy import HeadLoss
+    from dlm_core.objectives import NUM_T_BINS, loss_output
     from pipeline.pretrain.batches import micro_batches
 
     config, engine = training.config, training.engine
@@ -94,19 +95,12 @@ def train(
         lr = config.optimizer.lr_at(step, config.num_steps)
         set_lr(engine, lr)
         batches = list(micro_batches(config, rows, special, step, training.rank))
-        num_tokens = int(training.sum_over_ranks(sum(batch.loss_mask.sum() for batch in batches)))
+        num_tokens = int(training.sum_over_ranks(sum(batch.targets.num_tokens for batch in batches)))
         totals = torch.zeros(2 + 2 * NUM_T_BINS, dtype=torch.float64)
         for batch in batches:
-            xt, x0 = batch.xt.to(device), batch.x0.to(device)
-            select = (xt == special.mask_token_id).flatten().nonzero().squeeze(1)
-            out = masked_nelbo(
-                engine(xt, select),
-                x0.flatten()[select],
-                select // config.seq_len,
-                batch.t.to(device),
-                batch.weight.to(device),
-                batch.loss_mask.to(device),
-            )
+            asked = batch.targets
+            columns = (batch.noised.xt, asked.select, asked.targets, asked.weight)
+            out = loss_output(HeadLoss(*engine(*(column.to(device) for column in columns))), asked)
             engine.backward(out.loss_sum * loss_scale(config, num_tokens))
             engine.step()
             sums = torch.stack([out.loss_sum.detach(), out.num_masked])

@@ -1,203 +1,369 @@
-"""Evaluation estimators: by enumeration over every mask, and against naive formulas."""
+"""Estimators of the likelihood of rows: means, errors and exact values, by enumeration in a world of 3 tokens."""
 
 import itertools
 import math
-import statistics
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from dlm_core.corruption import mask_exact_count
 from dlm_core.likelihood import (
-    BoundEstimate,
-    estimate_bound,
-    exact_count_weight,
-    stratified_counts,
-    unigram_entropy,
+    RowEstimate,
+    Scoring,
+    any_order_bound,
+    block_bound,
+    block_chain_nll,
+    continuous_bound,
+    discrete_bound,
+    exact_count_bound,
+    left_to_right_nll,
+    ordered_nll,
 )
-from tests.support import reference
+from dlm_core.schedules import (
+    ClippedSchedule,
+    CosineSchedule,
+    GeometricSchedule,
+    LinearSchedule,
+    Schedule,
+    SigmaLinearSchedule,
+)
+from tests.support import elbo, reference
+from tests.support.block_world import (
+    HOLED,
+    INNER,
+    LENGTH,
+    MASK,
+    MASKED_PROMPT,
+    PROMPTED,
+    ROWS,
+    SINGLE,
+    WHOLE,
+    BlockView,
+    Recorder,
+    Row,
+    TableDenoiser,
+    V,
+    answer_nll,
+    any_order_mean,
+    any_order_variance,
+    block_chain_sum,
+    block_moments,
+    continuous_moments,
+    count_strata,
+    discrete_variance,
+    masked_sum,
+    ordered_sum,
+    scoring,
+)
 from tests.support.toy_world import ExactDenoiser
 
-RTOL = 1e-12  # a few hundred float64 roundings
-SIGMAS = 5.0  # a fair draw leaves this many standard errors once in two million
+RTOL = 1e-10  # a few hundred float64 roundings
+SIGMAS = 5.0  # of a mean with a known variance: a fair draw is beyond once in two million
+SQUARE_SIGMAS = 6.0  # of a mean of squares: they are skewed, and their own variance is estimated
+NUM_COPIES = 1024  # of one row, each with noise of its own
+NUM_REPLICATES = 4
 
 
-def _exact_count_losses(joint, denoise, x0, counts, replicate) -> torch.Tensor:
-    """One draw of the exact-count estimator for each row of x0, in nats."""
-    num_rows, length = x0.shape
-    xt = mask_exact_count(
-        x0,
-        counts,
-        torch.arange(num_rows),
-        noise_seed=5,
-        step=replicate,
-        mask_token_id=joint.mask_token_id,
-        maskable=torch.ones_like(x0, dtype=torch.bool),
+class Form(NamedTuple):
+    """A schedule, its mask probability once more, and where its times start."""
+
+    schedule: Schedule
+    mask_prob: Callable[[float], float]
+    t_min: float
+
+
+FORMS = {
+    "linear": Form(LinearSchedule(), lambda t: t, 0.2),
+    "cosine": Form(CosineSchedule(), lambda t: 1 - math.cos(math.pi * t / 2), 0.2),
+    "clipped": Form(ClippedSchedule(0.3, 0.8), lambda t: 0.3 + 0.5 * t, 0.0),
+    "clipped, late": Form(ClippedSchedule(0.1, 0.9), lambda t: 0.1 + 0.8 * t, 0.25),
+    "geometric": Form(GeometricSchedule(0.2, 2.0), lambda t: -math.expm1(-0.2 * 10**t), 0.0),
+    "sigma_linear": Form(SigmaLinearSchedule(0.25, 2.0), lambda t: -math.expm1(-0.25 - 1.75 * t), 0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def wrong() -> TableDenoiser:
+    return TableDenoiser(num_real=V, length=LENGTH, seed=1)
+
+
+@pytest.fixture(scope="module")
+def joint() -> reference.Joint:
+    return reference.Joint(num_real=V, length=LENGTH, seed=4, sharpness=2.0)
+
+
+@pytest.fixture(scope="module")
+def exact(joint) -> ExactDenoiser:
+    return ExactDenoiser(joint)
+
+
+def _copies(row: Row, num: int = NUM_COPIES) -> Scoring:
+    return scoring([row] * num)
+
+
+def _suffixes(joint: reference.Joint) -> list[Row]:
+    """Every sequence, with a prompt of each length in turn."""
+    return [Row(x, tuple(place >= i % LENGTH for place in range(LENGTH))) for i, x in enumerate(joint.sequences())]
+
+
+def _expect(estimate: RowEstimate, values: list[float], rtol: float = RTOL) -> None:
+    """Exact values, without noise."""
+    assert estimate.nats.tolist() == pytest.approx(values, rel=rtol, abs=rtol)
+    assert estimate.mc_se.tolist() == [0.0] * len(values)
+
+
+def _expect_draws(estimate: RowEstimate, mean: float, variance: float, mc_variance: float | None = None) -> None:
+    """Rows that are copies: mean and spread of their estimates, and what they say of their spread themselves."""
+    mc_variance = variance if mc_variance is None else mc_variance
+    nats, mc_se = estimate.nats, estimate.mc_se
+    rounding = RTOL * mean
+    assert abs(float(nats.mean()) - mean) <= SIGMAS * math.sqrt(variance / len(nats)) + rounding
+    for squares, expected in (
+        ((nats - mean) ** 2, variance),
+        (mc_se**2, variance if mc_variance is None else mc_variance),
+    ):
+        error = float(squares.std()) / math.sqrt(len(nats))
+        assert abs(float(squares.mean()) - expected) <= SQUARE_SIGMAS * error + rounding
+
+
+# Times and masks drawn: the mean is the bound of enumeration, and the errors are its errors
+
+
+@pytest.mark.parametrize("row", [WHOLE, MASKED_PROMPT])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_continuous_bound_has_mean_and_errors_of_enumeration(wrong, form, row):
+    mean, variance = continuous_moments(wrong.nll, row, MASK, form.mask_prob, form.t_min, V)
+    estimate = continuous_bound(
+        wrong,
+        _copies(row),
+        form.schedule,
+        t_min=form.t_min,
+        num_replicates=NUM_REPLICATES,
+        num_real_tokens=V,
     )
-    select = (xt == joint.mask_token_id).flatten().nonzero().squeeze(1)
-    log_probs = denoise(xt, select).log_softmax(dim=-1).gather(1, x0.flatten()[select][:, None]).squeeze(1)
-    weight = exact_count_weight(torch.full((num_rows,), length), counts)
-    return torch.zeros(num_rows, dtype=torch.float64).index_add_(
-        0, select // length, -weight[select // length] * log_probs
+    assert estimate.is_bound
+    _expect_draws(estimate, mean, variance / NUM_REPLICATES)
+
+
+def test_continuous_bound_with_exact_conditionals_has_mean_and_errors_of_enumeration(joint, exact):
+    def nll(xt, place, token):
+        return reference.cross_entropy(joint.logits(xt, place), token)
+
+    mean, variance = continuous_moments(nll, WHOLE, MASK, FORMS["linear"].mask_prob, 0.2, V)
+    assert continuous_moments(nll, WHOLE, MASK, FORMS["linear"].mask_prob, 0.0, V)[0] == pytest.approx(
+        answer_nll(joint, WHOLE), rel=RTOL
     )
+    estimate = continuous_bound(
+        exact, _copies(WHOLE), LinearSchedule(), t_min=0.2, num_replicates=NUM_REPLICATES, num_real_tokens=V
+    )
+    _expect_draws(estimate, mean, variance / NUM_REPLICATES)
 
 
-# The exact-count estimator
+def test_continuous_bound_of_constant_predictions_has_variance_of_closed_form():
+    t_min, n, log_v = 0.05, 4, math.log(V)
+    s = scoring([WHOLE] * 2 * NUM_COPIES)
+    estimate = continuous_bound(
+        _constant, s, LinearSchedule(), t_min=t_min, num_replicates=NUM_REPLICATES, num_real_tokens=V
+    )
+    diffusion = (1 - t_min) * (-math.log(t_min) - (1 - t_min))
+    variance = n * log_v**2 * (diffusion + t_min * (1 - t_min))
+    _expect_draws(estimate, n * log_v, variance / NUM_REPLICATES)
 
 
-@pytest.mark.parametrize("length", [1, 2, 4])
-def test_exact_count_estimator_over_every_mask_equals_nll(length):
-    joint = reference.Joint(num_real=3, length=length, seed=length, sharpness=2.0)
-    for x, p in joint.prob.items():
-        total = 0.0
-        for num_masked in range(1, length + 1):
-            weight = float(exact_count_weight(torch.tensor([length]), torch.tensor([num_masked])))
-            subsets = list(itertools.combinations(range(length), num_masked))
-            for subset in subsets:
-                xt = reference.apply_mask(x, [place in subset for place in range(length)], 3)
-                loss = math.fsum(reference.cross_entropy(joint.logits(xt, place), x[place]) for place in subset)
-                total += weight * loss / len(subsets) / length
-        assert total == pytest.approx(-math.log(p), rel=RTOL)
+def _constant(xt: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
+    logits = torch.zeros(len(select), V + 1, dtype=torch.float64)
+    logits[:, MASK] = -torch.inf
+    return logits
 
 
-def test_exact_count_estimator_of_constant_predictions_has_no_variance():
-    lengths = torch.tensor([7, 7, 5, 1])
-    for num_masked in (torch.tensor([1, 7, 3, 1]), torch.tensor([4, 2, 5, 1])):
-        losses = exact_count_weight(lengths, num_masked) * num_masked * math.log(3)
-        assert losses.tolist() == pytest.approx([n * math.log(3) for n in (7, 7, 5, 1)], rel=RTOL)
+@pytest.mark.parametrize("num_timesteps", [1, 2, 3, 8])
+@pytest.mark.parametrize("name", ["linear", "clipped", "geometric"])
+def test_discrete_bound_has_mean_of_the_path_by_path_bound_and_its_errors(wrong, name, num_timesteps):
+    form = FORMS[name]
+    probs = [form.mask_prob(i / num_timesteps) for i in range(num_timesteps + 1)]
+    alphas = [1.0, *(1 - p for p in probs)] if probs[0] > 0 else [1 - p for p in probs]
+
+    def conditional(xt, place):
+        shown = xt[place]
+        return [float(v == shown) if shown != MASK else math.exp(-wrong.nll(xt, place, v)) for v in range(V)]
+
+    mean = elbo.weighted_cross_entropy(alphas, conditional, WHOLE.x, MASK) + LENGTH * alphas[-1] * math.log(V)
+    if num_timesteps <= 3:
+        prior = [alphas[-1] / V] * V + [1 - alphas[-1]]
+        paths = elbo.discrete_nelbo(alphas, conditional, WHOLE.x, MASK, prior=prior)
+        assert mean == pytest.approx(paths, rel=RTOL)
+    variance = discrete_variance(wrong.nll, WHOLE, MASK, form.mask_prob, num_timesteps)
+    estimate = discrete_bound(
+        wrong,
+        _copies(WHOLE),
+        form.schedule,
+        num_timesteps=num_timesteps,
+        num_replicates=NUM_REPLICATES,
+        num_real_tokens=V,
+    )
+    assert estimate.is_bound
+    _expect_draws(estimate, mean, variance / NUM_REPLICATES)
 
 
-def test_exact_count_weight_of_empty_row_is_zero():
-    assert exact_count_weight(torch.tensor([0, 4]), torch.tensor([0, 2])).tolist() == [0.0, 2.0]
+def test_discrete_bound_of_one_step_from_clean_to_masked_is_exact(wrong):
+    estimate = discrete_bound(
+        wrong, scoring(ROWS), LinearSchedule(), num_timesteps=1, num_replicates=2, num_real_tokens=V
+    )
+    _expect(estimate, [masked_sum(wrong.nll, row, row.places, MASK) for row in ROWS])
 
 
-def test_estimate_bound_over_drawn_masks_with_exact_conditionals_estimates_nll():
-    joint = reference.Joint(num_real=3, length=4, seed=4, sharpness=2.0)
-    denoise = ExactDenoiser(joint)
-    x0 = torch.tensor(list(joint.sequences()))
-    lengths = torch.full((len(x0),), joint.length)
-    losses = [
-        _exact_count_losses(joint, denoise, x0, stratified_counts(5, replicate, lengths), replicate)
-        for replicate in range(100)
+# Counts drawn
+
+
+def test_exact_count_bound_enumerated_equals_mean_over_every_order(wrong):
+    estimate = exact_count_bound(wrong, scoring(ROWS), num_draws=2**LENGTH - 1)
+    _expect(estimate, [any_order_mean(wrong.nll, row, MASK) if row.places else 0.0 for row in ROWS], rtol=1e-12)
+    assert estimate.is_bound
+
+
+@pytest.mark.parametrize(("row", "num_draws"), [(WHOLE, 2), (WHOLE, 6), (WHOLE, 14), (HOLED, 5), (MASKED_PROMPT, 2)])
+def test_exact_count_bound_drawn_has_mean_and_errors_of_enumeration(wrong, row, num_draws):
+    strata = count_strata(wrong.nll, row, MASK, num_draws)
+    variance = math.fsum(v for _, v in strata) / num_draws**2
+    differences = [v + w + (a - b) ** 2 for (a, v), (b, w) in itertools.pairwise(strata)]
+    mc_variance = math.fsum(differences) / (2 * num_draws * (num_draws - 1))
+    estimate = exact_count_bound(wrong, _copies(row), num_draws=num_draws)
+    _expect_draws(estimate, any_order_mean(wrong.nll, row, MASK), variance, mc_variance)
+    assert estimate.is_bound
+    assert variance < mc_variance
+
+
+def test_exact_count_bound_is_enumerated_from_as_many_draws_as_there_are_masks(wrong):
+    rows = [SINGLE, INNER, PROMPTED, WHOLE]
+    for num_draws, num_exact in ((1, 1), (2, 1), (3, 2), (6, 2), (7, 3), (14, 3), (15, 4)):
+        estimate = exact_count_bound(wrong, scoring(rows), num_draws=num_draws)
+        assert (estimate.mc_se == 0).tolist() == [place < num_exact for place in range(4)]
+
+
+def test_exact_count_bound_of_one_draw_is_exact_for_single_tokens_and_without_error_for_others(wrong):
+    estimate = exact_count_bound(wrong, scoring([SINGLE, INNER, WHOLE]), num_draws=1)
+    assert float(estimate.nats[0]) == pytest.approx(masked_sum(wrong.nll, SINGLE, SINGLE.places, MASK), rel=RTOL)
+    assert estimate.nats.isfinite().all()
+    assert float(estimate.mc_se[0]) == 0.0
+    assert estimate.mc_se[1:].isnan().all()
+
+
+def test_exact_count_bound_has_a_fraction_of_the_variance_of_drawn_times(wrong):
+    num_draws = 14
+    counts = exact_count_bound(wrong, _copies(WHOLE), num_draws=num_draws)
+    times = continuous_bound(
+        wrong, _copies(WHOLE), LinearSchedule(), t_min=0.2, num_replicates=num_draws, num_real_tokens=V
+    )
+    assert float(counts.nats.var()) < 0.5 * float(times.nats.var())
+    assert float(counts.mc_se.square().mean()) < 0.5 * float(times.mc_se.square().mean())
+
+
+def test_count_bounds_of_constant_predictions_have_no_variance():
+    log_v, s = math.log(V), scoring(ROWS)
+    exact_count = exact_count_bound(_constant, s, num_draws=3)
+    blocks = block_bound(lambda xt, x0, select: _constant(xt, select), s, 2, num_replicates=3)
+    for estimate in (exact_count, blocks):
+        assert estimate.nats.tolist() == pytest.approx([len(row.places) * log_v for row in ROWS], rel=RTOL)
+        assert estimate.mc_se.tolist() == pytest.approx([0.0] * len(ROWS), abs=RTOL)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+@pytest.mark.parametrize("row", [WHOLE, HOLED])
+def test_block_bound_has_mean_and_errors_of_enumeration(wrong, row, block_size):
+    mean, variance = block_moments(wrong.nll, row, MASK, block_size)
+    estimate = block_bound(BlockView(wrong, block_size, MASK), _copies(row), block_size, num_replicates=NUM_REPLICATES)
+    assert estimate.is_bound
+    _expect_draws(estimate, mean, variance / NUM_REPLICATES)
+
+
+def test_any_order_bound_has_mean_and_errors_of_enumeration(wrong):
+    num_orders = 2
+    estimate = any_order_bound(wrong, _copies(WHOLE, 64), num_orders=num_orders)
+    assert estimate.is_bound
+    variance = any_order_variance(wrong.nll, WHOLE, MASK)
+    _expect_draws(estimate, any_order_mean(wrong.nll, WHOLE, MASK), variance / num_orders)
+
+
+@pytest.mark.parametrize("block_size", [None, 2, 4])
+def test_count_bounds_with_exact_conditionals_estimate_nll(joint, exact, block_size):
+    rows = [Row(x, (True,) * LENGTH) for x in joint.prob] * 4
+    if block_size is None:
+        estimate = exact_count_bound(exact, scoring(rows), num_draws=6)
+    else:
+        view = BlockView(exact, block_size, MASK)
+        estimate = block_bound(view, scoring(rows), block_size, num_replicates=NUM_REPLICATES)
+    nll = math.fsum(answer_nll(joint, row) for row in rows)
+    error = math.sqrt(float(estimate.mc_se.square().sum()))
+    assert 0 < error < 0.02 * nll
+    assert abs(float(estimate.nats.sum()) - nll) < SIGMAS * error
+
+
+# Exact values
+
+
+def test_every_exact_form_with_exact_conditionals_equals_nll(joint, exact):
+    rows = _suffixes(joint)
+    s, nll = scoring(rows), [answer_nll(joint, row) for row in rows]
+    _expect(exact_count_bound(exact, s, num_draws=15), nll)
+    _expect(left_to_right_nll(exact, s), nll)
+    for block_size in (1, 2, 4):
+        _expect(block_chain_nll(BlockView(exact, block_size, MASK), s, block_size), nll)
+    orders = any_order_bound(exact, s, num_orders=2)
+    assert orders.nats.tolist() == pytest.approx(nll, rel=RTOL)
+    assert float(orders.mc_se.max()) < RTOL
+
+
+def test_ordered_nll_in_every_order_with_exact_conditionals_equals_nll(joint, exact):
+    rows = [Row(x, (True,) * LENGTH) for x in joint.prob]
+    s, nll = scoring(rows), [answer_nll(joint, row) for row in rows]
+    for rank in itertools.permutations(range(LENGTH)):
+        _expect(ordered_nll(exact, s, torch.tensor(rank).repeat(len(rows), 1)), nll)
+
+
+def test_ordered_nll_of_wrong_predictions_equals_naive_loop_in_each_row_s_order(wrong):
+    rows = [row for row in ROWS for _ in range(6)]
+    ranks, sums = [], []
+    for i, row in enumerate(rows):
+        orders = list(itertools.permutations(row.places))
+        order = orders[7 * i % len(orders)]
+        # the rank of a token that is not scored means nothing
+        ranks.append([order.index(place) if place in order else (0, 9, -1)[i % 3] for place in range(LENGTH)])
+        sums.append(ordered_sum(wrong.nll, row, order, MASK))
+    estimate = ordered_nll(wrong, scoring(rows), torch.tensor(ranks))
+    _expect(estimate, sums)
+    assert not estimate.is_bound
+
+
+def test_left_to_right_nll_of_wrong_predictions_equals_naive_loop_with_one_pass_a_token(wrong):
+    recorder = Recorder(wrong)
+    estimate = left_to_right_nll(recorder, scoring(ROWS))
+    _expect(estimate, [ordered_sum(wrong.nll, row, row.places, MASK) for row in ROWS])
+    assert not estimate.is_bound
+    assert len(recorder.calls) == LENGTH
+    assert recorder.num_asked == sum(len(row.places) for row in ROWS)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+def test_block_chain_nll_of_wrong_predictions_equals_naive_loop_with_block_size_passes(wrong, block_size):
+    recorder = Recorder(BlockView(wrong, block_size, MASK))
+    estimate = block_chain_nll(recorder, scoring(ROWS), block_size)
+    _expect(estimate, [block_chain_sum(wrong.nll, row, MASK, block_size) for row in ROWS])
+    assert not estimate.is_bound
+    assert len(recorder.calls) == block_size
+    assert recorder.num_asked == sum(len(row.places) for row in ROWS)
+
+
+def test_block_forms_of_single_tokens_are_the_autoregressive_nll(wrong):
+    view = BlockView(wrong, 1, MASK)
+    rows = [WHOLE, PROMPTED, SINGLE]
+    autoregressive = [
+        math.fsum(wrong.nll(row.x[:i] + (MASK,) * (LENGTH - i), i, row.x[i]) for i in row.places) for row in rows
     ]
-    estimate = estimate_bound(torch.stack(losses), lengths)
-    nll = -math.fsum(map(math.log, joint.prob.values())) / (len(x0) * joint.length)
-    assert 0 < estimate.mc_se < 0.01 * nll
-    assert abs(estimate.nelbo - nll) < SIGMAS * estimate.mc_se
+    _expect(block_chain_nll(view, scoring(rows), 1), autoregressive)
+    _expect(block_bound(view, scoring(rows), 1, num_replicates=2), autoregressive)
 
 
-# Counts
-
-
-@pytest.mark.parametrize("multiple", [1, 3])
-def test_stratified_counts_of_rows_in_multiples_of_length_are_exactly_uniform(multiple):
-    length = 8
-    for replicate in range(20):
-        counts = stratified_counts(0, replicate, torch.full((multiple * length,), length))
-        assert torch.bincount(counts, minlength=length + 1).tolist() == [0] + [multiple] * length
-
-
-def test_stratified_counts_of_other_numbers_of_rows_are_uniform_up_to_one():
-    for num_rows, replicate in itertools.product((1, 5, 13), range(20)):
-        counts = stratified_counts(0, replicate, torch.full((num_rows,), 8))
-        occurrences = torch.bincount(counts, minlength=9)[1:]
-        assert int(occurrences.sum()) == num_rows
-        assert int(occurrences.max() - occurrences.min()) <= 1
-
-
-def test_stratified_counts_of_mixed_lengths_are_uniform_on_each_row():
-    lengths = torch.tensor([1, 2, 5, 0, 9])
-    num_replicates = 800
-    counts = torch.stack([stratified_counts(3, replicate, lengths) for replicate in range(num_replicates)])
-    assert (counts[:, 3] == 0).all()
-    assert (counts[:, 0] == 1).all()
-    for row in (1, 2, 4):
-        length = int(lengths[row])
-        occurrences = torch.bincount(counts[:, row], minlength=length + 1).tolist()
-        assert occurrences[0] == 0
-        assert len(occurrences) == length + 1
-        statistic = reference.chi_square(occurrences[1:], [num_replicates / length] * length)
-        assert statistic < reference.chi_square_bound(length - 1)
-
-
-def test_stratified_counts_depend_on_seed_and_replicate_alone():
-    lengths = torch.full((32,), 32)
-    counts = stratified_counts(1, 0, lengths)
-    assert torch.equal(counts, stratified_counts(1, 0, lengths))
-    assert not torch.equal(counts, stratified_counts(1, 1, lengths))
-    assert not torch.equal(counts, stratified_counts(2, 0, lengths))
-
-
-# The bound and its errors
-
-
-def test_estimate_bound_of_random_losses_equals_naive_formulas():
-    generator = torch.Generator().manual_seed(0)
-    losses = torch.rand(6, 9, generator=generator, dtype=torch.float64) * 50
-    tokens = torch.randint(1, 30, (9,), generator=generator)
-    estimate = estimate_bound(losses, tokens)
-
-    table, sizes = losses.tolist(), tokens.tolist()
-    total = sum(sizes)
-    replicates = [math.fsum(row) / total for row in table]
-    nelbo = statistics.mean(replicates)
-    doc_means = [statistics.mean(row[doc] for row in table) for doc in range(9)]
-    squares = [(mean - nelbo * size) ** 2 for mean, size in zip(doc_means, sizes, strict=True)]
-    assert estimate.nelbo == pytest.approx(nelbo, rel=RTOL)
-    assert estimate.mc_se == pytest.approx(statistics.stdev(replicates) / math.sqrt(6), rel=RTOL)
-    assert estimate.doc_se == pytest.approx(math.sqrt(9 / 8 * math.fsum(squares)) / total, rel=RTOL)
-    assert (estimate.num_tokens, estimate.num_docs, estimate.num_replicates) == (total, 9, 6)
-
-
-def test_estimate_bound_of_documents_of_one_size_has_the_standard_error_of_a_mean():
-    doc_losses = [3.0, 5.0, 4.0, 8.0]
-    estimate = estimate_bound(torch.tensor([doc_losses, doc_losses]), torch.full((4,), 10))
-    assert estimate.nelbo == pytest.approx(0.5, rel=RTOL)
-    assert estimate.mc_se == 0.0
-    expected = statistics.stdev(loss / 10 for loss in doc_losses) / math.sqrt(4)
-    assert estimate.doc_se == pytest.approx(expected, rel=RTOL)
-
-
-def test_estimate_bound_of_a_single_document_has_no_spread_over_documents():
-    estimate = estimate_bound(torch.tensor([[6.0], [10.0]]), torch.tensor([4]))
-    assert math.isnan(estimate.doc_se)
-    assert estimate.nelbo == pytest.approx(2.0, rel=RTOL)
-    assert estimate.mc_se == pytest.approx(0.5, rel=RTOL)
-
-
-def test_estimate_bound_of_float32_losses_sums_in_float64():
-    losses = torch.full((2, 3000), 0.1)
-    estimate = estimate_bound(losses, torch.ones(3000, dtype=torch.int64))
-    assert estimate.nelbo == pytest.approx(float(losses[0, 0]), rel=RTOL)
-
-
-@pytest.mark.parametrize(
-    ("losses", "tokens", "message"),
-    [
-        (torch.ones(1, 3), torch.ones(3, dtype=torch.int64), "at least 2"),
-        (torch.ones(4, 3), torch.zeros(3, dtype=torch.int64), "no tokens"),
-        (torch.ones(4, 0), torch.zeros(0, dtype=torch.int64), "no tokens"),
-    ],
-)
-def test_estimate_bound_without_replicates_or_tokens_raises(losses, tokens, message):
-    with pytest.raises(ValueError, match=message):
-        estimate_bound(losses, tokens)
-
-
-def test_bound_estimate_converts_nats_to_perplexity_and_bits_a_byte():
-    estimate = BoundEstimate(math.log(8), 0.0, 0.0, num_tokens=100, num_docs=1, num_replicates=2)
-    assert estimate.ppl_bound == pytest.approx(8.0, rel=RTOL)
-    assert estimate.bpb_bound(num_bytes=400) == pytest.approx(3 * 100 / 400, rel=RTOL)
-
-
-@pytest.mark.parametrize(
-    ("counts", "entropy"),
-    [
-        ([5], 0.0),
-        ([0, 7, 0], 0.0),
-        ([3, 3, 3, 3], math.log(4)),
-        ([1, 0, 1, 2], 1.5 * math.log(2)),
-    ],
-)
-def test_unigram_entropy_equals_closed_form(counts, entropy):
-    assert unigram_entropy(torch.tensor(counts)) == pytest.approx(entropy, rel=RTOL, abs=RTOL)
+def test_block_chain_nll_of_one_block_is_the_left_to_right_nll(wrong):
+    chain = block_chain_nll(BlockView(wrong, LENGTH, MASK), scoring(ROWS), LENGTH)
+    _expect(chain, left_to_right_nll(wrong, scoring(ROWS)).nats.tolist())

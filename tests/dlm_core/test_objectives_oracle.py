@@ -1,29 +1,66 @@
-"""The training loss in a world small enough to enumerate, and against a naive loop over tokens."""
+"""The expected loss of every objective in a world small enough to enumerate: what is a bound, what isn't, and why."""
 
+import itertools
 import math
-from dataclasses import astuple
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 
-from dlm_core.corruption import mask_tokens, sample_times
-from dlm_core.objectives import NUM_T_BINS, LossOutput, masked_nelbo
-from dlm_core.schedules import LinearSchedule, nelbo_weight
-from tests.support import reference
-from tests.support.toy_world import ExactDenoiser
+from dlm_core.blocks import per_token
+from dlm_core.corruption import mask_exact_count, mask_tokens, sample_times
+from dlm_core.cross_entropy import Denoise, exclude_token
+from dlm_core.objectives import (
+    Cart,
+    Corrupted,
+    DiscreteTime,
+    ExactCount,
+    InverseMaskProb,
+    MinSnr,
+    Nelbo,
+    OneMinusT,
+    Snr,
+    Uniform,
+    Weighting,
+    prior_loss,
+)
+from dlm_core.schedules import SCHEDULES, ClippedSchedule, LinearSchedule, PolynomialSchedule, Schedule
+from tests.support import elbo
+from tests.support.reference import Joint, Tokens, all_masks, apply_mask
+from tests.support.toy_world import (
+    Enumerated,
+    ExactBlockDenoiser,
+    ExactDenoiser,
+    bernoulli_draws,
+    context_free,
+    enumerate_rows,
+    exact_count_draws,
+    expected_loss,
+    expected_output,
+    interval_nodes,
+    log_time_nodes,
+    row_losses,
+    schedule_draws,
+)
 
-FLOAT64_RTOL = 1e-10  # thousands of float64 roundings
-FLOAT32_RTOL = 5e-6  # the loss is float32: about a hundred terms, rounded at 6e-8 each
+V, L, MASK = 3, 4, 3
+LINEAR, SQUARE = LinearSchedule(), PolynomialSchedule(2.0)
+ALL_SCHEDULES: dict[str, Schedule] = {**SCHEDULES, "cube": PolynomialSchedule(3.0)}
+SCHEDULE_CASES = pytest.mark.parametrize("schedule", ALL_SCHEDULES.values(), ids=ALL_SCHEDULES)
+PROBS = (0.7, 0.2, 0.1)  # a prediction that ignores its context
+TEXT = (2, 0, 1, 0)
+
+EXACT = 1e-12  # a few hundred terms of float64; polynomials are integrated without error
+QUADRATURE = 1e-10  # ten thousand terms, and what ten Gauss nodes leave on each e-fold of t
 SIGMAS = 5.0  # a fair draw leaves this many standard errors once in two million
-NUM_NODES = 5  # Gauss-Legendre is exact up to degree 9; the integrand has degree L - 1
-
-SCHEDULE = LinearSchedule()
+TINY_T = 1e-26  # the square root of it is what an integral over t leaves out at most: 1e-13
 
 
-@pytest.fixture(scope="module", params=[3, 4], ids=["L=3", "L=4"])
-def joint(request) -> reference.Joint:
-    return reference.Joint(num_real=3, length=request.param, seed=request.param, sharpness=2.0)
+@pytest.fixture(scope="module")
+def joint() -> Joint:
+    return Joint(num_real=V, length=L, seed=4, sharpness=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -31,249 +68,415 @@ def denoise(joint) -> ExactDenoiser:
     return ExactDenoiser(joint)
 
 
-def _time_nodes() -> tuple[torch.Tensor, torch.Tensor]:
-    """Nodes in (0, 1) and weights of an integral over t."""
-    nodes, weights = np.polynomial.legendre.leggauss(NUM_NODES)
-    return torch.from_numpy(nodes + 1) / 2, torch.from_numpy(weights) / 2
+def _nll(joint: Joint, x: Tokens) -> float:
+    return -math.log(joint.prob[x])
 
 
-def _weight(t: torch.Tensor) -> torch.Tensor:
-    return nelbo_weight(SCHEDULE.alpha(t), SCHEDULE.dalpha(t))
+def _entropy(joint: Joint) -> float:
+    return math.fsum(p * _nll(joint, x) for x, p in joint.prob.items())
 
 
-def _expected_loss(x: reference.Tokens, logits_at, mask_token_id: int) -> float:
-    """masked_nelbo over every mask and every node of t, each row weighted with its probability."""
-    nodes, node_weights = _time_nodes()
-    masks = torch.tensor(reference.all_masks(len(x)))
-    t = nodes.repeat_interleave(len(masks))
-    is_masked = masks.repeat(NUM_NODES, 1)
-    x0 = torch.tensor(x).expand(len(t), -1)
-    xt = torch.where(is_masked, mask_token_id, x0)
-    alpha_t, num_masked = SCHEDULE.alpha(t), is_masked.sum(dim=1)
-    probability = (1 - alpha_t) ** num_masked * alpha_t ** (len(x) - num_masked)
-    select = is_masked.flatten().nonzero().squeeze(1)
-    output = masked_nelbo(
-        logits_at(xt, select),
-        x0.flatten()[select],
-        select // len(x),
-        t,
-        _weight(t) * probability * node_weights.repeat_interleave(len(masks)),
-        torch.ones_like(is_masked),
+def _some(joint: Joint) -> list[Tokens]:
+    """The likeliest sequence, the least likely, and two between."""
+    ranked = sorted(joint.prob, key=joint.prob.__getitem__)
+    return [ranked[0], ranked[27], ranked[54], ranked[-1]]
+
+
+def _one(x: Tokens, draws: Sequence) -> Enumerated:
+    return enumerate_rows({x: 1.0}, draws, MASK)
+
+
+def _over_time(x: Tokens, schedule: Schedule) -> Enumerated:
+    return _one(x, schedule_draws(schedule, *log_time_nodes(TINY_T), len(x)))
+
+
+def _linear_time(x: Tokens) -> Enumerated:
+    return _one(x, schedule_draws(LINEAR, *interval_nodes(), len(x)))
+
+
+def _masked_once(x: Tokens, mask_prob: float) -> Enumerated:
+    """Every mask at one mask probability."""
+    return _one(x, bernoulli_draws([0.5], [1.0], [mask_prob], len(x)))
+
+
+def _ends(schedule: Schedule) -> tuple[float, float]:
+    first, last = schedule.mask_prob(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    return first, last
+
+
+def _grid(num_steps: int) -> tuple[list[float], list[float]]:
+    return [i / num_steps for i in range(1, num_steps + 1)], [1 / num_steps] * num_steps
+
+
+def _between(joint: Joint, x: Tokens, low: float, high: float) -> float:
+    """The integral over mask probabilities from low to high of the masked cross-entropy / mask probability, naively."""
+    terms = []
+    losses = {is_masked: _masked_loss(joint, x, is_masked) for is_masked in all_masks(len(x))}
+    for p, share in zip(*interval_nodes(low, high), strict=True):
+        for is_masked, loss in losses.items() if high > low else ():
+            terms.append(share / p * math.prod(p if hit else 1 - p for hit in is_masked) * loss)
+    return math.fsum(terms)
+
+
+def _masked_loss(joint: Joint, x: Tokens, is_masked: Sequence[bool]) -> float:
+    xt = apply_mask(x, is_masked, joint.mask_token_id)
+    hidden = [place for place, hit in enumerate(is_masked) if hit]
+    return -math.fsum(math.log(joint.conditional(xt, place)[x[place]]) for place in hidden)
+
+
+def _any_order(joint: Joint, x: Tokens) -> float:
+    """Mean over all orders of the chain rule."""
+    totals = []
+    for order in itertools.permutations(range(len(x))):
+        for step, place in enumerate(order):
+            is_masked = [other in order[step:] for other in range(len(x))]
+            xt = apply_mask(x, is_masked, joint.mask_token_id)
+            totals.append(-math.log(joint.conditional(xt, place)[x[place]]))
+    return math.fsum(totals) / math.factorial(len(x))
+
+
+# Exact conditionals: every form is -log p
+
+
+def test_all_forms_with_exact_conditionals_equal_nll(joint, denoise):
+    for x in _some(joint):
+        nll = pytest.approx(_nll(joint, x), rel=EXACT)
+        assert _any_order(joint, x) == nll
+        assert expected_loss(_linear_time(x), Nelbo(LINEAR), denoise) == nll
+        assert expected_loss(_linear_time(x), InverseMaskProb(LINEAR), denoise) == nll  # the lambda-form
+        assert expected_loss(_one(x, exact_count_draws(L)), ExactCount(), denoise) == nll
+
+
+def test_exact_count_with_exact_conditionals_equals_nll_of_every_sequence(joint, denoise):
+    rows = [_one(x, exact_count_draws(L)) for x in joint.prob]
+    losses = [expected_loss(row, ExactCount(), denoise) for row in rows]
+    assert losses == pytest.approx([_nll(joint, x) for x in joint.prob], rel=EXACT)
+
+
+@SCHEDULE_CASES
+def test_nelbo_of_schedule_with_exact_conditionals_equals_integral_over_its_mask_probs(joint, denoise, schedule):
+    x = _some(joint)[1]
+    first, last = _ends(schedule)
+    found = expected_loss(_over_time(x, schedule), Nelbo(schedule), denoise)
+    assert found == pytest.approx(_between(joint, x, first, last), rel=QUADRATURE)
+    outside = _between(joint, x, 0.0, first) + _between(joint, x, last, 1.0)
+    assert found + outside == pytest.approx(_nll(joint, x), rel=QUADRATURE)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+def test_block_forms_with_exact_conditionals_equal_nll(joint, denoise, block_size):
+    times = interval_nodes(num_nodes=max(1, block_size - 1))
+    block_denoise = ExactBlockDenoiser(denoise, block_size)
+    for x in _some(joint):
+        nll = pytest.approx(_nll(joint, x), rel=EXACT)
+        timed = _one(x, schedule_draws(LINEAR, *times, block_size))
+        counted = _one(x, exact_count_draws(block_size))
+        for rows, weighting in [(timed, Nelbo(LINEAR)), (counted, ExactCount(block_size))]:
+            assert expected_loss(rows, weighting, _seeing(block_denoise, rows.batch)) == nll
+
+
+def _seeing(denoise: ExactBlockDenoiser, batch: Corrupted) -> Denoise:
+    return lambda xt, select: denoise(xt, batch.x0, select)
+
+
+def test_block_denoiser_ignores_later_blocks_and_its_own_clean_tokens(joint, denoise):
+    x0, xt = torch.tensor([[2, 0, 1, 0]]), torch.tensor([[3, 3, 3, 0]])
+    seen = ExactBlockDenoiser(denoise, 2)(xt, x0, torch.tensor([1, 2]))
+    assert seen[0].tolist() == joint.logits((3, 3, 3, 3), 1)
+    assert seen[1].tolist() == joint.logits((2, 0, 3, 0), 2)
+
+
+def test_exact_count_after_a_prompt_and_before_padding_equals_conditional_nll():
+    joint = Joint(num_real=V, length=3, seed=1)
+    x, exact = (1, 2, 0), ExactDenoiser(joint)
+    rows = _one((*x, 0), [(p, t, (False, *hits, False)) for p, t, hits in exact_count_draws(2)])
+    is_text, maskable = torch.tensor([True, True, True, False]), torch.tensor([False, True, True, False])
+    batch = replace(rows.batch, is_text=is_text.expand_as(rows.batch.x0), maskable=maskable.expand_as(rows.batch.x0))
+
+    def padded(xt: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
+        return exact(xt[:, :3], select // 4 * 3 + select % 4)
+
+    found = expected_loss(replace(rows, batch=batch), ExactCount(), padded)
+    prompt = math.fsum(p for y, p in joint.prob.items() if y[0] == x[0])
+    assert found == pytest.approx(_nll(joint, x) + math.log(prompt), rel=EXACT)
+
+
+# Predictions that ignore the context
+
+
+def test_nelbo_with_uniform_logits_equals_log_of_vocabulary():
+    uniform = context_free([1 / V] * V)
+    rows = _linear_time(TEXT)
+    assert expected_loss(rows, Nelbo(LINEAR), uniform) == pytest.approx(L * math.log(V), rel=EXACT)
+    with_mask = lambda xt, select: torch.zeros(len(select), V + 1, dtype=torch.float64)  # noqa: E731
+    without = lambda xt, select: exclude_token(with_mask(xt, select), MASK)  # noqa: E731
+    assert expected_loss(rows, Nelbo(LINEAR), with_mask) == pytest.approx(L * math.log(V + 1), rel=EXACT)
+    assert expected_loss(rows, Nelbo(LINEAR), without) == pytest.approx(L * math.log(V), rel=EXACT)
+
+
+def test_nelbo_with_uniform_logits_over_clipped_times_needs_a_second_epsilon_to_lose_a_thousandth():
+    t_min = 1e-3
+    times, shares = interval_nodes(t_min, 1.0)
+    shares = [share / (1 - t_min) for share in shares]
+    uniform = context_free([1 / V] * V)
+    ours = _one(TEXT, schedule_draws(LINEAR, times, shares, L))
+    assert expected_loss(ours, Nelbo(LINEAR), uniform) == pytest.approx(L * math.log(V), rel=EXACT)
+    twice = _one(TEXT, bernoulli_draws(times, shares, [(1 - t_min) * t for t in times], L))  # as MDLM's code masks
+    assert expected_loss(twice, Nelbo(LINEAR), uniform) == pytest.approx(0.999 * L * math.log(V), rel=EXACT)
+
+
+@SCHEDULE_CASES
+def test_nelbo_with_constant_predictions_in_three_terms_equals_their_cross_entropy(schedule):
+    first, last = _ends(schedule)
+    constant = -math.fsum(math.log(PROBS[v]) for v in TEXT)
+    diffusion = expected_loss(_over_time(TEXT, schedule), Nelbo(schedule), context_free(PROBS))
+    assert diffusion == pytest.approx((last - first) * constant, rel=QUADRATURE)
+    reconstruction = expected_loss(_masked_once(TEXT, first), Uniform(), context_free(PROBS))
+    prior = L * float(prior_loss(torch.tensor(1 - last, dtype=torch.float64), V))
+    unmasked = (1 - last) * (L * math.log(V) - constant)  # what the prior leaves clean is uniform, not PROBS
+    assert diffusion + reconstruction + prior == pytest.approx(constant + unmasked, rel=QUADRATURE)
+
+
+@SCHEDULE_CASES
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_discrete_time_with_constant_predictions_telescopes(schedule, num_steps):
+    first, last = _ends(schedule)
+    rows = _one(TEXT, schedule_draws(schedule, *_grid(num_steps), L))
+    found = expected_loss(rows, DiscreteTime(schedule, num_steps), context_free(PROBS))
+    constant = -math.fsum(math.log(PROBS[v]) for v in TEXT)
+    assert found == pytest.approx((last - first) * constant, rel=QUADRATURE)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+def test_exact_count_with_constant_predictions_equals_their_cross_entropy(block_size):
+    rows = _one(TEXT, exact_count_draws(block_size))
+    found = expected_loss(rows, ExactCount(block_size), context_free(PROBS))
+    assert found == pytest.approx(-math.fsum(math.log(PROBS[v]) for v in TEXT), rel=EXACT)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.3, 0.8), (0.45, 0.95)])
+def test_inverse_mask_prob_of_clipped_schedule_is_its_nelbo_over_the_width(joint, denoise, low, high):
+    schedule = ClippedSchedule(low, high)
+    rows = _one(_some(joint)[2], schedule_draws(schedule, *interval_nodes(), L))
+    nelbo = expected_loss(rows, Nelbo(schedule), denoise)
+    found = expected_loss(rows, InverseMaskProb(schedule), denoise)
+    assert (high - low) * found == pytest.approx(nelbo, rel=EXACT)
+    assert nelbo == pytest.approx(_between(joint, _some(joint)[2], low, high), rel=EXACT)
+
+
+def test_inverse_mask_prob_with_everything_masked_is_the_chain_rule_for_single_token_blocks(joint, denoise):
+    schedule = ClippedSchedule(1.0, 1.0)
+    x = _some(joint)[0]
+    rows = _one(x, schedule_draws(schedule, [0.3], [1.0], 1))
+    found = expected_loss(rows, InverseMaskProb(schedule), _seeing(ExactBlockDenoiser(denoise, 1), rows.batch))
+    assert found == pytest.approx(_nll(joint, x), rel=EXACT)
+
+
+# Variance
+
+
+def test_nelbo_of_uniform_logits_has_the_variance_of_the_closed_form():
+    t_min = 1e-3
+    times, shares = log_time_nodes(t_min)
+    rows = _one((0, 1), schedule_draws(LINEAR, times, [share / (1 - t_min) for share in shares], 2))
+    losses = row_losses(rows.batch, Nelbo(LINEAR), context_free([1 / V] * V))
+    mean = float(losses @ rows.probability)
+    variance = float((losses - mean).square() @ rows.probability)
+    assert mean == pytest.approx(2 * math.log(V), rel=QUADRATURE)
+    per_token = (-math.log(t_min) - (1 - t_min)) / (1 - t_min)
+    assert per_token == pytest.approx(5.915, abs=5e-4)
+    assert variance / (2 * math.log(V) ** 2) == pytest.approx(per_token, rel=QUADRATURE)
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_exact_count_with_uniform_logits_is_log_of_vocabulary_on_every_draw(block_size):
+    rows = _one(TEXT, exact_count_draws(block_size or L))
+    losses = row_losses(rows.batch, ExactCount(block_size), context_free([1 / V] * V)).tolist()
+    assert losses == pytest.approx([L * math.log(V)] * len(losses), rel=EXACT)
+
+
+def test_exact_count_with_other_constant_predictions_varies_from_draw_to_draw():
+    losses = row_losses(_one((0, 1), exact_count_draws(2)).batch, ExactCount(), context_free(PROBS)).tolist()
+    rare, common = -math.log(PROBS[1]), -math.log(PROBS[0])
+    assert sorted(losses) == pytest.approx([2 * common, common + rare, 2 * rare], rel=EXACT)
+
+
+def test_exact_count_on_independent_masks_with_uniform_logits_is_log_of_vocabulary_where_any_is_masked():
+    rows = _linear_time(TEXT)
+    losses = row_losses(rows.batch, ExactCount(), context_free([1 / V] * V)).tolist()
+    num_masked = rows.batch.is_masked.sum(dim=1).tolist()
+    assert losses == pytest.approx([L * math.log(V) if k else 0.0 for k in num_masked], rel=EXACT)
+
+
+# Discrete time
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_sqr", "geometric", "sqrt", "log"])
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_discrete_time_in_three_terms_equals_the_bound_summed_over_paths(name, num_steps):
+    schedule, joint = SCHEDULES[name], Joint(num_real=V, length=2, seed=8)
+    denoise, x = ExactDenoiser(joint), (2, 1)
+    first, last = _ends(schedule)
+    diffusion = expected_loss(
+        _one(x, schedule_draws(schedule, *_grid(num_steps), 2)), DiscreteTime(schedule, num_steps), denoise
     )
-    return float(output.loss_sum)
+    reconstruction = expected_loss(_masked_once(x, first), Uniform(), denoise)
+    prior = 2 * float(prior_loss(torch.tensor(1 - last, dtype=torch.float64), V))
+    times = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    alphas = schedule.alpha(times).tolist()
+    alphas = alphas if alphas[0] == 1.0 else [1.0, *alphas]
+    start = [(1 - last) and (1 - last) / V] * V + [last]
+    expected = elbo.discrete_nelbo(alphas, joint.conditional, x, MASK, prior=start)
+    assert diffusion + reconstruction + prior == pytest.approx(expected, rel=QUADRATURE)
 
 
-def _random_batch(num_rows: int = 8, seq_len: int = 6, vocab_size: int = 7):
-    """x0, xt, t and logits of every position; the mask token is the last id."""
-    generator = torch.Generator().manual_seed(0)
-    x0 = torch.randint(vocab_size - 1, (num_rows, seq_len), generator=generator)
-    t = sample_times(0, 0, num_rows, 1e-3)
-    xt = mask_tokens(x0, t, torch.arange(num_rows), noise_seed=0, step=0, mask_token_id=vocab_size - 1)
-    logits = torch.randn(num_rows, seq_len, vocab_size, generator=generator)
-    logits[..., -1] = -torch.inf
-    return x0, xt, t, logits
+def test_discrete_time_over_the_data_falls_to_the_entropy_but_not_for_every_text():
+    joint = Joint(num_real=V, length=3, seed=3, sharpness=2.0)
+    denoise = ExactDenoiser(joint)
+
+    def bound(sequences: dict[Tokens, float], num_steps: int) -> float:
+        rows = enumerate_rows(sequences, schedule_draws(LINEAR, *_grid(num_steps), 3), MASK)
+        return expected_loss(rows, DiscreteTime(LINEAR, num_steps), denoise)
+
+    gaps = [bound(joint.prob, num_steps) - _entropy(joint) for num_steps in (1, 2, 4, 8, 64)]
+    assert gaps == sorted(gaps, reverse=True)
+    assert 0 < gaps[-1] < 0.04 * gaps[0]  # it falls like 1 / T
+    marginals = [[math.fsum(p for x, p in joint.prob.items() if x[l] == v) for v in range(V)] for l in range(3)]
+    parallel = -math.fsum(p * math.log(p) for marginal in marginals for p in marginal)
+    assert gaps[0] == pytest.approx(parallel - _entropy(joint), rel=EXACT)
+    assert any(bound({x: 1.0}, 2) > bound({x: 1.0}, 1) + 0.01 for x in joint.prob)
 
 
-def _loss(logits, x0, xt, t, loss_mask=None) -> LossOutput:
-    """masked_nelbo from the logits of every position."""
-    mask_token_id, seq_len = logits.shape[-1] - 1, x0.shape[1]
-    select = (xt == mask_token_id).flatten().nonzero().squeeze(1)
-    return masked_nelbo(
-        logits.flatten(0, 1)[select],
-        x0.flatten()[select],
-        select // seq_len,
-        t,
-        _weight(t),
-        torch.ones_like(x0, dtype=torch.bool) if loss_mask is None else loss_mask,
+# A clipped interval is a bound once its three terms are there
+
+
+def _three_terms(joint: Joint, x: dict[Tokens, float], low: float, high: float, denoise: Denoise) -> float:
+    schedule = ClippedSchedule(low, high)
+    diffusion = expected_loss(
+        enumerate_rows(x, schedule_draws(schedule, *interval_nodes(), L), MASK), Nelbo(schedule), denoise
     )
+    once = enumerate_rows(x, bernoulli_draws([0.5], [1.0], [low], L), MASK)
+    prior = L * float(prior_loss(torch.tensor(1 - high, dtype=torch.float64), V))
+    return diffusion + expected_loss(once, Uniform(), denoise) + prior
 
 
-# The bound is the likelihood when the denoiser is exact
+def test_clipped_nelbo_in_three_terms_bounds_the_entropy_and_meets_it_at_the_full_interval(joint, denoise):
+    for low, high in [(0.3, 0.8), (0.45, 0.95), (0.0, 0.9), (0.2, 1.0)]:
+        assert _three_terms(joint, joint.prob, low, high, denoise) > _entropy(joint) + 1e-3
+    for x in _some(joint):
+        assert _three_terms(joint, {x: 1.0}, 0.0, 1.0, denoise) == pytest.approx(_nll(joint, x), rel=EXACT)
+    gaps = [_three_terms(joint, joint.prob, low, 1.0, denoise) - _entropy(joint) for low in (0.2, 0.02, 0.002)]
+    assert 0 < gaps[2] < gaps[1] / 50 < gaps[0] / 2500  # the gap falls like low squared
 
 
-def test_nelbo_with_exact_conditionals_equals_nll(joint, denoise):
-    for x, p in joint.prob.items():
-        assert _expected_loss(x, denoise, joint.mask_token_id) == pytest.approx(-math.log(p), rel=FLOAT32_RTOL)
+# What isn't a bound
 
 
-def test_nelbo_weighting_in_float64_equals_nll(joint):
-    nodes, node_weights = _time_nodes()
-    alphas, weights = SCHEDULE.alpha(nodes).tolist(), _weight(nodes).tolist()
-    cache = {(xt, place): joint.logits(xt, place) for xt in joint.noised_sequences() for place in range(joint.length)}
-    for x, p in joint.prob.items():
-        terms = []
-        for is_masked in reference.all_masks(joint.length):
-            xt, num_masked = reference.apply_mask(x, is_masked, joint.mask_token_id), sum(is_masked)
-            masked = (place for place in range(joint.length) if is_masked[place])
-            loss = math.fsum(reference.cross_entropy(cache[xt, place], x[place]) for place in masked)
-            for alpha, weight, node_weight in zip(alphas, weights, node_weights.tolist(), strict=True):
-                probability = (1 - alpha) ** num_masked * alpha ** (joint.length - num_masked)
-                terms.append(node_weight * weight * probability * loss)
-        assert math.fsum(terms) == pytest.approx(-math.log(p), rel=FLOAT64_RTOL)
+def test_unweighted_loss_of_independent_masks_is_the_k_form_only_as_a_mean_within_each_row(joint, denoise):
+    x = _some(joint)[1]
+    num_masked = _linear_time(x).batch.is_masked.sum(dim=1)
+    rows = _linear_time(x)
+    seen = rows.probability * (num_masked > 0)
+    within_rows = Enumerated(rows.batch, seen / seen.sum() / num_masked.clamp(min=1))
+    assert L * expected_loss(within_rows, Uniform(), denoise) == pytest.approx(_nll(joint, x), rel=EXACT)
+    assert expected_loss(rows, ExactCount(), denoise) == pytest.approx(_nll(joint, x) * L / (L + 1), rel=EXACT)
 
 
-def test_nelbo_with_wrong_conditionals_exceeds_nll_on_average(joint):
-    blank = (joint.mask_token_id,) * joint.length
-    marginals = torch.tensor([joint.logits(blank, place) for place in range(joint.length)])
-    losses = {
-        x: _expected_loss(x, lambda _, select: marginals[select % joint.length], joint.mask_token_id)
-        for x in joint.prob
-    }
-    independent = joint.product_of_marginals()
-    for x, loss in losses.items():
-        assert loss == pytest.approx(-math.log(independent[x]), rel=FLOAT32_RTOL)
-    gap = math.fsum(p * (losses[x] + math.log(p)) for x, p in joint.prob.items())
-    assert gap > 0.1  # nats: the mutual information of the positions of this joint
+def test_losses_over_masked_tokens_of_the_batch_are_no_bound(joint, denoise):
+    rows = enumerate_rows(dict.fromkeys(joint.prob, 1.0), schedule_draws(LINEAR, *interval_nodes(), L), MASK)
+
+    def expected(values: torch.Tensor) -> torch.Tensor:
+        return (rows.probability * values).view(len(joint.prob), -1).sum(dim=1)
+
+    num_masked = expected(rows.batch.is_masked.sum(dim=1).double())
+    assert num_masked.tolist() == pytest.approx([L / 2] * len(num_masked), rel=EXACT)
+    nll = torch.tensor([_nll(joint, x) for x in joint.prob], dtype=torch.float64)
+    weighted = L * expected(row_losses(rows.batch, Nelbo(LINEAR), denoise)) / num_masked
+    assert weighted.tolist() == pytest.approx((2 * nll).tolist(), rel=EXACT)
+    # per text it falls below -log p; over the data it stays above, since fewer clean neighbours tell less
+    unweighted = L * expected(row_losses(rows.batch, Uniform(), denoise)) / num_masked
+    assert float((unweighted - nll).min()) < -0.5
+    prob = torch.tensor(list(joint.prob.values()), dtype=torch.float64)
+    assert float(prob @ unweighted) > _entropy(joint) + 0.1
 
 
-def test_nelbo_with_uniform_logits_equals_log_of_real_vocabulary():
-    logits = torch.tensor([0.0, 0.0, 0.0, -torch.inf])
-    loss = _expected_loss((0, 2, 1), lambda _, select: logits.expand(len(select), -1), mask_token_id=3)
-    assert loss == pytest.approx(3 * math.log(3), rel=FLOAT32_RTOL)
+def test_unweighted_sum_lies_below_the_entropy_for_uniform_times_and_is_the_one_step_bound_at_time_one(joint, denoise):
+    rows = enumerate_rows(joint.prob, schedule_draws(LINEAR, *interval_nodes(), L), MASK)
+    assert expected_loss(rows, Uniform(), denoise) < 0.6 * _entropy(joint)
+    all_masked = enumerate_rows(joint.prob, [(1.0, 1.0, (True,) * L)], MASK)
+    one_step = expected_loss(all_masked, DiscreteTime(LINEAR, 1), denoise)
+    assert expected_loss(all_masked, Uniform(), denoise) == pytest.approx(one_step, rel=EXACT)
 
 
-def test_nelbo_over_sampled_times_and_masks_estimates_nll(joint, denoise):
-    num_rows, mask_token_id = 20_000, joint.mask_token_id
-    x = max(joint.prob, key=joint.prob.__getitem__)
-    x0 = torch.tensor(x).expand(num_rows, -1)
-    t = sample_times(1, 0, num_rows, t_min=1e-6)
-    xt = mask_tokens(x0, t, torch.arange(num_rows), noise_seed=1, step=0, mask_token_id=mask_token_id)
-    select = (xt == mask_token_id).flatten().nonzero().squeeze(1)
-    rows = select // joint.length
-    logits, targets, weight = denoise(xt, select), x0.flatten()[select], _weight(t)
-    output = masked_nelbo(logits, targets, rows, t, weight, torch.ones_like(x0, dtype=torch.bool))
-    cross_entropy = -logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
-    row_losses = torch.zeros(num_rows, dtype=torch.float64).index_add_(0, rows, weight[rows] * cross_entropy)
-    standard_error = float(row_losses.std()) / math.sqrt(num_rows)
-    assert abs(float(output.loss_sum) / num_rows + math.log(joint.prob[x])) < SIGMAS * standard_error
-    assert standard_error < -0.05 * math.log(joint.prob[x])  # else the line above says nothing
+@pytest.mark.parametrize(
+    ("weighting", "schedule"),
+    [
+        (Cart(0.1), LINEAR),
+        (Cart(1.0), LINEAR),
+        (OneMinusT(), LINEAR),
+        (Snr(LINEAR), LINEAR),
+        (MinSnr(LINEAR), LINEAR),
+        (InverseMaskProb(ClippedSchedule(0.0, 0.5)), ClippedSchedule(0.0, 0.5)),
+    ],
+    ids=str,
+)
+def test_weighting_that_is_no_bound_can_lie_below_the_entropy(joint, denoise, weighting, schedule):
+    rows = enumerate_rows(joint.prob, schedule_draws(schedule, *interval_nodes(num_nodes=20), L), MASK)
+    assert expected_loss(rows, weighting, denoise) < 0.95 * _entropy(joint)
 
 
-def test_nelbo_over_sampled_masks_with_uniform_logits_estimates_log_vocabulary():
-    num_rows, seq_len, t_min = 2000, 32, 1e-3
-    x0 = torch.zeros(num_rows, seq_len, dtype=torch.int64)
-    t = sample_times(2, 0, num_rows, t_min)
-    xt = mask_tokens(x0, t, torch.arange(num_rows), noise_seed=2, step=0, mask_token_id=5)
-    logits = torch.zeros(num_rows, seq_len, 6)
-    logits[..., -1] = -torch.inf
-    output = _loss(logits, x0, xt, t)
-    # One row's mean loss has variance (-ln t_min - (1 - t_min)) / (1 - t_min) / seq_len, in units of log(V)^2
-    sigma = math.sqrt((-math.log(t_min) - (1 - t_min)) / (1 - t_min) / (seq_len * num_rows))
-    ratio = float(output.loss_sum) / int(output.num_tokens) / math.log(5)
-    assert abs(ratio - 1) < SIGMAS * sigma
+@pytest.mark.parametrize(
+    "weighting",
+    [Nelbo(LINEAR), ExactCount(), InverseMaskProb(PolynomialSchedule(2.0)), Uniform(), OneMinusT(), Cart(0.3)],
+    ids=str,
+)
+def test_reported_nelbo_does_not_depend_on_the_objective(joint, denoise, weighting):
+    x = _some(joint)[3]
+    output = expected_output(_linear_time(x), weighting, Nelbo(LINEAR), denoise)
+    assert float(output.nelbo_sum) == pytest.approx(_nll(joint, x), rel=EXACT)
 
 
-# Against a naive loop
+# Drawn, as in training
 
 
-def test_masked_nelbo_of_random_batch_equals_naive_loop():
-    x0, xt, t, logits = _random_batch()
-    loss_sum, num_masked = 0.0, 0
-    bin_loss_sum, bin_num_masked = [0.0] * NUM_T_BINS, [0] * NUM_T_BINS
-    for row in range(x0.shape[0]):
-        for place in range(x0.shape[1]):
-            if int(xt[row, place]) != 6:
-                continue
-            loss = reference.cross_entropy(logits[row, place].tolist(), int(x0[row, place]))
-            loss_sum += loss / float(t[row])
-            num_masked += 1
-            index = math.floor(float(t[row]) * NUM_T_BINS)
-            bin_loss_sum[index] += loss
-            bin_num_masked[index] += 1
-    output = _loss(logits, x0, xt, t)
-    assert float(output.loss_sum) == pytest.approx(loss_sum, rel=FLOAT32_RTOL)
-    assert output.bin_loss_sum.tolist() == pytest.approx(bin_loss_sum, rel=FLOAT32_RTOL)
-    assert output.bin_num_masked.tolist() == bin_num_masked
-    assert int(output.num_masked) == num_masked
-    assert int(output.num_tokens) == x0.numel()
-    assert min(bin_num_masked) > 0  # else a bin is not tested
+NUM_ROWS = 20_000
 
 
-@pytest.mark.parametrize(("t", "index"), [(0.0, 0), (0.2499, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 3)])
-def test_masked_nelbo_at_the_edge_of_a_bin_counts_in_the_right_one(t, index):
-    output = masked_nelbo(
-        torch.zeros(2, 3),
-        torch.tensor([0, 1]),
-        torch.tensor([0, 0]),
-        torch.tensor([t]),
-        torch.ones(1),
-        torch.ones(1, 4, dtype=torch.bool),
+def _drawn(x: Tokens, form: str) -> tuple[Corrupted, Weighting]:
+    """Many copies of a text as a form of the objective noises them: one time a row or a block, or exact counts."""
+    x0, sample_ids = torch.tensor(x).expand(NUM_ROWS, -1), torch.arange(NUM_ROWS)
+    everywhere = torch.ones_like(x0, dtype=torch.bool)
+    num_blocks = 2 if "block" in form else 1
+    u = sample_times(1, 0, NUM_ROWS * num_blocks, t_min=1e-6).view(NUM_ROWS, num_blocks)
+    t = per_token(u, L)
+    if "time" in form:
+        xt = mask_tokens(x0, SQUARE.mask_prob(u), sample_ids, noise_seed=1, step=0, mask_token_id=MASK)
+        return Corrupted(x0, xt, t, everywhere, everywhere, MASK), Nelbo(SQUARE)
+    counts = 1 + torch.floor(u * (L // num_blocks)).to(torch.int64)
+    xt = mask_exact_count(x0, counts, sample_ids, noise_seed=1, step=0, mask_token_id=MASK, maskable=everywhere)
+    return Corrupted(x0, xt, t, everywhere, everywhere, MASK), ExactCount(L // num_blocks)
+
+
+@pytest.mark.parametrize("form", ["row times", "block times", "row counts", "block counts"])
+def test_loss_of_drawn_times_and_masks_estimates_nll(joint, denoise, form):
+    x = _some(joint)[2]
+    batch, weighting = _drawn(x, form)
+    losses = row_losses(
+        batch, weighting, _seeing(ExactBlockDenoiser(denoise, L // 2), batch) if "block" in form else denoise
     )
-    assert output.bin_num_masked.tolist() == [2 if i == index else 0 for i in range(NUM_T_BINS)]
-    assert float(output.bin_loss_sum[index]) == pytest.approx(2 * math.log(3), rel=FLOAT32_RTOL)
+    standard_error = float(losses.std()) / math.sqrt(NUM_ROWS)
+    assert abs(float(losses.mean()) - _nll(joint, x)) < SIGMAS * standard_error
+    assert standard_error < 0.02 * _nll(joint, x)  # else the line above says nothing
 
 
-def test_masked_nelbo_with_padding_counts_valid_tokens_alone():
-    x0, xt, t, logits = _random_batch()
-    loss_mask = torch.arange(x0.shape[1])[None, :] < torch.arange(1, x0.shape[0] + 1)[:, None]
-    output = _loss(logits, x0, xt, t, loss_mask)
-    assert int(output.num_tokens) == sum(min(row + 1, x0.shape[1]) for row in range(x0.shape[0]))
+# Reweighting by context, in expectation over masks
 
 
-def test_masked_nelbo_of_bfloat16_logits_is_taken_in_float32():
-    x0, xt, t, logits = _random_batch()
-    rounded = logits.bfloat16()
-    output = _loss(rounded, x0, xt, t)
-    assert output.loss_sum.dtype == torch.float32
-    assert torch.equal(output.loss_sum, _loss(rounded.float(), x0, xt, t).loss_sum)
-
-
-# Gradients
-
-
-def test_masked_nelbo_has_gradient_at_masked_positions_alone():
-    x0, xt, t, logits = _random_batch()
-    logits.requires_grad_()
-    _loss(logits, x0, xt, t).loss_sum.backward()
-    is_masked = xt == 6
-    assert torch.equal(logits.grad[~is_masked], torch.zeros_like(logits.grad[~is_masked]))
-    one_hot = torch.nn.functional.one_hot(x0, 7)
-    expected = (logits.detach().softmax(dim=-1) - one_hot) / t.float()[:, None, None]
-    torch.testing.assert_close(logits.grad[is_masked], expected[is_masked], rtol=FLOAT32_RTOL, atol=FLOAT32_RTOL)
-
-
-def test_masked_nelbo_with_other_unmasked_targets_and_logits_is_unchanged():
-    x0, xt, t, logits = _random_batch()
-    is_masked = xt == 6
-    other_x0 = torch.where(is_masked, x0, (x0 + 1) % 6)
-    other_logits = torch.where(is_masked[..., None], logits, logits + 3.0 * torch.arange(7))
-    changed = _loss(other_logits, other_x0, xt, t)
-    for before, after in zip(astuple(_loss(logits, x0, xt, t)), astuple(changed), strict=True):
-        assert torch.equal(before, after)
-    masked_target_changed = torch.where(is_masked, (x0 + 1) % 6, x0)
-    assert not torch.equal(_loss(logits, masked_target_changed, xt, t).loss_sum, changed.loss_sum)
-
-
-def test_masked_nelbo_without_masked_positions_is_zero_with_gradient_path():
-    weights = torch.ones(4, 7, requires_grad=True)
-    output = masked_nelbo(
-        weights[torch.zeros(0, dtype=torch.int64)],
-        torch.zeros(0, dtype=torch.int64),
-        torch.zeros(0, dtype=torch.int64),
-        torch.tensor([0.5, 0.9]),
-        torch.tensor([2.0, 1.0]),
-        torch.ones(2, 3, dtype=torch.bool),
-    )
-    output.loss_sum.backward()
-    assert float(output.loss_sum.detach()) == 0.0
-    assert torch.equal(weights.grad, torch.zeros(4, 7))
-    assert int(output.num_tokens) == 6
-    assert int(output.num_masked) == 0
-    assert output.bin_num_masked.tolist() == [0] * NUM_T_BINS
-
-
-@pytest.mark.parametrize("micro_batch_seqs", [1, 2, 3, 8])
-def test_masked_nelbo_summed_over_micro_batches_equals_the_whole_batch(micro_batch_seqs):
-    x0, xt, t, logits = _random_batch()
-    logits.requires_grad_()
-    whole = _loss(logits, x0, xt, t)
-    (whole_gradient,) = torch.autograd.grad(whole.loss_sum, logits)
-    parts = torch.arange(8).split(micro_batch_seqs)
-    outputs = [_loss(logits[part], x0[part], xt[part], t[part]) for part in parts]
-    (gradient,) = torch.autograd.grad(sum(output.loss_sum for output in outputs), logits)
-    torch.testing.assert_close(gradient, whole_gradient, rtol=FLOAT32_RTOL, atol=0)
-    for name in ("loss_sum", "bin_loss_sum"):
-        total = sum(getattr(output, name).detach() for output in outputs)
-        torch.testing.assert_close(total, getattr(whole, name).detach(), rtol=FLOAT32_RTOL, atol=0)
-    for name in ("num_tokens", "num_masked", "bin_num_masked"):
-        assert torch.equal(sum(getattr(output, name) for output in outputs), getattr(whole, name))
+@pytest.mark.parametrize("t", [0.0, 0.25, 0.9])
+def test_cart_expected_over_masks_is_its_clean_value_times_the_share_of_clean_tokens(t):
+    p, place, length = Fraction(1, 3), 1, 4
+    rows = _one(TEXT, bernoulli_draws([t], [1.0], [t], length))
+    weights = Cart(float(p)).token_weight(rows.batch)
+    found = float(weights[:, place] @ rows.probability)
+    clean = (1 - (1 - p) ** place + 1 - (1 - p) ** (length - 1 - place)) / 2
+    assert found == pytest.approx((1 - t) * float(clean), rel=EXACT)

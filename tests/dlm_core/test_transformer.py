@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -97,6 +98,20 @@ def test_forward_with_select_equals_rows_of_all_logits():
     assert every.shape == (15, 13)
     torch.testing.assert_close(model(xt, select), every[select], rtol=0, atol=ATOL)
     assert model(xt, torch.zeros(0, dtype=torch.int64)).shape == (0, 13)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_forward_with_targets_equals_weighted_cross_entropy_of_the_logits(config):
+    model = _denoiser(config)
+    x0 = torch.randint(config.vocab_size, (2, 5), generator=torch.Generator().manual_seed(3))
+    select = (x0.flatten() != config.mask_token_id).nonzero().squeeze(1)[[0, 3, 1]]
+    targets, weight = x0.flatten()[select], torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
+    nats = F.cross_entropy(model(x0, select), targets, reduction="none")
+    wanted = torch.autograd.grad((nats * weight.float()).sum(), list(model.parameters()))
+    head = model(x0, select, targets, weight)
+    torch.testing.assert_close(head.cross_entropy, nats.detach(), rtol=0, atol=ATOL)
+    for found, gradient in zip(torch.autograd.grad(head.loss_sum, list(model.parameters())), wanted, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=ATOL)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -7,7 +7,7 @@ from pipeline.artifact import checked_files
 from pipeline.data.packing import PackedRows
 from pipeline.data.shards import open_stream
 from pipeline.data.vocabulary import SpecialTokens, load_vocabulary
-from pipeline.pretrain.batches import Batch, micro_batches
+from pipeline.pretrain.batches import micro_batches
 from pipeline.pretrain.config import PretrainConfig
 from tests.support.tiny_run import Artifacts, tiny
 
@@ -24,11 +24,19 @@ def special(made: Artifacts) -> SpecialTokens:
     return load_vocabulary(made.tokenizer).special
 
 
-def whole(config: PretrainConfig, rows: PackedRows, special: SpecialTokens, step: int) -> Batch:
-    """The global batch, put together from all ranks and micro batches."""
+def whole(config: PretrainConfig, rows: PackedRows, special: SpecialTokens, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of the global batch, put together from all ranks and micro batches."""
     parts = [b for rank in range(config.workers) for b in micro_batches(config, rows, special, step, rank)]
-    assert all(len(part.x0) == config.rows_per_pass for part in parts)
-    return Batch(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
+    assert all(len(part.noised.x0) == config.rows_per_pass for part in parts)
+    names = ("x0", "xt", "t", "is_text", "maskable")
+    whole = {name: torch.cat([getattr(part.noised, name) for part in parts]) for name in names}
+    for name in ("targets", "weight", "nelbo_weight"):
+        whole[name] = torch.cat([getattr(part.targets, name) for part in parts])
+    whole["select"] = torch.cat(
+        [part.targets.select + number * config.rows_per_pass * config.seq_len for number, part in enumerate(parts)]
+    )
+    whole["num_tokens"] = torch.stack([part.targets.num_tokens for part in parts]).sum()
+    return whole
 
 
 @pytest.mark.parametrize(("workers", "micro"), [(2, 0), (2, 2), (4, 1), (8, 0), (1, 2)])
@@ -38,28 +46,35 @@ def test_global_batch_is_the_same_however_it_is_cut(
 ) -> None:
     wanted = whole(tiny(), rows, special, step)
     found = whole(tiny(workers=workers, micro_batch_seqs=micro), rows, special, step)
-    for name, value in vars(wanted).items():
-        assert torch.equal(value, getattr(found, name)), name
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        assert torch.equal(value, found[name]), name
 
 
 def test_batch_masks_as_its_time_says_and_weighs_by_one_over_t(rows: PackedRows, special: SpecialTokens) -> None:
     config = tiny(global_batch_seqs=64)
     batch = whole(config, rows, special, 3)
-    is_masked = batch.xt == special.mask_token_id
-    assert torch.equal(batch.xt[~is_masked], batch.x0[~is_masked])
-    assert special.mask_token_id not in batch.x0
-    torch.testing.assert_close(batch.weight, 1 / batch.t)
-    assert torch.equal((batch.t.sort().values * 64).floor().long(), torch.arange(64))  # one time a stratum
+    is_masked = batch["xt"] == special.mask_token_id
+    assert torch.equal(batch["xt"][~is_masked], batch["x0"][~is_masked])
+    assert special.mask_token_id not in batch["x0"]
+    assert torch.equal(batch["select"], is_masked.flatten().nonzero().squeeze(1))
+    assert torch.equal(batch["targets"], batch["x0"][is_masked])
+    torch.testing.assert_close(batch["weight"], 1 / batch["t"][is_masked])
+    assert torch.equal(batch["nelbo_weight"], batch["weight"])
+    t = batch["t"][:, 0]
+    assert torch.equal(batch["t"], t[:, None].expand(-1, 32))
+    assert torch.equal((t.sort().values * 64).floor().long(), torch.arange(64))  # one time a stratum
     by_row = is_masked.double().mean(dim=1)
-    assert float((by_row - batch.t).abs().max()) < 5 * (0.25 / 32) ** 0.5  # five sigmas of a binomial share
-    assert bool(batch.loss_mask.all())
+    assert float((by_row - t).abs().max()) < 5 * (0.25 / 32) ** 0.5  # five sigmas of a binomial share
+    assert bool(batch["is_text"].all())
+    assert int(batch["num_tokens"]) == batch["x0"].numel()
 
 
 def test_an_epoch_shows_every_full_row_once_and_the_next_one_in_another_order(
     rows: PackedRows, special: SpecialTokens
 ) -> None:
     config = tiny(global_batch_seqs=rows.num_full_rows)
-    first, second = (whole(config, rows, special, epoch).x0.tolist() for epoch in range(2))
+    first, second = (whole(config, rows, special, epoch)["x0"].tolist() for epoch in range(2))
     everything = sorted(rows.row(i, special.pad_token_id)[0].tolist() for i in range(rows.num_full_rows))
     assert first != second
     assert sorted(first) == sorted(second) == everything

@@ -87,11 +87,12 @@ def plain_training(config: PretrainConfig, made: Artifacts, num_steps: int) -> l
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(o.beta1, o.beta2), eps=o.eps, foreach=False)
     found = []
     for step in range(num_steps):
-        (batch,) = micro_batches(config, rows, special, step, rank=0)
+        (whole,) = micro_batches(config, rows, special, step, rank=0)
+        batch = whole.noised
         logits = model(batch.xt).view(*batch.xt.shape, -1)
         cross_entropy = F.cross_entropy(logits.transpose(1, 2), batch.x0, reduction="none")
         is_masked = (batch.xt == special.mask_token_id).float()
-        loss = (cross_entropy * is_masked / batch.t.float()[:, None]).sum() / batch.x0.numel()
+        loss = (cross_entropy * is_masked / batch.t.float()).sum() / batch.x0.numel()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm, foreach=False)

@@ -6,7 +6,10 @@ A sequence is a tuple of ids.  In the toy world the real tokens are 0..V-1 and t
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
 
 WORD = 1 << 64
 GOLDEN = 0x9E3779B97F4A7C15
@@ -35,23 +38,148 @@ def as_signed(word: int) -> int:
     return word - WORD if word & (1 << 63) else word
 
 
-def mask_tokens(
-    x0: Sequence[Sequence[int]],
-    mask_prob: Sequence[float],
+def uniform(*words: int) -> float:
+    """The top 53 bits of the hash, as a fraction of one."""
+    return (hash_words(*words) >> 11) / 2**53
+
+
+def event(p: float, *words: int) -> bool:
+    """Whether the top 24 bits of the hash lie below floor(p * 2**24)."""
+    return hash_words(*words) >> 40 < math.floor(p * 2**24)
+
+
+def integer(high: int, *words: int) -> int:
+    """The hash without its last bit, modulo ``high``."""
+    return (hash_words(*words) >> 1) % high
+
+
+def normal(*words: int) -> float:
+    """Box and Muller's cosine branch of two uniforms, at the address and 0 and at the address and 1."""
+    return math.sqrt(-2 * math.log(1 - uniform(*words, 0))) * math.cos(2 * math.pi * uniform(*words, 1))
+
+
+def permutation(size: int, *words: int) -> list[int]:
+    """The places in the order of their hashes, read as signed."""
+    return sorted(range(size), key=lambda place: as_signed(hash_words(*words, place)))
+
+
+def stratified_uniform(
+    noise_seed: int, step: int, num_places: int, *, stream: int, offset_stream: int, shared_offset: bool
+) -> list[float]:
+    """(stratum + offset) / num_places, where the k-th place of the permutation has the stratum k."""
+    order = permutation(num_places, noise_seed, step, stream)
+    address = (noise_seed, step, offset_stream, stream)
+    offsets = [uniform(*address) if shared_offset else uniform(*address, place) for place in range(num_places)]
+    return [(order.index(place) + offsets[place]) / num_places for place in range(num_places)]
+
+
+def noise_positions(
+    noise_prob: Sequence[Sequence[float]],
+    sample_ids: Sequence[int],
+    length: int,
+    *,
+    noise_seed: int,
+    step: int,
+    stream: int,
+) -> list[list[bool]]:
+    """Which tokens are noised, where a row of K probabilities cuts it into K blocks."""
+    chosen = []
+    for probs, sample_id in zip(noise_prob, sample_ids, strict=True):
+        address = hash_words(noise_seed, step, stream, sample_id)
+        chosen.append([event(probs[place * len(probs) // length], address, place) for place in range(length)])
+    return chosen
+
+
+def replacements(
+    vocab_size: int,
+    mask_token_id: int | None,
+    mask_share: float,
+    sample_ids: Sequence[int],
+    length: int,
+    *,
+    noise_seed: int,
+    step: int,
+    stream: int,
+) -> list[list[int]]:
+    """What a noised token becomes: the mask with ``mask_share``, else one of the real tokens, in the order of ids."""
+    real = [token for token in range(vocab_size) if token != mask_token_id]
+    rows = []
+    for sample_id in sample_ids:
+        row, base = [], hash_words(noise_seed, step, stream, sample_id)
+        for place in range(length):
+            token = real[integer(len(real), base, place, 0)]
+            is_mask = mask_token_id is not None and event(mask_share, base, place, 1)
+            row.append(mask_token_id if is_mask else token)
+        rows.append(row)
+    return rows
+
+
+def exact_count_positions(
+    maskable: Sequence[Sequence[bool]],
+    num_masked: Sequence[Sequence[int]],
     sample_ids: Sequence[int],
     *,
     noise_seed: int,
     step: int,
     stream: int,
-    mask_token_id: int,
+) -> list[list[bool]]:
+    """In each block the maskable places of the smallest hashes, as many as asked for."""
+    masked = []
+    for row, counts, sample_id in zip(maskable, num_masked, sample_ids, strict=True):
+        address, size = hash_words(noise_seed, step, stream, sample_id), len(row) // len(counts)
+        chosen: list[int] = []
+        for block, count in enumerate(counts):
+            places = [place for place in range(block * size, (block + 1) * size) if row[place]]
+            chosen += sorted(places, key=lambda place: as_signed(hash_words(address, place)))[:count]
+        masked.append([place in chosen for place in range(len(row))])
+    return masked
+
+
+def truncated_binomial(size: int, p: Fraction, low: Fraction, high: Fraction) -> dict[int, Fraction]:
+    """Law of a binomial count given that count / size lies in [low, high]; no condition if size is 0."""
+    law = {
+        count: math.comb(size, count) * p**count * (1 - p) ** (size - count)
+        for count in range(size + 1)
+        if size == 0 or low <= Fraction(count, size) <= high
+    }
+    total = sum(law.values())
+    return {count: mass / total for count, mass in law.items()}
+
+
+def within_counts(
+    maskable: Sequence[Sequence[bool]],
+    prob: Sequence[Sequence[float]],
+    sample_ids: Sequence[int],
+    bounds: tuple[Fraction, Fraction],
+    *,
+    noise_seed: int,
+    step: int,
+    stream: int,
 ) -> list[list[int]]:
-    """Mask a token where the top 24 bits of the hash of its address lie below floor(mask_prob * 2**24)."""
-    xt = []
-    for row, p, sample_id in zip(x0, mask_prob, sample_ids, strict=True):
-        address = hash_words(noise_seed, step, stream, sample_id)
-        below = [hash_words(address, place) >> 40 < math.floor(p * 2**24) for place in range(len(row))]
-        xt.append([mask_token_id if hit else token for token, hit in zip(row, below, strict=True)])
-    return xt
+    """A count of every block: the first whose cumulative probability, given the bounds, exceeds the uniform number."""
+    counts = []
+    for row, probs, sample_id in zip(maskable, prob, sample_ids, strict=True):
+        address, size = hash_words(noise_seed, step, stream, sample_id), len(row) // len(probs)
+        counts.append([])
+        for block, p in enumerate(probs):
+            law = truncated_binomial(sum(row[block * size : (block + 1) * size]), Fraction(p), *bounds)
+            totals = zip(law, itertools.accumulate(law.values()), strict=True)
+            counts[-1].append(next(count for count, total in totals if total > uniform(address, block)))
+    return counts
+
+
+def resampled_mask_law(
+    maskable: Sequence[bool], p: Fraction, low: Fraction, high: Fraction
+) -> dict[tuple[bool, ...], Fraction]:
+    """Law of independent masks that are all drawn again until their share of the maskable places is in [low, high]."""
+    law = {}
+    for pattern in itertools.product((False, True), repeat=len(maskable)):
+        if any(hit and not may for hit, may in zip(pattern, maskable, strict=True)):
+            continue
+        if sum(maskable) == 0 or low <= Fraction(sum(pattern), sum(maskable)) <= high:
+            law[pattern] = p ** sum(pattern) * (1 - p) ** (sum(maskable) - sum(pattern))
+    total = sum(law.values())
+    return {pattern: mass / total for pattern, mass in law.items()}
 
 
 class Joint:
@@ -144,6 +272,15 @@ def inverse_cdf(probs: Sequence[float], u: float) -> int:
 def chi_square(observed: Sequence[float], expected: Sequence[float]) -> float:
     """Pearson's statistic."""
     return math.fsum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
+
+
+def law_statistic(outcomes: Iterable[Hashable], law: Mapping[Any, float | Fraction]) -> float:
+    """Pearson's statistic of outcomes against their probabilities; infinite if an impossible one came up."""
+    counts = Counter(outcomes)
+    possible = {outcome: float(p) for outcome, p in law.items() if p > 0}
+    if not counts.keys() <= possible.keys():
+        return math.inf
+    return chi_square([counts[x] for x in possible], [counts.total() * p for p in possible.values()])
 
 
 def chi_square_bound(degrees: int, z: float = 4.0) -> float:

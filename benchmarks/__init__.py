@@ -1,0 +1,1 @@
+"""Ours against a peer, interleaved in one run: see README.md."""

@@ -1,0 +1,160 @@
+"""The head and its loss: cross-entropy of chosen rows, in chunks, without the logits of the whole batch.
+
+What lives here: from hidden states (or logits) to nats a token.  What must not: the weights of an objective
+(objectives.py), models.
+
+Shapes: N rows of hidden states, M chosen among them, D d_model, V vocab_size.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""(xt [B, L], select [M]) -> logits [M, V] of the tokens at the flat positions ``select`` of xt."""
+
+CHUNK_BYTES = 128 << 20
+"""Room for the logits of one chunk: enough for a full-speed matrix product, little beside a batch of logits."""
+
+
+class HeadLoss(NamedTuple):
+    """What the head returns for the chosen rows; nats."""
+
+    loss_sum: Float[Tensor, ""]
+    """sum_m weight_m * cross_entropy_m; differentiable."""
+    cross_entropy: Float[Tensor, " M"]
+    """-log p(target_m), without a gradient."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of a softmax and of a loss: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exclude_token(logits: Float[Tensor, "M V"], token_id: int) -> Float[Tensor, "M V"]:
+    """Give one id probability zero (logit -inf).
+
+    Zero-masking, the first half of SUBS (MDLM, arXiv 2406.07524, section 3.2.3); the second half, copying what is not
+    masked, is that only masked positions are ever asked for.
+    """
+    return logits.index_fill(-1, torch.tensor([token_id], device=logits.device), -torch.inf)
+
+
+def token_cross_entropy(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """-log softmax(logits)[target] of every row, nats; in float64 for float64 logits, else in float32."""
+    return F.cross_entropy(logits.to(compute_dtype(logits.dtype)), targets, reduction="none")
+
+
+def logits_loss(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"], weight: Float[Tensor, " M"]) -> HeadLoss:
+    """The same as ``masked_cross_entropy`` from logits that are already there; ``weight`` gets no gradient."""
+    cross_entropy = token_cross_entropy(logits, targets)
+    return HeadLoss((weight.to(cross_entropy) * cross_entropy).sum(), cross_entropy.detach())
+
+
+def masked_cross_entropy(
+    hidden: Float[Tensor, "N D"],
+    head_weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " M"],
+    weight: Float[Tensor, " M"],
+    *,
+    select: Int[Tensor, " M"] | None = None,
+    never: int | None = None,
+    chunk_rows: int | None = None,
+    implementation: Literal["chunked", "torch"] = "chunked",
+) -> HeadLoss:
+    """Weighted cross-entropy of chosen rows:  sum_m weight_m * -log softmax(head_weight @ hidden[select_m])[target_m].
+
+    Only the rows ``select`` (all by default) go through the head.  ``never`` is the id whose logit is -inf, the mask
+    token.  Products run in the dtype of ``hidden``; softmax, loss and sums in float32 (float64 for float64).  M = 0
+    gives a loss of 0 with zero gradients.  ``targets`` and ``weight`` get no gradient.
+
+    "chunked" takes ``chunk_rows`` rows at a time (by default what fits CHUNK_BYTES) and each chunk's gradient while its
+    logits are at hand: three matrix products and no recomputation.  There is no second derivative.
+    "torch" calls torch's own chunked ``linear_cross_entropy`` (torch >= 2.12), which recomputes when it must return the
+    loss of every row; benchmarks/objective.py has both.
+
+    Raises ValueError if torch lacks the function asked for, or if chunk_rows is given to it.
+    """
+    if implementation == "torch":
+        rows = hidden if select is None else hidden[select]
+        return _torch_head(rows, head_weight, targets, weight, never, chunk_rows)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}; it must be at least 1")
+    return HeadLoss(*_ChunkedHead.apply(hidden, head_weight, targets, weight, select, never, chunk_rows))
+
+
+def _torch_head(
+    rows: Tensor, head_weight: Tensor, targets: Tensor, weight: Tensor, never: int | None, chunk_rows: int | None
+) -> HeadLoss:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ValueError(f'torch {torch.__version__} has no linear_cross_entropy; use implementation="chunked"')
+    if chunk_rows is not None:
+        raise ValueError(f'chunk_rows is {chunk_rows}, but implementation="torch" chooses its own chunks; leave it out')
+    bias = None
+    if never is not None:
+        bias = torch.zeros(len(head_weight), dtype=rows.dtype, device=rows.device)
+        bias[never] = -torch.inf
+    cross_entropy = F.linear_cross_entropy(
+        rows, head_weight, targets, linear_bias=bias, reduction="none", options=torch.nn.LinearCrossEntropyOptions()
+    ).to(compute_dtype(rows.dtype))
+    return HeadLoss((weight.to(cross_entropy.dtype) * cross_entropy).sum(), cross_entropy.detach())
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """The gradient is taken in the forward pass: the loss is a sum, so the incoming gradient only scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        select: Tensor | None,
+        never: int | None,
+        chunk_rows: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = compute_dtype(hidden.dtype)
+        rows = hidden if select is None else hidden[select]
+        weight = weight.to(dtype)
+        size = chunk_rows or max(16, CHUNK_BYTES // (dtype.itemsize * len(head_weight)))
+        rows_grad = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        head_grad = torch.zeros_like(head_weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        cross_entropy = torch.empty(len(rows), dtype=dtype, device=hidden.device)
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            chunk, wanted = rows[part], targets[part, None]
+            logits = (chunk @ head_weight.t()).to(dtype)
+            if never is not None:
+                logits[:, never] = -torch.inf
+            log_norm = logits.logsumexp(dim=-1, keepdim=True)
+            cross_entropy[part] = (log_norm - logits.gather(1, wanted)).squeeze(1)
+            if rows_grad is None and head_grad is None:
+                continue
+            grad = logits.sub_(log_norm).exp_()
+            grad.scatter_add_(1, wanted, torch.full_like(log_norm, -1.0))
+            grad = grad.mul_(weight[part, None]).to(chunk.dtype)
+            if rows_grad is not None:
+                torch.mm(grad, head_weight, out=rows_grad[part])
+            if head_grad is not None and grad.dtype == dtype:
+                head_grad.addmm_(grad.t(), chunk)
+            elif head_grad is not None:
+                head_grad += grad.t() @ chunk
+        if rows_grad is not None and select is not None:
+            rows_grad = torch.zeros_like(hidden).index_add_(0, select, rows_grad)
+        ctx.save_for_backward(rows_grad, None if head_grad is None else head_grad.to(head_weight.dtype))
+        ctx.mark_non_differentiable(cross_entropy)
+        return (weight * cross_entropy).sum(), cross_entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - once_differentiable has no types
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        scale = grad_outputs[0]
+        hidden_grad, head_grad = (None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors)
+        return hidden_grad, head_grad, None, None, None, None, None

@@ -1,0 +1,459 @@
+"""Estimators of the likelihood of rows: their noise, what they leave alone, what they must not depend on, errors."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dlm_core.likelihood import (
+    RowEstimate,
+    Scoring,
+    any_order_bound,
+    block_bound,
+    block_chain_nll,
+    continuous_bound,
+    discrete_bound,
+    exact_count_bound,
+    left_to_right_nll,
+    ordered_nll,
+)
+from dlm_core.noise import Stream
+from dlm_core.schedules import ClippedSchedule, LinearSchedule
+from tests.support import reference
+from tests.support.block_world import (
+    EMPTY,
+    HOLED,
+    INNER,
+    LENGTH,
+    MASK,
+    MASKED_PROMPT,
+    PROMPTED,
+    ROWS,
+    SINGLE,
+    WHOLE,
+    BlockView,
+    Recorder,
+    Row,
+    TableDenoiser,
+    V,
+    block_nll,
+    cut,
+    masked_sum,
+    scoring,
+)
+
+RTOL = 1e-10  # a few hundred float64 roundings
+ORDER_RTOL = 1e-12  # a mean over draws is summed in another order where there are other rows
+FLOAT32_RTOL = 1e-6  # a handful of float32 roundings
+SIGMAS = 5.0  # a fair draw leaves this many standard errors once in two million
+CLIPPED = ClippedSchedule(0.1, 0.9)  # all three terms of the bound are there
+LATE = 0.25
+
+Denoise = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def wrong() -> TableDenoiser:
+    return TableDenoiser(num_real=V, length=LENGTH, seed=1)
+
+
+def _continuous(denoise: Denoise, s: Scoring) -> RowEstimate:
+    return continuous_bound(denoise, s, CLIPPED, t_min=LATE, num_replicates=2, num_real_tokens=V)
+
+
+def _discrete(denoise: Denoise, s: Scoring) -> RowEstimate:
+    return discrete_bound(denoise, s, CLIPPED, num_timesteps=5, num_replicates=2, num_real_tokens=V)
+
+
+def _exact_count(denoise: Denoise, s: Scoring) -> RowEstimate:
+    return exact_count_bound(denoise, s, num_draws=6)
+
+
+def _any_order(denoise: Denoise, s: Scoring) -> RowEstimate:
+    return any_order_bound(denoise, s, num_orders=2)
+
+
+def _right_to_left(denoise: Denoise, s: Scoring) -> RowEstimate:
+    return ordered_nll(denoise, s, s.scored.flip(1).cumsum(dim=1).flip(1) - 1)
+
+
+def _blocks(denoise: Denoise, s: Scoring) -> RowEstimate:
+    return block_bound(denoise, s, 2, num_replicates=2)
+
+
+def _block_chain(denoise: Denoise, s: Scoring) -> RowEstimate:
+    return block_chain_nll(denoise, s, 2)
+
+
+ALONE = {
+    "exact_count": _exact_count,
+    "any_order": _any_order,
+    "left_to_right": left_to_right_nll,
+    "right_to_left": _right_to_left,
+    "block_chain": _block_chain,
+}
+"""Estimators of which every row is a function of its own tokens and sample id."""
+TOGETHER = {"continuous": _continuous, "discrete": _discrete, "blocks": _blocks}
+"""Estimators whose times or counts are strata over the rows: a row's place among how many rows counts too."""
+ALL = ALONE | TOGETHER
+
+of_all = pytest.mark.parametrize("name", ALL)
+
+
+def _denoiser(name: str, table: TableDenoiser) -> Denoise:
+    return BlockView(table, 2, MASK) if name in ("blocks", "block_chain") else table
+
+
+def _same(one: RowEstimate, other: RowEstimate) -> None:
+    torch.testing.assert_close(one.nats, other.nats, rtol=ORDER_RTOL, atol=0)
+    torch.testing.assert_close(one.mc_se, other.mc_se, rtol=ORDER_RTOL, atol=0)
+
+
+def _rows(estimate: RowEstimate, rows: torch.Tensor | slice) -> RowEstimate:
+    return replace(estimate, nats=estimate.nats[rows], mc_se=estimate.mc_se[rows])
+
+
+def _scoring_of(s: Scoring, rows: torch.Tensor) -> Scoring:
+    return replace(s, x0=s.x0[rows], scored=s.scored[rows], sample_ids=s.sample_ids[rows])
+
+
+# The same sums by loops over the addressed noise
+
+
+def _row_losses(wrong: TableDenoiser, rows, is_masked, weights) -> list[float]:
+    return [
+        weight * masked_sum(wrong.nll, row, [place for place in row.places if hit[place]], MASK)
+        for row, hit, weight in zip(rows, is_masked, weights, strict=True)
+    ]
+
+
+def _bernoulli(s: Scoring, probs: list[float], step: int) -> list[list[bool]]:
+    return reference.noise_positions(
+        [[p] for p in probs], s.sample_ids.tolist(), LENGTH, noise_seed=s.noise_seed, step=step, stream=Stream.MASK
+    )
+
+
+def _subsets(s: Scoring, counts: list[list[int]], step: int) -> list[list[bool]]:
+    return reference.exact_count_positions(
+        s.scored.tolist(), counts, s.sample_ids.tolist(), noise_seed=s.noise_seed, step=step, stream=Stream.EXACT_MASK
+    )
+
+
+def _strata(s: Scoring, replicate: int, num_places: int, stream: Stream = Stream.STRATUM) -> list[float]:
+    return reference.stratified_uniform(
+        s.noise_seed, replicate, num_places, stream=stream, offset_stream=Stream.OFFSET, shared_offset=True
+    )
+
+
+def _expect_replicates(estimate: RowEstimate, losses: list[list[float]]) -> None:
+    by_row = list(zip(*losses, strict=True))
+    errors = [statistics.stdev(row) / math.sqrt(len(row)) for row in by_row]
+    assert estimate.nats.tolist() == pytest.approx([statistics.mean(row) for row in by_row], rel=RTOL)
+    assert estimate.mc_se.tolist() == pytest.approx(errors, rel=RTOL, abs=RTOL)
+
+
+@pytest.mark.parametrize("name", ["continuous", "discrete"])
+def test_time_bounds_equal_naive_loop_over_the_addressed_noise(wrong, name):
+    rows, num_replicates, losses = ROWS * 2, 2, []
+    s = scoring(rows)
+    for replicate in range(num_replicates):
+        u = _strata(s, replicate, len(rows))
+        if name == "continuous":
+            probs = [0.1 + 0.8 * (LATE + (1 - LATE) * v) for v in u]
+            weights = [(1 - LATE) * 0.8 / p for p in probs]
+            first = 0.1 + 0.8 * LATE
+        else:
+            probs = [0.1 + 0.8 * (math.floor(5 * v) + 1) / 5 for v in u]
+            weights = [0.8 / p for p in probs]
+            first = 0.1
+        diffusion = _row_losses(wrong, rows, _bernoulli(s, probs, replicate), weights)
+        starts = _bernoulli(s, [first] * len(rows), num_replicates + replicate)
+        reconstruction = _row_losses(wrong, rows, starts, [1.0] * len(rows))
+        prior = [len(row.places) * 0.1 * math.log(V) for row in rows]
+        losses.append([math.fsum(terms) for terms in zip(diffusion, reconstruction, prior, strict=True)])
+    _expect_replicates(TOGETHER[name](wrong, s), losses)
+
+
+def test_exact_count_bound_equals_naive_loop_over_the_addressed_noise(wrong):
+    rows, num_draws, losses = [WHOLE, PROMPTED, HOLED] * 3, 6, []
+    s = scoring(rows)
+    addresses = [reference.hash_words(s.noise_seed, Stream.COUNT, sample) for sample in s.sample_ids.tolist()]
+    for draw in range(num_draws):
+        u = [(draw + reference.uniform(address, draw)) / num_draws for address in addresses]
+        counts = [1 + math.floor(v * len(row.places)) for v, row in zip(u, rows, strict=True)]
+        weights = [len(row.places) / count for row, count in zip(rows, counts, strict=True)]
+        losses.append(_row_losses(wrong, rows, _subsets(s, [[count] for count in counts], draw), weights))
+    estimate = _exact_count(wrong, s)
+    by_row = list(zip(*losses, strict=True))
+    squares = [math.fsum((b - a) ** 2 for a, b in itertools.pairwise(row)) for row in by_row]
+    errors = [math.sqrt(square / (2 * num_draws * (num_draws - 1))) for square in squares]
+    assert estimate.nats.tolist() == pytest.approx([statistics.mean(row) for row in by_row], rel=RTOL)
+    assert estimate.mc_se.tolist() == pytest.approx(errors, rel=RTOL)
+
+
+def test_block_bound_equals_naive_loop_over_the_addressed_noise(wrong):
+    rows, num_replicates, losses = ROWS * 2, 2, []
+    s = scoring(rows)
+    for replicate in range(num_replicates):
+        u = _strata(s, replicate, 2 * len(rows), Stream.COUNT)
+        parts = [[cut(row, 0, 2), cut(row, 2, 4)] for row in rows]
+        counts = [
+            [min(len(part.places), 1 + math.floor(u[2 * i + b] * len(part.places))) for b, part in enumerate(of_row)]
+            for i, of_row in enumerate(parts)
+        ]
+        totals = [0.0] * len(rows)
+        for i, is_masked in enumerate(_subsets(s, counts, replicate)):
+            for b, part in enumerate(parts[i]):
+                subset = [place for place in part.places if is_masked[place]]
+                seen = block_nll(wrong.nll, part, 2 * b, 2 * b + 2, MASK)
+                totals[i] += len(part.places) / max(counts[i][b], 1) * masked_sum(seen, part, subset, MASK)
+        losses.append(totals)
+    _expect_replicates(_blocks(BlockView(wrong, 2, MASK), s), losses)
+
+
+# What an estimate does not depend on
+
+
+@of_all
+@pytest.mark.parametrize("batch_rows", [1, 5])
+def test_row_estimates_in_batches_of_any_size_are_the_same(wrong, name, batch_rows):
+    recorder = Recorder(_denoiser(name, wrong))
+    estimate = ALL[name](recorder, scoring(ROWS, batch_rows=batch_rows))
+    _same(estimate, ALL[name](_denoiser(name, wrong), scoring(ROWS)))
+    assert max(len(xt) for xt, _ in recorder.calls) == batch_rows
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_row_estimates_in_another_order_or_company_are_the_same(wrong, name):
+    denoise, s = _denoiser(name, wrong), scoring(ROWS * 2)
+    estimate = ALONE[name](denoise, s)
+    order = torch.tensor([5, 0, 13, 3, 8, 11])
+    _same(ALONE[name](denoise, _scoring_of(s, order)), _rows(estimate, order))
+    for place in range(len(ROWS)):
+        alone = torch.tensor([place])
+        _same(ALONE[name](denoise, _scoring_of(s, alone)), _rows(estimate, alone))
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_row_estimates_beside_rows_of_other_text_are_the_same(wrong, name):
+    denoise, s = _denoiser(name, wrong), scoring(ROWS)
+    kept = torch.arange(len(ROWS)) % 2 == 0
+    others = scoring(ROWS[3:] + ROWS[:3], first_id=900)
+    mixed = replace(
+        s,
+        x0=torch.where(kept[:, None], s.x0, others.x0),
+        scored=torch.where(kept[:, None], s.scored, others.scored),
+        sample_ids=torch.where(kept, s.sample_ids, others.sample_ids),
+    )
+    assert not torch.equal(mixed.x0, s.x0)
+    _same(_rows(TOGETHER[name](denoise, mixed), kept), _rows(TOGETHER[name](denoise, s), kept))
+
+
+@pytest.mark.parametrize("name", ["continuous", "discrete", "exact_count", "blocks", "any_order"])
+def test_drawn_estimates_depend_on_seed_and_sample_ids(wrong, name):
+    def nats(first_id: int = 100, noise_seed: int = 11) -> torch.Tensor:
+        s = scoring([WHOLE] * 8, first_id=first_id, noise_seed=noise_seed)
+        return ALL[name](_denoiser(name, wrong), s).nats
+
+    base = nats()
+    assert torch.equal(base, nats())
+    assert not torch.isclose(base, nats(noise_seed=12)).all()
+    assert not torch.isclose(base, nats(first_id=300)).all()
+    assert len(set(base.tolist())) > 2
+
+
+@of_all
+def test_row_estimates_of_float32_logits_are_float64_sums(wrong, name):
+    denoise = _denoiser(name, wrong)
+    narrow = ALL[name](lambda *args: denoise(*args).float(), scoring(ROWS))
+    wide = ALL[name](denoise, scoring(ROWS))
+    assert narrow.nats.dtype == narrow.mc_se.dtype == wide.nats.dtype == wide.mc_se.dtype == torch.float64
+    torch.testing.assert_close(narrow.nats, wide.nats, rtol=FLOAT32_RTOL, atol=FLOAT32_RTOL)
+    assert not torch.equal(narrow.nats, wide.nats)
+
+
+# What is masked and what is asked for
+
+
+@of_all
+def test_only_scored_tokens_are_masked_and_only_masked_ones_asked_for(wrong, name):
+    rows = [Row((0, *x, 2), INNER.scored) for x in itertools.product(range(V), repeat=2)]
+    recorder = Recorder(_denoiser(name, wrong))
+    ALL[name](recorder, scoring(rows, batch_rows=7))
+    masked = set()
+    for xt, select in recorder.calls:
+        assert (xt[:, 0] == 0).all()
+        assert (xt[:, 3] == 2).all()
+        assert (xt.flatten()[select] == MASK).all()
+        assert len(select) == len(set(select.tolist())) > 0
+        masked.update(select.remainder(LENGTH).tolist())
+    assert masked == {1, 2}
+
+
+@of_all
+def test_rows_without_scored_tokens_have_no_loss_and_no_noise(wrong, name):
+    recorder = Recorder(_denoiser(name, wrong))
+    for rows in ([EMPTY], [EMPTY] * 5):
+        estimate = ALL[name](recorder, scoring(rows))
+        assert estimate.nats.tolist() == estimate.mc_se.tolist() == [0.0] * len(rows)
+    assert not recorder.calls
+    mixed = ALL[name](_denoiser(name, wrong), scoring([EMPTY, WHOLE, EMPTY]))
+    assert mixed.nats[[0, 2]].tolist() == mixed.mc_se[[0, 2]].tolist() == [0.0, 0.0]
+    assert float(mixed.nats[1]) > 0
+
+
+@of_all
+def test_mask_tokens_of_the_prompt_stay_and_are_not_scored(wrong, name):
+    recorder = Recorder(_denoiser(name, wrong))
+    ALL[name](recorder, scoring([MASKED_PROMPT] * 3))
+    assert (recorder.rows[:, 0] == MASK).all()
+    assert all((select % LENGTH % 2 == 1).all() for _, select in recorder.calls)
+
+
+def test_scored_lengths_are_those_of_the_rows():
+    assert scoring(ROWS).lengths.tolist() == [len(row.places) for row in ROWS]
+
+
+# Counts of the exact-count bound
+
+
+def _counts(length: int, num_rows: int, num_draws: int) -> list[list[int]]:
+    """The sorted numbers of masked tokens of every row; a row's unscored first token tells which row it is."""
+    x0 = torch.zeros(num_rows, length + 1, dtype=torch.int64)
+    x0[:, 0] = torch.arange(num_rows)
+    scored = torch.ones_like(x0, dtype=torch.bool)
+    scored[:, 0] = False
+    recorder = Recorder(lambda xt, select: torch.zeros(len(select), num_rows + 1))
+    exact_count_bound(recorder, Scoring(x0, scored, num_rows, torch.arange(num_rows)), num_draws=num_draws)
+    counts: list[list[int]] = [[] for _ in range(num_rows)]
+    for xt in recorder.rows:
+        counts[int(xt[0])].append(int((xt == num_rows).sum()))
+    return [sorted(of_row) for of_row in counts]
+
+
+@pytest.mark.parametrize("num_draws", [5, 8, 12, 24])
+def test_exact_count_bound_draws_one_count_a_stratum(num_draws):
+    length = 8
+    for counts in _counts(length, 12, num_draws):
+        assert len(counts) == num_draws
+        for draw, count in enumerate(counts):
+            assert draw * length // num_draws + 1 <= count <= -(-(draw + 1) * length // num_draws)
+        for k in range(1, length + 1):
+            # a count's share of the draws is cut by at most two strata
+            assert abs(counts.count(k) - num_draws / length) < 2
+            assert num_draws % length or counts.count(k) == num_draws // length
+
+
+def test_exact_count_bound_draws_within_a_stratum_apart_from_other_strata_and_rows():
+    num_draws, width, num_rows = 8, 4, 200
+    offsets = [
+        [count - 1 - draw * width for draw, count in enumerate(of_row)]
+        for of_row in _counts(num_draws * width, num_rows, num_draws)
+    ]
+    neighbours = [pair for of_row in offsets for pair in zip(of_row[::2], of_row[1::2], strict=True)]
+    rows = [pair for even, odd in zip(offsets[::2], offsets[1::2], strict=True) for pair in zip(even, odd, strict=True)]
+    for pairs in (neighbours, rows):
+        cells = [pairs.count((a, b)) for a in range(width) for b in range(width)]
+        statistic = reference.chi_square(cells, [len(pairs) / width**2] * width**2)
+        assert statistic < reference.chi_square_bound(width**2 - 1, z=SIGMAS)
+
+
+def test_scoring_left_at_its_defaults_has_seed_0_and_batches_of_64(wrong):
+    s, recorder = scoring([WHOLE] * 70, noise_seed=0), Recorder(wrong)
+    _same(_any_order(recorder, Scoring(s.x0, s.scored, MASK, s.sample_ids)), _any_order(wrong, s))
+    assert max(len(xt) for xt, _ in recorder.calls) == 64
+
+
+# Standard errors over seeds
+
+
+@pytest.mark.parametrize(("name", "least"), [("exact_count", 0.8), ("blocks", 1.0)])
+def test_standard_errors_over_seeds_are_the_spread_of_the_estimates_or_a_little_more(wrong, name, least):
+    num_seeds, num_rows = 10, 80
+    estimates = [
+        ALL[name](_denoiser(name, wrong), scoring([WHOLE] * num_rows, noise_seed=seed)) for seed in range(num_seeds)
+    ]
+    spread = float(torch.stack([estimate.nats for estimate in estimates]).std())
+    said = math.sqrt(statistics.mean(float(estimate.mc_se.square().mean()) for estimate in estimates))
+    # a standard deviation over n draws near normal is off by 1 / sqrt(2 n) of itself
+    error = SIGMAS / math.sqrt(2 * num_seeds * num_rows)
+    assert least - error < spread / said < 1 + error
+
+
+# Errors
+
+
+ARGUMENTS = {
+    continuous_bound: {"schedule": LinearSchedule(), "t_min": 0.1, "num_replicates": 2, "num_real_tokens": V},
+    discrete_bound: {"schedule": LinearSchedule(), "num_timesteps": 1, "num_replicates": 2, "num_real_tokens": V},
+    exact_count_bound: {"num_draws": 1},
+    any_order_bound: {"num_orders": 2},
+    block_bound: {"block_size": 2, "num_replicates": 2},
+    block_chain_nll: {"block_size": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("estimator", "change", "message"),
+    [
+        (continuous_bound, {"num_replicates": 1}, "num_replicates is 1"),
+        (continuous_bound, {"t_min": -0.5}, r"t_min is -0\.5"),
+        (continuous_bound, {"t_min": 1.0}, r"t_min is 1\.0"),
+        (continuous_bound, {"t_min": math.nan}, "t_min is nan"),
+        (discrete_bound, {"num_replicates": 1}, "num_replicates is 1"),
+        (discrete_bound, {"num_timesteps": 0}, "num_timesteps is 0"),
+        (exact_count_bound, {"num_draws": 0}, "num_draws is 0"),
+        (any_order_bound, {"num_orders": 1}, "is 1; a standard error needs at least 2"),
+        (block_bound, {"num_replicates": 1}, "num_replicates is 1"),
+        (block_bound, {"block_size": 3}, "block_size is 3"),
+        (block_chain_nll, {"block_size": 3}, "block_size is 3"),
+        (block_chain_nll, {"block_size": 0}, "block_size is 0"),
+    ],
+)
+def test_estimator_of_bad_argument_raises_and_names_it(wrong, estimator, change, message):
+    with pytest.raises(ValueError, match=message):
+        estimator(wrong, scoring(ROWS), **ARGUMENTS[estimator] | change)
+
+
+@pytest.mark.parametrize("estimator", ARGUMENTS)
+def test_estimator_of_least_arguments_is_finite(wrong, estimator):
+    takes_x0 = estimator in (block_bound, block_chain_nll)
+    denoise = BlockView(wrong, ARGUMENTS[estimator]["block_size"], MASK) if takes_x0 else wrong
+    assert estimator(denoise, scoring(ROWS), **ARGUMENTS[estimator]).nats.isfinite().all()
+
+
+def test_continuous_bound_from_time_zero_is_finite(wrong):
+    arguments = ARGUMENTS[continuous_bound] | {"t_min": 0.0}
+    assert continuous_bound(wrong, scoring(ROWS), **arguments).nats.isfinite().all()
+
+
+@pytest.mark.parametrize("ranks", [[1, 2, 3, 4], [0, 0, 1, 2], [0, 1, 3, 4], [-1, 0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 9]])
+def test_ordered_nll_of_ranks_that_are_no_order_raises(wrong, ranks):
+    with pytest.raises(ValueError, match="the ranks of a row's scored tokens"):
+        ordered_nll(wrong, scoring([WHOLE, WHOLE]), torch.tensor([[3, 2, 1, 0], ranks]))
+
+
+def test_ordered_nll_reads_the_ranks_of_scored_tokens_alone(wrong):
+    with pytest.raises(ValueError, match="the ranks of a row's scored tokens"):
+        ordered_nll(wrong, scoring([INNER]), torch.tensor([[0, 1, 2, 3]]))
+    read = ordered_nll(wrong, scoring([INNER]), torch.tensor([[0, 1, 0, 1]]))
+    _same(read, ordered_nll(wrong, scoring([INNER]), torch.tensor([[-7, 1, 0, 50]])))
+
+
+def test_scoring_of_a_mask_token_raises():
+    with pytest.raises(ValueError, match=f"scored token is the mask token {MASK}"):
+        scoring([WHOLE, Row((MASK, 0, 0, 0), (True, False, False, False))])
+
+
+def test_scoring_of_one_row_a_batch_is_allowed():
+    assert scoring([SINGLE], batch_rows=1).batch_rows == 1
+
+
+@pytest.mark.parametrize("batch_rows", [0, -1])
+def test_scoring_of_no_rows_a_batch_raises(batch_rows):
+    with pytest.raises(ValueError, match=f"batch_rows is {batch_rows};"):
+        scoring([SINGLE], batch_rows=batch_rows)

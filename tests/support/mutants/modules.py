@@ -1,0 +1,44 @@
+"""Which modules are mutated, and the tests that have to notice."""
+
+MODULES: dict[str, list[str]] = {
+    "schedules": ["tests/dlm_core/test_schedules.py"],
+    "noise": ["tests/dlm_core/test_noise.py"],
+    "blocks": ["tests/dlm_core/test_blocks.py"],
+    "corruption": ["tests/dlm_core/test_corruption.py", "tests/dlm_core/test_corruption_counts.py"],
+    "kernels": ["tests/dlm_core/test_kernels.py"],
+    "masks": ["tests/dlm_core/test_masks.py"],
+    "cross_entropy": ["tests/dlm_core/test_cross_entropy.py"],
+    "objectives": [
+        "tests/dlm_core/test_objectives.py",
+        "tests/dlm_core/test_objectives_oracle.py",
+        "tests/dlm_core/test_objectives_terms.py",
+        "tests/dlm_core/test_objectives_weights.py",
+    ],
+    "variance": ["tests/dlm_core/test_variance.py"],
+    "likelihood": [
+        "tests/dlm_core/test_likelihood.py",
+        "tests/dlm_core/test_likelihood_corpus.py",
+        "tests/dlm_core/test_likelihood_rows.py",
+    ],
+    "ar_init": ["tests/dlm_core/test_ar_init.py"],
+}
+"""A module of dlm_core -> the test files whose fast tests are run against each of its mutants."""
+
+DRAWN_FROM = (
+    "schedules",
+    "noise",
+    "blocks",
+    "corruption",
+    "kernels",
+    "masks",
+    "cross_entropy",
+    "objectives",
+    "variance",
+    "likelihood",
+)
+"""The modules that random mutants are drawn from; the faults of ar_init are planted only."""
+
+
+def source_path(module: str) -> str:
+    """The module's file, relative to the root of the repository."""
+    return f"dlm_core/{module}.py"

@@ -1,0 +1,409 @@
+"""Faults written by hand: what a person gets wrong in exactly these formulas, one line each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tests.support.mutants.mutant import Mutant
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A text that occurs exactly once in a module, and the wrong one in its place."""
+
+    module: str
+    name: str
+    old: str
+    new: str
+
+
+def planted(sources: Mapping[str, str], faults: tuple[Planted, ...] | None = None) -> list[Mutant]:
+    """The planted faults of these modules, in their order.
+
+    Raises ValueError if an old text does not occur exactly once, spans lines or is not changed.
+    """
+    mutants = []
+    for fault in PLANTED if faults is None else faults:
+        if fault.module not in sources:
+            continue
+        source = sources[fault.module]
+        count = source.count(fault.old)
+        if count != 1:
+            raise ValueError(f"planted {fault.name!r}: {fault.old!r} occurs {count} times in {fault.module}, not once")
+        if "\n" in fault.old + fault.new or fault.old == fault.new:
+            raise ValueError(f"planted {fault.name!r}: {fault.old!r} -> {fault.new!r} is not a change of one line")
+        start = len(source[: source.index(fault.old)].encode())
+        mutants.append(Mutant(fault.module, source, start, start + len(fault.old.encode()), fault.new, fault.name))
+    return mutants
+
+
+PLANTED: tuple[Planted, ...] = (
+    Planted(
+        "schedules",
+        "weight -alpha' instead of -alpha' / (1 - alpha)",
+        "return self._slope(t) / mask_prob",
+        "return self._slope(t)",
+    ),
+    Planted(
+        "schedules",
+        "weight over alpha instead of 1 - alpha",
+        "return self._slope(t) / mask_prob",
+        "return self._slope(t) / (1.0 - mask_prob)",
+    ),
+    Planted("schedules", "sign of alpha' lost", "return -slope", "return slope"),
+    Planted("schedules", "alpha is the mask probability", "return 1.0 - self.mask_prob(t)", "return self.mask_prob(t)"),
+    Planted(
+        "schedules",
+        "double epsilon: the probability shrunk, the weight not",
+        "return t.clone()",
+        "return (1.0 - 1e-3) * t",
+    ),
+    Planted(
+        "schedules",
+        "another cosine",
+        "return 2.0 * torch.sin(math.pi * t / 4) ** 2",
+        "return torch.sin(math.pi * t / 2)",
+    ),
+    Planted("schedules", "logarithm of another base", "return torch.log1p(t) / math.log(2)", "return torch.log1p(t)"),
+    Planted(
+        "schedules",
+        "clipped weight without the width",
+        "torch.full_like(t, self.high - self.low)",
+        "torch.ones_like(t)",
+    ),
+    Planted(
+        "schedules",
+        "theta_t from alpha_t instead of alpha_(t-1)",
+        "betas * alphas[:-1] / noised",
+        "betas * alphas[1:] / noised",
+    ),
+    Planted(
+        "noise",
+        "arithmetic shift for a logical one",
+        "return (x >> bits) & ((1 << (64 - bits)) - 1)",
+        "return x >> bits",
+    ),
+    Planted(
+        "noise",
+        "one event too many",
+        "return hashes < threshold.to(hashes.device)",
+        "return hashes <= threshold.to(hashes.device)",
+    ),
+    Planted(
+        "noise",
+        "strata of two ranks that stratify on their own",
+        "strata[order] = torch.arange(num_places, dtype=torch.float64)",
+        "strata[order] = torch.arange(num_places, dtype=torch.float64) // 2 * 2",
+    ),
+    Planted(
+        "noise",
+        "places always in the same order",
+        "order = hash_permutation(num_places, noise_seed, step, stream)",
+        "order = torch.arange(num_places)",
+    ),
+    Planted("noise", "strata without an offset", "return (strata + offset) / num_places", "return strata / num_places"),
+    Planted(
+        "noise",
+        "the same offset at every step",
+        "address = (noise_seed, step, Stream.OFFSET, stream)",
+        "address = (noise_seed, Stream.OFFSET, stream)",
+    ),
+    Planted(
+        "kernels",
+        "theta with s as step size",
+        "return (alpha_s - alpha_t) / (1 - alpha_t)",
+        "return (1 - alpha_s) / (1 - alpha_t)",
+    ),
+    Planted(
+        "kernels",
+        "theta over alpha_t",
+        "return (alpha_s - alpha_t) / (1 - alpha_t)",
+        "return (alpha_s - alpha_t) / alpha_t",
+    ),
+    Planted(
+        "kernels",
+        "uniform over the mask too",
+        "(1.0 - self.mask_share) / self.num_real_tokens",
+        "(1.0 - self.mask_share) / self.vocab_size",
+    ),
+    Planted(
+        "kernels",
+        "posterior with q(xt | x0) for q(xt | xs)",
+        "torch.where(alpha_s > 0, alpha_t / alpha_s, 1.0)",
+        "torch.where(alpha_s > 0, alpha_t, 1.0)",
+    ),
+    Planted("kernels", "posterior with the marginal of t", "self.marginal(x0, alpha_s)", "self.marginal(x0, alpha_t)"),
+    Planted(
+        "blocks",
+        "blocks interleaved",
+        "values.repeat_interleave(block_length(values.shape[1], seq_len), dim=1)",
+        "values.repeat(1, block_length(values.shape[1], seq_len))",
+    ),
+    Planted(
+        "corruption",
+        "times not lifted above t_min",
+        "return t_min + (1.0 - t_min) * stratified_uniform(",
+        "return (1.0 - t_min) * stratified_uniform(",
+    ),
+    Planted(
+        "corruption",
+        "last token of the prompt masked",
+        "return valid & (torch.arange(seq_len, device=valid.device) >= first[:, None])",
+        "return valid & (torch.arange(seq_len, device=valid.device) >= first[:, None] - 1)",
+    ),
+    Planted(
+        "corruption",
+        "padding masked",
+        "return valid & (torch.arange(seq_len, device=valid.device) >= first[:, None])",
+        "return torch.arange(seq_len, device=valid.device) >= first[:, None]",
+    ),
+    Planted(
+        "corruption",
+        "noise addressed by the row of the micro batch",
+        "hash_words(noise_seed, step, Stream.MASK, sample_ids)",
+        "hash_words(noise_seed, step, Stream.MASK, torch.arange(len(sample_ids)))",
+    ),
+    Planted(
+        "corruption",
+        "the mask drawn as a real token",
+        "drawn = drawn + (drawn >= mask_token_id)",
+        "drawn = drawn + (drawn > mask_token_id)",
+    ),
+    Planted("corruption", "one mask too many", "(rank < num_masked[..., None])", "(rank <= num_masked[..., None])"),
+    Planted(
+        "corruption",
+        "an order taken for ranks",
+        "hashes.argsort(dim=-1, stable=True).argsort(dim=-1)",
+        "hashes.argsort(dim=-1, stable=True)",
+    ),
+    Planted(
+        "corruption",
+        "complement masks the prompt",
+        "torch.where(maskable & (xt != mask_token_id), mask_token_id, x0)",
+        "torch.where(xt != mask_token_id, mask_token_id, x0)",
+    ),
+    Planted(
+        "masks",
+        "noisy queries see their own clean block",
+        "~q_clean & k_clean & (q_block > k_block)",
+        "~q_clean & k_clean & (q_block >= k_block)",
+    ),
+    Planted(
+        "masks",
+        "clean half attends the noisy half",
+        "q_clean & k_clean & (q_block >= k_block)",
+        "q_clean & (q_block >= k_block)",
+    ),
+    Planted(
+        "masks",
+        "clean queries don't see their own block",
+        "q_clean & k_clean & (q_block >= k_block)",
+        "q_clean & k_clean & (q_block > k_block)",
+    ),
+    Planted(
+        "masks",
+        "noisy queries see earlier noisy blocks",
+        "~q_clean & ~k_clean & (q_block == k_block)",
+        "~q_clean & ~k_clean & (q_block >= k_block)",
+    ),
+    Planted("masks", "clean keys a half too late", "(k % seq_len) // block_size", "k // block_size"),
+    Planted("masks", "annealing AND instead of OR", "(q >= k) | hash_event(", "(q >= k) & hash_event("),
+    Planted("masks", "one annealing draw a key", "Stream.ATTENTION, q, k)", "Stream.ATTENTION, k)"),
+    Planted(
+        "masks",
+        "block-causal without the own block",
+        "q // block_size >= k // block_size",
+        "q // block_size > k // block_size",
+    ),
+    Planted(
+        "masks",
+        "either mask instead of both",
+        "first(b, h, q, k) & second(b, h, q, k)",
+        "first(b, h, q, k) | second(b, h, q, k)",
+    ),
+    Planted("masks", "earlier documents visible", "doc_ids[b, q] == doc_ids[b, k]", "doc_ids[b, q] >= doc_ids[b, k]"),
+    Planted(
+        "cross_entropy", "the mask token can be predicted", "logits[:, never] = -torch.inf", "logits[:, never] = 0.0"
+    ),
+    Planted(
+        "cross_entropy",
+        "a local mean",
+        "return (weight * cross_entropy).sum(), cross_entropy",
+        "return (weight * cross_entropy).mean(), cross_entropy",
+    ),
+    Planted(
+        "cross_entropy",
+        "gradient away from the target",
+        "torch.full_like(log_norm, -1.0)",
+        "torch.full_like(log_norm, 1.0)",
+    ),
+    Planted("cross_entropy", "incoming gradient ignored", "grad * scale.to(grad.dtype)", "grad"),
+    Planted(
+        "objectives", "1/t dropped", "return self.schedule.nelbo_weight(batch.t)", "return torch.ones_like(batch.t)"
+    ),
+    Planted(
+        "objectives",
+        "discrete time without T",
+        "return self.num_timesteps * reveal_prob(alpha_s, alpha_t)",
+        "return reveal_prob(alpha_s, alpha_t)",
+    ),
+    Planted(
+        "objectives",
+        "k-form without L / k",
+        "total.to(batch.t.dtype) / count.clamp(min=1)",
+        "torch.ones_like(count, dtype=batch.t.dtype)",
+    ),
+    Planted(
+        "objectives",
+        "k-form that counts the prompt",
+        "total = batch.maskable.view(blocks)",
+        "total = batch.is_text.view(blocks)",
+    ),
+    Planted(
+        "objectives",
+        "CART counts masked neighbours",
+        "batch.is_text & (batch.xt != batch.mask_token_id)",
+        "batch.is_text",
+    ),
+    Planted(
+        "objectives",
+        "CART counts padding",
+        "batch.is_text & (batch.xt != batch.mask_token_id)",
+        "batch.xt != batch.mask_token_id",
+    ),
+    Planted("objectives", "CART a step too far", "(distance - 1).clamp(min=0)", "distance"),
+    Planted(
+        "objectives", "divided by the number of masks", "num_tokens=scored.sum(),", "num_tokens=batch.is_masked.sum(),"
+    ),
+    Planted(
+        "objectives", "a local denominator", "loss_sum=head.loss_sum,", "loss_sum=head.loss_sum / targets.num_tokens,"
+    ),
+    Planted("objectives", "shift the wrong way", "select=places - target_offset", "select=places + target_offset"),
+    Planted(
+        "objectives",
+        "first token scored though nothing predicts it",
+        "scored[:, :target_offset] = False",
+        "scored[:, :0] = False",
+    ),
+    Planted(
+        "objectives",
+        "the bound reported with the training weight",
+        "nelbo_weight=bound.token_weight(batch)",
+        "nelbo_weight=weighting.token_weight(batch)",
+    ),
+    Planted(
+        "objectives",
+        "autoregressive targets drop the last token, not the first",
+        "scored[:, 0] = False",
+        "scored[:, -1] = False",
+    ),
+    Planted(
+        "objectives",
+        "signal-to-noise ratio upside down",
+        "return torch.log(alpha_t) - torch.log1p(-alpha_t)",
+        "return torch.log1p(-alpha_t) - torch.log(alpha_t)",
+    ),
+    Planted("objectives", "score entropy without its constant", "ratio * (log_r - 1.0)", "ratio * log_r"),
+    Planted(
+        "variance",
+        "importance not relative to [t_min, 1]",
+        "span / ((1.0 - t_min) * schedule.nelbo_weight(t))",
+        "span / schedule.nelbo_weight(t)",
+    ),
+    Planted("variance", "density not relative to uniform", "1.0 / (len(mass) * mass[place])", "1.0 / mass[place]"),
+    Planted(
+        "variance",
+        "mass proportional to the moment, not to its root",
+        "second_moment.double().sqrt()",
+        "second_moment.double()",
+    ),
+    Planted(
+        "variance",
+        "biased variance",
+        "(squares - total * total / count) / (count - 1)",
+        "(squares - total * total / count) / count",
+    ),
+    Planted("variance", "widest intervals left out", "range(10, 20, 2)", "range(10, 18, 2)"),
+    Planted(
+        "variance",
+        "the interval of most variance",
+        "candidates[int(variances.argmin())]",
+        "candidates[int(variances.argmax())]",
+    ),
+    Planted(
+        "likelihood",
+        "mc_se of a corpus not divided by sqrt(R)",
+        "float(per_replicate.std()) / math.sqrt(num_replicates)",
+        "float(per_replicate.std())",
+    ),
+    Planted(
+        "likelihood",
+        "mc_se of a row not divided by sqrt(R)",
+        "losses.std(dim=0) / math.sqrt(len(losses))",
+        "losses.std(dim=0)",
+    ),
+    Planted(
+        "likelihood",
+        "doc_se as if documents were of one length",
+        "nelbo * doc_tokens",
+        "nelbo * doc_tokens.double().mean()",
+    ),
+    Planted("likelihood", "nats a byte called bits", "(num_bytes * math.log(2))", "num_bytes"),
+    Planted("likelihood", "tail below t_min left out", "if start > 0:", "if start > 1:"),
+    Planted(
+        "likelihood",
+        "integral over [t_min, 1] taken for its mean",
+        "weight = (1.0 - t_min) * schedule.nelbo_weight(t)",
+        "weight = schedule.nelbo_weight(t)",
+    ),
+    Planted(
+        "likelihood",
+        "prior left out",
+        "_over_replicates(losses + s.lengths * prior_loss(alpha_1, num_real_tokens))",
+        "_over_replicates(losses)",
+    ),
+    Planted("likelihood", "prior once a row", "s.lengths * prior_loss(", "prior_loss("),
+    Planted("likelihood", "discrete bound without T", "weight = num_timesteps * reveal_prob(", "weight = reveal_prob("),
+    Planted("likelihood", "counts from 0", "1 + torch.floor(u * lengths)", "torch.floor(u * lengths)"),
+    Planted(
+        "likelihood",
+        "exact counts without n / k",
+        "lengths.to(torch.float64) / num_masked.clamp(min=1)",
+        "torch.ones_like(lengths, dtype=torch.float64)",
+    ),
+    Planted(
+        "likelihood",
+        "enumerated masks weighed as if n were k",
+        "1 / (len(subset) * math.comb(",
+        "1 / (len(places) * math.comb(",
+    ),
+    Planted(
+        "likelihood",
+        "standard error of neighbours without the 2",
+        "(2 * num_draws * max(num_draws - 1, 0))",
+        "(num_draws * max(num_draws - 1, 0))",
+    ),
+    Planted(
+        "likelihood", "later tokens visible", "s.scored & (rank >= step), weight", "s.scored & (rank == step), weight"
+    ),
+    Planted(
+        "likelihood",
+        "chain over blocks instead of inside them",
+        "torch.arange(s.x0.shape[1]) % block_size",
+        "torch.arange(s.x0.shape[1]) // block_size",
+    ),
+    Planted(
+        "ar_init",
+        "shift by two copies of the first",
+        "torch.cat([logits[:, :1], logits[:, :-1]], dim=1)",
+        "torch.cat([logits[:, :1], logits[:, 1:]], dim=1)",
+    ),
+    Planted(
+        "ar_init",
+        "annealing a step late",
+        "min(1.0, (step + 1) / num_anneal_steps)",
+        "min(1.0, step / num_anneal_steps)",
+    ),
+    Planted("ar_init", "a phase one step too long", "if step < end:", "if step <= end:"),
+    Planted("ar_init", "noise on clean tokens too", "torch.where(is_masked[..., None], noise, 0.0)", "noise"),
+    Planted("ar_init", "mask noise that never fades", "max(0.0, 1.0 - step / num_steps)", "max(0.0, 1.0)"),
+)
