@@ -4,8 +4,9 @@
 
 What lives here: estimators of -log p, given a denoiser as a function.  What must not: models, training losses.
 
-Shapes: B rows, L seq_len, J jobs (noised copies of rows that go through the denoiser), R replicates, n tokens of a row
-that are scored.  Rows keep everything that is not scored (prompt, padding) as it is; the denoiser deals with padding.
+Shapes: B rows, L seq_len, N draws a row, J jobs (noised copies of rows that go through the denoiser), K blocks of a
+row, R replicates over a corpus; n is the number of scored tokens of a row.  Rows keep everything that is not scored
+(prompt, padding) as it is; the denoiser deals with padding.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from dlm_core.blocks import num_blocks, per_token
 from dlm_core.corruption import exact_count_positions, noise_positions
 from dlm_core.cross_entropy import Denoise, token_cross_entropy
 from dlm_core.kernels import reveal_prob
-from dlm_core.noise import Stream, hash_permutation, hash_uniform, hash_words, stratified_uniform
+from dlm_core.noise import Stream, hash_uniform, hash_words, stratified_uniform
 from dlm_core.objectives import prior_loss
 from dlm_core.schedules import Schedule
 
@@ -80,7 +81,7 @@ def estimate_bound(doc_loss_sums: Float[Tensor, "R docs"], doc_tokens: Int[Tenso
     num_replicates, num_docs = doc_loss_sums.shape
     num_tokens = int(doc_tokens.sum())
     if num_replicates < 2:
-        raise ValueError("one replicate has no spread; draw at least 2, better 8")
+        raise ValueError(f"num_replicates is {num_replicates}, which has no spread; draw at least 2, better 8")
     if num_tokens == 0:
         raise ValueError("there are no tokens to evaluate")
     sums = doc_loss_sums.to(torch.float64)
@@ -140,9 +141,9 @@ def exact_count_weight(lengths: Int[Tensor, "..."], num_masked: Int[Tensor, "...
 
 @dataclass(frozen=True)
 class Scoring:
-    """Which tokens of which rows are scored, and what addresses their noise.
+    """Which tokens of which rows are scored, and what addresses their noise; all on the host.
 
-    Raises ValueError for a batch_rows below 1, or a scored token that is the mask.
+    Raises ValueError for no row, a batch_rows below 1, or a scored token that is the mask.
     """
 
     x0: Int[Tensor, "B L"]
@@ -157,6 +158,8 @@ class Scoring:
     def __post_init__(self) -> None:
         if self.batch_rows < 1:
             raise ValueError(f"batch_rows is {self.batch_rows}; it must be at least 1")
+        if len(self.x0) == 0:
+            raise ValueError("x0 has no row; there is nothing to score")
         if (self.scored & (self.x0 == self.mask_token_id)).any():
             raise ValueError(f"a scored token is the mask token {self.mask_token_id}; its likelihood is 0")
 
@@ -169,196 +172,201 @@ class Scoring:
 def _losses(
     predict: BlockDenoise, s: Scoring, rows: Int[Tensor, " J"], is_masked: Tensor, weight: Float[Tensor, "J L"]
 ) -> Float[Tensor, " J"]:
-    """Weighted cross-entropy of each job's masked tokens, float64; tokens of weight 0 are not asked for."""
-    losses: list[Tensor] = []
-    for part in torch.arange(len(rows)).split(s.batch_rows):
-        x0 = s.x0[rows[part]]
-        xt = torch.where(is_masked[part], s.mask_token_id, x0)
-        select = (is_masked[part] & (weight[part] != 0)).flatten().nonzero().squeeze(1)
-        total = torch.zeros(len(part), dtype=torch.float64)
-        if len(select):
-            nats = token_cross_entropy(predict(xt, x0, select), x0.flatten()[select]).double().cpu()
-            at = select.cpu()
-            total.index_add_(0, at // x0.shape[1], nats * weight[part].double().cpu().flatten()[at])
-        losses.append(total)
-    return torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float64)
+    """Weighted cross-entropy of each job's masked tokens, float64; where all weigh 0, nothing is computed."""
+    asked = is_masked & (weight != 0)
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    busy = asked.any(dim=1).nonzero().flatten()
+    for start in range(0, len(busy), s.batch_rows):
+        jobs = busy[start : start + s.batch_rows]
+        x0 = s.x0[rows[jobs]]
+        xt = torch.where(is_masked[jobs], s.mask_token_id, x0)
+        select = asked[jobs].flatten().nonzero().squeeze(1)
+        logits = predict(xt, x0, select)
+        nats = token_cross_entropy(logits, x0.flatten()[select].to(logits.device)).double().cpu()
+        total.index_add_(0, jobs[select // x0.shape[1]], nats * weight[jobs].flatten()[select])
+    return total
 
 
 def _ignoring_x0(denoise: Denoise) -> BlockDenoise:
     return lambda xt, x0, select: denoise(xt, select)
 
 
-def _over_replicates(losses: Float[Tensor, "R B"]) -> RowEstimate:
-    """Mean of independent replicates, and its standard error."""
-    return RowEstimate(losses.mean(dim=0), losses.std(dim=0) / math.sqrt(len(losses)), is_bound=True)
+def _strata(s: Scoring, num_draws: int, stream: Stream, num_groups: int = 1) -> Float[Tensor, "N B K"]:
+    """Uniforms of every row and group, one stratum a draw, each with an offset of its own; no row knows another."""
+    draws = torch.arange(num_draws)[:, None, None]
+    rows = hash_words(s.noise_seed, stream, s.sample_ids)[:, None]
+    return (draws + hash_uniform(rows, torch.arange(num_groups), draws)) / num_draws
 
 
-def _check_replicates(num_replicates: int) -> None:
-    if num_replicates < 2:
-        raise ValueError(f"num_replicates is {num_replicates}; a standard error needs at least 2, better 8")
+def _over_strata(losses: Float[Tensor, "N B"]) -> RowEstimate:
+    """Mean over strata.  Its error comes from neighbours: sum of (g_{j+1} - g_j)^2 / (2 N^2), the end ones twice.
+
+    Each stratum's variance is then counted twice and halved, and what neighbours differ in mean only adds: the standard
+    error is too large rather than too small, by a few per cent from eight draws on.
+    """
+    num_draws = len(losses)
+    if num_draws == 1:
+        return RowEstimate(losses[0], torch.full_like(losses[0], torch.nan), is_bound=True)
+    squares = losses.diff(dim=0).square()
+    total = squares.sum(dim=0) + squares[0] + squares[-1]
+    return RowEstimate(losses.mean(dim=0), torch.sqrt(total / 2) / num_draws, is_bound=True)
+
+
+def _check_draws(name: str, number: int) -> None:
+    if number < 1:
+        raise ValueError(f"{name} is {number}; it must be at least 1 (a standard error takes 2, better 8)")
 
 
 def continuous_bound(
-    denoise: Denoise, s: Scoring, schedule: Schedule, *, t_min: float, num_replicates: int, num_real_tokens: int
+    denoise: Denoise, s: Scoring, schedule: Schedule, *, t_min: float, num_draws: int, num_real_tokens: int
 ) -> RowEstimate:
     """The NELBO in continuous time, all of it:  reconstruction + diffusion + prior.
 
-    diffusion       (1 - t_min) E_t nelbo_weight(t) sum_{masked} -log p,  t uniform on [t_min, 1], stratified over rows
-    reconstruction  E sum_{masked} -log p  at t_min: the part below t_min in one step, at least what it leaves out
-    prior           n alpha_1 log(num_real_tokens): what is not masked at t = 1
+    ::
 
-    MDLM (arXiv 2406.07524) eq. 10; without the first and the last term the integral over [t_min, 1] bounds nothing.
-    Raises ValueError for fewer than two replicates, or a t_min outside [0, 1) or where the weight diverges.
+        diffusion       (1 - t_min) E_t nelbo_weight(t) sum_{masked} -log p,   t uniform on [t_min, 1]
+        reconstruction  E sum_{masked} -log p  at t_min: the part below t_min in one step, at least what it leaves out
+        prior           n alpha_1 log(num_real_tokens): what is not masked at t = 1
+
+    MDLM (arXiv 2406.07524) eq. 10; without the first and the last term the integral over [t_min, 1] bounds nothing. t
+    is stratified over the draws of a row.  Raises ValueError for less than one draw, no real token, or a t_min outside
+    [0, 1) or where nothing is masked: from there the weight grows without limit.
     """
-    _check_replicates(num_replicates)
+    _check_draws("num_draws", num_draws)
     if not 0.0 <= t_min < 1.0:
         raise ValueError(f"t_min is {t_min}; it must lie in [0, 1)")
-    u = _row_strata(s, num_replicates)
-    t = t_min + (1.0 - t_min) * u
-    weight = (1.0 - t_min) * schedule.nelbo_weight(t)
     first = torch.tensor(t_min, dtype=torch.float64)
+    if schedule.mask_prob(first) == 0:
+        raise ValueError(f"t_min is {t_min}, where {schedule} masks nothing; take a larger one, e.g. 1e-3")
+    t = t_min + (1.0 - t_min) * _strata(s, num_draws, Stream.STRATUM)[..., 0]
+    weight = (1.0 - t_min) * schedule.nelbo_weight(t)
     return _three_terms(denoise, s, schedule, t, weight, first, num_real_tokens)
 
 
 def discrete_bound(
-    denoise: Denoise, s: Scoring, schedule: Schedule, *, num_timesteps: int, num_replicates: int, num_real_tokens: int
+    denoise: Denoise, s: Scoring, schedule: Schedule, *, num_timesteps: int, num_draws: int, num_real_tokens: int
 ) -> RowEstimate:
     """The NELBO with T = num_timesteps steps, all of it:  reconstruction + diffusion + prior.
 
-    diffusion       E_i T (alpha_s - alpha_t) / (1 - alpha_t) sum_{masked} -log p,  t = i/T, s = (i-1)/T, i uniform on
-    1..T reconstruction  E sum_{masked} -log p  at t = 0, where the schedule masks anything then prior           n
-    alpha_1 log(num_real_tokens)
+    ::
 
-    MDLM (arXiv 2406.07524) eq. 8.  i is stratified over the rows.  Raises ValueError for fewer than two replicates or
-    less than one step.
+        diffusion       E_i T (alpha_s - alpha_t) / (1 - alpha_t) sum_{masked} -log p,   t = i / T,  s = (i - 1) / T
+        reconstruction  E sum_{masked} -log p  at t = 0, where the schedule masks anything then
+        prior           n alpha_1 log(num_real_tokens)
+
+    MDLM (arXiv 2406.07524) eq. 8, with i uniform on 1..T and stratified over the draws of a row.  Raises ValueError for
+    less than one draw or one step, or no real token.
     """
-    _check_replicates(num_replicates)
-    if num_timesteps < 1:
-        raise ValueError(f"num_timesteps is {num_timesteps}; it must be at least 1")
-    index = 1 + torch.floor(_row_strata(s, num_replicates) * num_timesteps)
+    _check_draws("num_draws", num_draws)
+    _check_draws("num_timesteps", num_timesteps)
+    u = _strata(s, num_draws, Stream.STRATUM)[..., 0]
+    index = 1 + torch.floor(u * num_timesteps).clamp(max=num_timesteps - 1)
     t = index / num_timesteps
     weight = num_timesteps * reveal_prob(schedule.alpha((index - 1) / num_timesteps), schedule.alpha(t))
     return _three_terms(denoise, s, schedule, t, weight, torch.tensor(0.0, dtype=torch.float64), num_real_tokens)
-
-
-def _row_strata(s: Scoring, num_replicates: int) -> Float[Tensor, "R B"]:
-    return torch.stack([stratified_uniform(s.noise_seed, replicate, len(s.x0)) for replicate in range(num_replicates)])
 
 
 def _three_terms(
     denoise: Denoise,
     s: Scoring,
     schedule: Schedule,
-    t: Float[Tensor, "R B"],
-    weight: Float[Tensor, "R B"],
+    t: Float[Tensor, "N B"],
+    weight: Float[Tensor, "N B"],
     first: Float[Tensor, ""],
     num_real_tokens: int,
 ) -> RowEstimate:
     losses = _bernoulli_losses(denoise, s, schedule.mask_prob(t), weight, first_step=0)
     start = schedule.mask_prob(first)
     if start > 0:
-        once = torch.ones_like(weight)
-        losses = losses + _bernoulli_losses(denoise, s, start * once, once, first_step=len(t))
+        losses = losses + _bernoulli_losses(denoise, s, start.expand(t.shape), torch.ones_like(t), first_step=len(t))
     alpha_1 = schedule.alpha(torch.ones((), dtype=torch.float64))
-    return _over_replicates(losses + s.lengths * prior_loss(alpha_1, num_real_tokens))
+    return _over_strata(losses + s.lengths * prior_loss(alpha_1, num_real_tokens))
 
 
 def _bernoulli_losses(
-    denoise: Denoise, s: Scoring, mask_prob: Float[Tensor, "R B"], weight: Float[Tensor, "R B"], first_step: int
-) -> Float[Tensor, "R B"]:
-    """Each row masked token by token, once a replicate, with its own probability and weight."""
-    num_replicates, seq_len = len(mask_prob), s.x0.shape[1]
+    denoise: Denoise, s: Scoring, mask_prob: Float[Tensor, "N B"], weight: Float[Tensor, "N B"], first_step: int
+) -> Float[Tensor, "N B"]:
+    """Each row masked token by token, once a draw, with its own probability and weight."""
+    num_draws, seq_len = len(mask_prob), s.x0.shape[1]
     is_masked = [
         noise_positions(
-            mask_prob[r][:, None],
+            mask_prob[draw][:, None],
             s.sample_ids,
             seq_len,
             noise_seed=s.noise_seed,
-            step=first_step + r,
+            step=first_step + draw,
             maskable=s.scored,
         )
-        for r in range(num_replicates)
+        for draw in range(num_draws)
     ]
-    rows = torch.arange(len(s.x0)).repeat(num_replicates)
+    rows = torch.arange(len(s.x0)).repeat(num_draws)
     token_weight = weight.flatten()[:, None].expand(-1, seq_len)
-    return _losses(_ignoring_x0(denoise), s, rows, torch.cat(is_masked), token_weight).view(num_replicates, -1)
+    return _losses(_ignoring_x0(denoise), s, rows, torch.cat(is_masked), token_weight).view(num_draws, -1)
 
 
 def exact_count_bound(denoise: Denoise, s: Scoring, *, num_draws: int) -> RowEstimate:
     """The NELBO of the scored tokens by masking exact counts:  E_k n / k sum_{masked} -log p,  k uniform on {1..n}.
 
-    LLaDA (arXiv 2502.09992) eq. 6 and algorithm 3, with k stratified over all ``num_draws`` draws of a row and an
-    offset of its own in each stratum; the standard error is that of neighbouring strata, sqrt(sum (g_{j+1} - g_j)^2 /
-    (2 N (N - 1))), a little too large since neighbours differ in k too.  A row whose 2^n - 1 masks are no more than
-    num_draws is enumerated instead: exact, mc_se = 0; so a single token is exact with one draw.  Raises ValueError for
-    less than one draw.
+    LLaDA (arXiv 2502.09992) eq. 6 and algorithm 3, with k stratified over all ``num_draws`` draws of a row.  A row
+    whose 2^n - 1 masks are no more than num_draws is enumerated instead: exact, mc_se = 0; so a single token is exact
+    with one draw.  Raises ValueError for less than one draw.
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws is {num_draws}; it must be at least 1")
-    nats, mc_se = torch.zeros(len(s.x0), dtype=torch.float64), torch.zeros(len(s.x0), dtype=torch.float64)
+    _check_draws("num_draws", num_draws)
     is_short = 2.0 ** s.lengths.double() - 1 <= num_draws
-    for row in is_short.nonzero().flatten().tolist():
-        is_masked, weight = _all_masks(s.scored[row])
-        at = torch.full((len(is_masked),), row)
-        nats[row] = _losses(_ignoring_x0(denoise), s, at, is_masked, weight).sum()
+    nats, mc_se = _all_mask_losses(denoise, s, is_short), torch.zeros(len(s.x0), dtype=torch.float64)
     long = (~is_short).nonzero().flatten()
     if len(long):
-        losses = _exact_count_losses(denoise, s, long, num_draws)
-        nats[long] = losses.mean(dim=0)
-        squares = losses.diff(dim=0).square().sum(dim=0)
-        mc_se[long] = (squares / (2 * num_draws * max(num_draws - 1, 0))).sqrt()  # 0 / 0 for a single draw: nan
+        drawn = _over_strata(_count_losses(_ignoring_x0(denoise), s, s.x0.shape[1], num_draws, long))
+        nats[long], mc_se[long] = drawn.nats, drawn.mc_se
     return RowEstimate(nats, mc_se, is_bound=True)
 
 
-def _all_masks(scored: Bool[Tensor, " L"]) -> tuple[Bool[Tensor, "J L"], Float[Tensor, "J L"]]:
-    """Every nonempty subset of the scored positions, weighed (n / k) / (n binom(n, k)) = 1 / (k binom(n, k))."""
-    places = scored.nonzero().flatten().tolist()
-    subsets = [c for k in range(1, len(places) + 1) for c in itertools.combinations(places, k)]
-    is_masked = torch.zeros(len(subsets), len(scored), dtype=torch.bool)
-    weight = torch.zeros(len(subsets), len(scored), dtype=torch.float64)
-    for job, subset in enumerate(subsets):
+def _all_mask_losses(denoise: Denoise, s: Scoring, chosen: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Every nonempty subset of a chosen row's scored positions, weighed (n / k) / (n binom(n, k)); 0 for other rows."""
+    rows: list[int] = []
+    subsets: list[tuple[int, ...]] = []
+    for row in chosen.nonzero().flatten().tolist():
+        places = s.scored[row].nonzero().flatten().tolist()
+        for k in range(1, len(places) + 1):
+            for subset in itertools.combinations(places, k):
+                rows.append(row)
+                subsets.append(subset)
+    is_masked = torch.zeros(len(rows), s.x0.shape[1], dtype=torch.bool)
+    weight = torch.zeros(len(rows), s.x0.shape[1], dtype=torch.float64)
+    lengths = s.lengths.tolist()
+    for job, (row, subset) in enumerate(zip(rows, subsets, strict=True)):
         is_masked[job, list(subset)] = True
-        weight[job, list(subset)] = 1 / (len(subset) * math.comb(len(places), len(subset)))
-    return is_masked, weight
+        weight[job, list(subset)] = 1 / (len(subset) * math.comb(lengths[row], len(subset)))
+    at = torch.tensor(rows, dtype=torch.int64)
+    losses = _losses(_ignoring_x0(denoise), s, at, is_masked, weight)
+    return torch.zeros(len(s.x0), dtype=torch.float64).index_add_(0, at, losses)
 
 
-def _exact_count_losses(
-    denoise: Denoise, s: Scoring, rows: Int[Tensor, " b"], num_draws: int
-) -> Float[Tensor, "draws b"]:
-    draws = torch.arange(num_draws)[:, None]
-    u = (draws + hash_uniform(hash_words(s.noise_seed, Stream.COUNT, s.sample_ids[rows]), draws)) / num_draws
-    lengths = s.lengths[rows]
-    counts = _counts(u, lengths)
+def _count_losses(
+    predict: BlockDenoise, s: Scoring, block_size: int, num_draws: int, rows: Int[Tensor, " b"]
+) -> Float[Tensor, "N b"]:
+    """Rows with an exact count of masks in each of their blocks, the counts stratified over the draws."""
+    seq_len = s.x0.shape[1]
+    blocks = num_blocks(seq_len, block_size)
+    lengths = s.scored.view(-1, blocks, block_size).sum(dim=-1)[rows]
+    counts = _counts(_strata(s, num_draws, Stream.COUNT, blocks)[:, rows], lengths)
     is_masked = [
-        exact_count_positions(
-            counts[draw][:, None], s.sample_ids[rows], s.scored[rows], noise_seed=s.noise_seed, step=draw
-        )
+        exact_count_positions(counts[draw], s.sample_ids[rows], s.scored[rows], noise_seed=s.noise_seed, step=draw)
         for draw in range(num_draws)
     ]
-    weight = exact_count_weight(lengths, counts).flatten()[:, None].expand(-1, s.x0.shape[1])
-    return _losses(_ignoring_x0(denoise), s, rows.repeat(num_draws), torch.cat(is_masked), weight).view(num_draws, -1)
+    weight = [per_token(exact_count_weight(lengths, counts[draw]), seq_len) for draw in range(num_draws)]
+    return _losses(predict, s, rows.repeat(num_draws), torch.cat(is_masked), torch.cat(weight)).view(num_draws, -1)
 
 
-def block_bound(denoise: BlockDenoise, s: Scoring, block_size: int, *, num_replicates: int) -> RowEstimate:
+def block_bound(denoise: BlockDenoise, s: Scoring, block_size: int, *, num_draws: int) -> RowEstimate:
     """The NELBO of a block-diffusion model, the chain over blocks:  sum_b E_{k_b} n_b / k_b sum_{masked in b} -log p.
 
-    The bound of BD3-LM (arXiv 2503.09573) in its exact-count form: the counts k_b of all blocks of a row are stratified
-    together, and all blocks are scored in one pass, each seeing the clean blocks before it.  Raises ValueError for
-    fewer than two replicates, or if block_size doesn't divide the row.
+    The bound of BD3-LM (arXiv 2503.09573) in its exact-count form: the counts k_b of each block are stratified over
+    the draws, and all blocks of a row are scored in one pass, each seeing the clean blocks before it.  Raises
+    ValueError for less than one draw, or if block_size doesn't divide the row.
     """
-    _check_replicates(num_replicates)
-    num_rows, seq_len = s.x0.shape
-    blocks = num_blocks(seq_len, block_size)
-    lengths = s.scored.view(num_rows, blocks, block_size).sum(dim=-1)
-    masks, weights = [], []
-    for replicate in range(num_replicates):
-        u = stratified_uniform(s.noise_seed, replicate, num_rows * blocks, Stream.COUNT).view(num_rows, blocks)
-        counts = _counts(u, lengths)
-        masks.append(exact_count_positions(counts, s.sample_ids, s.scored, noise_seed=s.noise_seed, step=replicate))
-        weights.append(per_token(exact_count_weight(lengths, counts), seq_len))
-    rows = torch.arange(num_rows).repeat(num_replicates)
-    losses = _losses(denoise, s, rows, torch.cat(masks), torch.cat(weights))
-    return _over_replicates(losses.view(num_replicates, num_rows))
+    _check_draws("num_draws", num_draws)
+    return _over_strata(_count_losses(denoise, s, block_size, num_draws, torch.arange(len(s.x0))))
 
 
 # Exact values
@@ -393,25 +401,32 @@ def ordered_nll(denoise: Denoise, s: Scoring, rank: Int[Tensor, "B L"]) -> RowEs
     """
     wanted = torch.arange(s.x0.shape[1]).expand_as(rank)
     ranks = rank.masked_fill(~s.scored, s.x0.shape[1]).sort(dim=1).values
-    if (s.scored.sum(dim=1, keepdim=True) > wanted).logical_and(ranks != wanted).any():
-        raise ValueError("the ranks of a row's scored tokens must be 0, 1, ..., n - 1, each once")
+    bad = (s.lengths[:, None] > wanted) & (ranks != wanted)
+    if bad.any():
+        row = int((bad.any(dim=1)).nonzero()[0])
+        raise ValueError(
+            f"the ranks of row {row}'s scored tokens are {rank[row][s.scored[row]].tolist()}; "
+            "they must be 0, 1, ..., n - 1, each once"
+        )
     return _ordered(_ignoring_x0(denoise), s, rank, int(s.lengths.max()))
 
 
 def any_order_bound(denoise: Denoise, s: Scoring, *, num_orders: int) -> RowEstimate:
     """The NELBO as the mean of ``ordered_nll`` over random orders, n passes each.
 
-    RADD (arXiv 2406.03736) theorem 2; the slowest of the equal forms, and the most literal.  Raises ValueError for
-    fewer than two orders.
+    RADD (arXiv 2406.03736) theorem 2; the slowest of the equal forms, and the most literal.  Raises ValueError for less
+    than one order.
     """
-    _check_replicates(num_orders)
-    seq_len = s.x0.shape[1]
+    _check_draws("num_orders", num_orders)
     losses: list[Tensor] = []
     for order in range(num_orders):
-        draws = [hash_permutation(seq_len, s.noise_seed, order, int(sample)) for sample in s.sample_ids]
-        key = torch.stack(draws).masked_fill(~s.scored, seq_len)
+        address = hash_words(s.noise_seed, Stream.ORDER, order, s.sample_ids)[:, None]
+        hashes = hash_words(address, torch.arange(s.x0.shape[1]))
+        key = hashes.masked_fill(~s.scored, torch.iinfo(torch.int64).max)
         losses.append(ordered_nll(denoise, s, key.argsort(dim=1).argsort(dim=1)).nats)
-    return _over_replicates(torch.stack(losses))
+    nats = torch.stack(losses)
+    mc_se = nats.std(dim=0) / math.sqrt(num_orders) if num_orders > 1 else torch.full_like(nats[0], torch.nan)
+    return RowEstimate(nats.mean(dim=0), mc_se, is_bound=True)
 
 
 def _ordered(predict: BlockDenoise, s: Scoring, rank: Int[Tensor, "B L"], num_steps: int) -> RowEstimate:
@@ -419,6 +434,6 @@ def _ordered(predict: BlockDenoise, s: Scoring, rank: Int[Tensor, "B L"], num_st
     total = torch.zeros(len(s.x0), dtype=torch.float64)
     rows = torch.arange(len(s.x0))
     for step in range(num_steps):
-        weight = (s.scored & (rank == step)).double()
+        weight = (rank == step).double()
         total += _losses(predict, s, rows, s.scored & (rank >= step), weight)
     return RowEstimate(total, torch.zeros_like(total), is_bound=False)

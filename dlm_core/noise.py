@@ -35,6 +35,7 @@ class Stream(enum.IntEnum):
     REPLACEMENT = 7
     ATTENTION = 8
     EMBEDDING = 9
+    ORDER = 10
 
 
 def _signed(word: int) -> int:

@@ -72,9 +72,9 @@ class Nelbo(Weighting):
     """-dalpha_t / (1 - alpha_t): the continuous-time NELBO, 1 / t for the linear schedule.
 
     MDLM (arXiv 2406.07524) eq. 10-11; with a time for each block and a denoiser that sees [xt ; x0], BD3-LM
-    (2503.09573).  With the linear schedule t is the mask probability itself: the lambda-form of RADD
-    (2406.03736).  A bound for t uniform on [0, 1] and a schedule from alpha 1 to 0; on [t_min, 1] what lies below is
-    missing, and likelihood.py adds it.
+    (2503.09573).  With the linear schedule t is the mask probability itself: the lambda-form of RADD (2406.03736).  A
+    bound for t uniform on [0, 1] and a schedule from alpha 1 to 0.  For t uniform on [t_min, 1] it is the mean over
+    that interval: good to train on and to watch; ``continuous_bound`` in likelihood.py is what to report.
     """
 
     is_bound: ClassVar[bool] = True
@@ -108,9 +108,10 @@ class DiscreteTime(Weighting):
             raise ValueError(
                 f"t is {float(batch.t[off_grid][0])}, which is no multiple of 1/{self.num_timesteps} above 0"
             )
+        index = index.double()  # a difference of neighbouring alphas, which float32 would lose
         alpha_s = self.schedule.alpha((index - 1) / self.num_timesteps)
         alpha_t = self.schedule.alpha(index / self.num_timesteps)
-        return self.num_timesteps * reveal_prob(alpha_s, alpha_t)
+        return (self.num_timesteps * reveal_prob(alpha_s, alpha_t)).to(batch.t.dtype)
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,10 @@ class ExactCount(Weighting):
 
     The k-form of RADD (arXiv 2406.03736) and LLaDA (2502.09992) eq. 14: a bound for k uniform on {1..n} and every
     subset of k equally likely (``mask_exact_count``), the mean over all orders of the any-order autoregressive loss.
-    Its variance is zero for predictions that ignore the context.  With a block_size, n and k are those of each block.
-    On rows masked with one mask probability it is the weighting by the realised fraction (MegaDLMs).  Where nothing is
-    masked it is 0.  Raises ValueError if block_size doesn't divide the row.
+    For uniform predictions it gives the bound on every draw.  With a block_size, n and k are those of each block.
+    On rows masked token by token at one probability it is the weighting by the realised fraction (MegaDLMs), which
+    falls short of the bound by the rows that drew no mask, n / (n + 1) of it for uniform t.  Where nothing is masked
+    it is 0.  Raises ValueError if block_size doesn't divide the row.
     """
 
     is_bound: ClassVar[bool] = True
@@ -129,10 +131,11 @@ class ExactCount(Weighting):
 
     def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
         num_rows, seq_len = batch.x0.shape
-        blocks = (num_rows, num_blocks(seq_len, self.block_size or seq_len), -1)
+        block_size = seq_len if self.block_size is None else self.block_size
+        blocks = (num_rows, num_blocks(seq_len, block_size), block_size)
         total = batch.maskable.view(blocks).sum(dim=-1)
         count = batch.is_masked.view(blocks).sum(dim=-1)
-        weight = torch.where(count > 0, total.to(batch.t.dtype) / count.clamp(min=1), 0.0)
+        weight = torch.where(count > 0, total.to(batch.t.dtype) / count, 0.0)
         return per_token(weight, seq_len)
 
 
@@ -153,7 +156,7 @@ class InverseMaskProb(Weighting):
 
 @dataclass(frozen=True)
 class Uniform(Weighting):
-    """1: the MaskGIT loss (arXiv 2202.04200).  Not a bound, whatever t is drawn from."""
+    """1: the MaskGIT loss (arXiv 2202.04200).  Not a bound for t uniform on [0, 1]."""
 
     is_bound: ClassVar[bool] = False
 
@@ -279,12 +282,12 @@ def masked_targets(
 
 
 def next_token_targets(x0: Int[Tensor, "B L"], valid: Bool[Tensor, "B L"]) -> Targets:
-    """Autoregressive targets: every valid token but the first, predicted at the position before it, weight 1.
+    """Autoregressive targets: every valid token after a valid one, predicted at the position before it, weight 1.
 
     The sum is the exact negative log-likelihood given the first token, no bound; there is no time, so t is nan.
     """
-    scored = valid.clone()
-    scored[:, 0] = False
+    scored = torch.zeros_like(valid)
+    scored[:, 1:] = valid[:, 1:] & valid[:, :-1]
     places = scored.flatten().nonzero().squeeze(1)
     ones = torch.ones(len(places), dtype=torch.float64)
     return Targets(places - 1, x0.flatten()[places], ones, ones, torch.full_like(ones, torch.nan), scored.sum())
@@ -338,8 +341,10 @@ def prior_loss(alpha_1: Float[Tensor, ""], num_real_tokens: int) -> Float[Tensor
     """Prior term of the bound, nats a token:  KL(q(x_1 | x0) || p(x_1)) = alpha_1 log(num_real_tokens).
 
     For a schedule that ends with alpha_1 > 0 and the prior that leaves a token unmasked equally often, uniform over the
-    real tokens (MDLM, arXiv 2406.07524, section 3.2: 0 for alpha_1 = 0).
+    real tokens; 0 for alpha_1 = 0, as in MDLM (arXiv 2406.07524).  Raises ValueError without a real token.
     """
+    if num_real_tokens < 1:
+        raise ValueError(f"num_real_tokens is {num_real_tokens}; it must be at least 1")
     return alpha_1 * torch.log(torch.tensor(num_real_tokens, dtype=alpha_1.dtype))
 
 
@@ -348,8 +353,9 @@ def log_ratio(alpha_t: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
 
     Raises ValueError where nothing or everything is masked, where it is infinite.
     """
-    if ((alpha_t <= 0) | (alpha_t >= 1)).any():
-        raise ValueError("alpha_t is 0 or 1 somewhere; the score of a mask is finite only in between")
+    outside = ~((alpha_t > 0) & (alpha_t < 1))  # catches nan too
+    if outside.any():
+        raise ValueError(f"alpha_t is {float(alpha_t[outside][0])}; the score of a mask is finite only between 0 and 1")
     return torch.log(alpha_t) - torch.log1p(-alpha_t)
 
 

@@ -71,8 +71,10 @@ class PiecewiseDensity:
         """
         if not 0.0 < floor <= 1.0:
             raise ValueError(f"floor is {floor}; it must lie in (0, 1]")
-        if not ((second_moment >= 0) & second_moment.isfinite()).all():
-            raise ValueError(f"second moments are {second_moment.tolist()}; none may be negative or infinite")
+        if not len(second_moment) or not ((second_moment >= 0) & second_moment.isfinite()).all():
+            raise ValueError(
+                f"second moments are {second_moment.tolist()}; wanted at least one, none negative or infinite"
+            )
         root = second_moment.double().sqrt()
         share = root / root.sum() if float(root.sum()) > 0 else torch.full_like(root, 1 / len(root))
         mass = (1.0 - floor) * share + floor / len(root)

@@ -184,6 +184,14 @@ def test_next_token_targets_leave_padding_out():
     assert valid[:, 0].tolist() == [True, True, True, False]
 
 
+def test_next_token_targets_after_left_padding_begin_with_the_second_token():
+    valid = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 1]]).bool()
+    targets = next_token_targets(torch.arange(10).view(2, 5), valid)
+    assert targets.select.tolist() == [2, 3, 6]
+    assert targets.targets.tolist() == [3, 4, 7]
+    assert int(targets.num_tokens) == 3
+
+
 # Sums
 
 

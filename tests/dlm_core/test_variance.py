@@ -285,6 +285,11 @@ def test_optimal_with_a_floor_out_of_range_is_refused(floor):
         PiecewiseDensity.optimal(0.0, torch.ones(2), floor=floor)
 
 
+def test_optimal_of_no_bin_is_refused():
+    with pytest.raises(ValueError, match=re.escape("second moments are []; wanted at least one")):
+        PiecewiseDensity.optimal(0.0, torch.zeros(0))
+
+
 @pytest.mark.parametrize("moment", [-1.0, math.inf, math.nan])
 def test_optimal_of_impossible_moments_is_refused(moment):
     with pytest.raises(ValueError, match=re.escape(f"second moments are [1.0, {moment}];")):

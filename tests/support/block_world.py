@@ -7,6 +7,7 @@ nats, and every bound below follows its definition: over all subsets, all orders
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from tests.support import reference
 from tests.support.reference import Tokens
 
 Nll = Callable[[Tokens, int, int], float]
+Strata = list[tuple[float, float]]
+"""Mean and variance of one draw in each stratum; there are as many strata as draws."""
 
 V, LENGTH, MASK = 3, 4, 3
 NUM_NODES = 12  # Gauss-Legendre is exact up to degree 23; the integrand has degree n - 1
@@ -121,6 +124,24 @@ class BlockView:
         return self.denoise(seen, torch.arange(len(select)) * length + place)
 
 
+def _unmixed(word: int) -> int:
+    """The word that SplitMix64's finalizer maps to this one."""
+    for multiplier, shift in ((0x94D049BB133111EB, 31), (0xBF58476D1CE4E5B9, 27), (1, 30)):
+        high = word
+        for _ in range(64 // shift):
+            high = word ^ (high >> shift)
+        word = high * pow(multiplier, -1, reference.WORD) % reference.WORD
+    return word
+
+
+def id_of_last_uniform(noise_seed: int, stream: int, group: int, draw: int) -> int:
+    """The sample id whose uniform at (noise_seed, stream, id, group, draw) is the largest below 1."""
+    word, before = reference.WORD - 1, reference.hash_words(noise_seed, stream)
+    for later in (draw, group):
+        word = ((_unmixed(word) ^ later) - reference.GOLDEN) % reference.WORD
+    return reference.as_signed(_unmixed(word) ^ ((before + reference.GOLDEN) % reference.WORD))
+
+
 def block_nll(nll: Nll, row: Row, start: int, stop: int, mask_token_id: int) -> Nll:
     """The model as the block start..stop - 1 sees it: clean before, masks after."""
     after = (mask_token_id,) * (len(row.x) - stop)
@@ -181,70 +202,113 @@ def integral(f: Callable[[float], float], low: float, high: float, num_nodes: in
     return half * math.fsum(w * f(low + half * (1 + x)) for x, w in zip(nodes.tolist(), weights.tolist(), strict=True))
 
 
-def continuous_moments(
-    nll: Nll, row: Row, mask_token_id: int, mask_prob: Callable[[float], float], t_min: float, num_real: int
-) -> tuple[float, float]:
-    """Mean and variance of one draw of the bound on [t_min, 1], with its first and its last term.
+def strata_moments(strata: Strata) -> tuple[float, float, float]:
+    """Mean and variance of the mean of one draw a stratum, and the expected square of its standard error.
+
+    The error is that of neighbours, E (g' - g)^2 = v + v' + (m - m')^2 over 2 N^2, the first and the last pair twice.
+    """
+    squares = [v + w + (a - b) ** 2 for (a, v), (b, w) in itertools.pairwise(strata)]
+    error = math.fsum([*squares, squares[0], squares[-1]]) / (2 * len(strata) ** 2)
+    return (
+        math.fsum(mean for mean, _ in strata) / len(strata),
+        math.fsum(variance for _, variance in strata) / len(strata) ** 2,
+        error,
+    )
+
+
+def continuous_strata(
+    nll: Nll, row: Row, mask_token_id: int, form: tuple[Callable[[float], float], float], num_real: int, num_draws: int
+) -> Strata:
+    """The bound on [t_min, 1] with its first and its last term; form is the mask probability and t_min.
 
     The mean of the middle term is the integral over the mask probability p of E[masked_sum] / p, since the weight is
     dp / dt / p: no derivative of the schedule is needed.
     """
+    mask_prob, t_min = form
     moments = bernoulli_moments(nll, row, mask_token_id)
-    first, last = mask_prob(t_min), mask_prob(1.0)
-    diffusion = integral(lambda p: moments(p)[0] / p, first, last)
-    once, once_squared = moments(first)
-    prior = len(row.places) * (1 - last) * math.log(num_real)
+    once, once_squared = moments(mask_prob(t_min))
+    prior = len(row.places) * (1 - mask_prob(1.0)) * math.log(num_real)
 
     def squared(t: float) -> float:
         slope = (mask_prob(t + 1e-6) - mask_prob(t - 1e-6)) / 2e-6
         return (slope / mask_prob(t)) ** 2 * moments(mask_prob(t))[1]
 
-    second = (1 - t_min) * integral(squared, t_min, 1.0, num_nodes=50)
-    return diffusion + once + prior, second - diffusion**2 + once_squared - once**2
+    strata = []
+    for draw in range(num_draws):
+        low, high = (t_min + (1 - t_min) * edge / num_draws for edge in (draw, draw + 1))
+        diffusion = num_draws * integral(lambda p: moments(p)[0] / p, mask_prob(low), mask_prob(high))
+        second = (1 - t_min) * num_draws * integral(squared, low, high, num_nodes=50)
+        strata.append((diffusion + once + prior, second - diffusion**2 + once_squared - once**2))
+    return strata
 
 
-def discrete_variance(
-    nll: Nll, row: Row, mask_token_id: int, mask_prob: Callable[[float], float], num_steps: int
-) -> float:
-    """The variance of one draw of the bound with num_steps steps: a step, its masks, those of the reconstruction."""
+def _shares(size: int, draw: int, num_draws: int) -> list[float]:
+    """The law of floor(u size), u uniform on [draw, draw + 1) / num_draws."""
+    overlaps = [
+        min(Fraction(draw + 1, num_draws), Fraction(i + 1, size)) - max(Fraction(draw, num_draws), Fraction(i, size))
+        for i in range(size)
+    ]
+    return [float(max(Fraction(0), overlap) * num_draws) for overlap in overlaps]
+
+
+def discrete_strata(
+    nll: Nll, row: Row, mask_token_id: int, mask_prob: Callable[[float], float], num_steps: int, num_draws: int
+) -> Strata:
+    """The bound with num_steps steps but for its last term: a step, its masks, those of the reconstruction."""
     moments = bernoulli_moments(nll, row, mask_token_id)
     probs = [mask_prob(i / num_steps) for i in range(num_steps + 1)]
     weights = [num_steps * (after - before) / after for before, after in itertools.pairwise(probs)]
     drawn = [(weight, *moments(p)) for weight, p in zip(weights, probs[1:], strict=True)]
-    mean = math.fsum(weight * m1 for weight, m1, _ in drawn) / num_steps
     once, once_squared = moments(probs[0])
-    return math.fsum(w**2 * m2 for w, _, m2 in drawn) / num_steps - mean**2 + once_squared - once**2
-
-
-def count_strata(nll: Nll, row: Row, mask_token_id: int, num_draws: int) -> list[tuple[float, float]]:
-    """Mean and variance of n / k sum_{masked} -log p in each stratum of k = 1 + floor(u n), u in [j, j + 1) / N."""
-    places, n = row.places, len(row.places)
-    by_count = {
-        k: [n / k * masked_sum(nll, row, subset, mask_token_id) for subset in itertools.combinations(places, k)]
-        for k in range(1, n + 1)
-    }
     strata = []
     for draw in range(num_draws):
-        mean, square = 0.0, 0.0
-        for k, values in by_count.items():
-            low = max(Fraction(draw, num_draws), Fraction(k - 1, n))
-            share = float(max(Fraction(0), min(Fraction(draw + 1, num_draws), Fraction(k, n)) - low) * num_draws)
-            mean += share * math.fsum(values) / len(values)
-            square += share * math.fsum(value**2 for value in values) / len(values)
+        shared = list(zip(_shares(num_steps, draw, num_draws), drawn, strict=True))
+        mean = math.fsum(share * weight * m1 for share, (weight, m1, _) in shared)
+        second = math.fsum(share * weight**2 * m2 for share, (weight, _, m2) in shared)
+        strata.append((mean + once, second - mean**2 + once_squared - once**2))
+    return strata
+
+
+def count_strata(nll: Nll, row: Row, mask_token_id: int, num_draws: int) -> Strata:
+    """n / k sum_{masked} -log p with k = 1 + floor(u n) masked."""
+    places, n = row.places, len(row.places)
+    by_count = [
+        [n / k * masked_sum(nll, row, subset, mask_token_id) for subset in itertools.combinations(places, k)]
+        for k in range(1, n + 1)
+    ]
+    strata = []
+    for draw in range(num_draws):
+        shared = list(zip(_shares(n, draw, num_draws), by_count, strict=True))
+        mean = math.fsum(share * math.fsum(values) / len(values) for share, values in shared)
+        square = math.fsum(share * math.fsum(v**2 for v in values) / len(values) for share, values in shared)
         strata.append((mean, square - mean**2))
     return strata
 
 
-def block_moments(nll: Nll, row: Row, mask_token_id: int, block_size: int) -> tuple[float, float]:
-    """Mean and variance of one draw of the chain over blocks, each block with a count of its own."""
-    mean, variance = 0.0, 0.0
+def block_strata(nll: Nll, row: Row, mask_token_id: int, block_size: int, num_draws: int) -> Strata:
+    """The chain over blocks, each block with a count of its own in the same stratum."""
+    parts = []
     for start in range(0, len(row.x), block_size):
         part, seen = cut(row, start, start + block_size), block_nll(nll, row, start, start + block_size, mask_token_id)
         if part.places:
-            mean += any_order_mean(seen, part, mask_token_id)
-            ((_, of_block),) = count_strata(seen, part, mask_token_id, num_draws=1)
-            variance += of_block
-    return mean, variance
+            parts.append(count_strata(seen, part, mask_token_id, num_draws))
+    return [
+        (math.fsum(mean for mean, _ in of_draw), math.fsum(variance for _, variance in of_draw))
+        for of_draw in zip(*parts, strict=True)
+    ]
+
+
+def context_free_strata(losses: Sequence[float], num_draws: int) -> Strata:
+    """``count_strata`` in closed form for predictions by place alone, all places scored.
+
+    A sum of k of n values without replacement has the variance k (1 - k / n) S^2; times n^2 / k^2.
+    """
+    n, spread = len(losses), statistics.variance(losses)
+    by_count = [n * (n - k) / k * spread for k in range(1, n + 1)]
+    return [
+        (math.fsum(losses), math.fsum(a * b for a, b in zip(_shares(n, draw, num_draws), by_count, strict=True)))
+        for draw in range(num_draws)
+    ]
 
 
 def block_chain_sum(nll: Nll, row: Row, mask_token_id: int, block_size: int) -> float:

@@ -57,12 +57,7 @@ PLANTED: tuple[Planted, ...] = (
         "return t.clone()",
         "return (1.0 - 1e-3) * t",
     ),
-    Planted(
-        "schedules",
-        "another cosine",
-        "return 2.0 * torch.sin(math.pi * t / 4) ** 2",
-        "return torch.sin(math.pi * t / 2)",
-    ),
+    Planted("schedules", "another cosine", "2.0 * torch.sin(math.pi * t / 4) ** 2", "torch.sin(math.pi * t / 2)"),
     Planted("schedules", "logarithm of another base", "return torch.log1p(t) / math.log(2)", "return torch.log1p(t)"),
     Planted(
         "schedules",
@@ -73,8 +68,8 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "schedules",
         "theta_t from alpha_t instead of alpha_(t-1)",
-        "betas * alphas[:-1] / noised",
-        "betas * alphas[1:] / noised",
+        "betas * self.alphas()[:-1] / noised",
+        "betas * self.alphas()[1:] / noised",
     ),
     Planted(
         "noise",
@@ -207,13 +202,7 @@ PLANTED: tuple[Planted, ...] = (
     ),
     Planted("masks", "clean keys a half too late", "(k % seq_len) // block_size", "k // block_size"),
     Planted("masks", "annealing AND instead of OR", "(q >= k) | hash_event(", "(q >= k) & hash_event("),
-    Planted("masks", "one annealing draw a key", "Stream.ATTENTION, q, k)", "Stream.ATTENTION, k)"),
-    Planted(
-        "masks",
-        "block-causal without the own block",
-        "q // block_size >= k // block_size",
-        "q // block_size > k // block_size",
-    ),
+    Planted("masks", "one annealing draw a key", "hash_event(prob, address, q, k)", "hash_event(prob, address, k)"),
     Planted(
         "masks",
         "either mask instead of both",
@@ -404,6 +393,11 @@ PLANTED: tuple[Planted, ...] = (
         "min(1.0, step / num_anneal_steps)",
     ),
     Planted("ar_init", "a phase one step too long", "if step < end:", "if step <= end:"),
-    Planted("ar_init", "noise on clean tokens too", "torch.where(is_masked[..., None], noise, 0.0)", "noise"),
+    Planted(
+        "ar_init",
+        "noise on clean tokens too",
+        "row, place = is_masked.nonzero(as_tuple=True)",
+        "row, place = torch.ones_like(is_masked).nonzero(as_tuple=True)",
+    ),
     Planted("ar_init", "mask noise that never fades", "max(0.0, 1.0 - step / num_steps)", "max(0.0, 1.0)"),
 )
