@@ -52,7 +52,7 @@ def token_cross_entropy(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"]
 def logits_loss(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"], weight: Float[Tensor, " M"]) -> HeadLoss:
     """The same as ``masked_cross_entropy`` from logits that are already there; ``weight`` gets no gradient."""
     cross_entropy = token_cross_entropy(logits, targets)
-    return HeadLoss((weight.to(cross_entropy) * cross_entropy).sum(), cross_entropy.detach())
+    return HeadLoss((weight.detach().to(cross_entropy) * cross_entropy).sum(), cross_entropy.detach())
 
 
 def masked_cross_entropy(
@@ -84,6 +84,8 @@ def masked_cross_entropy(
         return _torch_head(rows, head_weight, targets, weight, never, chunk_rows)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}; it must be at least 1")
+    if not torch.is_grad_enabled():  # else the gradient would be taken all the same
+        hidden, head_weight = hidden.detach(), head_weight.detach()
     return HeadLoss(*_ChunkedHead.apply(hidden, head_weight, targets, weight, select, never, chunk_rows))
 
 
@@ -101,7 +103,7 @@ def _torch_head(
     cross_entropy = F.linear_cross_entropy(
         rows, head_weight, targets, linear_bias=bias, reduction="none", options=torch.nn.LinearCrossEntropyOptions()
     ).to(compute_dtype(rows.dtype))
-    return HeadLoss((weight.to(cross_entropy.dtype) * cross_entropy).sum(), cross_entropy.detach())
+    return HeadLoss((weight.detach().to(cross_entropy.dtype) * cross_entropy).sum(), cross_entropy.detach())
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -155,6 +157,8 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - once_differentiable has no types
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        scale = grad_outputs[0]
-        hidden_grad, head_grad = (None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors)
+        scale = grad_outputs[0]  # 1 / num_tokens, say: in bf16 it would be off by up to 2^-8, alike for every entry
+        hidden_grad, head_grad = (
+            None if grad is None else (grad.to(scale.dtype) * scale).to(grad.dtype) for grad in ctx.saved_tensors
+        )
         return hidden_grad, head_grad, None, None, None, None, None

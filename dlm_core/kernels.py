@@ -107,9 +107,10 @@ class Kernel:
         with ``reveal_prob`` and the mask otherwise.  Raises ValueError if s lies after t, or where xt cannot come
         from x0.
         """
+        alpha_s, alpha_t = alpha_s.to(torch.float64), alpha_t.to(torch.float64)
         if (alpha_s < alpha_t).any():
             raise ValueError("alpha_s is below alpha_t somewhere; s must be the earlier time, with the larger alpha")
-        ratio = torch.where(alpha_s > 0, alpha_t / alpha_s, 1.0).to(torch.float64)[..., None]
+        ratio = torch.where(alpha_s > 0, alpha_t / alpha_s, 1.0)[..., None]
         pi = self.stationary()
         to_xt = ratio * torch.nn.functional.one_hot(xt, self.vocab_size) + (1.0 - ratio) * pi[xt][..., None]
         joint = to_xt * self.marginal(x0, alpha_s)

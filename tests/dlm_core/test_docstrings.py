@@ -15,19 +15,18 @@ MODULES += ["likelihood", "ar_init", "samplers/guidance", "samplers/ancestral"]
 SOURCE = re.compile(r"arXiv|\b\d{4}\.\d{5}\b|Box and Muller|Steele|The Complete Mathematics")
 
 # Ours alone: bookkeeping around the formulas, with no paper to name.
-OWN = set(
-    """
-    BoundEstimate ConfidenceLoss Corrupted GradientSums HeadLoss LossOutput OneMinusT PiecewiseDensity
-    RowEstimate Sampled Schedule Scoring Snr Stream Targets WeightedTimes Weighting absorbing alpha alphas
-    bin_of block_length block_size_at bpb_bound causal check_tokens compute_dtype corrupt_tokens cosine dalpha
-    dense_mask estimate_bound exact_count_positions full hash_event hash_integer hash_permutation hash_uniform
-    hash_words is_masked lengths linear log_ratio logits_loss loss_output marginal mask_noise_std mask_prob
-    mask_tokens mask_within maskable_positions masked_cross_entropy moment_sums next_token_targets
-    noise_positions num_blocks num_real_tokens num_timesteps of of_alphas of_schedule on_both_halves per_token
-    ppl_bound sample shift_left stationary stratified_counts time_of token_cross_entropy token_weight uniform
-    unigram_entropy variance variance_of_sums
-    """.split()
-)
+_OWN = """
+BoundEstimate ConfidenceLoss Corrupted GradientSums HeadLoss LossOutput OneMinusT PiecewiseDensity
+RowEstimate Sampled Schedule Scoring Snr Stream Targets WeightedTimes Weighting absorbing alpha alphas
+bin_of block_length block_size_at bpb_bound causal check_tokens compute_dtype corrupt_tokens cosine dalpha
+dense_mask estimate_bound exact_count_positions full hash_event hash_integer hash_permutation hash_uniform
+hash_words is_masked lengths linear log_ratio logits_loss loss_output marginal mask_noise_std mask_prob
+mask_tokens mask_within maskable_positions masked_cross_entropy moment_sums next_token_targets
+noise_positions num_blocks num_real_tokens num_timesteps of of_alphas of_schedule on_both_halves per_token
+ppl_bound sample shift_left stationary stratified_counts time_of token_cross_entropy token_weight uniform
+unigram_entropy variance variance_of_sums
+"""
+OWN = set(_OWN.split())
 
 
 def _public(module: str) -> list[tuple[str, ast.FunctionDef | ast.ClassDef, str]]:
@@ -69,3 +68,13 @@ def test_public_name_says_what_it_does_its_shapes_its_errors_and_its_source(modu
 
 def test_names_listed_as_ours_alone_are_those_that_name_no_source():
     assert {name for _, name, _, doc in PUBLIC if not SOURCE.search(doc)} == OWN
+
+
+def test_readme_names_only_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+)`", (CORE / "README.md").read_text()))
+    here = Path(__file__).parent
+    defined = {
+        name for path in here.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    assert len(named) > 50
+    assert not named - defined

@@ -159,7 +159,7 @@ def test_estimate_bound_of_float32_losses_sums_in_float64():
 @pytest.mark.parametrize(
     ("losses", "tokens", "message"),
     [
-        (torch.ones(1, 3), torch.ones(3, dtype=torch.int64), "at least 2"),
+        (torch.ones(1, 3), torch.ones(3, dtype=torch.int64), "num_replicates is 1,"),
         (torch.ones(4, 3), torch.zeros(3, dtype=torch.int64), "no tokens"),
         (torch.ones(4, 0), torch.zeros(0, dtype=torch.int64), "no tokens"),
     ],

@@ -135,11 +135,13 @@ def _unmixed(word: int) -> int:
 
 
 def id_of_last_uniform(noise_seed: int, stream: int, group: int, draw: int) -> int:
-    """The sample id whose uniform at (noise_seed, stream, id, group, draw) is the largest below 1."""
-    word, before = reference.WORD - 1, reference.hash_words(noise_seed, stream)
+    """The sample id whose uniform is the largest below 1:  at (hash of (noise_seed, stream, id), group, draw)."""
+    word = reference.WORD - 1
     for later in (draw, group):
         word = ((_unmixed(word) ^ later) - reference.GOLDEN) % reference.WORD
-    return reference.as_signed(_unmixed(word) ^ ((before + reference.GOLDEN) % reference.WORD))
+    address = _unmixed(word) ^ reference.GOLDEN
+    before = (reference.hash_words(noise_seed, stream) + reference.GOLDEN) % reference.WORD
+    return reference.as_signed(_unmixed(address) ^ before)
 
 
 def block_nll(nll: Nll, row: Row, start: int, stop: int, mask_token_id: int) -> Nll:

@@ -225,20 +225,20 @@ PLANTED: tuple[Planted, ...] = (
         "torch.full_like(log_norm, -1.0)",
         "torch.full_like(log_norm, 1.0)",
     ),
-    Planted("cross_entropy", "incoming gradient ignored", "grad * scale.to(grad.dtype)", "grad"),
+    Planted("cross_entropy", "incoming gradient ignored", "(grad.to(scale.dtype) * scale)", "grad"),
     Planted(
         "objectives", "1/t dropped", "return self.schedule.nelbo_weight(batch.t)", "return torch.ones_like(batch.t)"
     ),
     Planted(
         "objectives",
         "discrete time without T",
-        "return self.num_timesteps * reveal_prob(alpha_s, alpha_t)",
-        "return reveal_prob(alpha_s, alpha_t)",
+        "return (self.num_timesteps * reveal_prob(alpha_s, alpha_t)).to(batch.t.dtype)",
+        "return reveal_prob(alpha_s, alpha_t).to(batch.t.dtype)",
     ),
     Planted(
         "objectives",
         "k-form without L / k",
-        "total.to(batch.t.dtype) / count.clamp(min=1)",
+        "total.to(batch.t.dtype) / count",
         "torch.ones_like(count, dtype=batch.t.dtype)",
     ),
     Planted(
@@ -282,8 +282,8 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "objectives",
         "autoregressive targets drop the last token, not the first",
-        "scored[:, 0] = False",
-        "scored[:, -1] = False",
+        "scored[:, 1:] = valid[:, 1:] & valid[:, :-1]",
+        "scored[:, :-1] = valid[:, 1:] & valid[:, :-1]",
     ),
     Planted(
         "objectives",
@@ -327,8 +327,8 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "likelihood",
         "mc_se of a row not divided by sqrt(R)",
-        "losses.std(dim=0) / math.sqrt(len(losses))",
-        "losses.std(dim=0)",
+        "nats.std(dim=0) / math.sqrt(num_orders)",
+        "nats.std(dim=0)",
     ),
     Planted(
         "likelihood",
@@ -347,8 +347,8 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "likelihood",
         "prior left out",
-        "_over_replicates(losses + s.lengths * prior_loss(alpha_1, num_real_tokens))",
-        "_over_replicates(losses)",
+        "_over_strata(losses + s.lengths * prior_loss(alpha_1, num_real_tokens))",
+        "_over_strata(losses)",
     ),
     Planted("likelihood", "prior once a row", "s.lengths * prior_loss(", "prior_loss("),
     Planted("likelihood", "discrete bound without T", "weight = num_timesteps * reveal_prob(", "weight = reveal_prob("),
@@ -368,8 +368,8 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "likelihood",
         "standard error of neighbours without the 2",
-        "(2 * num_draws * max(num_draws - 1, 0))",
-        "(num_draws * max(num_draws - 1, 0))",
+        "torch.sqrt(total / 2) / num_draws",
+        "torch.sqrt(total) / num_draws",
     ),
     Planted(
         "likelihood", "later tokens visible", "s.scored & (rank >= step), weight", "s.scored & (rank == step), weight"
