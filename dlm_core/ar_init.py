@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dlm_core.cross_entropy import Denoise
 from dlm_core.noise import Stream, hash_normal, hash_words
 
 
@@ -26,6 +27,20 @@ def shift_right(logits: Float[Tensor, "B L V"]) -> Float[Tensor, "B L V"]:
 def shift_left(logits: Float[Tensor, "B L V"]) -> Float[Tensor, "B L V"]:
     """The inverse of ``shift_right`` on all but the last position, which is repeated."""
     return torch.cat([logits[:, 1:], logits[:, -1:]], dim=1)
+
+
+def shifted(denoise: Denoise) -> Denoise:
+    """A denoiser of target_offset 1 as one of offset 0, for samplers and estimators: token l is asked for at l - 1.
+
+    Dream (arXiv 2508.15487).  The result raises ValueError when asked for position 0, which nothing predicts.
+    """
+
+    def ask(xt: Tensor, select: Tensor) -> Tensor:
+        if (select % xt.shape[1] == 0).any():
+            raise ValueError("position 0 of a row is asked for, which a shifted model can't predict; give it")
+        return denoise(xt, select - 1)
+
+    return ask
 
 
 def anneal_ratio(step: int, num_anneal_steps: int) -> float:

@@ -49,6 +49,8 @@ def _check_inside(x0: Tensor, vocab_size: int) -> None:
 
 
 def _check_clean(x0: Tensor, mask_token_id: int) -> None:
+    if mask_token_id < 0:
+        raise ValueError(f"mask_token_id is {mask_token_id}; ids begin at 0")
     found = x0 == mask_token_id
     if found.any():
         row, place = found.nonzero()[0].tolist()

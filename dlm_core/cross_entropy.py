@@ -77,8 +77,11 @@ def masked_cross_entropy(
     "torch" calls torch's own chunked ``linear_cross_entropy`` (torch >= 2.12), which recomputes when it must return the
     loss of every row; benchmarks/objective.py has both.
 
-    Raises ValueError if torch lacks the function asked for, or if chunk_rows is given to it.
+    Raises ValueError for one weight too few or too many, if torch lacks the function asked for, or if chunk_rows is
+    given to it.
     """
+    if len(weight) != len(targets):
+        raise ValueError(f"there are {len(weight)} weights for {len(targets)} targets; wanted one each")
     if implementation == "torch":
         rows = hidden if select is None else hidden[select]
         return _torch_head(rows, head_weight, targets, weight, never, chunk_rows)

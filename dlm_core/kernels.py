@@ -21,14 +21,23 @@ from torch import Tensor
 def reveal_prob(alpha_s: Float[Tensor, "..."], alpha_t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Probability that a mask at time t is revealed by time s < t:  (alpha_s - alpha_t) / (1 - alpha_t).
 
-    MDLM (arXiv 2406.07524) eq. 6; (t - s) / t for the linear schedule.  s is a time, not a step.  Raises ValueError if
-    alpha_s < alpha_t (s lies after t) or alpha_t = 1 (no mask is there to reveal).
+    MDLM (arXiv 2406.07524) eq. 6; (t - s) / t for the linear schedule.  s is a time, not a step.  Raises ValueError
+    unless 1 >= alpha_s >= alpha_t >= 0, and where alpha_t = 1: no mask is there to reveal.
     """
-    if (alpha_s < alpha_t).any():
-        raise ValueError("alpha_s is below alpha_t somewhere; s must be the earlier time, with the larger alpha")
+    _check_order(alpha_s, alpha_t)
     if (alpha_t >= 1).any():
         raise ValueError("alpha_t is 1 somewhere: nothing is masked at that time, so nothing can be revealed")
     return (alpha_s - alpha_t) / (1 - alpha_t)
+
+
+def _check_order(alpha_s: Tensor, alpha_t: Tensor) -> None:
+    alpha_s, alpha_t = torch.broadcast_tensors(alpha_s, alpha_t)
+    bad = ~((alpha_s >= alpha_t) & (alpha_s <= 1) & (alpha_t >= 0))  # catches nan too
+    if bad.any():
+        raise ValueError(
+            f"alpha_s is {float(alpha_s[bad][0])} and alpha_t {float(alpha_t[bad][0])}; "
+            "wanted 1 >= alpha_s >= alpha_t >= 0, since s is the earlier time"
+        )
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,7 @@ class Kernel:
         from x0.
         """
         alpha_s, alpha_t = alpha_s.to(torch.float64), alpha_t.to(torch.float64)
-        if (alpha_s < alpha_t).any():
-            raise ValueError("alpha_s is below alpha_t somewhere; s must be the earlier time, with the larger alpha")
+        _check_order(alpha_s, alpha_t)
         ratio = torch.where(alpha_s > 0, alpha_t / alpha_s, 1.0)[..., None]
         pi = self.stationary()
         to_xt = ratio * torch.nn.functional.one_hot(xt, self.vocab_size) + (1.0 - ratio) * pi[xt][..., None]

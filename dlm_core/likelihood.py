@@ -21,7 +21,6 @@ from torch import Tensor
 from dlm_core.blocks import num_blocks, per_token
 from dlm_core.corruption import exact_count_positions, noise_positions
 from dlm_core.cross_entropy import Denoise, token_cross_entropy
-from dlm_core.kernels import reveal_prob
 from dlm_core.noise import Stream, hash_uniform, hash_words, stratified_uniform
 from dlm_core.objectives import prior_loss
 from dlm_core.schedules import Schedule
@@ -169,6 +168,7 @@ class Scoring:
         return self.scored.sum(dim=1)
 
 
+@torch.no_grad()
 def _losses(
     predict: BlockDenoise, s: Scoring, rows: Int[Tensor, " J"], is_masked: Tensor, weight: Float[Tensor, "J L"]
 ) -> Float[Tensor, " J"]:
@@ -202,7 +202,8 @@ def _over_strata(losses: Float[Tensor, "N B"]) -> RowEstimate:
     """Mean over strata.  Its error comes from neighbours: sum of (g_{j+1} - g_j)^2 / (2 N^2), the end ones twice.
 
     Each stratum's variance is then counted twice and halved, and what neighbours differ in mean only adds: the standard
-    error is too large rather than too small, by a few per cent from eight draws on.
+    error is too large rather than too small, the more so the more the loss depends on the mask rate and the fewer the
+    draws.
     """
     num_draws = len(losses)
     if num_draws == 1:
@@ -225,7 +226,7 @@ def continuous_bound(
     ::
 
         diffusion       (1 - t_min) E_t nelbo_weight(t) sum_{masked} -log p,   t uniform on [t_min, 1]
-        reconstruction  E sum_{masked} -log p  at t_min: the part below t_min in one step, at least what it leaves out
+        reconstruction  E sum_{masked} -log p  at t_min: of a process that starts there, so that the sum is a bound
         prior           n alpha_1 log(num_real_tokens): what is not masked at t = 1
 
     MDLM (arXiv 2406.07524) eq. 10; without the first and the last term the integral over [t_min, 1] bounds nothing. t
@@ -262,7 +263,7 @@ def discrete_bound(
     u = _strata(s, num_draws, Stream.STRATUM)[..., 0]
     index = 1 + torch.floor(u * num_timesteps).clamp(max=num_timesteps - 1)
     t = index / num_timesteps
-    weight = num_timesteps * reveal_prob(schedule.alpha((index - 1) / num_timesteps), schedule.alpha(t))
+    weight = schedule.discrete_weight(index, num_timesteps)
     return _three_terms(denoise, s, schedule, t, weight, torch.tensor(0.0, dtype=torch.float64), num_real_tokens)
 
 

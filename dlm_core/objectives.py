@@ -23,7 +23,6 @@ from torch import Tensor
 
 from dlm_core.blocks import num_blocks, per_token
 from dlm_core.cross_entropy import HeadLoss, compute_dtype
-from dlm_core.kernels import reveal_prob
 from dlm_core.schedules import Schedule
 
 NUM_T_BINS = 4
@@ -43,6 +42,8 @@ class Corrupted:
     maskable: Bool[Tensor, "B L"]
     """Text that could have been masked: no prompt.  These are the tokens of the bound."""
     mask_token_id: int
+    importance: Float[Tensor, "B L"] | None = None
+    """1 / density of t where it was not drawn uniformly (variance.py); multiplies every weight."""
 
     @property
     def is_masked(self) -> Bool[Tensor, "B L"]:
@@ -108,10 +109,7 @@ class DiscreteTime(Weighting):
             raise ValueError(
                 f"t is {float(batch.t[off_grid][0])}, which is no multiple of 1/{self.num_timesteps} above 0"
             )
-        index = index.double()  # a difference of neighbouring alphas, which float32 would lose
-        alpha_s = self.schedule.alpha((index - 1) / self.num_timesteps)
-        alpha_t = self.schedule.alpha(index / self.num_timesteps)
-        return (self.num_timesteps * reveal_prob(alpha_s, alpha_t)).to(batch.t.dtype)
+        return self.schedule.discrete_weight(index.double(), self.num_timesteps).to(batch.t.dtype)
 
 
 @dataclass(frozen=True)
@@ -144,14 +142,18 @@ class InverseMaskProb(Weighting):
     """1 / (1 - alpha_t): what BD3-LM (arXiv 2503.09573) trains clipped schedules with.  Not a bound.
 
     It is the NELBO weight divided by -dalpha_t, so it equals it for the linear schedule alone.  The released code
-    weighs with 1 when the lower end of the interval is above 1/2; this doesn't.
+    weighs with 1 when the lower end of the interval is above 1/2; this doesn't.  Raises ValueError where mask_prob is
+    0.
     """
 
     is_bound: ClassVar[bool] = False
     schedule: Schedule
 
     def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
-        return 1.0 / self.schedule.mask_prob(batch.t)
+        mask_prob = self.schedule.mask_prob(batch.t)
+        if (mask_prob <= 0).any():
+            raise ValueError(f"1 / mask_prob diverges where nothing is masked (t = 0 for {self.schedule}); take t > 0")
+        return 1.0 / mask_prob
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,7 @@ def masked_targets(
     target_offset 1: token l is predicted at position l - 1, as in the autoregressive model that Dream (arXiv
     2508.15487) and DiffuLLaMA (2410.17891) start from; token 0 is then nobody's target and no token of the bound, which
     is one on -log p of the others given token 0 if that stays clean (``maskable_positions`` with keep_first).
-    Raises ValueError if ``bound`` is none.
+    Raises ValueError if ``bound`` is none, or a masked position's clean token is the mask.
     """
     if not bound.is_bound:
         raise ValueError(
@@ -271,11 +273,15 @@ def masked_targets(
     scored = batch.maskable.clone()
     scored[:, :target_offset] = False
     places = (batch.is_masked & scored).flatten().nonzero().squeeze(1)
+    targets = batch.x0.flatten()[places]
+    if (targets == batch.mask_token_id).any():
+        raise ValueError(f"a masked position holds the mask token {batch.mask_token_id} in x0 too: no target")
+    importance = 1.0 if batch.importance is None else batch.importance
     return Targets(
         select=places - target_offset,
-        targets=batch.x0.flatten()[places],
-        weight=weighting.token_weight(batch).flatten()[places],
-        nelbo_weight=bound.token_weight(batch).flatten()[places],
+        targets=targets,
+        weight=(weighting.token_weight(batch) * importance).flatten()[places],
+        nelbo_weight=(bound.token_weight(batch) * importance).flatten()[places],
         t=batch.t.flatten()[places],
         num_tokens=scored.sum(),
     )
@@ -289,7 +295,7 @@ def next_token_targets(x0: Int[Tensor, "B L"], valid: Bool[Tensor, "B L"]) -> Ta
     scored = torch.zeros_like(valid)
     scored[:, 1:] = valid[:, 1:] & valid[:, :-1]
     places = scored.flatten().nonzero().squeeze(1)
-    ones = torch.ones(len(places), dtype=torch.float64)
+    ones = torch.ones(len(places), dtype=torch.float64, device=x0.device)
     return Targets(places - 1, x0.flatten()[places], ones, ones, torch.full_like(ones, torch.nan), scored.sum())
 
 
@@ -303,7 +309,9 @@ class LossOutput:
     loss_sum: Float[Tensor, ""]
     """The training objective, differentiable."""
     nelbo_sum: Float[Tensor, ""]
-    """The bound on -log p of the rows, whatever the objective (no gradient); up to t_min, see ``Nelbo``."""
+    """The integrand of the bound at the sampled times, whatever the objective (no gradient): to watch, while training.
+
+    Its mean bounds -log p only for times and a schedule as ``Nelbo`` says; what to report is in likelihood.py."""
     num_tokens: Int[Tensor, ""]
     """Tokens of the bound, masked or not: its denominator."""
     num_masked: Int[Tensor, ""]
@@ -400,8 +408,8 @@ class ConfidenceLoss:
 def confidence_loss(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"]) -> ConfidenceLoss:
     """Entropy where the denoiser is already right: lowering it lets a sampler commit more tokens a step.
 
-    CAP of LLaDA2.0 (arXiv 2512.15745), added to the loss as lambda * entropy_sum / num_correct.  In float32 (float64
-    for float64 logits); ids of logit -inf add nothing.
+    CAP of LLaDA2.0 (arXiv 2512.15745), added to the loss as lambda * entropy_sum / max(num_correct, 1), both global.
+    In float32 (float64 for float64 logits); ids of logit -inf add nothing.
     """
     logits = logits.to(compute_dtype(logits.dtype))
     is_correct = logits.argmax(dim=1) == targets

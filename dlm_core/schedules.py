@@ -61,6 +61,17 @@ class Schedule(ABC):
             )
         return self._slope(t) / mask_prob
 
+    def discrete_weight(self, index: Times, num_timesteps: int) -> Times:
+        """Weight of the masked cross-entropy at step i = 1..T of T:  T (alpha_s - alpha_t) / (1 - alpha_t), t = i / T.
+
+        s = (i - 1) / T; tends to ``nelbo_weight`` as T grows.  MDLM (arXiv 2406.07524) eq. 8, written with mask
+        probabilities, which keep their digits.  Raises ValueError where mask_prob is 0 at t.
+        """
+        before, after = (self.mask_prob((index - back) / num_timesteps) for back in (1, 0))
+        if (after <= 0).any():
+            raise ValueError(f"{self} masks nothing at one of {num_timesteps} steps, so that step has no weight")
+        return num_timesteps * (after - before) / after
+
     def time_of(self, mask_prob: Times) -> Times:
         """The time t at which a token is noised with this probability, the inverse of ``mask_prob``.
 
@@ -71,7 +82,7 @@ class Schedule(ABC):
         slack = 4 * torch.finfo(mask_prob.dtype).eps  # what mask_prob itself may be off by
         _check_range("mask_prob", mask_prob[~((mask_prob >= low - slack) & (mask_prob <= high + slack))], low, high)
         wanted = mask_prob.double()
-        t = self._time_of(wanted.clamp(low, high)).clamp(0.0, 1.0)
+        t = self._time_of(wanted)
         ends = torch.tensor([low, high], dtype=torch.float64).to(mask_prob.dtype)
         t = torch.where(wanted <= ends[0], 0.0, torch.where(wanted >= ends[1], 1.0, t))
         return t.to(mask_prob.dtype)
@@ -108,12 +119,12 @@ class LinearSchedule(Schedule):
 class CosineSchedule(Schedule):
     """alpha_t = cos(pi t / 2),  weight (pi / 2) cot(pi t / 4).
 
-    MDLM (arXiv 2406.07524) table 9, without its epsilon.  1 - cos is written as 2 sin^2 below t = 1/2, which keeps
-    its digits at small t, and as 1 - sin(pi (1 - t) / 2) above, which is 1 at t = 1.
+    MDLM (arXiv 2406.07524) table 9, without its epsilon.  1 - cos is written as sin^2 / (1 + cos), which keeps its
+    digits at small t, and that cos as sin(pi (1 - t) / 2), which is 0 at t = 1.
     """
 
     def _mask_prob(self, t: Times) -> Times:
-        return torch.where(t < 0.5, 2.0 * torch.sin(math.pi * t / 4) ** 2, 1.0 - torch.sin(math.pi * (1.0 - t) / 2))
+        return torch.sin(math.pi * t / 2) ** 2 / (1.0 + torch.sin(math.pi * (1.0 - t) / 2))
 
     def _slope(self, t: Times) -> Times:
         return math.pi / 2 * torch.sin(math.pi * t / 2)
@@ -133,7 +144,7 @@ class CosineSquaredSchedule(Schedule):
         return torch.sin(math.pi * t / 2) ** 2
 
     def _slope(self, t: Times) -> Times:
-        return math.pi / 2 * torch.sin(math.pi * t)
+        return math.pi * torch.sin(math.pi * t / 2) * torch.sin(math.pi * (1.0 - t) / 2)
 
     def _time_of(self, mask_prob: Times) -> Times:
         return 2 / math.pi * torch.asin(torch.sqrt(mask_prob))
@@ -184,9 +195,10 @@ class LogarithmicSchedule(Schedule):
 class SigmaLinearSchedule(Schedule):
     """alpha_t = exp(-sigma_t),  sigma_t = sigma_min + (sigma_max - sigma_min) t,  weight sigma'_t / expm1(sigma_t).
 
-    MDLM (arXiv 2406.07524) table 9 calls it linear, with sigma_max = 1e8.  Neither end is reached: a share
-    1 - exp(-sigma_min) is masked at t = 0, a share exp(-sigma_max) is clean at t = 1.
-    Raises ValueError unless 0 <= sigma_min < sigma_max < inf.
+    MDLM (arXiv 2406.07524) table 9 calls it linear, with sigma_max = 1e8: then all is masked, and the weight gone,
+    beyond t = 1e-6, so that times from a t_min of 1e-3 train on nothing; give a smaller sigma_max for those.  Neither
+    end is reached: a share 1 - exp(-sigma_min) is masked at t = 0, a share exp(-sigma_max) is clean at t = 1. Raises
+    ValueError unless 0 <= sigma_min < sigma_max < inf.
     """
 
     sigma_min: float = 0.0
@@ -317,8 +329,8 @@ class DiscreteChain:
     def cosine(cls, num_timesteps: int, offset: float = 0.0) -> "DiscreteChain":
         """alpha_t = cos(pi t / (2 T) + offset)^2 for t >= 1, and alpha_0 = 1; offset in radians.
 
-        The form of the tutorial that calls it "cosine"; it falls only for -pi / (2 T) <= offset <= pi / (4 T), beyond
-        which the cosine turns inside the chain: ValueError.
+        The form of the tutorial that calls it "cosine"; with T >= 2 it falls only for -3 pi / (4 T) <= offset <= pi /
+        (4 T), beyond which the cosine turns inside the chain: ValueError.
         """
         angles = math.pi * torch.arange(1, num_timesteps + 1, dtype=torch.float64) / (2 * num_timesteps) + offset
         return cls.of_alphas([1.0, *(torch.cos(angles) ** 2).tolist()])
@@ -326,6 +338,8 @@ class DiscreteChain:
     @classmethod
     def of_alphas(cls, alphas: list[float]) -> "DiscreteChain":
         """The chain with given alpha_0 = 1, ..., alpha_T.  Raises ValueError where alpha rises or starts below 1."""
+        if not alphas:
+            raise ValueError("a chain needs at least one step; alphas is empty")
         if alphas[0] != 1.0:
             raise ValueError(f"alpha_0 is {alphas[0]}; a chain starts clean, with alpha_0 = 1")
         betas: list[float] = []

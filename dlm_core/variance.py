@@ -1,7 +1,7 @@
 """Low-variance training: where to sample t, which mask rates to train on, and how noisy a gradient is.
 
-Every statistic is a tensor of sums, so that a caller may add those of several batches or all-reduce those of several
-workers before asking for the answer.
+Every statistic is kept as sums, so that a caller may add those of several batches or workers before asking for the
+answer.
 
 What lives here: choosing and measuring.  What must not: drawing masks (corruption.py), collectives.
 """
@@ -22,7 +22,7 @@ class WeightedTimes:
 
     t: Float[Tensor, " n"]
     importance: Float[Tensor, " n"]
-    """1 / density, relative to uniform t on [t_min, 1]: multiplies the loss of a row."""
+    """1 / density, relative to uniform t on [t_min, 1]: goes into ``Corrupted.importance``."""
 
 
 def uniform_log_mask_prob(u: Float[Tensor, " n"], schedule: Schedule, t_min: float) -> WeightedTimes:

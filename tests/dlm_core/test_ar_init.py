@@ -14,6 +14,7 @@ from dlm_core.ar_init import (
     mask_noise_std,
     shift_left,
     shift_right,
+    shifted,
 )
 from dlm_core.masks import annealed, causal, dense_mask
 from tests.support import reference
@@ -86,6 +87,20 @@ def test_later_token_changes_earlier_logits_only_once_annealed():
 
 
 # The ratio of annealing
+
+
+def test_shifted_denoiser_asks_for_the_position_before():
+    xt, select = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([1, 3, 6])
+    asked: list[torch.Tensor] = []
+
+    def denoise(xt: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
+        asked.append(select)
+        return torch.zeros(len(select), 5)
+
+    assert shifted(denoise)(xt, select).shape == (3, 5)
+    assert asked[0].tolist() == [0, 2, 5]
+    with pytest.raises(ValueError, match="position 0 of a row is asked for"):
+        shifted(denoise)(xt, torch.tensor([1, 4]))
 
 
 @pytest.mark.parametrize("num_anneal_steps", [1, 2, 7, 10_000])

@@ -430,3 +430,19 @@ def test_noise_of_blocks_that_do_not_divide_the_row_raises(name):
     x0 = _rows(2, 8)
     with pytest.raises(ValueError, match=r"^3 blocks .* 8 tokens"):
         NOISERS[name](x0, torch.full((2, 3), 0.5), torch.arange(2), _all(x0), noise_seed=0, step=0)
+
+
+@pytest.mark.parametrize("prob", [-0.1, 1.5, math.nan])
+def test_noise_with_an_impossible_probability_names_it(prob):
+    x0, maskable = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool)
+    probs, address = torch.tensor([[0.5], [prob]], dtype=torch.float64), {"noise_seed": 0, "step": 0}
+    with pytest.raises(ValueError, match=f"a mask probability is {prob}; it must lie in"):
+        mask_tokens(x0, probs, torch.arange(2), mask_token_id=MASK, **address)
+    with pytest.raises(ValueError, match=f"a mask probability is {prob}; it must lie in"):
+        mask_within(x0, probs, torch.arange(2), low=0.0, high=1.0, mask_token_id=MASK, maskable=maskable, **address)
+
+
+def test_mask_tokens_with_a_negative_mask_id_raises():
+    x0 = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="mask_token_id is -5"):
+        mask_tokens(x0, torch.ones(1, 1), torch.arange(1), noise_seed=0, step=0, mask_token_id=-5)

@@ -391,6 +391,13 @@ def test_chunk_rows_below_one_is_refused(chunk_rows):
         make_case().loss(chunk_rows=chunk_rows)
 
 
+@pytest.mark.parametrize("num_weights", [1, M + 1])
+def test_weights_of_another_number_than_targets_are_refused(num_weights):
+    case = replace(make_case(), weight=torch.ones(num_weights))
+    with pytest.raises(ValueError, match=f"there are {num_weights} weights for {M} targets"):
+        masked_cross_entropy.__wrapped__(case.hidden, case.head, case.targets, case.weight, select=case.select)
+
+
 @pytest.mark.parametrize("chunk_rows", [0, 3])
 def test_chunk_rows_for_the_torch_implementation_is_refused(chunk_rows):
     with pytest.raises(ValueError, match=f'chunk_rows is {chunk_rows}, but implementation="torch"'):

@@ -206,7 +206,7 @@ def test_posterior_with_one_impossible_token_raises():
 @every_kernel
 def test_posterior_of_one_later_time_raises(kernel):
     ids = torch.tensor([0, 0])
-    with pytest.raises(ValueError, match="alpha_s is below alpha_t somewhere"):
+    with pytest.raises(ValueError, match=r"alpha_s is 0\.5 and alpha_t 0\.9; wanted 1 >= alpha_s >= alpha_t >= 0"):
         kernel.posterior(ids, ids, _float64([0.9, 0.5]), _float64([0.5, 0.9]))
 
 
@@ -241,7 +241,10 @@ def test_reveal_prob_of_steps_between_composes():
 @pytest.mark.parametrize(
     ("alpha_s", "alpha_t", "message"),
     [
-        ([0.9, 0.3], [0.5, 0.5], "alpha_s is below alpha_t somewhere"),
+        ([0.9, 0.3], [0.5, 0.5], "alpha_s is 0.3 and alpha_t 0.5; wanted 1 >= alpha_s >= alpha_t >= 0"),
+        ([0.9, 1.5], [0.5, 0.5], "alpha_s is 1.5 and alpha_t 0.5"),
+        ([0.9, 0.5], [0.5, -0.1], "alpha_s is 0.5 and alpha_t -0.1"),
+        ([math.nan, 0.5], [0.5, 0.5], "alpha_s is nan and alpha_t 0.5"),
         ([1.0, 1.0], [0.5, 1.0], "alpha_t is 1 somewhere"),
     ],
 )

@@ -446,6 +446,7 @@ def test_estimator_of_least_arguments_is_finite(wrong, estimator):
     denoise = BlockView(wrong, ARGUMENTS[estimator]["block_size"], MASK) if takes_x0 else wrong
     estimate = estimator(denoise, scoring([WHOLE, PROMPTED]), **ARGUMENTS[estimator])
     assert estimate.nats.isfinite().all()
+    assert estimate.is_bound == (estimator is not block_chain_nll)
     if estimator is block_chain_nll:
         assert (estimate.mc_se == 0).all()
     else:

@@ -149,6 +149,22 @@ def test_masked_targets_with_a_bound_that_is_none_is_refused(weighting):
 # Next-token targets
 
 
+def test_importance_of_a_token_multiplies_both_of_its_weights():
+    batch = mixed_batch()
+    importance = torch.rand(batch.t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
+    plain = masked_targets(batch, Uniform(), Nelbo(SQUARE))
+    found = masked_targets(replace(batch, importance=importance), Uniform(), Nelbo(SQUARE))
+    at = importance.flatten()[plain.select]
+    assert torch.equal(found.weight, plain.weight * at)
+    assert torch.equal(found.nelbo_weight, plain.nelbo_weight * at)
+
+
+def test_masked_targets_of_text_with_the_mask_in_it_are_refused():
+    batch = mixed_batch()
+    with pytest.raises(ValueError, match=f"holds the mask token {MASK} in x0 too"):
+        masked_targets(replace(batch, x0=batch.xt), Uniform(), Nelbo(SQUARE))
+
+
 def test_next_token_targets_with_a_causal_model_sum_to_the_nll_given_the_first_token():
     joint = Joint(num_real=3, length=4, seed=6)
     x0 = torch.tensor([[1, 0, 2, 2], [0, 0, 1, 0]])

@@ -303,6 +303,12 @@ def test_snr_where_nothing_moves_is_refused():
         _weights(Snr(ClippedSchedule(0.5, 0.5)), [0.25, 0.5])
 
 
+def test_inverse_mask_prob_where_nothing_is_masked_is_refused():
+    batch = replace(mixed_batch(), t=torch.zeros_like(mixed_batch().t))
+    with pytest.raises(ValueError, match="1 / mask_prob diverges where nothing is masked"):
+        InverseMaskProb(LinearSchedule()).token_weight(batch)
+
+
 def test_nelbo_where_nothing_is_masked_is_refused():
     with pytest.raises(ValueError, match="t = 0 for LinearSchedule"):
         _weights(Nelbo(LINEAR), [0.5, 0.0])

@@ -57,7 +57,12 @@ PLANTED: tuple[Planted, ...] = (
         "return t.clone()",
         "return (1.0 - 1e-3) * t",
     ),
-    Planted("schedules", "another cosine", "2.0 * torch.sin(math.pi * t / 4) ** 2", "torch.sin(math.pi * t / 2)"),
+    Planted(
+        "schedules",
+        "another cosine",
+        "torch.sin(math.pi * t / 2) ** 2 / (1.0 + torch.sin(math.pi * (1.0 - t) / 2))",
+        "torch.sin(math.pi * t / 2)",
+    ),
     Planted("schedules", "logarithm of another base", "return torch.log1p(t) / math.log(2)", "return torch.log1p(t)"),
     Planted(
         "schedules",
@@ -232,8 +237,8 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "objectives",
         "discrete time without T",
-        "return (self.num_timesteps * reveal_prob(alpha_s, alpha_t)).to(batch.t.dtype)",
-        "return reveal_prob(alpha_s, alpha_t).to(batch.t.dtype)",
+        "self.schedule.discrete_weight(index.double(), self.num_timesteps).to",
+        "self.schedule.discrete_weight(index.double(), 1).to",
     ),
     Planted(
         "objectives",
@@ -276,8 +281,8 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "objectives",
         "the bound reported with the training weight",
-        "nelbo_weight=bound.token_weight(batch)",
-        "nelbo_weight=weighting.token_weight(batch)",
+        "nelbo_weight=(bound.token_weight(batch)",
+        "nelbo_weight=(weighting.token_weight(batch)",
     ),
     Planted(
         "objectives",
@@ -351,7 +356,12 @@ PLANTED: tuple[Planted, ...] = (
         "_over_strata(losses)",
     ),
     Planted("likelihood", "prior once a row", "s.lengths * prior_loss(", "prior_loss("),
-    Planted("likelihood", "discrete bound without T", "weight = num_timesteps * reveal_prob(", "weight = reveal_prob("),
+    Planted(
+        "likelihood",
+        "discrete bound without T",
+        "weight = schedule.discrete_weight(index, num_timesteps)",
+        "weight = schedule.discrete_weight(index, num_timesteps) / num_timesteps",
+    ),
     Planted("likelihood", "counts from 0", "1 + torch.floor(u * lengths)", "torch.floor(u * lengths)"),
     Planted(
         "likelihood",
