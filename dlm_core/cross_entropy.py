@@ -136,19 +136,21 @@ class _ChunkedHead(torch.autograd.Function):
             logits = (chunk @ head_weight.t()).to(dtype)
             if never is not None:
                 logits[:, never] = -torch.inf
-            log_norm = logits.logsumexp(dim=-1, keepdim=True)
-            cross_entropy[part] = (log_norm - logits.gather(1, wanted)).squeeze(1)
+            top, at_target = logits.amax(dim=-1, keepdim=True), logits.gather(1, wanted)
+            grad = logits.sub_(top).exp_()
+            total = grad.sum(dim=-1, keepdim=True)
+            cross_entropy[part] = (total.log() + top - at_target).squeeze(1)
             if rows_grad is None and head_grad is None:
                 continue
-            grad = logits.sub_(log_norm).exp_()
-            grad.scatter_add_(1, wanted, torch.full_like(log_norm, -1.0))
-            grad = grad.mul_(weight[part, None]).to(chunk.dtype)
+            scale = weight[part, None]
+            grad = grad.mul_(scale / total).scatter_add_(1, wanted, -scale).to(chunk.dtype)
             if rows_grad is not None:
                 torch.mm(grad, head_weight, out=rows_grad[part])
             if head_grad is not None and grad.dtype == dtype:
                 head_grad.addmm_(grad.t(), chunk)
             elif head_grad is not None:
                 head_grad += grad.t() @ chunk
+            del logits, grad  # or the next chunk's would be made beside them
         if rows_grad is not None and select is not None:
             rows_grad = torch.zeros_like(hidden).index_add_(0, select, rows_grad)
         ctx.save_for_backward(rows_grad, None if head_grad is None else head_grad.to(head_weight.dtype))

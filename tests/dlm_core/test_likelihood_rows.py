@@ -317,7 +317,7 @@ def test_rows_without_scored_tokens_have_no_loss_and_no_noise(wrong, name):
 
 
 @of_all
-def test_jobs_are_sent_in_full_batches_and_only_where_something_is_asked(wrong, name):
+def test_jobs_are_sent_only_where_something_is_asked(wrong, name):
     recorder = Recorder(_denoiser(name, wrong))
     ALL[name](recorder, scoring(ROWS * 2, batch_rows=5))
     for xt, select in recorder.calls:

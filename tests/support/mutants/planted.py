@@ -227,8 +227,8 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "cross_entropy",
         "gradient away from the target",
-        "torch.full_like(log_norm, -1.0)",
-        "torch.full_like(log_norm, 1.0)",
+        "scatter_add_(1, wanted, -scale)",
+        "scatter_add_(1, wanted, scale)",
     ),
     Planted("cross_entropy", "incoming gradient ignored", "(grad.to(scale.dtype) * scale)", "grad"),
     Planted(
