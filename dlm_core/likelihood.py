@@ -201,9 +201,9 @@ def _strata(s: Scoring, num_draws: int, stream: Stream, num_groups: int = 1) -> 
 def _over_strata(losses: Float[Tensor, "N B"]) -> RowEstimate:
     """Mean over strata.  Its error comes from neighbours: sum of (g_{j+1} - g_j)^2 / (2 N^2), the end ones twice.
 
-    Each stratum's variance is then counted twice and halved, and what neighbours differ in mean only adds: the standard
-    error is too large rather than too small, the more so the more the loss depends on the mask rate and the fewer the
-    draws.
+    Each stratum's variance is then counted at least twice and halved, and what neighbours differ in mean only adds:
+    the standard error is too large rather than too small, the more so the more the loss depends on the mask rate and
+    the fewer the draws.
     """
     num_draws = len(losses)
     if num_draws == 1:
@@ -377,7 +377,8 @@ def block_chain_nll(denoise: BlockDenoise, s: Scoring, block_size: int) -> RowEs
     """Exact -log p of a block-diffusion model that fills each block from left to right:  block_size passes.
 
     sum_b sum_j -log p(x^{b,j} | x^{b,<j}, x^{<b}).  For block_size 1 it is the one likelihood of the model, that of
-    BD3-LM (arXiv 2503.09573) table 1.  Raises ValueError if block_size doesn't divide the row.
+    BD3-LM (arXiv 2503.09573) table 1.  The standard error is several times too large for rows of many blocks, whose
+    strata drift together.  Raises ValueError if block_size doesn't divide the row.
     """
     num_blocks(s.x0.shape[1], block_size)
     place = (torch.arange(s.x0.shape[1]) % block_size).expand_as(s.x0)
