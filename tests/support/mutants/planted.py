@@ -373,7 +373,7 @@ PLANTED: tuple[Planted, ...] = (
         "likelihood",
         "enumerated masks weighed as if n were k",
         "1 / (len(subset) * math.comb(",
-        "1 / (len(places) * math.comb(",
+        "1 / (lengths[row] * math.comb(",
     ),
     Planted(
         "likelihood",

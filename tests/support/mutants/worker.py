@@ -63,8 +63,11 @@ def main() -> None:
             result = run_in_child(tree, job)
         finally:
             path.write_bytes(original)
-        sys.stdout.write(json.dumps(result) + "\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(json.dumps(result) + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever asked is gone
+            os._exit(1)
 
 
 def run_in_child(tree: Path, job: dict) -> dict:
