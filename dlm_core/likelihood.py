@@ -169,12 +169,19 @@ class Scoring:
 
 
 @torch.no_grad()
-def _losses(
-    predict: BlockDenoise, s: Scoring, rows: Int[Tensor, " J"], is_masked: Tensor, weight: Float[Tensor, "J L"]
-) -> Float[Tensor, " J"]:
-    """Weighted cross-entropy of each job's masked tokens, float64; where all weigh 0, nothing is computed."""
+def _block_losses(
+    predict: BlockDenoise,
+    s: Scoring,
+    rows: Int[Tensor, " J"],
+    is_masked: Bool[Tensor, "J L"],
+    weight: Float[Tensor, "J L"],
+    block_size: int,
+) -> Float[Tensor, "J K"]:
+    """Weighted cross-entropy of each job's masked tokens by block, float64; where all weigh 0, nothing is computed."""
+    seq_len = s.x0.shape[1]
+    num = num_blocks(seq_len, block_size)
     asked = is_masked & (weight != 0)
-    total = torch.zeros(len(rows), dtype=torch.float64)
+    total = torch.zeros(len(rows) * num, dtype=torch.float64)
     busy = asked.any(dim=1).nonzero().flatten()
     for start in range(0, len(busy), s.batch_rows):
         jobs = busy[start : start + s.batch_rows]
@@ -183,8 +190,15 @@ def _losses(
         select = asked[jobs].flatten().nonzero().squeeze(1)
         logits = predict(xt, x0, select)
         nats = token_cross_entropy(logits, x0.flatten()[select].to(logits.device)).double().cpu()
-        total.index_add_(0, jobs[select // x0.shape[1]], nats * weight[jobs].flatten()[select])
-    return total
+        block = jobs[select // seq_len] * num + select % seq_len // block_size
+        total.index_add_(0, block, nats * weight[jobs].flatten()[select])
+    return total.view(len(rows), num)
+
+
+def _losses(
+    predict: BlockDenoise, s: Scoring, rows: Int[Tensor, " J"], is_masked: Tensor, weight: Tensor
+) -> Float[Tensor, " J"]:
+    return _block_losses(predict, s, rows, is_masked, weight, s.x0.shape[1]).squeeze(1)
 
 
 def _ignoring_x0(denoise: Denoise) -> BlockDenoise:
@@ -198,19 +212,19 @@ def _strata(s: Scoring, num_draws: int, stream: Stream, num_groups: int = 1) -> 
     return (draws + hash_uniform(rows, torch.arange(num_groups), draws)) / num_draws
 
 
-def _over_strata(losses: Float[Tensor, "N B"]) -> RowEstimate:
-    """Mean over strata.  Its error comes from neighbours: sum of (g_{j+1} - g_j)^2 / (2 N^2), the end ones twice.
+def _over_strata(losses: Float[Tensor, "N B K"]) -> RowEstimate:
+    """Mean over strata, summed over the K groups of a row, which are stratified independently of each other.
 
-    Each stratum's variance is then counted at least twice and halved, and what neighbours differ in mean only adds:
-    the standard error is too large rather than too small, the more so the more the loss depends on the mask rate and
-    the fewer the draws.
+    The error comes from neighbours: sum of (g_{j+1} - g_j)^2 / (2 N^2), the end ones twice.  Each stratum's variance is
+    then counted at least twice and halved, and what neighbours differ in mean only adds: the standard error is too
+    large rather than too small, the more so the more the loss depends on the mask rate and the fewer the draws.
     """
-    num_draws = len(losses)
+    num_draws, nats = len(losses), losses.mean(dim=0).sum(dim=-1)
     if num_draws == 1:
-        return RowEstimate(losses[0], torch.full_like(losses[0], torch.nan), is_bound=True)
+        return RowEstimate(nats, torch.full_like(nats, torch.nan), is_bound=True)
     squares = losses.diff(dim=0).square()
-    total = squares.sum(dim=0) + squares[0] + squares[-1]
-    return RowEstimate(losses.mean(dim=0), torch.sqrt(total / 2) / num_draws, is_bound=True)
+    total = (squares.sum(dim=0) + squares[0] + squares[-1]).sum(dim=-1)
+    return RowEstimate(nats, torch.sqrt(total / 2) / num_draws, is_bound=True)
 
 
 def _check_draws(name: str, number: int) -> None:
@@ -281,7 +295,7 @@ def _three_terms(
     if start > 0:
         losses = losses + _bernoulli_losses(denoise, s, start.expand(t.shape), torch.ones_like(t), first_step=len(t))
     alpha_1 = schedule.alpha(torch.ones((), dtype=torch.float64))
-    return _over_strata(losses + s.lengths * prior_loss(alpha_1, num_real_tokens))
+    return _over_strata((losses + s.lengths * prior_loss(alpha_1, num_real_tokens)).unsqueeze(-1))
 
 
 def _bernoulli_losses(
@@ -345,8 +359,8 @@ def _all_mask_losses(denoise: Denoise, s: Scoring, chosen: Bool[Tensor, " B"]) -
 
 def _count_losses(
     predict: BlockDenoise, s: Scoring, block_size: int, num_draws: int, rows: Int[Tensor, " b"]
-) -> Float[Tensor, "N b"]:
-    """Rows with an exact count of masks in each of their blocks, the counts stratified over the draws."""
+) -> Float[Tensor, "N b K"]:
+    """Rows with an exact count of masks in each of their blocks, the counts stratified over the draws; by block."""
     seq_len = s.x0.shape[1]
     blocks = num_blocks(seq_len, block_size)
     lengths = s.scored.view(-1, blocks, block_size).sum(dim=-1)[rows]
@@ -356,7 +370,9 @@ def _count_losses(
         for draw in range(num_draws)
     ]
     weight = [per_token(exact_count_weight(lengths, counts[draw]), seq_len) for draw in range(num_draws)]
-    return _losses(predict, s, rows.repeat(num_draws), torch.cat(is_masked), torch.cat(weight)).view(num_draws, -1)
+    jobs = rows.repeat(num_draws)
+    losses = _block_losses(predict, s, jobs, torch.cat(is_masked), torch.cat(weight), block_size)
+    return losses.view(num_draws, len(rows), blocks)
 
 
 def block_bound(denoise: BlockDenoise, s: Scoring, block_size: int, *, num_draws: int) -> RowEstimate:
@@ -377,8 +393,7 @@ def block_chain_nll(denoise: BlockDenoise, s: Scoring, block_size: int) -> RowEs
     """Exact -log p of a block-diffusion model that fills each block from left to right:  block_size passes.
 
     sum_b sum_j -log p(x^{b,j} | x^{b,<j}, x^{<b}).  For block_size 1 it is the one likelihood of the model, that of
-    BD3-LM (arXiv 2503.09573) table 1.  The standard error is several times too large for rows of many blocks, whose
-    strata drift together.  Raises ValueError if block_size doesn't divide the row.
+    BD3-LM (arXiv 2503.09573) table 1.  Raises ValueError if block_size doesn't divide the row.
     """
     num_blocks(s.x0.shape[1], block_size)
     place = (torch.arange(s.x0.shape[1]) % block_size).expand_as(s.x0)

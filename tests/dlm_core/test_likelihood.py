@@ -67,8 +67,8 @@ SIGMAS = 5.0  # of a mean with a known variance: a fair draw is beyond once in t
 SQUARE_SIGMAS = 6.0  # of a mean of squares: they are skewed, and their own variance is estimated
 NUM_COPIES = 512  # of one row, each with noise of its own
 NUM_DRAWS = 8
+MAX_BLOCK_RATIO = 1.5  # of short blocks: the step from one count to the next falls between two draws
 MAX_RATIO = 1.3  # of a standard error to the spread, from NUM_DRAWS draws on
-MAX_BLOCK_RATIO = 1.7  # the counts of all blocks rise at the same draw, so that what neighbours differ in adds up
 
 
 class Form(NamedTuple):
@@ -129,13 +129,16 @@ def _expect_moments(estimate: RowEstimate, mean: float, variance: float, mc_vari
         assert abs(float(squares.mean()) - expected) <= SQUARE_SIGMAS * error + rounding
 
 
-def _expect_strata(estimate: RowEstimate, strata: Strata, max_ratio: float = MAX_RATIO) -> None:
-    """The same of one draw a stratum; the standard error is never too small, and from NUM_DRAWS draws on not large."""
-    mean, variance, mc_variance = strata_moments(strata)
+def _expect_strata(estimate: RowEstimate, *groups: Strata, max_ratio: float = MAX_RATIO) -> None:
+    """The same of one draw a stratum; the standard error is never too small, and from NUM_DRAWS draws on not large.
+
+    Groups are stratified on their own, so that their variances add.
+    """
+    mean, variance, mc_variance = (math.fsum(of) for of in zip(*map(strata_moments, groups), strict=True))
     _expect_moments(estimate, mean, variance, mc_variance)
     assert estimate.is_bound
     assert variance <= mc_variance
-    assert len(strata) < NUM_DRAWS or mc_variance <= max_ratio**2 * variance
+    assert len(groups[0]) < NUM_DRAWS or mc_variance <= max_ratio**2 * variance
 
 
 # Times and masks drawn: the mean is the bound of enumeration, and the errors are its errors
@@ -285,9 +288,9 @@ def test_count_bounds_of_constant_predictions_have_no_variance():
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 @pytest.mark.parametrize("row", [WHOLE, HOLED])
 def test_block_bound_has_mean_and_errors_of_enumeration(wrong, row, block_size):
-    strata = block_strata(wrong.nll, row, MASK, block_size, NUM_DRAWS)
+    parts = block_strata(wrong.nll, row, MASK, block_size, NUM_DRAWS)
     estimate = block_bound(BlockView(wrong, block_size, MASK), _copies(row), block_size, num_draws=NUM_DRAWS)
-    _expect_strata(estimate, strata, MAX_BLOCK_RATIO)
+    _expect_strata(estimate, *parts, max_ratio=MAX_BLOCK_RATIO)
 
 
 def test_any_order_bound_has_mean_and_errors_of_enumeration(wrong):

@@ -154,12 +154,19 @@ def _uniforms(s: Scoring, num_draws: int, stream: Stream, group: int = 0) -> lis
     ]
 
 
-def _expect_draws(estimate: RowEstimate, losses: list[list[float]]) -> None:
-    """Losses of every draw and row: their means, and errors from neighbours, the first and the last pair twice."""
-    by_row = list(zip(*losses, strict=True))
-    squares = [[(b - a) ** 2 for a, b in itertools.pairwise(row)] for row in by_row]
-    errors = [math.sqrt(math.fsum([*of_row, of_row[0], of_row[-1]]) / (2 * len(losses) ** 2)) for of_row in squares]
-    assert estimate.nats.tolist() == pytest.approx([statistics.mean(row) for row in by_row], rel=RTOL)
+def _expect_draws(estimate: RowEstimate, *groups: list[list[float]]) -> None:
+    """Losses of every draw and row: their means, and errors from neighbours, the first and the last pair twice.
+
+    Of several groups the means and the squares of the errors add.
+    """
+    nats, squares = [], []
+    for losses in groups:
+        by_row = list(zip(*losses, strict=True))
+        steps = [[(b - a) ** 2 for a, b in itertools.pairwise(row)] for row in by_row]
+        nats.append([statistics.mean(row) for row in by_row])
+        squares.append([math.fsum([*row, row[0], row[-1]]) / (2 * len(losses) ** 2) for row in steps])
+    errors = [math.sqrt(math.fsum(of_row)) for of_row in zip(*squares, strict=True)]
+    assert estimate.nats.tolist() == pytest.approx([math.fsum(of_row) for of_row in zip(*nats, strict=True)], rel=RTOL)
     assert estimate.mc_se.tolist() == pytest.approx(errors, rel=RTOL, abs=RTOL)
 
 
@@ -195,7 +202,7 @@ def test_exact_count_bound_equals_naive_loop_over_the_addressed_noise(wrong):
 
 
 def test_block_bound_equals_naive_loop_over_the_addressed_noise(wrong):
-    rows, num_draws, losses = ROWS * 2, 3, []
+    rows, num_draws, losses = ROWS * 2, 3, [[], []]
     s = scoring(rows)
     u = [_uniforms(s, num_draws, Stream.COUNT, block) for block in range(2)]
     parts = [[cut(row, 0, 2), cut(row, 2, 4)] for row in rows]
@@ -204,14 +211,16 @@ def test_block_bound_equals_naive_loop_over_the_addressed_noise(wrong):
             [min(len(part.places), 1 + math.floor(u[b][draw][i] * len(part.places))) for b, part in enumerate(of_row)]
             for i, of_row in enumerate(parts)
         ]
-        totals = [0.0] * len(rows)
-        for i, is_masked in enumerate(_subsets(s, counts, draw)):
-            for b, part in enumerate(parts[i]):
+        subsets = _subsets(s, counts, draw)
+        for b in range(2):
+            losses[b].append([])
+            for i, is_masked in enumerate(subsets):
+                part = parts[i][b]
                 subset = [place for place in part.places if is_masked[place]]
                 seen = block_nll(wrong.nll, part, 2 * b, 2 * b + 2, MASK)
-                totals[i] += len(part.places) / max(counts[i][b], 1) * masked_sum(seen, part, subset, MASK)
-        losses.append(totals)
-    _expect_draws(_blocks(BlockView(wrong, 2, MASK), s), losses)
+                weight = len(part.places) / max(counts[i][b], 1)
+                losses[b][-1].append(weight * masked_sum(seen, part, subset, MASK))
+    _expect_draws(_blocks(BlockView(wrong, 2, MASK), s), *losses)
 
 
 def test_any_order_bound_equals_naive_loop_over_the_addressed_noise(wrong):
@@ -482,11 +491,8 @@ def test_scoring_of_a_mask_token_raises():
         scoring([WHOLE, Row((MASK, 0, 0, 0), (True, False, False, False))])
 
 
-def test_scoring_of_one_row_a_batch_is_allowed():
-    assert scoring([SINGLE], batch_rows=1).batch_rows == 1
-
-
 @pytest.mark.parametrize("batch_rows", [0, -1])
-def test_scoring_of_no_rows_a_batch_raises(batch_rows):
+def test_scoring_of_less_than_one_row_a_batch_raises(batch_rows):
+    assert scoring([SINGLE], batch_rows=1).batch_rows == 1
     with pytest.raises(ValueError, match=f"batch_rows is {batch_rows};"):
         scoring([SINGLE], batch_rows=batch_rows)

@@ -102,16 +102,16 @@ def test_forward_with_select_equals_rows_of_all_logits():
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_forward_with_targets_equals_weighted_cross_entropy_of_the_logits(config):
-    model = _denoiser(config)
+    model = _denoiser(config).double()
     x0 = torch.randint(config.vocab_size, (2, 5), generator=torch.Generator().manual_seed(3))
     select = (x0.flatten() != config.mask_token_id).nonzero().squeeze(1)[[0, 3, 1]]
     targets, weight = x0.flatten()[select], torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
     nats = F.cross_entropy(model(x0, select), targets, reduction="none")
-    wanted = torch.autograd.grad((nats * weight.float()).sum(), list(model.parameters()))
+    wanted = torch.autograd.grad((nats * weight).sum(), list(model.parameters()))
     head = model(x0, select, targets, weight)
-    torch.testing.assert_close(head.cross_entropy, nats.detach(), rtol=0, atol=ATOL)
+    torch.testing.assert_close(head.cross_entropy, nats.detach(), rtol=1e-10, atol=1e-12)
     for found, gradient in zip(torch.autograd.grad(head.loss_sum, list(model.parameters())), wanted, strict=True):
-        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=ATOL)
+        torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

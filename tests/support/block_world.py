@@ -287,17 +287,14 @@ def count_strata(nll: Nll, row: Row, mask_token_id: int, num_draws: int) -> Stra
     return strata
 
 
-def block_strata(nll: Nll, row: Row, mask_token_id: int, block_size: int, num_draws: int) -> Strata:
-    """The chain over blocks, each block with a count of its own in the same stratum."""
+def block_strata(nll: Nll, row: Row, mask_token_id: int, block_size: int, num_draws: int) -> list[Strata]:
+    """The chain over blocks: each block with a count of its own, independent of the others."""
     parts = []
     for start in range(0, len(row.x), block_size):
         part, seen = cut(row, start, start + block_size), block_nll(nll, row, start, start + block_size, mask_token_id)
         if part.places:
             parts.append(count_strata(seen, part, mask_token_id, num_draws))
-    return [
-        (math.fsum(mean for mean, _ in of_draw), math.fsum(variance for _, variance in of_draw))
-        for of_draw in zip(*parts, strict=True)
-    ]
+    return parts
 
 
 def context_free_strata(losses: Sequence[float], num_draws: int) -> Strata:

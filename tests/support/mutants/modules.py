@@ -1,7 +1,7 @@
 """Which modules are mutated, and the tests that have to notice."""
 
 MODULES: dict[str, list[str]] = {
-    "schedules": ["tests/dlm_core/test_schedules.py"],
+    "schedules": ["tests/dlm_core/test_schedules.py", "tests/dlm_core/test_schedules_chain.py"],
     "noise": ["tests/dlm_core/test_noise.py"],
     "blocks": ["tests/dlm_core/test_blocks.py"],
     "corruption": ["tests/dlm_core/test_corruption.py", "tests/dlm_core/test_corruption_counts.py"],

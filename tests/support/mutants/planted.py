@@ -352,8 +352,8 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "likelihood",
         "prior left out",
-        "_over_strata(losses + s.lengths * prior_loss(alpha_1, num_real_tokens))",
-        "_over_strata(losses)",
+        "_over_strata((losses + s.lengths * prior_loss(alpha_1, num_real_tokens)).unsqueeze(-1))",
+        "_over_strata(losses.unsqueeze(-1))",
     ),
     Planted("likelihood", "prior once a row", "s.lengths * prior_loss(", "prior_loss("),
     Planted(
