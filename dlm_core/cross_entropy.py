@@ -62,14 +62,14 @@ def masked_cross_entropy(
     weight: Float[Tensor, " M"],
     *,
     select: Int[Tensor, " M"] | None = None,
-    never: int | None = None,
+    mask_token_id: int | None = None,
     chunk_rows: int | None = None,
     implementation: Literal["chunked", "torch"] = "chunked",
 ) -> HeadLoss:
     """Weighted cross-entropy of chosen rows:  sum_m weight_m * -log softmax(head_weight @ hidden[select_m])[target_m].
 
-    Only the rows ``select`` (all by default) go through the head.  ``never`` is the id whose logit is -inf, the mask
-    token.  Products run in the dtype of ``hidden``; softmax, loss and sums in float32 (float64 for float64).  M = 0
+    Only the rows ``select`` (all by default) go through the head.  The logit of ``mask_token_id``
+    is -inf.  Products run in the dtype of ``hidden``; softmax, loss and sums in float32 (float64 for float64).  M = 0
     gives a loss of 0 with zero gradients.  ``targets`` and ``weight`` get no gradient.
 
     "chunked" takes ``chunk_rows`` rows at a time (by default what fits CHUNK_BYTES) and each chunk's gradient while its
@@ -84,25 +84,30 @@ def masked_cross_entropy(
         raise ValueError(f"there are {len(weight)} weights for {len(targets)} targets; wanted one each")
     if implementation == "torch":
         rows = hidden if select is None else hidden[select]
-        return _torch_head(rows, head_weight, targets, weight, never, chunk_rows)
+        return _torch_head(rows, head_weight, targets, weight, mask_token_id, chunk_rows)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}; it must be at least 1")
     if not torch.is_grad_enabled():  # else the gradient would be taken all the same
         hidden, head_weight = hidden.detach(), head_weight.detach()
-    return HeadLoss(*_ChunkedHead.apply(hidden, head_weight, targets, weight, select, never, chunk_rows))
+    return HeadLoss(*_ChunkedHead.apply(hidden, head_weight, targets, weight, select, mask_token_id, chunk_rows))
 
 
 def _torch_head(
-    rows: Tensor, head_weight: Tensor, targets: Tensor, weight: Tensor, never: int | None, chunk_rows: int | None
+    rows: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    mask_token_id: int | None,
+    chunk_rows: int | None,
 ) -> HeadLoss:
     if not hasattr(F, "linear_cross_entropy"):
         raise ValueError(f'torch {torch.__version__} has no linear_cross_entropy; use implementation="chunked"')
     if chunk_rows is not None:
         raise ValueError(f'chunk_rows is {chunk_rows}, but implementation="torch" chooses its own chunks; leave it out')
     bias = None
-    if never is not None:
+    if mask_token_id is not None:
         bias = torch.zeros(len(head_weight), dtype=rows.dtype, device=rows.device)
-        bias[never] = -torch.inf
+        bias[mask_token_id] = -torch.inf
     cross_entropy = F.linear_cross_entropy(
         rows, head_weight, targets, linear_bias=bias, reduction="none", options=torch.nn.LinearCrossEntropyOptions()
     ).to(compute_dtype(rows.dtype))
@@ -120,7 +125,7 @@ class _ChunkedHead(torch.autograd.Function):
         targets: Tensor,
         weight: Tensor,
         select: Tensor | None,
-        never: int | None,
+        mask_token_id: int | None,
         chunk_rows: int | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(hidden.dtype)
@@ -134,8 +139,8 @@ class _ChunkedHead(torch.autograd.Function):
             part = slice(start, start + size)
             chunk, wanted = rows[part], targets[part, None]
             logits = (chunk @ head_weight.t()).to(dtype)
-            if never is not None:
-                logits[:, never] = -torch.inf
+            if mask_token_id is not None:
+                logits[:, mask_token_id] = -torch.inf
             top, at_target = logits.amax(dim=-1, keepdim=True), logits.gather(1, wanted)
             grad = logits.sub_(top).exp_()
             total = grad.sum(dim=-1, keepdim=True)

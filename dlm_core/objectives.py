@@ -328,17 +328,18 @@ def loss_output(head: HeadLoss, targets: Targets) -> LossOutput:
     """
     cross_entropy = head.cross_entropy
     device = cross_entropy.device
-    timed = ~targets.t.isnan()
-    bins = (targets.t[timed] * NUM_T_BINS).long().clamp(max=NUM_T_BINS - 1).to(device)
+    # Indices and counts where t lies, on the host: on a GPU each would wait for it
+    timed = (~targets.t.isnan()).nonzero().squeeze(1)
+    bins = (targets.t[timed] * NUM_T_BINS).long().clamp(max=NUM_T_BINS - 1)
     bin_loss_sum = torch.zeros(NUM_T_BINS, dtype=cross_entropy.dtype, device=device)
-    bin_loss_sum.index_add_(0, bins, cross_entropy[timed.to(device)])
+    bin_loss_sum.index_add_(0, bins.to(device), cross_entropy[timed.to(device)])
     return LossOutput(
         loss_sum=head.loss_sum,
         nelbo_sum=(targets.nelbo_weight.to(device, cross_entropy.dtype) * cross_entropy).sum(),
         num_tokens=targets.num_tokens,
         num_masked=torch.tensor(len(targets.targets), device=device),
         bin_loss_sum=bin_loss_sum,
-        bin_num_masked=torch.bincount(bins, minlength=NUM_T_BINS),
+        bin_num_masked=torch.bincount(bins, minlength=NUM_T_BINS).to(device),
     )
 
 

@@ -133,7 +133,7 @@ class Denoiser(nn.Module):
 
         ``select`` indexes xt.flatten(); the head, the widest product of a small model, runs on those rows alone.  With
         ``targets`` and ``weight`` their weighted cross-entropy is returned (``masked_cross_entropy``) and the logits of
-        all rows are never held.
+        all rows are never held.  Raises ValueError for one without the other.
         """
         a = self.config.architecture
         cos, sin = rope_tables(xt.shape[1], a.head_dim, a.rope_base)
@@ -143,7 +143,9 @@ class Denoiser(nn.Module):
             x = block(x, cos, sin)
         rows = rearrange(x, "b l d -> (b l) d")
         hidden = self.norm(rows if select is None else rows[select])
-        head, never = self.embedding.weight, self.config.mask_token_id
+        head, mask_token_id = self.embedding.weight, self.config.mask_token_id
+        if targets is None and weight is None:
+            return exclude_token(F.linear(hidden, head), mask_token_id)
         if targets is None or weight is None:
-            return exclude_token(F.linear(hidden, head), never)
-        return masked_cross_entropy(hidden, head, targets, weight, never=never)
+            raise ValueError("targets and weight come together, for a loss, or both stay out, for logits")
+        return masked_cross_entropy(hidden, head, targets, weight, mask_token_id=mask_token_id)

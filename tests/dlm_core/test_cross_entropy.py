@@ -65,28 +65,30 @@ class _Products(TorchDispatchMode):
 # Loss and gradients
 
 
-@pytest.mark.parametrize("never", [None, NEVER])
+@pytest.mark.parametrize("mask_token_id", [None, NEVER])
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
 @pytest.mark.parametrize("select", [SELECT, None])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_loss_of_chosen_rows_equals_the_loop(dtype, select, chunk_rows, never):
+def test_loss_of_chosen_rows_equals_the_loop(dtype, select, chunk_rows, mask_token_id):
     case = make_case(dtype, select)
-    out = case.loss(chunk_rows=chunk_rows, never=never)
-    losses = loop(case, never)
+    out = case.loss(chunk_rows=chunk_rows, mask_token_id=mask_token_id)
+    losses = loop(case, mask_token_id)
     assert_close(out.cross_entropy, torch.tensor(losses, dtype=torch.float64), TOLERANCE[dtype])
     expected = sum(w * loss for w, loss in zip(case.weight.tolist(), losses, strict=True))
     assert float(out.loss_sum.detach()) == pytest.approx(expected, rel=TOLERANCE[dtype])
     assert out.loss_sum.dtype == out.cross_entropy.dtype == dtype
 
 
-@pytest.mark.parametrize("never", [None, NEVER])
+@pytest.mark.parametrize("mask_token_id", [None, NEVER])
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
 @pytest.mark.parametrize("select", [SELECT, None])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_gradients_scaled_from_above_equal_autograd_of_the_full_formula(dtype, select, chunk_rows, never):
+def test_gradients_scaled_from_above_equal_autograd_of_the_full_formula(dtype, select, chunk_rows, mask_token_id):
     case = make_case(dtype, select)
-    expected = full_gradients(case, never, SCALE)
-    for grad, reference in zip(gradients(case, SCALE, chunk_rows=chunk_rows, never=never), expected, strict=True):
+    expected = full_gradients(case, mask_token_id, SCALE)
+    for grad, reference in zip(
+        gradients(case, SCALE, chunk_rows=chunk_rows, mask_token_id=mask_token_id), expected, strict=True
+    ):
         assert grad.dtype == dtype
         assert_close(grad, reference, TOLERANCE[dtype])
 
@@ -96,7 +98,7 @@ def test_gradcheck_in_float64_passes(chunk_rows):
     case = make_case()
 
     def loss_sum(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        return replace(case, hidden=hidden, head=head).loss(chunk_rows=chunk_rows, never=NEVER).loss_sum
+        return replace(case, hidden=hidden, head=head).loss(chunk_rows=chunk_rows, mask_token_id=NEVER).loss_sum
 
     assert torch.autograd.gradcheck(loss_sum, (case.hidden, case.head))
 
@@ -120,7 +122,7 @@ def test_gradient_of_rows_not_chosen_is_exactly_zero(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gradient_of_the_id_never_predicted_is_exactly_zero(dtype, implementation):
-    hidden_grad, head_grad = gradients(make_case(dtype), SCALE, never=NEVER, implementation=implementation)
+    hidden_grad, head_grad = gradients(make_case(dtype), SCALE, mask_token_id=NEVER, implementation=implementation)
     assert torch.count_nonzero(head_grad[NEVER]) == 0
     assert torch.count_nonzero(head_grad[[v for v in range(V) if v != NEVER]].sum(1)) == V - 1
     assert head_grad.isfinite().all()
@@ -130,7 +132,7 @@ def test_gradient_of_the_id_never_predicted_is_exactly_zero(dtype, implementatio
 def test_probability_with_an_id_never_predicted_is_normalised_over_the_others():
     case = make_case(select=[2])
     total = sum(
-        math.exp(-float(replace(case, targets=torch.tensor([v])).loss(never=NEVER).cross_entropy[0]))
+        math.exp(-float(replace(case, targets=torch.tensor([v])).loss(mask_token_id=NEVER).cross_entropy[0]))
         for v in range(V)
         if v != NEVER
     )
@@ -147,29 +149,32 @@ def test_weight_of_zero_gives_zero_loss_and_gradients_but_keeps_cross_entropy(im
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("never", [None, NEVER])
+@pytest.mark.parametrize("mask_token_id", [None, NEVER])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_no_chosen_row_gives_zero_loss_and_zero_gradients(dtype, never, implementation):
+def test_no_chosen_row_gives_zero_loss_and_zero_gradients(dtype, mask_token_id, implementation):
     case = make_case(dtype, select=[])
-    out = case.loss(never=never, implementation=implementation)
+    out = case.loss(mask_token_id=mask_token_id, implementation=implementation)
     assert float(out.loss_sum.detach()) == 0.0
     assert out.cross_entropy.shape == (0,)
-    hidden_grad, head_grad = gradients(case, SCALE, never=never, implementation=implementation)
+    hidden_grad, head_grad = gradients(case, SCALE, mask_token_id=mask_token_id, implementation=implementation)
     assert hidden_grad.shape == (N, D)
     assert head_grad.shape == (V, D)
     assert torch.count_nonzero(hidden_grad) == torch.count_nonzero(head_grad) == 0
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("never", [None, NEVER])
+@pytest.mark.parametrize("mask_token_id", [None, NEVER])
 @pytest.mark.parametrize("select", [SELECT, None])
-def test_torch_implementation_equals_chunked(select, never, dtype):
+def test_torch_implementation_equals_chunked(select, mask_token_id, dtype):
     case = make_case(dtype, select)
-    ours, theirs = case.loss(never=never), case.loss(never=never, implementation="torch")
+    ours, theirs = (
+        case.loss(mask_token_id=mask_token_id),
+        case.loss(mask_token_id=mask_token_id, implementation="torch"),
+    )
     assert_close(theirs.cross_entropy, ours.cross_entropy, TOLERANCE[dtype])
     assert_close(theirs.loss_sum.detach(), ours.loss_sum.detach(), TOLERANCE[dtype])
-    of_theirs = gradients(case, SCALE, never=never, implementation="torch")
-    for grad, reference in zip(of_theirs, gradients(case, SCALE, never=never), strict=True):
+    of_theirs = gradients(case, SCALE, mask_token_id=mask_token_id, implementation="torch")
+    for grad, reference in zip(of_theirs, gradients(case, SCALE, mask_token_id=mask_token_id), strict=True):
         assert_close(grad, reference, TOLERANCE[dtype])
 
 
@@ -229,7 +234,7 @@ def test_weight_gets_no_gradient(implementation):
 
 def test_inputs_are_left_as_they_were():
     case, before = make_case(), make_case()
-    case.loss(chunk_rows=3, never=NEVER).loss_sum.backward()
+    case.loss(chunk_rows=3, mask_token_id=NEVER).loss_sum.backward()
     for name in ("hidden", "head", "targets", "weight", "select"):
         assert torch.equal(getattr(case, name), getattr(before, name))
 
@@ -276,13 +281,13 @@ def test_logits_beyond_the_range_of_exp_stay_finite(sign):
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.loss_sum, [hidden, head]))
 
 
-@pytest.mark.parametrize("never", [None, NEVER])
-def test_bf16_loss_is_the_float32_loss_of_its_own_products(never):
+@pytest.mark.parametrize("mask_token_id", [None, NEVER])
+def test_bf16_loss_is_the_float32_loss_of_its_own_products(mask_token_id):
     case = make_case(torch.bfloat16)
-    out = case.loss(never=never, chunk_rows=M)
+    out = case.loss(mask_token_id=mask_token_id, chunk_rows=M)
     logits = (case.hidden[case.select] @ case.head.T).detach().double()
-    if never is not None:
-        logits[:, never] = -math.inf
+    if mask_token_id is not None:
+        logits[:, mask_token_id] = -math.inf
     losses = [row_loss(row, target) for row, target in zip(logits.tolist(), TARGETS, strict=True)]
     assert out.loss_sum.dtype == out.cross_entropy.dtype == torch.float32
     assert_close(out.cross_entropy, torch.tensor(losses), TOLERANCE[torch.float32])
@@ -290,15 +295,15 @@ def test_bf16_loss_is_the_float32_loss_of_its_own_products(never):
     assert float(out.loss_sum.detach()) == pytest.approx(expected, rel=TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("never", [None, NEVER])
-def test_bf16_gradients_are_the_products_of_rounded_logit_gradients(never):
+@pytest.mark.parametrize("mask_token_id", [None, NEVER])
+def test_bf16_gradients_are_the_products_of_rounded_logit_gradients(mask_token_id):
     case = make_case(torch.bfloat16, select=[5, 0, 3, 6, 2, 1])
     rows, targets, weight = case.hidden[case.select].detach(), case.targets, case.weight
     logits = (rows @ case.head.T).detach().double()
-    if never is not None:
-        logits[:, never] = -math.inf
+    if mask_token_id is not None:
+        logits[:, mask_token_id] = -math.inf
     by_logit = ((logits.softmax(-1) - F.one_hot(targets, V)) * weight[:, None]).bfloat16()
-    hidden_grad, head_grad = gradients(case, 1.0, never=never, chunk_rows=len(rows))
+    hidden_grad, head_grad = gradients(case, 1.0, mask_token_id=mask_token_id, chunk_rows=len(rows))
     assert hidden_grad.dtype == head_grad.dtype == torch.bfloat16
     assert_close(hidden_grad[case.select], by_logit.double() @ case.head.detach().double(), BF16_ROUNDING)
     assert_close(head_grad, by_logit.double().T @ rows.double(), BF16_ROUNDING)
@@ -347,7 +352,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(chunk_rows):
     zeros = torch.zeros(num_rows, dtype=torch.int64)
     with _Products() as products:
         masked_cross_entropy(
-            hidden, head, zeros, torch.ones(num_rows), never=1, chunk_rows=chunk_rows
+            hidden, head, zeros, torch.ones(num_rows), mask_token_id=1, chunk_rows=chunk_rows
         ).loss_sum.backward()
     assert max(products.rows_of_logits(vocab_size)) == chunk_rows
     assert max(math.prod(shape) for shape in products.shapes) == chunk_rows * vocab_size

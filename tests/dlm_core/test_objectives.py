@@ -228,7 +228,7 @@ def test_loss_through_the_chunked_head_equals_loss_of_its_logits(target_offset):
     head = torch.randn(V, 3, generator=generator, dtype=torch.float64)
     targets = masked_targets(batch, Nelbo(LINEAR), ExactCount(), target_offset=target_offset)
     loss = masked_cross_entropy(
-        hidden, head, targets.targets, targets.weight, select=targets.select, never=MASK, chunk_rows=2
+        hidden, head, targets.targets, targets.weight, select=targets.select, mask_token_id=MASK, chunk_rows=2
     )
     logits = exclude_token(hidden @ head.T, MASK).view(ROWS, LENGTH, V)
     _assert_sums(loss_output(loss, targets), _naive(logits, batch, Nelbo(LINEAR), ExactCount(), target_offset))
@@ -362,7 +362,7 @@ def test_gradient_over_the_global_count_does_not_depend_on_how_the_batch_is_spli
             hidden = (context + context.mean(dim=1, keepdim=True)).tanh().flatten(0, 1)
             targets = masked_targets(part, Nelbo(LINEAR), ExactCount(), target_offset=target_offset)
             head = masked_cross_entropy(
-                hidden, weights["head"], targets.targets, targets.weight, select=targets.select, never=MASK
+                hidden, weights["head"], targets.targets, targets.weight, select=targets.select, mask_token_id=MASK
             )
             outputs.append(loss_output(head, targets))
         num_tokens = sum(int(output.num_tokens) for output in outputs)

@@ -114,6 +114,12 @@ def test_forward_with_targets_equals_weighted_cross_entropy_of_the_logits(config
         torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("given", [{"targets": torch.tensor([1])}, {"weight": torch.tensor([1.0])}])
+def test_forward_with_targets_or_weight_alone_raises(given):
+    with pytest.raises(ValueError, match="targets and weight come together"):
+        _denoiser()(_tokens(1, 3), torch.tensor([1]), **given)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_forward_gives_the_mask_token_alone_no_probability(config):
     logits = _denoiser(config)(torch.zeros(1, 4, dtype=torch.int64))

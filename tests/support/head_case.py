@@ -54,26 +54,26 @@ def row_loss(logits: list[float], target: int) -> float:
     return largest + math.log(sum(math.exp(logit - largest) for logit in logits)) - logits[target]
 
 
-def loop(case: Case, never: int | None) -> list[float]:
+def loop(case: Case, mask_token_id: int | None) -> list[float]:
     """-log p(target) of every chosen row, by loops over Python floats."""
     hidden, head = case.hidden.tolist(), case.head.tolist()
     losses = []
     for m, target in enumerate(case.targets.tolist()):
         row = hidden[m if case.select is None else int(case.select[m])]
         logits = [math.fsum(h * w for h, w in zip(row, column, strict=True)) for column in head]
-        if never is not None:
-            logits[never] = -math.inf
+        if mask_token_id is not None:
+            logits[mask_token_id] = -math.inf
         losses.append(row_loss(logits, target))
     return losses
 
 
-def full_gradients(case: Case, never: int | None, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def full_gradients(case: Case, mask_token_id: int | None, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the formula over the logits of every position, in float64."""
     hidden = case.hidden.detach().double().requires_grad_()
     head = case.head.detach().double().requires_grad_()
     logits = hidden @ head.T
-    if never is not None:
-        logits = logits.masked_fill(torch.arange(V) == never, -torch.inf)
+    if mask_token_id is not None:
+        logits = logits.masked_fill(torch.arange(V) == mask_token_id, -torch.inf)
     log_probs = logits.log_softmax(-1)
     select = range(N) if case.select is None else case.select.tolist()
     total = torch.zeros((), dtype=torch.float64)

@@ -216,7 +216,10 @@ PLANTED: tuple[Planted, ...] = (
     ),
     Planted("masks", "earlier documents visible", "doc_ids[b, q] == doc_ids[b, k]", "doc_ids[b, q] >= doc_ids[b, k]"),
     Planted(
-        "cross_entropy", "the mask token can be predicted", "logits[:, never] = -torch.inf", "logits[:, never] = 0.0"
+        "cross_entropy",
+        "the mask token can be predicted",
+        "logits[:, mask_token_id] = -torch.inf",
+        "logits[:, mask_token_id] = 0.0",
     ),
     Planted(
         "cross_entropy",
