@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | check | format | mutants | figures: each sets up .venv by itself.
+# make quickstart | test | test-slow | check | format | bench | mutants | figures: each sets up .venv by itself.
 # On a machine with a CUDA driver: make quickstart TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,7 +10,7 @@ BIN := .venv/bin
 TORCH_STAMP := .venv/torch$(subst :,_,$(subst /,_,$(TORCH_INDEX_URL))).installed
 RUN_STAMP := $(TORCH_STAMP:.installed=-run.installed)
 
-.PHONY: quickstart test test-slow check format mutants figures clean
+.PHONY: quickstart test test-slow check format bench mutants figures clean
 
 quickstart: $(RUN_STAMP)
 	$(BIN)/dlm run quickstart
@@ -30,6 +30,9 @@ check: .venv/dev.installed
 format: .venv/dev.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: .venv/dev.installed
+	$(BIN)/python -m benchmarks.objective
 
 mutants: .venv/dev.installed
 	$(BIN)/python -m tests.support.mutants
