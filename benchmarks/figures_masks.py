@@ -20,6 +20,7 @@ _LOWER_PITCH = 310.0
 _LEGEND_LEFT = 676.0
 
 _PACKED = f"packed: {DOC_LENGTHS[0]} and {DOC_LENGTHS[1]} tokens"
+_JOINED = "both(block_diffusion, on_both_halves(same_document))"
 
 PARTS = {"M_BD": BLUE, "M_OBC": TEAL, "M_BC": AMBER}
 """Parts of the block-diffusion mask, named as in BD3-LM (arXiv 2503.09573) section 3.4."""
@@ -41,7 +42,7 @@ class Matrix:
     entries: dict[str, Tensor]
     """For every colour the entries [q, k] that have it."""
     cuts: tuple[int, ...] = ()
-    """Places where a document or a block ends."""
+    """Places where a document ends in a packed row, a block in others."""
 
     @property
     def length(self) -> int:
@@ -89,7 +90,7 @@ def block_matrices() -> list[Matrix]:
     doc_ends = (DOC_LENGTHS[0], SEQ_LEN + DOC_LENGTHS[0])
     return [
         Matrix("block_diffusion", f"blocks of {BLOCK_SIZE}", _in_parts(diffusion), tuple(ends)),
-        Matrix("block_diffusion and same_document", f"blocks of {BLOCK_SIZE}, {_PACKED}", _in_parts(packed), doc_ends),
+        Matrix(_JOINED, f"blocks of {BLOCK_SIZE}, {_PACKED}", _in_parts(packed), doc_ends),
     ]
 
 
@@ -173,6 +174,11 @@ def _legend() -> str:
         parts.append(f'<rect x="{left:g}" y="{y:g}" width="14" height="14" rx="2" fill="{colour}"/>')
         parts.append(text(left + 24, y + 12, name, "name"))
         parts += [text(left + 24, y + 28 + 15 * j, line, "tick") for j, line in enumerate(_MEANING[name])]
-    notes = ("no clean query sees a noisy key", "xt: noisy half, x0: clean half", "dashed: block and document ends")
+    notes = (
+        "no clean query sees a noisy key",
+        "xt: noisy half, x0: clean half",
+        "dashed: document ends where",
+        "packed, elsewhere block ends",
+    )
     parts += [text(left, top + 206 + 17 * i, line, "tick") for i, line in enumerate(notes)]
     return "".join(parts)

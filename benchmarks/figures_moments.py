@@ -183,7 +183,7 @@ def _cuts(estimator: Estimator, num_strata: int) -> list[float]:
 
 @dataclass(frozen=True)
 class ByTime:
-    """One draw at a given t, weight 1 / t."""
+    """One draw at a given t, weight 1 / t: nats per time, whose integral over t is the loss."""
 
     t: Tensor
     mean: Tensor

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.figures_parts import AMBER, BLUE, INK, PURPLE, TEAL, Axes, Points, card, coloured, number
+from benchmarks.figures_parts import AMBER, BLUE, CARD, INK, PURPLE, TEAL, Axes, Points, card, coloured, number
 from dlm_core.schedules import SCHEDULES, ClippedSchedule, Schedule
 from workflows.report.svg import text
 
 _SCHEDULES: dict[str, Schedule] = {**SCHEDULES, "clipped": ClippedSchedule(0.3, 0.8)}
-_HEIGHT = 492.0
-_LEGEND_TOP = 418
+_HEIGHT = 514.0
+_LEGEND_TOP = 440
 _LEGEND_COLUMNS = ((56, 88), (270, 98), (628, 66))
 """Where a column begins, and how far right of its names the formulas stand."""
 _POINTS = 81
@@ -22,6 +22,8 @@ _MIN_WEIGHT, _MAX_WEIGHT = 0.1, 100.0
 """Range of the weights shown."""
 _LABEL_GAP = 13.0
 """Pixels between the names at the ends of the lines."""
+_CHAR_WIDTH = 6.3
+"""About what a letter of a name takes: the ground of a name on its line is as long as its letters."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,10 @@ def _on_line(axes: Axes, points: Points, t: float, name: str) -> str:
     (x0, y0), (x1, y1) = ((axes.to_x(x), axes.to_y(y)) for x, y in points[after - 1 : after + 1])
     share = (axes.to_x(t) - x0) / (x1 - x0)
     angle = math.degrees(math.atan2(y1 - y0, x1 - x0))
-    turned = coloured(0, 4, name, _LOOKS[name].colour, "on-line", "middle")
+    width = _CHAR_WIDTH * len(name)
+    # A ground of its own: the line behind the name would fill the gap over an underscore and pass for a hyphen.
+    ground = f'<rect x="{number(-width / 2)}" y="-5" width="{number(width)}" height="10" fill="{CARD}"/>'
+    turned = ground + coloured(0, 4, name, _LOOKS[name].colour, "on-line", "middle")
     place = f"{number(axes.to_x(t))} {number(y0 + share * (y1 - y0))}"
     return f'<g transform="translate({place}) rotate({number(angle)})">{turned}</g>'
 
@@ -130,7 +135,7 @@ def _first(group: Sequence[float], gap: float) -> float:
 
 
 def _legend() -> str:
-    parts = []
+    parts = [text(_LEGEND_COLUMNS[0][0], _LEGEND_TOP - 24, "Mask probability 1 − αₜ of each schedule:", "sub")]
     for place, (name, look) in enumerate(_LOOKS.items()):
         x, indent = _LEGEND_COLUMNS[place // 3]
         y = _LEGEND_TOP + 20 * (place % 3)

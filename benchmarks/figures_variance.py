@@ -70,9 +70,9 @@ def _by_time(world: World) -> str:
     ticks = [(i / 5, f"{i / 5:g}") for i in range(6)]
     powers = [(10.0**power, label) for power, label in ((-1, "0.1"), (0, "1"), (1, "10"), (2, "100"), (3, "1,000"))]
     parts = [
-        upper.frame("Variance of one draw at time t, nats²", [], [*powers, (1e4, "10,000")]),
+        upper.frame("Variance of one draw at time t, (nats / time)²", [], [*powers, (1e4, "10,000")]),
         lower.frame(
-            "Its mean: the contribution to the loss, nats", ticks, [(i, f"{i}") for i in (0, 2, 4, 6)], "time t"
+            "Its mean: the contribution to the loss, nats / time", ticks, [(i, f"{i}") for i in (0, 2, 4, 6)], "time t"
         ),
     ]
     for axes in (upper, lower):

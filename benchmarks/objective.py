@@ -44,7 +44,7 @@ class Size:
         return self.batch_seqs * self.seq_len
 
 
-FULL = Size(vocab_size=50_257, seq_len=1024, batch_seqs=8, d_model=768, num_rounds=3, num_rounds_plain=1)
+FULL = Size(vocab_size=50_257, seq_len=1024, batch_seqs=8, d_model=768, num_rounds=6, num_rounds_plain=1)
 QUICK = Size(vocab_size=8_192, seq_len=256, batch_seqs=4, d_model=256, num_rounds=2, num_rounds_plain=1)
 _TINY = Size(vocab_size=512, seq_len=64, batch_seqs=2, d_model=768, num_rounds=1, num_rounds_plain=0)
 

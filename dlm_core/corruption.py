@@ -1,6 +1,6 @@
 """The forward process of a batch: sampled times, then noised tokens.
 
-Every draw is addressed by (noise_seed, step, sample id, position); times by (noise_seed, step, place).
+Every draw is addressed by (noise_seed, stream, step, sample id, position); times by (noise_seed, stream, step, place).
 
 What lives here: q(xt | x0) as draws.  What must not: the hash (noise.py), probabilities of tokens (kernels.py).
 
@@ -65,8 +65,8 @@ def maskable_positions(
 ) -> Bool[Tensor, "B L"]:
     """Positions that may be noised: the valid ones (no padding), after the prompt, and not the first if it is kept.
 
-    keep_first: BD3-LM's ignore_bos, and what target_offset 1 needs, where nothing predicts position 0.  Raises
-    ValueError for a prompt longer than the row.
+    keep_first: the ignore_bos of BD3-LM (arXiv 2503.09573), and what target_offset 1 needs, where nothing predicts
+    position 0.  Raises ValueError for a prompt longer than the row.
     """
     num_rows, seq_len = valid.shape
     if prompt_lengths is None:
@@ -83,6 +83,17 @@ def _check_probability(prob: Tensor) -> None:
         raise ValueError(f"a mask probability is {float(prob[outside][0])}; it must lie in [0, 1]")
 
 
+def _check_rows(num_rows: int, sample_ids: Tensor, **columns: Tensor | None) -> None:
+    if len(sample_ids) != num_rows:
+        raise ValueError(f"there are {len(sample_ids)} sample_ids for {num_rows} rows; wanted one each")
+    for name, value in columns.items():
+        if value is not None and (value.ndim != 2 or len(value) != num_rows):
+            raise ValueError(
+                f"{name} has the shape {tuple(value.shape)}; wanted two axes, {num_rows} rows by groups or tokens: "
+                "what a row shares has the shape [rows, 1]"
+            )
+
+
 def noise_positions(
     noise_prob: Float[Tensor, "B K"],
     sample_ids: Int[Tensor, " B"],
@@ -95,11 +106,12 @@ def noise_positions(
     """Which tokens the forward process noises: each by itself, with the probability of its group.
 
     The device is that of sample_ids.  The same addresses decide for every kernel and every grouping.  Raises ValueError
-    for a probability outside [0, 1], or if K doesn't divide L.
+    for a probability outside [0, 1], if K doesn't divide L, or for another number of rows.
     """
+    _check_rows(len(sample_ids), sample_ids, mask_prob=noise_prob, maskable=maskable)
     _check_probability(noise_prob)
     positions = torch.arange(seq_len, device=sample_ids.device)
-    address = hash_words(noise_seed, step, Stream.MASK, sample_ids)
+    address = hash_words(noise_seed, Stream.MASK, step, sample_ids)
     chosen = hash_event(per_token(noise_prob, seq_len), address[:, None], positions)
     return chosen if maskable is None else chosen & maskable
 
@@ -116,10 +128,12 @@ def mask_tokens(
 ) -> Int[Tensor, "B L"]:
     """Draw xt ~ q(xt | x0) of the absorbing kernel: each token masked with the mask_prob of its group.
 
+    LLaDA (arXiv 2502.09992) algorithm 1; with a time a block, BD3-LM (2503.09573).
     Positions where ``maskable`` is False stay as they are.  Raises ValueError if x0 holds the mask token or K doesn't
     divide L.
     """
     _check_clean(x0, mask_token_id)
+    _check_rows(len(x0), sample_ids)
     is_masked = noise_positions(
         mask_prob, sample_ids.to(x0.device), x0.shape[1], noise_seed=noise_seed, step=step, maskable=maskable
     )
@@ -139,16 +153,19 @@ def corrupt_tokens(
     """Draw xt ~ q(xt | x0) of any kernel: each token noised with the noise_prob 1 - alpha_t of its group.
 
     A noised token is drawn anew from the kernel's stationary distribution: the mask with ``mask_share``, else a real
-    token, each equally likely.  With the absorbing kernel it equals ``mask_tokens``.  Raises ValueError for tokens
+    token, each equally likely.  With the absorbing kernel it equals ``mask_tokens``.  D3PM (arXiv 2107.03006) eq. 3.
+    Raises ValueError for tokens
     outside the vocabulary or equal to the mask, or if K doesn't divide L.
     """
     mask_token_id = kernel.mask_token_id
-    _check_inside(x0, kernel.vocab_size)
-    if mask_token_id is not None:
-        _check_clean(x0, mask_token_id)
+    if mask_token_id is None:
+        _check_inside(x0, kernel.vocab_size)
+    else:
+        check_tokens(x0, kernel.vocab_size, mask_token_id)
+    _check_rows(len(x0), sample_ids)
     sample_ids = sample_ids.to(x0.device)
     noised = noise_positions(noise_prob, sample_ids, x0.shape[1], noise_seed=noise_seed, step=step, maskable=maskable)
-    address = hash_words(noise_seed, step, Stream.REPLACEMENT, sample_ids)[:, None]
+    address = hash_words(noise_seed, Stream.REPLACEMENT, step, sample_ids)[:, None]
     positions = torch.arange(x0.shape[1], device=x0.device)
     drawn = hash_integer(kernel.num_real_tokens, address, positions, 0)
     if mask_token_id is not None:
@@ -172,6 +189,7 @@ def exact_count_positions(
     be masked.
     """
     num_rows, seq_len = maskable.shape
+    _check_rows(num_rows, sample_ids, num_masked=num_masked)
     grouped = (num_rows, num_masked.shape[1], block_length(num_masked.shape[1], seq_len))
     num_masked, available = num_masked.to(maskable.device), maskable.view(grouped).sum(dim=-1)
     if ((num_masked < 0) | (num_masked > available)).any():
@@ -179,7 +197,7 @@ def exact_count_positions(
             f"num_masked is {num_masked.tolist()}, but {available.tolist()} positions may be masked; ask for no more"
         )
     positions = torch.arange(seq_len, device=maskable.device)
-    address = hash_words(noise_seed, step, Stream.EXACT_MASK, sample_ids.to(maskable.device))
+    address = hash_words(noise_seed, Stream.EXACT_MASK, step, sample_ids.to(maskable.device))
     last = torch.iinfo(torch.int64).max
     hashes = hash_words(address[:, None], positions).masked_fill(~maskable, last).view(grouped)
     rank = hashes.argsort(dim=-1, stable=True).argsort(dim=-1)
@@ -220,15 +238,18 @@ def mask_within(
 ) -> Int[Tensor, "B L"]:
     """Draw masks given that every group's masked *fraction* lies in [low, high].
 
-    BD3-LM's resampling redraws a block until its fraction is inside; the law of the result is a binomial count,
-    truncated, with every subset of that count equally likely, and so it is drawn here in one go.  A bound of 0 or 1
-    binds nothing.  Raises ValueError unless 0 <= low <= high <= 1, where no count of a group has such a fraction, and
-    where mask_prob never gives one.
+    The resampling of BD3-LM (arXiv 2503.09573) redraws a block until its fraction is inside; the law of the result is
+    a binomial count, truncated, with every subset of that count equally likely, and so it is drawn here in one go.  A
+    bound of 0 or 1 binds nothing.  Raises ValueError unless 0 <= low <= high <= 1, where no count of a group has such
+    a fraction, and where mask_prob never gives one.
     """
     if not 0.0 <= low <= high <= 1.0:
         raise ValueError(f"the masked fraction is to lie in [{low}, {high}]; wanted 0 <= low <= high <= 1")
+    _check_rows(len(x0), sample_ids, mask_prob=mask_prob, maskable=maskable)
     _check_probability(mask_prob)
     num_rows, num_groups = mask_prob.shape
+    if num_rows == 0:
+        return x0.clone()
     sizes = maskable.view(num_rows, num_groups, block_length(num_groups, x0.shape[1])).sum(dim=-1).cpu()
     num_masked = _truncated_binomial(
         sizes, mask_prob.cpu().double(), low, high, _group_uniforms(noise_seed, step, sample_ids.cpu(), num_groups)
@@ -239,7 +260,7 @@ def mask_within(
 
 
 def _group_uniforms(noise_seed: int, step: int, sample_ids: Tensor, num_groups: int) -> Tensor:
-    return hash_uniform(hash_words(noise_seed, step, Stream.COUNT, sample_ids)[:, None], torch.arange(num_groups))
+    return hash_uniform(hash_words(noise_seed, Stream.WITHIN, step, sample_ids)[:, None], torch.arange(num_groups))
 
 
 def _truncated_binomial(

@@ -35,22 +35,40 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def exclude_token(logits: Float[Tensor, "M V"], token_id: int) -> Float[Tensor, "M V"]:
-    """Give one id probability zero (logit -inf).
+def _check_id(token_id: int, vocab_size: int) -> None:
+    if not 0 <= token_id < vocab_size:
+        raise ValueError(f"mask_token_id is {token_id}; the head has the ids 0..{vocab_size - 1}")
+
+
+def exclude_token(logits: Float[Tensor, "M V"], mask_token_id: int) -> Float[Tensor, "M V"]:
+    """Give one id probability zero (logit -inf).  Raises ValueError for an id that the logits lack.
 
     Zero-masking, the first half of SUBS (MDLM, arXiv 2406.07524, section 3.2.3); the second half, copying what is not
     masked, is that only masked positions are ever asked for.
     """
-    return logits.index_fill(-1, torch.tensor([token_id], device=logits.device), -torch.inf)
+    _check_id(mask_token_id, logits.shape[-1])
+    return logits.index_fill(-1, torch.tensor([mask_token_id], device=logits.device), -torch.inf)
 
 
 def token_cross_entropy(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
     """-log softmax(logits)[target] of every row, nats; in float64 for float64 logits, else in float32."""
-    return F.cross_entropy(logits.to(compute_dtype(logits.dtype)), targets, reduction="none")
+    no_id = torch.iinfo(torch.int64).min  # by default a target of -100 would silently cost nothing
+    return F.cross_entropy(logits.to(compute_dtype(logits.dtype)), targets, reduction="none", ignore_index=no_id)
+
+
+def _check_counts(num_rows: int, targets: Tensor, weight: Tensor) -> None:
+    if not num_rows == len(targets) == len(weight):
+        raise ValueError(
+            f"there are {len(targets)} targets and {len(weight)} weights for {num_rows} rows; wanted one each"
+        )
 
 
 def logits_loss(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"], weight: Float[Tensor, " M"]) -> HeadLoss:
-    """The same as ``masked_cross_entropy`` from logits that are already there; ``weight`` gets no gradient."""
+    """The same as ``masked_cross_entropy`` from logits that are already there; ``weight`` gets no gradient.
+
+    Raises ValueError unless each row has one target and one weight.
+    """
+    _check_counts(len(logits), targets, weight)
     cross_entropy = token_cross_entropy(logits, targets)
     return HeadLoss((weight.detach().to(cross_entropy) * cross_entropy).sum(), cross_entropy.detach())
 
@@ -72,16 +90,23 @@ def masked_cross_entropy(
     is -inf.  Products run in the dtype of ``hidden``; softmax, loss and sums in float32 (float64 for float64).  M = 0
     gives a loss of 0 with zero gradients.  ``targets`` and ``weight`` get no gradient.
 
+    The summand of MDLM (arXiv 2406.07524) eq. 10, by chunks of rows as Cut Cross-Entropy (2411.09009) does by blocks.
+
     "chunked" takes ``chunk_rows`` rows at a time (by default what fits CHUNK_BYTES) and each chunk's gradient while its
     logits are at hand: three matrix products and no recomputation.  There is no second derivative.
     "torch" calls torch's own chunked ``linear_cross_entropy`` (torch >= 2.12), which recomputes when it must return the
     loss of every row; benchmarks/objective.py has both.
 
-    Raises ValueError for one weight too few or too many, if torch lacks the function asked for, or if chunk_rows is
-    given to it.
+    Gradients are in the dtype of ``hidden``: with float16, whose largest number is 65504, keep weights small.
+
+    Raises ValueError unless each chosen row has one target and one weight, for a mask_token_id that the head lacks or
+    an unknown implementation, if torch lacks the function asked for, rounds its losses, or is given chunk_rows.
     """
-    if len(weight) != len(targets):
-        raise ValueError(f"there are {len(weight)} weights for {len(targets)} targets; wanted one each")
+    _check_counts(len(hidden) if select is None else len(select), targets, weight)
+    if mask_token_id is not None:
+        _check_id(mask_token_id, len(head_weight))
+    if implementation not in ("chunked", "torch"):
+        raise ValueError(f'implementation is "{implementation}"; it must be "chunked" or "torch"')
     if implementation == "torch":
         rows = hidden if select is None else hidden[select]
         return _torch_head(rows, head_weight, targets, weight, mask_token_id, chunk_rows)
@@ -102,6 +127,10 @@ def _torch_head(
 ) -> HeadLoss:
     if not hasattr(F, "linear_cross_entropy"):
         raise ValueError(f'torch {torch.__version__} has no linear_cross_entropy; use implementation="chunked"')
+    if rows.dtype != compute_dtype(rows.dtype):
+        raise ValueError(
+            f'implementation="torch" rounds the losses to the {rows.dtype} of hidden; use "chunked", or give float32'
+        )
     if chunk_rows is not None:
         raise ValueError(f'chunk_rows is {chunk_rows}, but implementation="torch" chooses its own chunks; leave it out')
     bias = None
@@ -132,13 +161,14 @@ class _ChunkedHead(torch.autograd.Function):
         rows = hidden if select is None else hidden[select]
         weight = weight.to(dtype)
         size = chunk_rows or max(16, CHUNK_BYTES // (dtype.itemsize * len(head_weight)))
+        head = head_weight.to(rows.dtype)
         rows_grad = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         head_grad = torch.zeros_like(head_weight, dtype=dtype) if ctx.needs_input_grad[1] else None
         cross_entropy = torch.empty(len(rows), dtype=dtype, device=hidden.device)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             chunk, wanted = rows[part], targets[part, None]
-            logits = (chunk @ head_weight.t()).to(dtype)
+            logits = (chunk @ head.t()).to(dtype)
             if mask_token_id is not None:
                 logits[:, mask_token_id] = -torch.inf
             top, at_target = logits.amax(dim=-1, keepdim=True), logits.gather(1, wanted)
@@ -150,7 +180,7 @@ class _ChunkedHead(torch.autograd.Function):
             scale = weight[part, None]
             grad = grad.mul_(scale / total).scatter_add_(1, wanted, -scale).to(chunk.dtype)
             if rows_grad is not None:
-                torch.mm(grad, head_weight, out=rows_grad[part])
+                torch.mm(grad, head, out=rows_grad[part])
             if head_grad is not None and grad.dtype == dtype:
                 head_grad.addmm_(grad.t(), chunk)
             elif head_grad is not None:

@@ -30,6 +30,12 @@ def reveal_prob(alpha_s: Float[Tensor, "..."], alpha_t: Float[Tensor, "..."]) ->
     return (alpha_s - alpha_t) / (1 - alpha_t)
 
 
+def _check_alpha(alpha: Tensor) -> None:
+    outside = ~((alpha >= 0) & (alpha <= 1))  # catches nan too
+    if outside.any():
+        raise ValueError(f"alpha is {float(alpha[outside][0])}; it must lie in [0, 1]")
+
+
 def _check_order(alpha_s: Tensor, alpha_t: Tensor) -> None:
     alpha_s, alpha_t = torch.broadcast_tensors(alpha_s, alpha_t)
     bad = ~((alpha_s >= alpha_t) & (alpha_s <= 1) & (alpha_t >= 0))  # catches nan too
@@ -69,12 +75,12 @@ class Kernel:
 
     @classmethod
     def absorbing(cls, vocab_size: int, mask_token_id: int) -> "Kernel":
-        """Masked diffusion: a noised token becomes the mask and stays it."""
+        """Masked diffusion: a noised token becomes the mask and stays it.  D3PM (arXiv 2107.03006) appendix A.2."""
         return cls(vocab_size, mask_token_id, 1.0)
 
     @classmethod
     def uniform(cls, vocab_size: int, mask_token_id: int | None = None) -> "Kernel":
-        """Uniform diffusion: a noised token becomes any real token, itself among them."""
+        """Uniform diffusion: a noised token becomes any real token, itself among them.  D3PM (arXiv 2107.03006)."""
         return cls(vocab_size, mask_token_id, 0.0)
 
     @property
@@ -83,7 +89,7 @@ class Kernel:
         return self.vocab_size - (self.mask_token_id is not None)
 
     def stationary(self) -> Float[Tensor, " V"]:
-        """pi: where a token goes once it is noised, float64."""
+        """pi: where a token goes once it is noised, a probability, float64.  D3PM (arXiv 2107.03006) section 3.1."""
         pi = torch.full((self.vocab_size,), (1.0 - self.mask_share) / self.num_real_tokens, dtype=torch.float64)
         if self.mask_token_id is not None:
             pi[self.mask_token_id] = self.mask_share
@@ -93,13 +99,20 @@ class Kernel:
         """Row-stochastic matrix  alpha I + (1 - alpha) 1 pi^T:  from an id (row) to an id (column).
 
         For one step of a chain alpha is 1 - beta_t (its Q_t), from time 0 it is alpha_t (Q-bar_t), from s to t it is
-        alpha_t / alpha_s: the products stay in the family.  D3PM (arXiv 2107.03006) eq. 3.
+        alpha_t / alpha_s: the products stay in the family.  D3PM (arXiv 2107.03006) eq. 3.  Raises ValueError for an
+        alpha outside [0, 1].
         """
+        _check_alpha(alpha)
         keep = alpha.to(torch.float64)[..., None, None]
         return keep * torch.eye(self.vocab_size, dtype=torch.float64) + (1.0 - keep) * self.stationary()
 
     def marginal(self, x0: Int[Tensor, "..."], alpha_t: Float[Tensor, "..."]) -> Float[Tensor, "... V"]:
-        """q(xt | x0) over the vocabulary: the row x0 of ``transition(alpha_t)``, without the matrix."""
+        """q(xt | x0) over the vocabulary: the row x0 of ``transition(alpha_t)``, without the matrix.
+
+        D3PM (arXiv 2107.03006) eq. 3; MDLM (2406.07524) writes it Cat(xt; alpha_t x0 + (1 - alpha_t) pi).  Raises
+        ValueError for an alpha outside [0, 1].
+        """
+        _check_alpha(alpha_t)
         alpha = alpha_t.to(torch.float64)[..., None]
         return alpha * torch.nn.functional.one_hot(x0, self.vocab_size) + (1.0 - alpha) * self.stationary()
 
@@ -112,9 +125,9 @@ class Kernel:
     ) -> Float[Tensor, "... V"]:
         """q(xs | xt, x0) over the vocabulary for s < t, by Bayes:  q(xt | xs) q(xs | x0) / q(xt | x0).
 
-        D3PM (arXiv 2107.03006) eq. 3; for the absorbing kernel MDLM (2406.07524) eq. 6: xt where xt is no mask, else x0
-        with ``reveal_prob`` and the mask otherwise.  Raises ValueError if s lies after t, or where xt cannot come
-        from x0.
+        D3PM (arXiv 2107.03006) eq. 3; for the absorbing kernel MDLM (2406.07524) eq. 6: xt where xt is no mask, else
+        x0 with ``reveal_prob`` and the mask otherwise.  Where alpha_s = 0 nothing happens from s to t.  Raises
+        ValueError if s lies after t, or where xt cannot come from x0.
         """
         alpha_s, alpha_t = alpha_s.to(torch.float64), alpha_t.to(torch.float64)
         _check_order(alpha_s, alpha_t)

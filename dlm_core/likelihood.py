@@ -2,6 +2,10 @@
 
 ``mc_se`` is the noise of the drawn times and masks for the given text; ``doc_se`` is the spread over documents.
 
+A denoiser is a function (xt [B, L], select [M]) -> logits [M, V] of the tokens at the flat positions ``select`` of xt,
+with -inf for the mask token (``exclude_token``): probability left on the mask is lost from the bound.  That of a block
+model, (xt, x0, select) -> logits, also gets the clean rows, of which a block sees those before it.
+
 What lives here: estimators of -log p, given a denoiser as a function.  What must not: models, training losses.
 
 Shapes: B rows, L seq_len, N draws a row, J jobs (noised copies of rows that go through the denoiser), K blocks of a
@@ -42,6 +46,15 @@ class RowEstimate:
     is_bound: bool
     """Whether the mean of nats bounds -log p from above; otherwise it is the exact value for a stated order."""
 
+    def per_token(self, num_tokens: int) -> tuple[float, float]:
+        """Nats a token over all rows, and its mc_se:  sum nats / num_tokens,  sqrt(sum mc_se^2) / num_tokens.
+
+        The rows are drawn independently, so their squares add.  Raises ValueError without tokens.
+        """
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens is {num_tokens}; it must be at least 1")
+        return float(self.nats.sum()) / num_tokens, math.sqrt(float(self.mc_se.square().sum())) / num_tokens
+
 
 @dataclass(frozen=True)
 class BoundEstimate:
@@ -60,11 +73,13 @@ class BoundEstimate:
 
     @property
     def ppl_bound(self) -> float:
-        """exp(nelbo): an upper bound of the perplexity a token."""
-        return math.exp(self.nelbo)
+        """exp(nelbo): an upper bound of the perplexity a token; inf where float64 can't hold it."""
+        return float(torch.tensor(self.nelbo, dtype=torch.float64).exp())
 
     def bpb_bound(self, num_bytes: int) -> float:
-        """Bits a byte:  nelbo * num_tokens / (num_bytes * ln 2)."""
+        """Bits a byte:  nelbo * num_tokens / (num_bytes * ln 2).  Raises ValueError without bytes."""
+        if num_bytes < 1:
+            raise ValueError(f"num_bytes is {num_bytes}; it must be at least 1")
         return self.nelbo * self.num_tokens / (num_bytes * math.log(2))
 
 
@@ -75,9 +90,13 @@ def estimate_bound(doc_loss_sums: Float[Tensor, "R docs"], doc_tokens: Int[Tenso
     mc_se = std over replicates / sqrt(R);  doc_se is the standard error of a ratio of sums over documents,
     sqrt(D / (D - 1) * sum_d (loss_d - nelbo * tokens_d)^2) / sum_d tokens_d  (nan for a single document).
 
-    Raises ValueError with a single replicate, or without tokens.
+    Raises ValueError with a single replicate, without tokens, or for another number of documents.
     """
     num_replicates, num_docs = doc_loss_sums.shape
+    if doc_tokens.shape != (num_docs,):
+        raise ValueError(
+            f"doc_tokens has the shape {tuple(doc_tokens.shape)} for {num_docs} documents; wanted one each"
+        )
     num_tokens = int(doc_tokens.sum())
     if num_replicates < 2:
         raise ValueError(f"num_replicates is {num_replicates}, which has no spread; draw at least 2, better 8")
@@ -142,12 +161,12 @@ def exact_count_weight(lengths: Int[Tensor, "..."], num_masked: Int[Tensor, "...
 class Scoring:
     """Which tokens of which rows are scored, and what addresses their noise; all on the host.
 
-    Raises ValueError for no row, a batch_rows below 1, or a scored token that is the mask.
+    ``scored`` are the tokens whose likelihood is asked for (an answer, or a whole text), and only they are ever masked.
+    Raises ValueError for no row, shapes that don't fit, a batch_rows below 1, or a scored token that is the mask.
     """
 
     x0: Int[Tensor, "B L"]
     scored: Bool[Tensor, "B L"]
-    """The tokens whose likelihood is asked for (an answer, or a whole text); only they are ever masked."""
     mask_token_id: int
     sample_ids: Int[Tensor, " B"]
     noise_seed: int = 0
@@ -159,6 +178,17 @@ class Scoring:
             raise ValueError(f"batch_rows is {self.batch_rows}; it must be at least 1")
         if len(self.x0) == 0:
             raise ValueError("x0 has no row; there is nothing to score")
+        if self.mask_token_id < 0:
+            raise ValueError(f"mask_token_id is {self.mask_token_id}; ids begin at 0")
+        if self.scored.shape != self.x0.shape or self.scored.dtype != torch.bool:
+            raise ValueError(
+                f"scored is {self.scored.dtype} of the shape {tuple(self.scored.shape)}; "
+                f"wanted torch.bool of the shape {tuple(self.x0.shape)} of x0"
+            )
+        if self.sample_ids.shape != (len(self.x0),):
+            raise ValueError(
+                f"sample_ids has the shape {tuple(self.sample_ids.shape)} for {len(self.x0)} rows; wanted one each"
+            )
         if (self.scored & (self.x0 == self.mask_token_id)).any():
             raise ValueError(f"a scored token is the mask token {self.mask_token_id}; its likelihood is 0")
 
@@ -190,6 +220,8 @@ def _block_losses(
         select = asked[jobs].flatten().nonzero().squeeze(1)
         logits = predict(xt, x0, select)
         nats = token_cross_entropy(logits, x0.flatten()[select].to(logits.device)).double().cpu()
+        if nats.isnan().any():
+            raise ValueError("the denoiser's logits hold nan, or no id of finite logit; a likelihood needs numbers")
         block = jobs[select // seq_len] * num + select % seq_len // block_size
         total.index_add_(0, block, nats * weight[jobs].flatten()[select])
     return total.view(len(rows), num)
@@ -212,16 +244,19 @@ def _strata(s: Scoring, num_draws: int, stream: Stream, num_groups: int = 1) -> 
     return (draws + hash_uniform(rows, torch.arange(num_groups), draws)) / num_draws
 
 
-def _over_strata(losses: Float[Tensor, "N B K"]) -> RowEstimate:
+def _over_strata(losses: Float[Tensor, "N B K"], num_scored: Int[Tensor, "B K"], least: int) -> RowEstimate:
     """Mean over strata, summed over the K groups of a row, which are stratified independently of each other.
 
     The error comes from neighbours: sum of (g_{j+1} - g_j)^2 / (2 N^2), the end ones twice.  Each stratum's variance is
-    then counted at least twice and halved, and what neighbours differ in mean only adds: the standard error is too
-    large rather than too small, the more so the more the loss depends on the mask rate and the fewer the draws.
+    then counted at least twice and halved, and what neighbours differ in mean only adds: the mean of the *squared*
+    error is too large rather than too small, the more so the more the loss depends on the mask rate and the fewer the
+    draws.  The error of a single row of few draws is more often too small than too large; summed over rows it is not.
+    One draw tells nothing of a group with ``least`` scored tokens or more; with fewer nothing was drawn.
     """
     num_draws, nats = len(losses), losses.mean(dim=0).sum(dim=-1)
     if num_draws == 1:
-        return RowEstimate(nats, torch.full_like(nats, torch.nan), is_bound=True)
+        is_drawn = (num_scored >= least).any(dim=-1)
+        return RowEstimate(nats, torch.where(is_drawn, torch.nan, torch.zeros_like(nats)), is_bound=True)
     squares = losses.diff(dim=0).square()
     total = (squares.sum(dim=0) + squares[0] + squares[-1]).sum(dim=-1)
     return RowEstimate(nats, torch.sqrt(total / 2) / num_draws, is_bound=True)
@@ -229,7 +264,7 @@ def _over_strata(losses: Float[Tensor, "N B K"]) -> RowEstimate:
 
 def _check_draws(name: str, number: int) -> None:
     if number < 1:
-        raise ValueError(f"{name} is {number}; it must be at least 1 (a standard error takes 2, better 8)")
+        raise ValueError(f"{name} is {number}; it must be at least 1")
 
 
 def continuous_bound(
@@ -253,7 +288,7 @@ def continuous_bound(
     first = torch.tensor(t_min, dtype=torch.float64)
     if schedule.mask_prob(first) == 0:
         raise ValueError(f"t_min is {t_min}, where {schedule} masks nothing; take a larger one, e.g. 1e-3")
-    t = t_min + (1.0 - t_min) * _strata(s, num_draws, Stream.STRATUM)[..., 0]
+    t = t_min + (1.0 - t_min) * _strata(s, num_draws, Stream.ROW_STRATUM)[..., 0]
     weight = (1.0 - t_min) * schedule.nelbo_weight(t)
     return _three_terms(denoise, s, schedule, t, weight, first, num_real_tokens)
 
@@ -274,7 +309,7 @@ def discrete_bound(
     """
     _check_draws("num_draws", num_draws)
     _check_draws("num_timesteps", num_timesteps)
-    u = _strata(s, num_draws, Stream.STRATUM)[..., 0]
+    u = _strata(s, num_draws, Stream.ROW_STRATUM)[..., 0]
     index = 1 + torch.floor(u * num_timesteps).clamp(max=num_timesteps - 1)
     t = index / num_timesteps
     weight = schedule.discrete_weight(index, num_timesteps)
@@ -295,7 +330,8 @@ def _three_terms(
     if start > 0:
         losses = losses + _bernoulli_losses(denoise, s, start.expand(t.shape), torch.ones_like(t), first_step=len(t))
     alpha_1 = schedule.alpha(torch.ones((), dtype=torch.float64))
-    return _over_strata((losses + s.lengths * prior_loss(alpha_1, num_real_tokens)).unsqueeze(-1))
+    losses = losses + s.lengths * prior_loss(alpha_1, num_real_tokens)
+    return _over_strata(losses.unsqueeze(-1), s.lengths[:, None], least=1)
 
 
 def _bernoulli_losses(
@@ -331,7 +367,8 @@ def exact_count_bound(denoise: Denoise, s: Scoring, *, num_draws: int) -> RowEst
     nats, mc_se = _all_mask_losses(denoise, s, is_short), torch.zeros(len(s.x0), dtype=torch.float64)
     long = (~is_short).nonzero().flatten()
     if len(long):
-        drawn = _over_strata(_count_losses(_ignoring_x0(denoise), s, s.x0.shape[1], num_draws, long))
+        losses = _count_losses(_ignoring_x0(denoise), s, s.x0.shape[1], num_draws, long)
+        drawn = _over_strata(losses, s.lengths[long][:, None], least=2)
         nats[long], mc_se[long] = drawn.nats, drawn.mc_se
     return RowEstimate(nats, mc_se, is_bound=True)
 
@@ -364,7 +401,7 @@ def _count_losses(
     seq_len = s.x0.shape[1]
     blocks = num_blocks(seq_len, block_size)
     lengths = s.scored.view(-1, blocks, block_size).sum(dim=-1)[rows]
-    counts = _counts(_strata(s, num_draws, Stream.COUNT, blocks)[:, rows], lengths)
+    counts = _counts(_strata(s, num_draws, Stream.ROW_COUNT, blocks)[:, rows], lengths)
     is_masked = [
         exact_count_positions(counts[draw], s.sample_ids[rows], s.scored[rows], noise_seed=s.noise_seed, step=draw)
         for draw in range(num_draws)
@@ -383,7 +420,8 @@ def block_bound(denoise: BlockDenoise, s: Scoring, block_size: int, *, num_draws
     ValueError for less than one draw, or if block_size doesn't divide the row.
     """
     _check_draws("num_draws", num_draws)
-    return _over_strata(_count_losses(denoise, s, block_size, num_draws, torch.arange(len(s.x0))))
+    losses = _count_losses(denoise, s, block_size, num_draws, torch.arange(len(s.x0)))
+    return _over_strata(losses, s.scored.view(len(s.x0), -1, block_size).sum(dim=-1), least=2)
 
 
 # Exact values
@@ -442,7 +480,8 @@ def any_order_bound(denoise: Denoise, s: Scoring, *, num_orders: int) -> RowEsti
         key = hashes.masked_fill(~s.scored, torch.iinfo(torch.int64).max)
         losses.append(ordered_nll(denoise, s, key.argsort(dim=1).argsort(dim=1)).nats)
     nats = torch.stack(losses)
-    mc_se = nats.std(dim=0) / math.sqrt(num_orders) if num_orders > 1 else torch.full_like(nats[0], torch.nan)
+    one = torch.where(s.lengths > 1, torch.nan, torch.zeros_like(nats[0]))
+    mc_se = nats.std(dim=0) / math.sqrt(num_orders) if num_orders > 1 else one
     return RowEstimate(nats.mean(dim=0), mc_se, is_bound=True)
 
 

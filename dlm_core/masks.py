@@ -22,12 +22,12 @@ Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def full() -> Predicate:
-    """Everything: masked diffusion (MDLM, LLaDA, Dream)."""
+    """Everything: masked diffusion (MDLM, arXiv 2406.07524; LLaDA, 2502.09992; Dream, 2508.15487)."""
     return lambda b, h, q, k: (q >= 0) & (k >= 0)
 
 
 def causal() -> Predicate:
-    """Keys up to the query itself: autoregressive models.
+    """Keys up to the query itself: autoregressive models (Transformer, arXiv 1706.03762, section 3.2.3).
 
     ::
 
@@ -48,7 +48,7 @@ def annealed(ratio: float, noise_seed: int, step: int) -> Predicate:
     """
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"the annealing ratio is {ratio}; it must lie in [0, 1]")
-    prob, address = torch.tensor(ratio, dtype=torch.float64), hash_words(noise_seed, step, Stream.ATTENTION)
+    prob, address = torch.tensor(ratio, dtype=torch.float64), hash_words(noise_seed, Stream.ATTENTION, step)
     return lambda b, h, q, k: (q >= k) | hash_event(prob, address, q, k)
 
 

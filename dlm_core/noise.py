@@ -24,7 +24,7 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 class Stream(enum.IntEnum):
-    """Independent families of random numbers; the value is part of the address."""
+    """Independent families of random numbers: every address begins with (noise_seed, stream)."""
 
     MASK = 1
     STRATUM = 2
@@ -36,6 +36,10 @@ class Stream(enum.IntEnum):
     ATTENTION = 8
     EMBEDDING = 9
     ORDER = 10
+    REVEAL = 11
+    WITHIN = 12
+    ROW_STRATUM = 13
+    ROW_COUNT = 14
 
 
 def _signed(word: int) -> int:
@@ -110,8 +114,8 @@ def stratified_uniform(
     "decoupled" form of RADD's.  Either way each u is uniform on [0, 1) over the steps.
     """
     strata = torch.empty(num_places, dtype=torch.float64)
-    order = hash_permutation(num_places, noise_seed, step, stream)
+    order = hash_permutation(num_places, noise_seed, stream, step)
     strata[order] = torch.arange(num_places, dtype=torch.float64)
-    address = (noise_seed, step, Stream.OFFSET, stream)
+    address = (noise_seed, Stream.OFFSET, step, stream)
     offset = hash_uniform(*address) if shared_offset else hash_uniform(*address, torch.arange(num_places))
     return (strata + offset) / num_places

@@ -15,7 +15,7 @@ Shapes: B rows, L seq_len, M predicted tokens, V vocab_size.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,7 +31,10 @@ NUM_T_BINS = 4
 
 @dataclass(frozen=True)
 class Corrupted:
-    """A noised batch, all on one device (the host's, in training): clean tokens, noised ones, each one's time."""
+    """A noised batch, all on one device (the host's, in training): clean tokens, noised ones, each one's time.
+
+    Raises ValueError unless all have the shape of x0, and t lies in [0, 1].
+    """
 
     x0: Int[Tensor, "B L"]
     xt: Int[Tensor, "B L"]
@@ -45,6 +48,18 @@ class Corrupted:
     importance: Float[Tensor, "B L"] | None = None
     """1 / density of t where it was not drawn uniformly (variance.py); multiplies every weight."""
 
+    def __post_init__(self) -> None:
+        outside = ~((self.t >= 0) & (self.t <= 1))  # catches nan too
+        if outside.any():
+            raise ValueError(f"t is {float(self.t[outside][0])}; it must lie in [0, 1]")
+        for name in ("xt", "t", "is_text", "maskable", "importance"):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.x0.shape:
+                raise ValueError(
+                    f"{name} has the shape {tuple(value.shape)}, x0 {tuple(self.x0.shape)}; each token needs its own: "
+                    "expand what a row or a block shares (per_token in blocks.py)"
+                )
+
     @property
     def is_masked(self) -> Bool[Tensor, "B L"]:
         """Positions to be predicted."""
@@ -55,17 +70,36 @@ class Corrupted:
 
 
 class Weighting(ABC):
-    """Weight of the cross-entropy of every token; a subclass is final."""
+    """Weight of the cross-entropy of every token; a subclass is final.
 
-    is_bound: ClassVar[bool]
-    """Whether the expected loss bounds -log p(x0) from above, for the sampling that the class names."""
+    It gives ``_token_weight(batch)`` [B, L], of which only the masked positions matter, and says so if it is a bound.
+    """
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the expected loss bounds -log p(x0) from above, for the sampling that the class names."""
+        return False
 
     def token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
-        """Weights >= 0, of which only those of masked tokens matter; in the dtype of batch.t, 1 / time."""
-        return self._token_weight(batch)
+        """Weights >= 0, of which only those of masked tokens matter; in the dtype of batch.t, 1 / time.
+
+        Raises ValueError if one of a masked token is negative or not finite.
+        """
+        weight = self._token_weight(batch)
+        bad = batch.is_masked & ~((weight >= 0) & (weight < torch.inf))  # catches nan too
+        if bad.any():
+            raise ValueError(
+                f"{self} weighs a masked token with {float(weight[bad][0])} at t = {float(batch.t[bad][0])}; "
+                "a weight must be finite and not negative"
+            )
+        return weight
 
     @abstractmethod
     def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]: ...
+
+
+def _is_whole(schedule: Schedule) -> bool:
+    return schedule.mask_prob(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() == [0.0, 1.0]
 
 
 @dataclass(frozen=True)
@@ -74,12 +108,17 @@ class Nelbo(Weighting):
 
     MDLM (arXiv 2406.07524) eq. 10-11; with a time for each block and a denoiser that sees [xt ; x0], BD3-LM
     (2503.09573).  With the linear schedule t is the mask probability itself: the lambda-form of RADD (2406.03736).  A
-    bound for t uniform on [0, 1] and a schedule from alpha 1 to 0.  For t uniform on [t_min, 1] it is the mean over
-    that interval: good to train on and to watch; ``continuous_bound`` in likelihood.py is what to report.
+    bound for t uniform on [0, 1] and a schedule from alpha 1 to 0; a truncated integral, as of a clipped schedule,
+    bounds nothing.  For t uniform on [t_min, 1] it is the mean over that interval: good to train on and to watch;
+    ``continuous_bound`` in likelihood.py adds what is missing, and is what to report.
     """
 
-    is_bound: ClassVar[bool] = True
     schedule: Schedule
+
+    @property
+    def is_bound(self) -> bool:
+        """True if the schedule masks nothing at t = 0 and everything at t = 1."""
+        return _is_whole(self.schedule)
 
     def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
         return self.schedule.nelbo_weight(batch.t)
@@ -94,9 +133,13 @@ class DiscreteTime(Weighting):
     less than one step, and for a t that is not on the grid.
     """
 
-    is_bound: ClassVar[bool] = True
     schedule: Schedule
     num_timesteps: int
+
+    @property
+    def is_bound(self) -> bool:
+        """True if the schedule masks nothing at t = 0 and everything at t = 1."""
+        return _is_whole(self.schedule)
 
     def __post_init__(self) -> None:
         if self.num_timesteps < 1:
@@ -104,7 +147,8 @@ class DiscreteTime(Weighting):
 
     def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
         index = torch.round(batch.t * self.num_timesteps)
-        off_grid = (index < 1) | ((index / self.num_timesteps - batch.t).abs() > 1e-6)
+        rounding = min(1e-6, 0.1 / self.num_timesteps)  # t may have been a float32
+        off_grid = (index < 1) | ((index / self.num_timesteps - batch.t).abs() > rounding)
         if off_grid.any():
             raise ValueError(
                 f"t is {float(batch.t[off_grid][0])}, which is no multiple of 1/{self.num_timesteps} above 0"
@@ -120,12 +164,16 @@ class ExactCount(Weighting):
     subset of k equally likely (``mask_exact_count``), the mean over all orders of the any-order autoregressive loss.
     For uniform predictions it gives the bound on every draw.  With a block_size, n and k are those of each block.
     On rows masked token by token at one probability it is the weighting by the realised fraction (MegaDLMs), which
-    falls short of the bound by the rows that drew no mask, n / (n + 1) of it for uniform t.  Where nothing is masked
-    it is 0.  Raises ValueError if block_size doesn't divide the row.
+    falls short of the bound by the rows that drew no mask: n / (n + 1) of it for the linear schedule and uniform t.
+    Where nothing is masked it is 0.  Raises ValueError if block_size doesn't divide the row.
     """
 
-    is_bound: ClassVar[bool] = True
     block_size: int | None = None
+
+    @property
+    def is_bound(self) -> bool:
+        """True."""
+        return True
 
     def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
         num_rows, seq_len = batch.x0.shape
@@ -146,7 +194,6 @@ class InverseMaskProb(Weighting):
     0.
     """
 
-    is_bound: ClassVar[bool] = False
     schedule: Schedule
 
     def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
@@ -160,17 +207,13 @@ class InverseMaskProb(Weighting):
 class Uniform(Weighting):
     """1: the MaskGIT loss (arXiv 2202.04200).  Not a bound for t uniform on [0, 1]."""
 
-    is_bound: ClassVar[bool] = False
-
     def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
         return torch.ones_like(batch.t)
 
 
 @dataclass(frozen=True)
 class OneMinusT(Weighting):
-    """1 - t: the "linear" reweighting in the code of Dream.  Not a bound."""
-
-    is_bound: ClassVar[bool] = False
+    """1 - t: the "linear" reweighting in the code of Dream (arXiv 2508.15487).  Not a bound."""
 
     def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
         return 1.0 - batch.t
@@ -180,11 +223,10 @@ class OneMinusT(Weighting):
 class Snr(Weighting):
     """SNR / |dSNR/dt| = alpha_t (1 - alpha_t) / -dalpha_t,  SNR = alpha_t / (1 - alpha_t).  Not a bound.
 
-    A weight of Gaussian diffusion that tutorials carry over; no masked diffusion model was trained with it.  Raises
-    ValueError where dalpha_t = 0.
+    A weight from Gaussian diffusion (SNR: VDM, arXiv 2107.00630) that tutorials carry over; no masked diffusion model
+    was trained with it.  Raises ValueError where dalpha_t = 0.
     """
 
-    is_bound: ClassVar[bool] = False
     schedule: Schedule
 
     def _token_weight(self, batch: Corrupted) -> Float[Tensor, "B L"]:
@@ -200,7 +242,6 @@ class Snr(Weighting):
 class MinSnr(Weighting):
     """min(SNR, gamma), for Gaussian diffusion arXiv 2303.09556.  Not a bound.  Raises ValueError unless gamma > 0."""
 
-    is_bound: ClassVar[bool] = False
     schedule: Schedule
     gamma: float = 5.0
 
@@ -222,7 +263,6 @@ class Cart(Weighting):
     ValueError unless 0 < p <= 1.
     """
 
-    is_bound: ClassVar[bool] = False
     p: float
 
     def __post_init__(self) -> None:
@@ -249,26 +289,30 @@ class Targets:
     targets: Int[Tensor, " M"]
     weight: Float[Tensor, " M"]
     """Of the training objective."""
-    nelbo_weight: Float[Tensor, " M"]
-    """Of the bound that is reported beside it."""
+    nelbo_weight: Float[Tensor, " M"] | None
+    """Of the bound that is watched beside it, if one was asked for."""
     t: Float[Tensor, " M"]
     num_tokens: Int[Tensor, ""]
     """Tokens of the bound, masked or not: its denominator."""
 
 
 def masked_targets(
-    batch: Corrupted, weighting: Weighting, bound: Weighting, *, target_offset: Literal[0, 1] = 0
+    batch: Corrupted, weighting: Weighting, bound: Weighting | None = None, *, target_offset: Literal[0, 1] = 0
 ) -> Targets:
-    """The masked tokens of a batch with the weights of an objective and of the bound to report.
+    """The masked tokens of a batch with the weights of an objective, and of a bound to watch beside it.
 
     target_offset 1: token l is predicted at position l - 1, as in the autoregressive model that Dream (arXiv
     2508.15487) and DiffuLLaMA (2410.17891) start from; token 0 is then nobody's target and no token of the bound, which
     is one on -log p of the others given token 0 if that stays clean (``maskable_positions`` with keep_first).
-    Raises ValueError if ``bound`` is none, or a masked position's clean token is the mask.
+    Raises ValueError if ``bound`` is none, if a masked position's clean token is the mask, if xt changes a token into
+    another than the mask, for a negative importance, or a target_offset other than 0 and 1.
     """
-    if not bound.is_bound:
+    if target_offset not in (0, 1):
+        raise ValueError(f"target_offset is {target_offset}; it must be 0, or 1 for a shifted model")
+    if bound is not None and not bound.is_bound:
         raise ValueError(
-            f"{bound} is not a bound, so it can't be reported as one; use Nelbo, DiscreteTime or ExactCount"
+            f"{bound} is not a bound, so it can't be shown as one; use Nelbo or DiscreteTime with a schedule that "
+            "masks from nothing to everything, ExactCount for exact counts, or none"
         )
     scored = batch.maskable.clone()
     scored[:, :target_offset] = False
@@ -276,12 +320,21 @@ def masked_targets(
     targets = batch.x0.flatten()[places]
     if (targets == batch.mask_token_id).any():
         raise ValueError(f"a masked position holds the mask token {batch.mask_token_id} in x0 too: no target")
+    changed = (batch.xt != batch.x0) & (batch.xt != batch.mask_token_id)
+    if changed.any():
+        row, place = changed.nonzero()[0].tolist()
+        raise ValueError(
+            f"xt[{row}, {place}] is {int(batch.xt[row, place])}, neither x0's {int(batch.x0[row, place])} nor the mask "
+            f"token {batch.mask_token_id}; these objectives are for masked text"
+        )
     importance = 1.0 if batch.importance is None else batch.importance
+    if batch.importance is not None and not (batch.importance >= 0).all():
+        raise ValueError("importance is negative or nan somewhere; 1 / density of t is neither")
     return Targets(
         select=places - target_offset,
         targets=targets,
         weight=(weighting.token_weight(batch) * importance).flatten()[places],
-        nelbo_weight=(bound.token_weight(batch) * importance).flatten()[places],
+        nelbo_weight=None if bound is None else (bound.token_weight(batch) * importance).flatten()[places],
         t=batch.t.flatten()[places],
         num_tokens=scored.sum(),
     )
@@ -308,10 +361,10 @@ class LossOutput:
 
     loss_sum: Float[Tensor, ""]
     """The training objective, differentiable."""
-    nelbo_sum: Float[Tensor, ""]
+    nelbo_sum: Float[Tensor, ""] | None
     """The integrand of the bound at the sampled times, whatever the objective (no gradient): to watch, while training.
 
-    Its mean bounds -log p only for times and a schedule as ``Nelbo`` says; what to report is in likelihood.py."""
+    Its mean bounds -log p only for times as ``Nelbo`` says; what to report is in likelihood.py."""
     num_tokens: Int[Tensor, ""]
     """Tokens of the bound, masked or not: its denominator."""
     num_masked: Int[Tensor, ""]
@@ -326,7 +379,7 @@ def loss_output(head: HeadLoss, targets: Targets) -> LossOutput:
     A batch without a masked token gives 0, with a gradient of 0; without a valid token also num_tokens = 0, which the
     caller must not divide by.  Tokens without a time (``next_token_targets``) are in no bin.
     """
-    cross_entropy = head.cross_entropy
+    cross_entropy, of_bound = head.cross_entropy, targets.nelbo_weight
     device = cross_entropy.device
     # Indices and counts where t lies, on the host: on a GPU each would wait for it
     timed = (~targets.t.isnan()).nonzero().squeeze(1)
@@ -335,7 +388,7 @@ def loss_output(head: HeadLoss, targets: Targets) -> LossOutput:
     bin_loss_sum.index_add_(0, bins.to(device), cross_entropy[timed.to(device)])
     return LossOutput(
         loss_sum=head.loss_sum,
-        nelbo_sum=(targets.nelbo_weight.to(device, cross_entropy.dtype) * cross_entropy).sum(),
+        nelbo_sum=None if of_bound is None else (of_bound.to(device, cross_entropy.dtype) * cross_entropy).sum(),
         num_tokens=targets.num_tokens,
         num_masked=torch.tensor(len(targets.targets), device=device),
         bin_loss_sum=bin_loss_sum,
@@ -350,15 +403,18 @@ def prior_loss(alpha_1: Float[Tensor, ""], num_real_tokens: int) -> Float[Tensor
     """Prior term of the bound, nats a token:  KL(q(x_1 | x0) || p(x_1)) = alpha_1 log(num_real_tokens).
 
     For a schedule that ends with alpha_1 > 0 and the prior that leaves a token unmasked equally often, uniform over the
-    real tokens; 0 for alpha_1 = 0, as in MDLM (arXiv 2406.07524).  Raises ValueError without a real token.
+    real tokens; 0 for alpha_1 = 0, as in MDLM (arXiv 2406.07524).  Raises ValueError without a real token, or for an
+    alpha_1 outside [0, 1].
     """
+    if not 0.0 <= float(alpha_1) <= 1.0:
+        raise ValueError(f"alpha_1 is {float(alpha_1)}; it must lie in [0, 1]")
     if num_real_tokens < 1:
         raise ValueError(f"num_real_tokens is {num_real_tokens}; it must be at least 1")
     return alpha_1 * torch.log(torch.tensor(num_real_tokens, dtype=alpha_1.dtype))
 
 
 def log_ratio(alpha_t: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
-    """log(alpha_t / (1 - alpha_t)), the log of the signal-to-noise ratio.
+    """log(alpha_t / (1 - alpha_t)), the log of the signal-to-noise ratio: the factor of RADD (arXiv 2406.03736).
 
     Raises ValueError where nothing or everything is masked, where it is infinite.
     """
@@ -368,7 +424,7 @@ def log_ratio(alpha_t: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
     return torch.log(alpha_t) - torch.log1p(-alpha_t)
 
 
-def concrete_score(log_probs: Float[Tensor, "M V"], alpha_t: Float[Tensor, " M"]) -> Float[Tensor, "M V"]:
+def log_concrete_score(log_probs: Float[Tensor, "M V"], alpha_t: Float[Tensor, " M"]) -> Float[Tensor, "M V"]:
     """Log of the concrete score at a masked position:  log(alpha_t / (1 - alpha_t)) + log p(x0 = v | xt).
 
     The ratio p_t(xt with v at the position) / p_t(xt): RADD (arXiv 2406.03736) theorem 1.  Raises ValueError unless

@@ -25,51 +25,76 @@ def _check_range(name: str, value: Tensor, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """One noise schedule; a subclass is final and gives mask_prob, its slope and its inverse in closed form.
+    """One noise schedule; a subclass is final and gives three closed forms, on which the methods here rest.
 
-    Every method maps a tensor of any shape, elementwise, in its own dtype.
+    ``_mask_prob(t)``, its derivative ``_slope(t)`` and its inverse ``_time_of(mask_prob)``, each of a float tensor of
+    any shape, elementwise, in its own dtype; arguments are checked before they are called.  MDLM (arXiv 2406.07524)
+    section 3.1.
     """
 
     def mask_prob(self, t: Times) -> Times:
-        """Probability that a token is noised at time t:  1 - alpha_t.  Raises ValueError for t outside [0, 1]."""
+        """Probability that a token is noised at time t:  1 - alpha_t.
+
+        Raises ValueError for t outside [0, 1], or if the schedule's own formula leaves [0, 1].
+        """
         _check_range("t", t, 0.0, 1.0)
-        return self._mask_prob(t)
+        mask_prob = self._mask_prob(t)
+        _check_range(f"mask_prob of {self}", mask_prob, 0.0, 1.0)
+        return mask_prob
 
     def alpha(self, t: Times) -> Times:
         """Probability that a token is still clean at time t.  Raises ValueError for t outside [0, 1]."""
         return 1.0 - self.mask_prob(t)
 
     def dalpha(self, t: Times) -> Times:
-        """Derivative of alpha in t, <= 0.  Raises ValueError for t outside [0, 1] and where it is infinite."""
+        """Derivative of alpha in t, <= 0.  Raises ValueError for t outside [0, 1], and where it is infinite or > 0."""
         _check_range("t", t, 0.0, 1.0)
-        slope = self._slope(t)
+        slope = self._rise(t)
         if not slope.isfinite().all():
             raise ValueError(f"dalpha diverges at t = 0 for {self}; take t > 0")
         return -slope
+
+    def _rise(self, t: Times) -> Times:
+        slope = self._slope(t)
+        if not (slope >= 0).all():  # catches nan too
+            bad = ~(slope >= 0)
+            raise ValueError(
+                f"alpha of {self} rises: mask_prob has the slope {float(slope[bad][0])} at t = {float(t[bad][0])}; "
+                "it must not be negative"
+            )
+        return slope
 
     def nelbo_weight(self, t: Times) -> Times:
         """Weight of the masked cross-entropy at time t:  -dalpha_t / (1 - alpha_t)  >= 0,  in 1 / time.
 
         MDLM (arXiv 2406.07524) eq. 10, which keeps the sign inside alpha'; also LLaDA (2502.09992) eq. 12 and the
         bound of BD3-LM (2503.09573).  The -dalpha_t alone of some tutorials is not it.  Raises ValueError for t
-        outside [0, 1] and where mask_prob is 0: there the weight diverges, hence the lower end t_min of sampled times.
+        outside [0, 1], where alpha rises, and where mask_prob is 0: there the weight diverges, hence the lower end
+        t_min of sampled times.
         """
         mask_prob = self.mask_prob(t)
         if (mask_prob <= 0).any():
             raise ValueError(
-                f"the NELBO weight diverges where nothing is masked (t = 0 for {self}); take t >= t_min > 0"
+                f"the NELBO weight diverges where nothing is masked: mask_prob of {self} is 0 at "
+                f"t = {float(t[mask_prob <= 0][0])}; take t >= t_min > 0"
             )
-        return self._slope(t) / mask_prob
+        return self._rise(t) / mask_prob
 
     def discrete_weight(self, index: Times, num_timesteps: int) -> Times:
         """Weight of the masked cross-entropy at step i = 1..T of T:  T (alpha_s - alpha_t) / (1 - alpha_t), t = i / T.
 
         s = (i - 1) / T; tends to ``nelbo_weight`` as T grows.  MDLM (arXiv 2406.07524) eq. 8, written with mask
-        probabilities, which keep their digits.  Raises ValueError where mask_prob is 0 at t.
+        probabilities, which keep their digits.  Raises ValueError for less than one step, an index outside 1..T, where
+        alpha rises, and where mask_prob is 0 at t.
         """
+        if num_timesteps < 1:
+            raise ValueError(f"num_timesteps is {num_timesteps}; it must be at least 1")
+        _check_range("index", index, 1.0, float(num_timesteps))
         before, after = (self.mask_prob((index - back) / num_timesteps) for back in (1, 0))
         if (after <= 0).any():
             raise ValueError(f"{self} masks nothing at one of {num_timesteps} steps, so that step has no weight")
+        if (after < before).any():
+            raise ValueError(f"alpha of {self} rises in one of {num_timesteps} steps; it must not")
         return num_timesteps * (after - before) / after
 
     def time_of(self, mask_prob: Times) -> Times:
@@ -303,6 +328,11 @@ SCHEDULES: dict[str, Schedule] = {
 """The published schedules that need no parameter, by the name a configuration uses."""
 
 
+def _check_steps(num_timesteps: int) -> None:
+    if num_timesteps < 1:
+        raise ValueError(f"a chain needs at least one step; num_timesteps is {num_timesteps}")
+
+
 @dataclass(frozen=True)
 class DiscreteChain:
     """A Markov chain of T steps that noises a clean token with probability beta_t at step t = 1..T.
@@ -322,16 +352,21 @@ class DiscreteChain:
 
     @classmethod
     def linear(cls, num_timesteps: int, first: float, last: float) -> "DiscreteChain":
-        """beta_t from ``first`` to ``last`` in equal steps:  first + (t - 1) / (T - 1) (last - first)."""
+        """beta_t from ``first`` to ``last`` in equal steps:  first + (t - 1) / (T - 1) (last - first).
+
+        The schedule of DDPM (arXiv 2006.11239) section 4.  Raises ValueError for no step or a beta outside [0, 1].
+        """
+        _check_steps(num_timesteps)
         return cls(tuple(torch.linspace(first, last, num_timesteps, dtype=torch.float64).tolist()))
 
     @classmethod
     def cosine(cls, num_timesteps: int, offset: float = 0.0) -> "DiscreteChain":
         """alpha_t = cos(pi t / (2 T) + offset)^2 for t >= 1, and alpha_0 = 1; offset in radians.
 
-        The form of the tutorial that calls it "cosine"; with T >= 2 it falls only for -3 pi / (4 T) <= offset <= pi /
-        (4 T), beyond which the cosine turns inside the chain: ValueError.
+        The cosine of Improved DDPM (arXiv 2102.09672) eq. 17 as tutorials give it; with T >= 2 it falls only for -3 pi
+        / (4 T) <= offset <= pi / (4 T), beyond which the cosine turns inside the chain: ValueError.
         """
+        _check_steps(num_timesteps)
         angles = math.pi * torch.arange(1, num_timesteps + 1, dtype=torch.float64) / (2 * num_timesteps) + offset
         return cls.of_alphas([1.0, *(torch.cos(angles) ** 2).tolist()])
 
@@ -352,7 +387,11 @@ class DiscreteChain:
 
     @classmethod
     def of_schedule(cls, schedule: Schedule, num_timesteps: int) -> "DiscreteChain":
-        """The chain that passes through alpha(t / T) of a schedule which starts clean."""
+        """The chain that passes through alpha(t / T) of a schedule which starts clean.
+
+        Raises ValueError for no step, or a schedule that masks something at t = 0.
+        """
+        _check_steps(num_timesteps)
         times = torch.linspace(0.0, 1.0, num_timesteps + 1, dtype=torch.float64)
         return cls.of_alphas(schedule.alpha(times).tolist())
 
@@ -362,14 +401,14 @@ class DiscreteChain:
         return len(self.betas)
 
     def alphas(self) -> Float[Tensor, " T1"]:
-        """alpha_0 = 1, alpha_1, ..., alpha_T in float64."""
+        """alpha_0 = 1, alpha_1, ..., alpha_T in float64:  prod_{s <= t} (1 - beta_s).  D3PM (arXiv 2107.03006)."""
         kept = 1.0 - torch.tensor([0.0, *self.betas], dtype=torch.float64)
         return kept.cumprod(dim=0)
 
     def thetas(self) -> Float[Tensor, " T"]:
         """Probability theta_t that step t -> t - 1 reveals a mask:  beta_t alpha_{t-1} / (1 - alpha_t), t = 1..T.
 
-        "The Complete Mathematics of Diffusion Language Models", section 3.3; the same as (alpha_s - alpha_t) / (1 -
+        The posterior of D3PM (arXiv 2107.03006) eq. 3 at a mask; the same as (alpha_s - alpha_t) / (1 -
         alpha_t) with s = t - 1. 0 where nothing can be masked yet (alpha_t = 1).
         """
         betas = torch.tensor(self.betas, dtype=torch.float64)

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dlm_core.blocks import num_blocks
+from dlm_core.objectives import Targets
 from dlm_core.schedules import Schedule
 
 
@@ -109,13 +111,30 @@ def variance_of_sums(sums: Float[Tensor, "*rows 3"]) -> Float[Tensor, "*rows"]:
     return ((squares - total * total / count) / (count - 1)).clamp(min=0.0)
 
 
+def block_losses(
+    cross_entropy: Float[Tensor, " M"], targets: Targets, shape: tuple[int, int], block_size: int
+) -> Float[Tensor, "B K"]:
+    """Mean weighted loss a token of each block, nats:  1 / block_size * sum_{masked in block} weight * cross_entropy.
+
+    What the search for an interval of mask rates compares (BD3-LM, arXiv 2503.09573), for rows of the ``shape`` [B, L]
+    and target_offset 0.  Raises ValueError if block_size doesn't divide the row.
+    """
+    num_rows, num = shape[0], num_blocks(shape[1], block_size)
+    block = targets.select.to(cross_entropy.device) // block_size
+    losses = torch.zeros(num_rows * num, dtype=cross_entropy.dtype, device=cross_entropy.device)
+    weighted = targets.weight.to(losses) * cross_entropy
+    return losses.index_add_(0, block, weighted).view(num_rows, num) / block_size
+
+
 def clip_candidates(block_size: int, t_min: float = 1e-3) -> list[tuple[float, float]]:
     """Intervals of mask rates that BD3-LM tries: widths 0.5 to 0.9, lower ends in steps of 0.05, and all of (t_min, 1).
 
     BD3-LM (arXiv 2503.09573) and its code.  For block_size 1 only (t_min, 1) and (1, 1): the second masks everything,
     which is autoregressive training.  t_min is where rates begin and bounds no masked fraction: give ``mask_within`` 0
-    in its place.  Raises ValueError for a block_size below 1.
+    in its place.  Raises ValueError for a block_size below 1, or a t_min outside [0, 0.5].
     """
+    if not 0.0 <= t_min <= 0.5:
+        raise ValueError(f"t_min is {t_min}; it must lie in [0, 0.5], below the ends of all intervals")
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1")
     if block_size == 1:
@@ -130,9 +149,10 @@ def choose_interval(
 ) -> tuple[tuple[float, float], Float[Tensor, " C"]]:
     """The interval whose losses vary least, with the variance of every candidate; the first of equals.
 
-    ``sums``: added ``moment_sums`` of the mean loss of each block, for blocks masked at rates uniform on the candidate
-    and weighed by ``InverseMaskProb``.  BD3-LM (arXiv 2503.09573), data-driven schedules.  Raises ValueError if there
-    is not one row of sums a candidate, or one without two values.
+    ``sums``: added ``moment_sums`` of the ``block_losses``, for blocks masked at rates uniform on the candidate
+    and weighed by ``InverseMaskProb``.  BD3-LM (arXiv 2503.09573), data-driven schedules; its code averages the
+    variances of single batches, where these sums pool the blocks of all, and so also count how batches differ.  Raises
+    ValueError if there is not one row of sums a candidate, or one without two values.
     """
     if len(candidates) != len(sums):
         raise ValueError(f"{len(candidates)} candidates have {len(sums)} rows of sums; one each is needed")

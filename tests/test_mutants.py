@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.mutants.__main__ import PLANTED_BY_HAND, SEED, draw_groups, report
 from tests.support.mutants.drawn import draw, sites_of
 from tests.support.mutants.equivalent import EQUIVALENT
 from tests.support.mutants.modules import DRAWN_FROM, MODULES, source_path
 from tests.support.mutants.mutant import Mutant
 from tests.support.mutants.planted import PLANTED, Planted, planted
-from tests.support.mutants.runner import Job, started
+from tests.support.mutants.runner import Job, Outcome, started
 
 ROOT = Path(__file__).parents[1]
-NUM_DRAWN = 60
+SAMPLE_DRAWN = 60
 
 SAMPLE = '''"""A module of 1 + 1 lines."""
 
@@ -45,6 +46,11 @@ def sources() -> dict[str, str]:
     return {module: (ROOT / source_path(module)).read_text(encoding="utf-8") for module in MODULES}
 
 
+@pytest.fixture(scope="module")
+def groups(sources: dict[str, str]) -> dict[str, list[Mutant]]:
+    return draw_groups(sources, SEED)
+
+
 def _faults(source: str) -> set[tuple[str, str]]:
     """Every alternative of every site, as the line before and after."""
     mutants = [Mutant("m", source, *edit) for edits in sites_of(source) for edit in edits]
@@ -56,12 +62,33 @@ def _constants(source: str) -> list[Mutant]:
     return [mutant for mutant in mutants if mutant.name == "constant changed"]
 
 
-def test_drawn_mutants_parse_differ_and_are_distinct(sources: dict[str, str]):
-    drawn = draw({module: sources[module] for module in DRAWN_FROM}, NUM_DRAWN, seed=1)
-    assert len(drawn) == NUM_DRAWN
+def test_drawn_mutants_parse_differ_and_are_distinct(sources: dict[str, str], groups: dict[str, list[Mutant]]):
+    drawn = [mutant for group in groups.values() for mutant in group]
     shapes = {ast.dump(ast.parse(mutant.mutated)) for mutant in drawn}
-    assert len(shapes) == NUM_DRAWN
+    assert len(shapes) == len(drawn)
     assert not shapes & {ast.dump(ast.parse(source)) for source in sources.values()}
+
+
+def test_drawn_groups_are_two_hundred_of_the_main_modules_and_a_number_of_those_below(groups: dict[str, list[Mutant]]):
+    main, below = groups.values()
+    assert len(main) == 200
+    assert {mutant.module for mutant in main} == {"schedules", "corruption", "masks", "objectives", "likelihood"}
+    assert len(below) == list(DRAWN_FROM.values())[1]
+    assert {mutant.module for mutant in below} == {"noise", "blocks", "kernels", "cross_entropy", "variance"}
+    assert {module for modules in DRAWN_FROM for module in modules} == set(MODULES) - {"ar_init"}
+
+
+def test_drawn_groups_of_fewer_modules_keep_their_number_and_repeat_nothing_taken(sources: dict[str, str]):
+    some = {module: sources[module] for module in ("masks", "noise", "blocks", "ar_init")}
+    everything = draw_groups(some, seed=1, num_drawn=30)
+    assert {name: len(group) for name, group in everything.items()} == {
+        "drawn from masks": 30,
+        "drawn from noise, blocks": 30,
+    }
+    taken = [group[0] for group in everything.values()]
+    for name, group in draw_groups(some, seed=1, num_drawn=29, taken=taken).items():
+        assert not set(taken) & set(group), name
+    assert draw_groups({"ar_init": sources["ar_init"]}, seed=1) == {}
 
 
 def test_drawn_mutants_are_the_same_each_time_and_others_for_another_seed(sources: dict[str, str]):
@@ -72,11 +99,13 @@ def test_drawn_mutants_are_the_same_each_time_and_others_for_another_seed(source
 
 
 def test_drawn_mutants_are_spread_in_proportion_to_the_sites(sources: dict[str, str]):
-    drawn = draw({module: sources[module] for module in DRAWN_FROM}, NUM_DRAWN, seed=1)
-    sizes = {module: len(sites_of(sources[module])) for module in DRAWN_FROM}
-    for module, size in sizes.items():
-        share = NUM_DRAWN * size / sum(sizes.values())
-        assert abs(sum(mutant.module == module for mutant in drawn) - share) < 1
+    for modules in DRAWN_FROM:
+        drawn = draw({module: sources[module] for module in modules}, SAMPLE_DRAWN, seed=1)
+        sizes = {module: len(sites_of(sources[module])) for module in modules}
+        assert len(drawn) == SAMPLE_DRAWN
+        for module, size in sizes.items():
+            share = SAMPLE_DRAWN * size / sum(sizes.values())
+            assert abs(sum(mutant.module == module for mutant in drawn) - share) < 1
 
 
 def test_draw_after_an_edit_elsewhere_keeps_the_faults_of_the_other_lines():
@@ -172,6 +201,68 @@ def test_reasons_are_given_for_lines_that_exist(sources: dict[str, str]):
     for module, before, after in EQUIVALENT:
         assert before in " ".join(sources[module].split())
         assert before != after
+
+
+MAIN, BELOW = "drawn from main", "drawn from below"
+SIZES = {PLANTED_BY_HAND: 300, MAIN: 200, BELOW: 65}
+UNKNOWN, KNOWN = Mutant("masks", "x = 1\n", 4, 5, "2", "constant changed"), next(iter(EQUIVALENT))
+
+
+def _of_key(key: tuple[str, str, str]) -> Mutant:
+    module, before, after = key
+    return Mutant(module, before, 0, len(before), after, "known")
+
+
+def _reported(missed: dict[str, int], sizes: dict[str, int] = SIZES, mutant: Mutant | None = None) -> int:
+    """What the report of so many mutants says, of which so many of each origin survived, each for a known reason."""
+    mutant = mutant or _of_key(KNOWN)
+    spared = Mutant("masks", "x = 1\n", 4, 5, "0", "constant changed")
+    by_origin = {
+        origin: [mutant] * missed.get(origin, 0) + [spared] * (size - missed.get(origin, 0))
+        for origin, size in sizes.items()
+    }
+    mutants = [one for group in by_origin.values() for one in group]
+    return report(by_origin, [Outcome(one is spared, "", 1.0, "") for one in mutants])
+
+
+@pytest.mark.parametrize(
+    ("missed", "code"),
+    [
+        ({}, 0),
+        ({MAIN: 10}, 0),
+        ({MAIN: 10, BELOW: 3}, 0),
+        ({MAIN: 11}, 1),  # 94.5 % of the 200, though 98 % of all
+        ({BELOW: 4}, 1),  # 93.8 % of the 65
+        ({PLANTED_BY_HAND: 28}, 0),
+        ({PLANTED_BY_HAND: 29}, 1),  # 94.9 % of all
+    ],
+)
+def test_report_is_bad_when_a_group_of_drawn_mutants_or_all_are_caught_too_rarely(missed: dict[str, int], code: int):
+    assert _reported(missed) == code
+
+
+def test_report_is_good_without_any_drawn_mutant():
+    assert _reported({}, {PLANTED_BY_HAND: 3}) == 0
+
+
+def test_report_is_bad_when_a_survivor_has_no_reason(capsys: pytest.CaptureFixture[str]):
+    assert _reported({MAIN: 1}, mutant=UNKNOWN) == 1
+    assert "survivor: dlm_core/masks.py:1 (constant changed)  x = 1  ->  x = 2\n  NO REASON" in capsys.readouterr().out
+
+
+def test_report_is_bad_when_a_mutant_with_a_reason_is_caught(capsys: pytest.CaptureFixture[str]):
+    assert report({MAIN: [_of_key(KNOWN)]}, [Outcome(True, "test_that_sees_it", 1.0, "")]) == 1
+    assert "listed as equivalent, yet caught by test_that_sees_it" in capsys.readouterr().out
+
+
+def test_report_ends_with_the_counts_of_planted_drawn_and_all(capsys: pytest.CaptureFixture[str]):
+    _reported({PLANTED_BY_HAND: 1, MAIN: 2, BELOW: 3})
+    *_, planted_line, main, below, drawn, both, last = capsys.readouterr().out.splitlines()
+    assert planted_line == "planted: 299 of 300 caught"
+    assert (main, below) == ("drawn from main: 198 of 200 caught", "drawn from below: 62 of 65 caught")
+    assert drawn == "drawn: 260 of 265 caught"
+    assert both == "planted and drawn: 559 of 565 caught"
+    assert last == "559 of 565 mutants caught"
 
 
 def test_runner_tells_caught_from_survived_and_never_runs_stale_code(tmp_path: Path):

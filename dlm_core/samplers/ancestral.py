@@ -1,14 +1,15 @@
 """Ancestral sampling of masked diffusion: walk t from 1 to 0 and draw from the posterior q(xs | xt, x0)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dlm_core.cross_entropy import Denoise
+from dlm_core.cross_entropy import Denoise, exclude_token
 from dlm_core.kernels import reveal_prob
-from dlm_core.noise import Stream, hash_uniform, hash_words
+from dlm_core.noise import Stream, hash_uniform
 from dlm_core.schedules import LinearSchedule
 
 
@@ -27,8 +28,10 @@ def categorical(logits: Float[Tensor, "M V"], u: Float[Tensor, " M"], temperatur
     """Draw one id a row by inverting the cumulative distribution at u, in float64.
 
     float32 Gumbel noise truncates the tails and lowers the temperature (arXiv 2409.02908); temperature 0 takes
-    the most likely id.
+    the most likely id.  Raises ValueError for logits that give no distribution: nan, inf, or -inf everywhere.
     """
+    if not logits.amax(dim=-1).isfinite().all():
+        raise ValueError("the denoiser's logits hold nan or inf, or are -inf for every id; no id can be drawn")
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
@@ -56,8 +59,8 @@ def sample_ancestral(
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
-    if not temperature >= 0.0:
-        raise ValueError(f"temperature is {temperature}; it must be 0 or more")
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be 0 or more, and finite")
     if not record_steps <= set(range(num_steps + 1)):
         raise ValueError(f"record_steps are {sorted(record_steps)}; they must lie in 0..{num_steps}")
     schedule = LinearSchedule()
@@ -69,12 +72,13 @@ def sample_ancestral(
     trajectory, nfe = ([xt.clone()] if 0 in record_steps else []), 0
     for step in range(num_steps):
         prob = reveal_prob(alphas[step + 1], alphas[step])
-        address = hash_words(noise_seed, step, rows, positions)
-        chosen: Bool[Tensor, "B L"] = hash_uniform(address, Stream.MASK).to(xt.device) < prob
+        reveal = hash_uniform(noise_seed, Stream.REVEAL, step, rows, positions)
+        chosen: Bool[Tensor, "B L"] = reveal.to(xt.device) < prob
         select = (chosen & (xt == mask_token_id)).flatten().nonzero().squeeze(1)
         if len(select):
-            u = hash_uniform(address, Stream.CATEGORICAL).to(xt.device).flatten()[select]
-            xt.view(-1)[select] = categorical(denoise(xt, select), u, temperature)
+            u = hash_uniform(noise_seed, Stream.CATEGORICAL, step, rows, positions).to(xt.device).flatten()[select]
+            logits = exclude_token(denoise(xt, select), mask_token_id)
+            xt.view(-1)[select] = categorical(logits, u, temperature)
             nfe += 1
         if step + 1 in record_steps:
             trajectory.append(xt.clone())

@@ -36,4 +36,5 @@ STAGE = Stage(
     config=EvaluateConfig,
     module="pipeline.evaluate.run",
     inputs=("weights", "tokens", "tokenizer", "corpus"),
+    code_version=2,
 )

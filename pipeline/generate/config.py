@@ -36,4 +36,5 @@ STAGE = Stage(
     config=GenerateConfig,
     module="pipeline.generate.run",
     inputs=("weights", "tokenizer"),
+    code_version=2,
 )

@@ -120,4 +120,5 @@ STAGE = Stage(
     config=PretrainConfig,
     module="pipeline.pretrain.run",
     inputs=("tokens", "tokenizer"),
+    code_version=2,
 )

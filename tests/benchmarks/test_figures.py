@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import figures
-from benchmarks.figures_masks import BLOCK_SIZE, PARTS, SEQ_LEN, block_matrices, upper_matrices
+from benchmarks.figures_masks import BLOCK_SIZE, DOC_LENGTHS, PARTS, SEQ_LEN, block_matrices, upper_matrices
 from benchmarks.figures_moments import (
     NUM_BINS,
     Estimator,
@@ -28,6 +28,7 @@ from benchmarks.figures_moments import (
 )
 from benchmarks.figures_schedules import spread
 from benchmarks.figures_variance import NUM_STRATA, T_MIN, make_joint
+from dlm_core import masks
 from dlm_core.corruption import mask_exact_count, mask_tokens
 from dlm_core.cross_entropy import token_cross_entropy
 from dlm_core.likelihood import stratified_counts
@@ -41,7 +42,7 @@ from tests.support.toy_world import ExactDenoiser
 MAX_BYTES = 60_000
 EXACT = 1e-9  # float64 sums of 1 / t^2 down to t = 1e-3
 GRID = 1e-5  # a trapezoid rule of 5,001 points in log t
-Z = 5.0  # two-sided normal: a false alarm in 2 million
+Z = 5.1  # two-sided normal: a false alarm in 2.9 million, two in a test: 7e-7
 NUM_BATCHES = 600
 NUM_DRAWS = 20_000
 NOISE_SEED = 7
@@ -149,6 +150,26 @@ def test_mask_figure_packed_parts_are_those_of_block_diffusion_within_documents(
     for colour, entries in packed.entries.items():
         for q, k in itertools.product(range(2 * SEQ_LEN), repeat=2):
             assert entries[q, k] == (whole.entries[colour][q, k] and same[q % SEQ_LEN, k % SEQ_LEN])
+
+
+def test_mask_figure_names_are_made_of_functions_of_masks() -> None:
+    names = [matrix.name for matrix in upper_matrices() + block_matrices()]
+    assert [
+        name for name in names if not all(callable(getattr(masks, word, None)) for word in re.findall(r"\w+", name))
+    ] == []
+    assert names[-1] == "both(block_diffusion, on_both_halves(same_document))"
+
+
+def test_mask_figure_dashes_document_ends_where_packed_and_block_ends_elsewhere() -> None:
+    doc_end, halves = DOC_LENGTHS[0], range(0, 2 * SEQ_LEN, SEQ_LEN)
+    cuts = {matrix.name: set(matrix.cuts) for matrix in upper_matrices() + block_matrices()}
+    dashed = {name: places for name, places in cuts.items() if places}
+    assert dashed == {
+        "same_document": {doc_end},
+        "block_causal": set(range(BLOCK_SIZE, SEQ_LEN, BLOCK_SIZE)),
+        "block_diffusion": set(range(BLOCK_SIZE, 2 * SEQ_LEN, BLOCK_SIZE)),
+        "both(block_diffusion, on_both_halves(same_document))": {half + doc_end for half in halves},
+    }
 
 
 def test_mask_figure_annealed_colours_split_at_the_diagonal() -> None:

@@ -221,7 +221,7 @@ def test_sampler_with_a_setting_out_of_range_is_refused(settings, message):
 
 def test_sampler_addresses_rows_by_sample_id_in_any_order():
     def denoise(xt, select):
-        return torch.zeros(len(select), 3)
+        return torch.zeros(len(select), 4)
 
     def sample(ids):
         xt = torch.full((len(ids), 8), 3)
@@ -231,3 +231,18 @@ def test_sampler_addresses_rows_by_sample_id_in_any_order():
 
     assert torch.equal(sample([5, 2]), sample([2, 5]).flip(0))
     assert not torch.equal(sample([5]), sample([2]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("logits", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf]])
+def test_logits_that_give_no_distribution_raise(logits, temperature):
+    with pytest.raises(ValueError, match="hold nan or inf, or are -inf for every id"):
+        categorical(torch.tensor([[0.0, 1.0], logits]), torch.tensor([0.5, 0.5]), temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_sampler_of_a_denoiser_that_would_predict_the_mask_never_draws_it(temperature):
+    def denoise(xt: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([0.0, 0.0, 0.0, 9.0]).expand(len(select), 4)
+
+    assert int(_sample(denoise, num_rows=20, num_steps=3, temperature=temperature).x0.max()) < MASK

@@ -232,7 +232,7 @@ def test_warmup_stable_decay_without_steps_names_the_phase(num_stage_steps, num_
 def _naive_normal(*address: int) -> float:
     """Box and Muller over the hash, one address a channel: (seed, step, sample id, position), then the channel."""
     seed, step, sample_id, position, channel = address
-    token = reference.hash_words(seed, step, EMBEDDING_STREAM, sample_id, position)
+    token = reference.hash_words(seed, EMBEDDING_STREAM, step, sample_id, position)
     u, v = ((reference.hash_words(token, channel, word) >> 11) / 2**53 for word in (0, 1))
     return math.sqrt(-2 * math.log1p(-u)) * math.cos(2 * math.pi * v)
 

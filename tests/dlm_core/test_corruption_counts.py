@@ -234,7 +234,7 @@ def test_mask_within_of_any_batch_equals_exact_fractions_or_has_no_such_count(da
     assert torch.equal(xt[~is_masked], x0[~is_masked])
     for size, count in zip(sizes, _in_groups(is_masked, num_groups).flatten().tolist(), strict=True):
         assert count == 0 if size == 0 else bounds[0] <= Fraction(count, size) <= bounds[1]
-    counts = reference.within_counts(maskable.tolist(), prob, ids, bounds, stream=Stream.COUNT, **address)
+    counts = reference.within_counts(maskable.tolist(), prob, ids, bounds, stream=Stream.WITHIN, **address)
     assert is_masked.tolist() == reference.exact_count_positions(
         maskable.tolist(), counts, ids, stream=Stream.EXACT_MASK, **address
     )
@@ -312,3 +312,50 @@ def test_complement_mask_masks_the_maskable_tokens_that_the_other_shows(grouped,
     assert not (first & second).any()
     assert torch.equal(other[~second], x0[~second])
     assert torch.equal(complement_mask(x0, other, MASK, maskable), xt)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("num_ids", [1, 4])
+def test_exact_counts_of_another_number_of_sample_ids_than_rows_raise(num_ids):
+    maskable, ids = torch.ones(3, 4, dtype=torch.bool), torch.arange(num_ids)
+    with pytest.raises(ValueError, match=f"there are {num_ids} sample_ids for 3 rows"):
+        exact_count_positions(torch.ones(3, 1, dtype=torch.int64), ids, maskable, noise_seed=0, step=0)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("shape", [(3,), (1, 1)])
+def test_exact_counts_that_are_not_rows_by_groups_raise(shape):
+    maskable, counts = torch.ones(3, 4, dtype=torch.bool), torch.ones(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=re.escape(f"num_masked has the shape {shape}; wanted two axes, 3 rows by")):
+        exact_count_positions(counts, torch.arange(3), maskable, noise_seed=0, step=0)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("changed", ["sample_ids", "mask_prob", "maskable"])
+def test_mask_within_of_columns_of_other_rows_raises(changed):
+    x0 = torch.zeros(3, 4, dtype=torch.int64)
+    columns = {
+        "mask_prob": torch.full((3, 1), 0.5),
+        "sample_ids": torch.arange(3),
+        "maskable": torch.ones(3, 4, dtype=torch.bool),
+    }
+    columns[changed] = columns[changed][:1]
+    options = {"low": 0.0, "high": 1.0, "noise_seed": 0, "step": 0, "mask_token_id": 9}
+    with pytest.raises(ValueError, match=changed):
+        mask_within(x0, **columns, **options)
+
+
+def test_mask_within_of_no_rows_is_no_rows():
+    x0 = torch.zeros(0, 4, dtype=torch.int64)
+    xt = mask_within(
+        x0,
+        torch.zeros(0, 1),
+        torch.zeros(0, dtype=torch.int64),
+        low=0.5,
+        high=0.5,
+        noise_seed=0,
+        step=0,
+        mask_token_id=9,
+        maskable=torch.ones(0, 4, dtype=torch.bool),
+    )
+    assert xt.shape == (0, 4)

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlm_core import cross_entropy as module
-from dlm_core.cross_entropy import (
-    masked_cross_entropy,
-)
+from dlm_core.cross_entropy import exclude_token, logits_loss, masked_cross_entropy, token_cross_entropy
 from tests.support.head_case import (
     BF16_ROUNDING,
     CHUNKS,
@@ -36,6 +34,9 @@ from tests.support.head_case import (
     make_case,
     row_loss,
 )
+
+IMPLEMENTED = [(dtype, name) for name in IMPLEMENTATIONS for dtype in (torch.float64, torch.float32)]
+IMPLEMENTED.append((torch.bfloat16, "chunked"))
 
 
 class _Products(TorchDispatchMode):
@@ -119,8 +120,7 @@ def test_gradient_of_rows_not_chosen_is_exactly_zero(implementation):
     assert all(torch.count_nonzero(hidden_grad[row]) for row in set(SELECT))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "implementation"), IMPLEMENTED)
 def test_gradient_of_the_id_never_predicted_is_exactly_zero(dtype, implementation):
     hidden_grad, head_grad = gradients(make_case(dtype), SCALE, mask_token_id=NEVER, implementation=implementation)
     assert torch.count_nonzero(head_grad[NEVER]) == 0
@@ -148,9 +148,8 @@ def test_weight_of_zero_gives_zero_loss_and_gradients_but_keeps_cross_entropy(im
     assert torch.equal(silent.loss().cross_entropy, case.loss().cross_entropy)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("mask_token_id", [None, NEVER])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "implementation"), IMPLEMENTED)
 def test_no_chosen_row_gives_zero_loss_and_zero_gradients(dtype, mask_token_id, implementation):
     case = make_case(dtype, select=[])
     out = case.loss(mask_token_id=mask_token_id, implementation=implementation)
@@ -178,12 +177,9 @@ def test_torch_implementation_equals_chunked(select, mask_token_id, dtype):
         assert_close(grad, reference, TOLERANCE[dtype])
 
 
-def test_torch_implementation_in_bf16_gives_float32_near_chunked():
-    """Torch returns the loss of a row in bfloat16: losses of up to 16 are off by at most 2**-5."""
-    ours, theirs = (make_case(torch.bfloat16).loss(implementation=name) for name in IMPLEMENTATIONS)
-    assert theirs.loss_sum.dtype == theirs.cross_entropy.dtype == torch.float32
-    assert float(ours.cross_entropy.max()) < 16
-    assert float((theirs.cross_entropy - ours.cross_entropy).abs().max()) <= 2.0**-5
+def test_torch_implementation_in_bf16_which_rounds_losses_is_refused():
+    with pytest.raises(ValueError, match=r'implementation="torch" rounds the losses to the torch.bfloat16 of hidden'):
+        make_case(torch.bfloat16).loss(implementation="torch")
 
 
 # Who asks for a gradient
@@ -396,11 +392,55 @@ def test_chunk_rows_below_one_is_refused(chunk_rows):
         make_case().loss(chunk_rows=chunk_rows)
 
 
-@pytest.mark.parametrize("num_weights", [1, M + 1])
-def test_weights_of_another_number_than_targets_are_refused(num_weights):
-    case = replace(make_case(), weight=torch.ones(num_weights))
-    with pytest.raises(ValueError, match=f"there are {num_weights} weights for {M} targets"):
-        masked_cross_entropy.__wrapped__(case.hidden, case.head, case.targets, case.weight, select=case.select)
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("num_targets", "num_weights"), [(M, 1), (M, M + 1), (1, M), (M - 1, M - 1)])
+@pytest.mark.parametrize("selected", [True, False])
+def test_other_numbers_of_targets_or_weights_than_rows_are_refused(selected, num_targets, num_weights):
+    case = make_case()
+    hidden, select = (case.hidden, case.select) if selected else (case.hidden[case.select], None)
+    targets, weight = torch.zeros(num_targets, dtype=torch.int64), torch.ones(num_weights)
+    message = f"there are {num_targets} targets and {num_weights} weights for {M} rows"
+    with pytest.raises(ValueError, match=message):
+        masked_cross_entropy(hidden, case.head, targets, weight, select=select)
+    with pytest.raises(ValueError, match=message):
+        logits_loss(torch.zeros(M, V), targets, weight)
+
+
+@pytest.mark.parametrize("mask_token_id", [-1, V])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mask_id_that_the_head_lacks_is_refused(implementation, mask_token_id):
+    message = rf"mask_token_id is {mask_token_id}; the head has the ids 0..{V - 1}"
+    with pytest.raises(ValueError, match=message):
+        make_case().loss(mask_token_id=mask_token_id, implementation=implementation)
+    with pytest.raises(ValueError, match=message):
+        exclude_token(torch.zeros(2, V), mask_token_id)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_implementation_is_refused():
+    case = make_case()
+    arguments = (case.hidden, case.head, case.targets, case.weight)
+    with pytest.raises(ValueError, match='implementation is "Torch"; it must be "chunked" or "torch"'):
+        masked_cross_entropy(*arguments, select=case.select, implementation="Torch")
+
+
+def test_target_of_minus_a_hundred_costs_no_silent_nothing():
+    with pytest.raises(IndexError, match="-100"):
+        token_cross_entropy(torch.zeros(1, 3), torch.tensor([-100]))
+
+
+@pytest.mark.parametrize("wide", ["head", "hidden"])
+def test_head_and_hidden_of_other_dtypes_multiply_in_that_of_hidden(wide):
+    narrow = make_case(torch.bfloat16)
+    case = replace(narrow, **{wide: getattr(narrow, wide).float().detach().requires_grad_()})
+    same = case if wide == "hidden" else narrow
+    same = replace(same, head=same.head.detach().to(same.hidden.dtype).requires_grad_())
+    assert torch.equal(case.loss().cross_entropy, same.loss().cross_entropy)
+    for grad, value, reference in zip(
+        gradients(case, 1.0), (case.hidden, case.head), gradients(same, 1.0), strict=True
+    ):
+        assert grad.dtype == value.dtype
+        assert torch.equal(grad.to(reference.dtype), reference.to(grad.dtype).to(reference.dtype))
 
 
 @pytest.mark.parametrize("chunk_rows", [0, 3])

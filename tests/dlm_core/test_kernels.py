@@ -369,3 +369,12 @@ def test_bound_of_the_exact_conditionals_of_one_token_is_the_likelihood():
 def test_kernel_that_cannot_be_raises(arguments, message):
     with pytest.raises(ValueError, match=message):
         Kernel(*arguments)
+
+
+@pytest.mark.parametrize("alpha", [-0.005, 1.005, math.nan])
+def test_alpha_that_is_no_probability_raises(alpha):
+    kernel = Kernel.absorbing(4, 3)
+    with pytest.raises(ValueError, match=f"alpha is {alpha}; it must lie in"):
+        kernel.transition(_float64([0.5, alpha]))
+    with pytest.raises(ValueError, match=f"alpha is {alpha}; it must lie in"):
+        kernel.marginal(torch.tensor([0, 1]), _float64([0.5, alpha]))

@@ -240,7 +240,7 @@ def test_exact_count_bound_drawn_has_mean_and_errors_of_enumeration(wrong, row, 
 
 
 @pytest.mark.parametrize(("num_draws", "num_copies"), [(2, 800), (8, 400), (32, 200), (128, 100)])
-def test_standard_errors_of_context_free_predictions_are_not_too_small(num_draws, num_copies):
+def test_squared_errors_of_context_free_predictions_are_not_too_small_in_the_mean(num_draws, num_copies):
     # nearly all variance is in the first strata, where few tokens of many are masked
     num_tokens, vocab_size = 100, 2
     losses = [0.1 + 2.9 * place / num_tokens for place in range(num_tokens)]
@@ -299,6 +299,23 @@ def test_any_order_bound_has_mean_and_errors_of_enumeration(wrong):
     assert estimate.is_bound
     variance = any_order_variance(wrong.nll, WHOLE, MASK) / num_orders
     _expect_moments(estimate, any_order_mean(wrong.nll, WHOLE, MASK), variance, variance)
+
+
+def test_one_draw_has_an_unknown_error_only_where_something_is_drawn(wrong):
+    s = scoring([WHOLE._replace(scored=(False,) * LENGTH), SINGLE, WHOLE])
+    drawn = {
+        "times": continuous_bound(wrong, s, LinearSchedule(), t_min=0.5, num_draws=1, num_real_tokens=V),
+        "orders": any_order_bound(wrong, s, num_orders=1),
+        "single tokens": block_bound(BlockView(wrong, 1, MASK), s, 1, num_draws=1),
+        "pairs": block_bound(BlockView(wrong, 2, MASK), s, 2, num_draws=1),
+    }
+    assert {name: estimate.mc_se.isnan().tolist() for name, estimate in drawn.items()} == {
+        "times": [False, True, True],
+        "orders": [False, False, True],
+        "single tokens": [False, False, False],
+        "pairs": [False, False, True],
+    }
+    assert all(float(estimate.mc_se.nan_to_num().max()) == 0 for estimate in drawn.values())
 
 
 @pytest.mark.parametrize("block_size", [None, 2, 4])

@@ -174,7 +174,7 @@ def _expect_draws(estimate: RowEstimate, *groups: list[list[float]]) -> None:
 def test_time_bounds_equal_naive_loop_over_the_addressed_noise(wrong, name):
     rows, num_draws, losses = ROWS * 2, 5, []
     s = scoring(rows)
-    for draw, u in enumerate(_uniforms(s, num_draws, Stream.STRATUM)):
+    for draw, u in enumerate(_uniforms(s, num_draws, Stream.ROW_STRATUM)):
         if name == "continuous":
             probs = [0.1 + 0.8 * (LATE + (1 - LATE) * v) for v in u]
             weights = [(1 - LATE) * 0.8 / p for p in probs]
@@ -194,7 +194,7 @@ def test_time_bounds_equal_naive_loop_over_the_addressed_noise(wrong, name):
 def test_exact_count_bound_equals_naive_loop_over_the_addressed_noise(wrong):
     rows, losses = [WHOLE, PROMPTED, HOLED] * 3, []
     s = scoring(rows)
-    for draw, u in enumerate(_uniforms(s, 6, Stream.COUNT)):
+    for draw, u in enumerate(_uniforms(s, 6, Stream.ROW_COUNT)):
         counts = [1 + math.floor(v * len(row.places)) for v, row in zip(u, rows, strict=True)]
         weights = [len(row.places) / count for row, count in zip(rows, counts, strict=True)]
         losses.append(_row_losses(wrong, rows, _subsets(s, [[count] for count in counts], draw), weights))
@@ -204,7 +204,7 @@ def test_exact_count_bound_equals_naive_loop_over_the_addressed_noise(wrong):
 def test_block_bound_equals_naive_loop_over_the_addressed_noise(wrong):
     rows, num_draws, losses = ROWS * 2, 3, [[], []]
     s = scoring(rows)
-    u = [_uniforms(s, num_draws, Stream.COUNT, block) for block in range(2)]
+    u = [_uniforms(s, num_draws, Stream.ROW_COUNT, block) for block in range(2)]
     parts = [[cut(row, 0, 2), cut(row, 2, 4)] for row in rows]
     for draw in range(num_draws):
         counts = [
@@ -237,7 +237,7 @@ def test_any_order_bound_equals_naive_loop_over_the_addressed_noise(wrong):
     assert estimate.mc_se.tolist() == pytest.approx(errors, rel=RTOL, abs=RTOL)
 
 
-@pytest.mark.parametrize(("name", "stream"), [("discrete", Stream.STRATUM), ("blocks", Stream.COUNT)])
+@pytest.mark.parametrize(("name", "stream"), [("discrete", Stream.ROW_STRATUM), ("blocks", Stream.ROW_COUNT)])
 def test_a_uniform_that_rounds_to_one_takes_the_last_step_or_count(wrong, name, stream):
     num_draws, group = (5, 0) if name == "discrete" else (3, 1)
     s = scoring([WHOLE])

@@ -328,7 +328,8 @@ def test_gradient_is_the_weighted_error_where_a_masked_token_is_predicted_and_ze
 
 def test_loss_does_not_see_targets_and_logits_of_tokens_that_are_not_masked():
     logits, batch = _logits(), mixed_batch()
-    other = replace(batch, x0=torch.where(batch.is_masked, batch.x0, (batch.x0 + 1) % 6))
+    shown = ~batch.is_masked & (batch.xt != batch.mask_token_id)
+    other = replace(batch, **{x: torch.where(shown, (batch.x0 + 1) % 6, getattr(batch, x)) for x in ("x0", "xt")})
     elsewhere = torch.where(batch.is_masked[..., None], logits, logits + 3.0 * torch.arange(V))
     before = _loss(logits, batch, Nelbo(LINEAR), ExactCount())
     after = _loss(elsewhere, other, Nelbo(LINEAR), ExactCount())
@@ -391,3 +392,54 @@ def test_loss_without_a_masked_token_is_zero_with_a_zero_gradient(row, num_token
         _assert_sums(
             replace(output, loss_sum=output.loss_sum.detach()), Sums(0.0, 0.0, num_tokens, 0, [0.0] * 4, [0] * 4)
         )
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["xt", "t", "is_text", "maskable", "importance"])
+def test_corrupted_of_columns_in_another_shape_raises(name):
+    batch = replace(mixed_batch(), importance=torch.ones_like(mixed_batch().t))
+    cut = getattr(batch, name)[:, :1]
+    with pytest.raises(
+        ValueError, match=re.escape(f"{name} has the shape {tuple(cut.shape)}, x0 {tuple(batch.x0.shape)};")
+    ):
+        replace(batch, **{name: cut})
+
+
+@pytest.mark.parametrize("t", [-0.005, 1.005, math.nan])
+def test_corrupted_of_a_time_outside_the_unit_interval_raises(t):
+    batch = mixed_batch()
+    times = batch.t.clone()
+    times[1, 2] = t
+    with pytest.raises(ValueError, match=f"t is {t}; it must lie in"):
+        replace(batch, t=times)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("target_offset", [-1, 2])
+def test_masked_targets_of_an_offset_that_is_no_shift_raises(target_offset):
+    with pytest.raises(ValueError, match=f"target_offset is {target_offset};"):
+        masked_targets(mixed_batch(), Nelbo(LINEAR), target_offset=target_offset)
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan])
+def test_masked_targets_of_an_importance_that_is_none_raises(value):
+    importance = torch.ones_like(mixed_batch().t)
+    importance[0, 0] = value
+    with pytest.raises(ValueError, match="importance is negative or nan somewhere"):
+        masked_targets(replace(mixed_batch(), importance=importance), Nelbo(LINEAR))
+
+
+def test_masked_targets_of_a_changed_token_raises_and_names_it():
+    batch = mixed_batch()
+    row, place = (~batch.is_masked & (batch.xt != MASK)).nonzero()[-1].tolist()
+    xt = batch.xt.clone()
+    xt[row, place] = (batch.x0[row, place] + 1) % MASK
+    with pytest.raises(ValueError, match=rf"xt\[{row}, {place}\] is {int(xt[row, place])}, neither x0's"):
+        masked_targets(replace(batch, xt=xt), Nelbo(LINEAR))
+
+
+def test_without_a_bound_to_watch_there_is_no_sum_of_one():
+    with_bound = _loss(_logits(), mixed_batch(), Nelbo(LINEAR), ExactCount())
+    without = _loss(_logits(), mixed_batch(), Nelbo(LINEAR), None)
+    assert without.nelbo_sum is None
+    assert torch.equal(without.loss_sum, with_bound.loss_sum)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dlm_core.cross_entropy import exclude_token
-from dlm_core.objectives import concrete_score, confidence_loss, log_ratio, prior_loss, score_entropy
+from dlm_core.objectives import confidence_loss, log_concrete_score, log_ratio, prior_loss, score_entropy
 from tests.support.reference import Joint, Tokens
 from tests.support.toy_world import ExactDenoiser
 
@@ -59,7 +59,7 @@ def test_concrete_score_is_the_ratio_of_marginals(alpha_t):
             continue
         log_probs = denoise(torch.tensor([xt]), select).log_softmax(dim=1)
         alphas = torch.full((len(select),), alpha_t, dtype=torch.float64)
-        score = concrete_score(log_probs, alphas).exp()
+        score = log_concrete_score(log_probs, alphas).exp()
         for row, place in enumerate(select.tolist()):
             for v in range(3):
                 y = (*xt[:place], v, *xt[place + 1 :])
@@ -77,7 +77,7 @@ def _score_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
 
 def test_score_entropy_of_normalised_score_is_the_weighted_cross_entropy():
     log_probs, targets, alpha_t, dalpha_t = _score_case()
-    found = score_entropy(concrete_score(log_probs, alpha_t), targets, alpha_t, dalpha_t)
+    found = score_entropy(log_concrete_score(log_probs, alpha_t), targets, alpha_t, dalpha_t)
     expected = [
         -float(dalpha_t[m]) / (1 - float(alpha_t[m])) * -float(log_probs[m, targets[m]]) for m in range(len(targets))
     ]
@@ -87,7 +87,7 @@ def test_score_entropy_of_normalised_score_is_the_weighted_cross_entropy():
 @pytest.mark.parametrize("excess", [0.3, 1.0, 2.5])
 def test_score_entropy_of_unnormalised_score_pays_for_its_excess_mass(excess):
     log_probs, targets, alpha_t, dalpha_t = _score_case()
-    log_score = concrete_score(log_probs, alpha_t)
+    log_score = log_concrete_score(log_probs, alpha_t)
     normal = score_entropy(log_score, targets, alpha_t, dalpha_t)
     found = score_entropy(log_score + math.log(excess), targets, alpha_t, dalpha_t)
     ratio = alpha_t / (1 - alpha_t)
@@ -105,7 +105,7 @@ def test_score_where_all_or_nothing_is_masked_is_refused(alpha_t):
     log_probs, targets, alphas, dalpha_t = _score_case()
     alphas[2] = alpha_t
     with pytest.raises(ValueError, match=rf"alpha_t is {alpha_t};"):
-        concrete_score(log_probs, alphas)
+        log_concrete_score(log_probs, alphas)
     with pytest.raises(ValueError, match=rf"alpha_t is {alpha_t};"):
         score_entropy(log_probs, targets, alphas, dalpha_t)
 
@@ -160,3 +160,9 @@ def test_confidence_loss_of_narrow_logits_is_taken_in_float32():
     wide = confidence_loss(logits.bfloat16().double(), targets)
     assert wide.entropy_sum.dtype == torch.float64
     assert float(narrow.entropy_sum) == pytest.approx(float(wide.entropy_sum), rel=FLOAT32)
+
+
+@pytest.mark.parametrize("alpha_1", [-0.005, 1.005, math.nan])
+def test_prior_loss_of_an_alpha_that_is_no_probability_raises(alpha_1):
+    with pytest.raises(ValueError, match=f"alpha_1 is {alpha_1}; it must lie in"):
+        prior_loss(torch.tensor(alpha_1, dtype=torch.float64), 4)

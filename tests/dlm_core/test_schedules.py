@@ -380,3 +380,64 @@ def test_clipped_schedule_of_no_width_is_constant(low):
 def test_schedule_with_bad_parameters_raises(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@dataclass(frozen=True)
+class _Wrong(Schedule):
+    """A schedule of somebody's own, as given."""
+
+    prob: Callable[[torch.Tensor], torch.Tensor]
+    slope: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like
+
+    def __str__(self) -> str:
+        return "Wrong"
+
+    def _mask_prob(self, t: torch.Tensor) -> torch.Tensor:
+        return self.prob(t)
+
+    def _slope(self, t: torch.Tensor) -> torch.Tensor:
+        return self.slope(t)
+
+    def _time_of(self, mask_prob: torch.Tensor) -> torch.Tensor:
+        return mask_prob
+
+
+@pytest.mark.parametrize(
+    ("prob", "found"),
+    [(lambda t: 1.5 * t, "1.5"), (lambda t: t - 0.25, "-0.25"), (lambda t: t / 0 * 0, "nan")],
+    ids=["above", "below", "nan"],
+)
+@pytest.mark.parametrize("method", ["mask_prob", "alpha", "nelbo_weight"])
+def test_schedule_whose_formula_leaves_the_unit_interval_is_refused(method, prob, found):
+    with pytest.raises(ValueError, match=rf"mask_prob of Wrong is {found}; it must lie in"):
+        getattr(_Wrong(prob), method)(_float64([0.0, 1.0]))
+
+
+@pytest.mark.parametrize(("value", "found"), [(-0.5, "-0.5"), (math.nan, "nan")])
+@pytest.mark.parametrize("method", ["dalpha", "nelbo_weight"])
+def test_schedule_whose_alpha_rises_is_refused(method, value, found):
+    schedule = _Wrong(lambda t: 0.5 + t / 4, lambda t: torch.where(t > 0.5, value, 0.0))
+    with pytest.raises(ValueError, match=rf"alpha of Wrong rises: mask_prob has the slope {found} at t = 0\.75;"):
+        getattr(schedule, method)(_float64([0.25, 0.75]))
+    assert getattr(schedule, method)(_float64([0.5])).tolist() == [0.0]  # standing still is allowed
+
+
+def test_discrete_weight_of_a_step_in_which_alpha_rises_raises():
+    schedule = _Wrong(lambda t: torch.where(t > 0.5, 0.25, 0.5))
+    assert schedule.discrete_weight(_float64([1.0, 2.0]), 4).tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match="alpha of Wrong rises in one of 4 steps"):
+        schedule.discrete_weight(_float64([1.0, 3.0]), 4)
+
+
+@pytest.mark.parametrize(
+    ("index", "num_timesteps", "message"),
+    [
+        (0.0, 4, r"index is 0\.0; it must lie in \[1\.0, 4\.0\]"),
+        (5.0, 4, r"index is 5\.0; it must lie in \[1\.0, 4\.0\]"),
+        (1.0, 0, "num_timesteps is 0;"),
+        (1.0, -1, "num_timesteps is -1;"),
+    ],
+)
+def test_discrete_weight_of_a_step_that_is_none_raises(index, num_timesteps, message):
+    with pytest.raises(ValueError, match=message):
+        LinearSchedule().discrete_weight(_float64([index]), num_timesteps)

@@ -163,9 +163,14 @@ def test_chain_that_cannot_be_raises(build, message):
         lambda: DiscreteChain.cosine(0),
         lambda: DiscreteChain.of_schedule(LinearSchedule(), 0),
         lambda: DiscreteChain.of_alphas([]),
+        lambda: DiscreteChain.linear(-1, 0.1, 0.2),
+        lambda: DiscreteChain.cosine(-1),
+        lambda: DiscreteChain.of_schedule(LinearSchedule(), -1),
     ],
-    ids=["constructor", "linear", "cosine", "of_schedule", "of_alphas"],
+    ids=["constructor", "linear", "cosine", "of_schedule", "of_alphas", "linear < 0", "cosine < 0", "schedule < 0"],
 )
 def test_chain_without_a_step_raises(build):
-    with pytest.raises(ValueError, match=r"at least one step; (betas|alphas) is empty"):
+    with pytest.raises(
+        ValueError, match=r"at least one step; (betas is empty|alphas is empty|num_timesteps is (0|-1)$)"
+    ):
         build()

@@ -15,8 +15,6 @@ from dlm_core.variance import (
     GradientSums,
     PiecewiseDensity,
     WeightedTimes,
-    choose_interval,
-    clip_candidates,
     moment_sums,
     uniform_log_mask_prob,
     variance_of_sums,
@@ -355,82 +353,6 @@ def test_variance_of_fewer_than_two_values_is_refused(count):
     with pytest.raises(ValueError, match=f"at least 2 values; there are {count}$"):
         variance_of_sums(sums)
     assert float(variance_of_sums(moment_sums(torch.ones(2)))) == 0.0
-
-
-# Intervals of mask rates
-
-
-def test_clip_candidates_are_those_of_the_published_search():
-    expected = [(1e-3, 1.0)]
-    for width in (0.5, 0.6, 0.7, 0.8, 0.9):
-        low = 0.0
-        while low + width < 1.0 + 1e-6:
-            expected.append((max(low, 1e-3), low + width))
-            low += 0.05
-    found = clip_candidates(4)
-    assert len(found) == len(expected) == 36
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, abs=EXACT)
-    assert (0.3, 0.8) in found
-    assert (0.45, 0.95) in found
-    assert clip_candidates(2, t_min=0.01)[:2] == [(0.01, 1.0), (0.01, 0.5)]
-
-
-def test_clip_candidates_of_single_tokens_are_all_rates_and_everything_masked():
-    assert clip_candidates(1) == [(1e-3, 1.0), (1.0, 1.0)]
-    assert clip_candidates(1, t_min=0.02) == [(0.02, 1.0), (1.0, 1.0)]
-
-
-@pytest.mark.parametrize("block_size", [0, -4])
-def test_clip_candidates_without_tokens_are_refused(block_size):
-    with pytest.raises(ValueError, match=f"block_size is {block_size};"):
-        clip_candidates(block_size)
-
-
-INTERVALS = [(0.0, 1.0), (0.3, 0.8), (0.5, 1.0)]
-
-
-def _spread(*scales: float) -> torch.Tensor:
-    return torch.stack([moment_sums(_f64([1.0 - scale, 1.0, 1.0 + scale])) for scale in scales])
-
-
-@pytest.mark.parametrize("least", [0, 1, 2])
-def test_choose_interval_takes_the_least_variance(least):
-    scales = [3.0, 3.0, 3.0]
-    scales[least] = 2.0
-    chosen, variances = choose_interval(INTERVALS, _spread(*scales))
-    assert chosen == INTERVALS[least]
-    assert variances.tolist() == pytest.approx([scale**2 for scale in scales], rel=EXACT)
-
-
-def test_choose_interval_of_equals_takes_the_first():
-    assert choose_interval(INTERVALS, _spread(5.0, 2.0, 2.0))[0] == INTERVALS[1]
-    assert choose_interval(INTERVALS, _spread(2.0, 2.0, 2.0))[0] == INTERVALS[0]
-
-
-def test_choose_interval_goes_by_variance_and_not_by_size():
-    large_but_steady = moment_sums(_f64([100.0, 100.1]))
-    small_but_noisy = moment_sums(_f64([-3.0, 3.0]))
-    assert choose_interval(INTERVALS[:2], torch.stack([small_but_noisy, large_but_steady]))[0] == INTERVALS[1]
-
-
-def test_choose_interval_never_takes_one_whose_losses_are_infinite():
-    broken = moment_sums(_f64([1.0, math.inf]))
-    sums = torch.stack([moment_sums(_f64([0.0, 9.0])), broken, moment_sums(_f64([0.0, 5.0]))])
-    assert choose_interval(INTERVALS, sums)[0] == INTERVALS[2]
-
-
-@pytest.mark.parametrize("num_rows", [2, 4])
-def test_choose_interval_without_a_row_of_sums_each_is_refused(num_rows):
-    with pytest.raises(ValueError, match=f"3 candidates have {num_rows} rows of sums"):
-        choose_interval(INTERVALS, _spread(*[1.0] * num_rows))
-
-
-def test_choose_interval_with_a_single_loss_is_refused():
-    sums = _spread(1.0, 1.0, 1.0)
-    sums[1] = moment_sums(torch.ones(1))
-    with pytest.raises(ValueError, match="there are 1"):
-        choose_interval(INTERVALS, sums)
 
 
 # Variance of gradients

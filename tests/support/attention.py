@@ -42,7 +42,7 @@ def block_causal(length: int, block_size: int) -> Mask:
 
 def annealed(length: int, ratio: float, *, noise_seed: int, step: int) -> Mask:
     """Causal, and of the future every entry whose hash lies below the ratio."""
-    threshold, address = math.floor(ratio * 2**24), reference.hash_words(noise_seed, step, ATTENTION_STREAM)
+    threshold, address = math.floor(ratio * 2**24), reference.hash_words(noise_seed, ATTENTION_STREAM, step)
     return table(
         range(length),
         lambda q, k: k <= q or reference.hash_words(address, q, k) >> 40 < threshold,

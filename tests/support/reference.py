@@ -67,8 +67,8 @@ def stratified_uniform(
     noise_seed: int, step: int, num_places: int, *, stream: int, offset_stream: int, shared_offset: bool
 ) -> list[float]:
     """(stratum + offset) / num_places, where the k-th place of the permutation has the stratum k."""
-    order = permutation(num_places, noise_seed, step, stream)
-    address = (noise_seed, step, offset_stream, stream)
+    order = permutation(num_places, noise_seed, stream, step)
+    address = (noise_seed, offset_stream, step, stream)
     offsets = [uniform(*address) if shared_offset else uniform(*address, place) for place in range(num_places)]
     return [(order.index(place) + offsets[place]) / num_places for place in range(num_places)]
 
@@ -85,7 +85,7 @@ def noise_positions(
     """Which tokens are noised, where a row of K probabilities cuts it into K blocks."""
     chosen = []
     for probs, sample_id in zip(noise_prob, sample_ids, strict=True):
-        address = hash_words(noise_seed, step, stream, sample_id)
+        address = hash_words(noise_seed, stream, step, sample_id)
         chosen.append([event(probs[place * len(probs) // length], address, place) for place in range(length)])
     return chosen
 
@@ -105,7 +105,7 @@ def replacements(
     real = [token for token in range(vocab_size) if token != mask_token_id]
     rows = []
     for sample_id in sample_ids:
-        row, base = [], hash_words(noise_seed, step, stream, sample_id)
+        row, base = [], hash_words(noise_seed, stream, step, sample_id)
         for place in range(length):
             token = real[integer(len(real), base, place, 0)]
             is_mask = mask_token_id is not None and event(mask_share, base, place, 1)
@@ -126,7 +126,7 @@ def exact_count_positions(
     """In each block the maskable places of the smallest hashes, as many as asked for."""
     masked = []
     for row, counts, sample_id in zip(maskable, num_masked, sample_ids, strict=True):
-        address, size = hash_words(noise_seed, step, stream, sample_id), len(row) // len(counts)
+        address, size = hash_words(noise_seed, stream, step, sample_id), len(row) // len(counts)
         chosen: list[int] = []
         for block, count in enumerate(counts):
             places = [place for place in range(block * size, (block + 1) * size) if row[place]]
@@ -159,7 +159,7 @@ def within_counts(
     """A count of every block: the first whose cumulative probability, given the bounds, exceeds the uniform number."""
     counts = []
     for row, probs, sample_id in zip(maskable, prob, sample_ids, strict=True):
-        address, size = hash_words(noise_seed, step, stream, sample_id), len(row) // len(probs)
+        address, size = hash_words(noise_seed, stream, step, sample_id), len(row) // len(probs)
         counts.append([])
         for block, p in enumerate(probs):
             law = truncated_binomial(sum(row[block * size : (block + 1) * size]), Fraction(p), *bounds)
@@ -283,6 +283,6 @@ def law_statistic(outcomes: Iterable[Hashable], law: Mapping[Any, float | Fracti
     return chi_square([counts[x] for x in possible], [counts.total() * p for p in possible.values()])
 
 
-def chi_square_bound(degrees: int, z: float = 4.0) -> float:
-    """What a chi-square variable stays below but for a probability of 3e-5 (Wilson-Hilferty, at z sigmas)."""
+def chi_square_bound(degrees: int, z: float = 5.0) -> float:
+    """What a chi-square variable stays below but for a probability of 3e-7 (Wilson-Hilferty, at z sigmas)."""
     return degrees * (1 - 2 / (9 * degrees) + z * math.sqrt(2 / (9 * degrees))) ** 3

@@ -2,6 +2,11 @@
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
+        "likelihood",
+        "drawn = _over_strata(losses, s.lengths[long][:, None], least=2)",
+        "drawn = _over_strata(losses, s.lengths[long][:, None], least=1)",
+    ): "a row of one token has a single mask and is enumerated, so that a long row has two tokens or more",
+    (
         "noise",
         "return radius * torch.cos(2.0 * math.pi * hash_uniform(*words, 1))",
         "return radius * torch.cos((-(2.0 * math.pi * hash_uniform(*words, 1))))",

@@ -40,14 +40,14 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "schedules",
         "weight -alpha' instead of -alpha' / (1 - alpha)",
-        "return self._slope(t) / mask_prob",
-        "return self._slope(t)",
+        "return self._rise(t) / mask_prob",
+        "return self._rise(t)",
     ),
     Planted(
         "schedules",
         "weight over alpha instead of 1 - alpha",
-        "return self._slope(t) / mask_prob",
-        "return self._slope(t) / (1.0 - mask_prob)",
+        "return self._rise(t) / mask_prob",
+        "return self._rise(t) / (1.0 - mask_prob)",
     ),
     Planted("schedules", "sign of alpha' lost", "return -slope", "return slope"),
     Planted("schedules", "alpha is the mask probability", "return 1.0 - self.mask_prob(t)", "return self.mask_prob(t)"),
@@ -97,14 +97,14 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "noise",
         "places always in the same order",
-        "order = hash_permutation(num_places, noise_seed, step, stream)",
+        "order = hash_permutation(num_places, noise_seed, stream, step)",
         "order = torch.arange(num_places)",
     ),
     Planted("noise", "strata without an offset", "return (strata + offset) / num_places", "return strata / num_places"),
     Planted(
         "noise",
         "the same offset at every step",
-        "address = (noise_seed, step, Stream.OFFSET, stream)",
+        "address = (noise_seed, Stream.OFFSET, step, stream)",
         "address = (noise_seed, Stream.OFFSET, stream)",
     ),
     Planted(
@@ -159,8 +159,8 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "corruption",
         "noise addressed by the row of the micro batch",
-        "hash_words(noise_seed, step, Stream.MASK, sample_ids)",
-        "hash_words(noise_seed, step, Stream.MASK, torch.arange(len(sample_ids)))",
+        "hash_words(noise_seed, Stream.MASK, step, sample_ids)",
+        "hash_words(noise_seed, Stream.MASK, step, torch.arange(len(sample_ids)))",
     ),
     Planted(
         "corruption",
@@ -284,8 +284,8 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "objectives",
         "the bound reported with the training weight",
-        "nelbo_weight=(bound.token_weight(batch)",
-        "nelbo_weight=(weighting.token_weight(batch)",
+        "None if bound is None else (bound.token_weight(batch)",
+        "None if bound is None else (weighting.token_weight(batch)",
     ),
     Planted(
         "objectives",
@@ -355,8 +355,8 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "likelihood",
         "prior left out",
-        "_over_strata((losses + s.lengths * prior_loss(alpha_1, num_real_tokens)).unsqueeze(-1))",
-        "_over_strata(losses.unsqueeze(-1))",
+        "losses = losses + s.lengths * prior_loss(alpha_1, num_real_tokens)",
+        "losses = losses + 0.0",
     ),
     Planted("likelihood", "prior once a row", "s.lengths * prior_loss(", "prior_loss("),
     Planted(
