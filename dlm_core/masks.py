@@ -43,8 +43,8 @@ def annealed(ratio: float, noise_seed: int, step: int) -> Predicate:
     """Causal OR Bernoulli(ratio), one draw an entry and a step, shared by the batch and the heads.
 
     DiffuLLaMA (arXiv 2410.17891), attention mask annealing: ratio 0 is causal, ratio 1 is full; ``anneal_ratio`` in
-    ar_init.py gives it for a step.  The draw is addressed by (noise_seed, step, q, k).  Raises ValueError for a ratio
-    outside [0, 1].
+    ar_init.py gives it for a step.  The draw is addressed by (noise_seed, stream, step, q, k).  Raises ValueError for
+    a ratio outside [0, 1].
     """
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"the annealing ratio is {ratio}; it must lie in [0, 1]")

@@ -302,10 +302,10 @@ def masked_targets(
     """The masked tokens of a batch with the weights of an objective, and of a bound to watch beside it.
 
     target_offset 1: token l is predicted at position l - 1, as in the autoregressive model that Dream (arXiv
-    2508.15487) and DiffuLLaMA (2410.17891) start from; token 0 is then nobody's target and no token of the bound, which
-    is one on -log p of the others given token 0 if that stays clean (``maskable_positions`` with keep_first).
-    Raises ValueError if ``bound`` is none, if a masked position's clean token is the mask, if xt changes a token into
-    another than the mask, for a negative importance, or a target_offset other than 0 and 1.
+    2508.15487) and DiffuLLaMA (2410.17891) start from; token 0 is then nobody's target and no token of the bound,
+    which is one on -log p of the others given token 0 if that stays clean (``maskable_positions`` with keep_first).
+    Raises ValueError for a ``bound`` that is not one, if a masked position's clean token is the mask, if xt changes a
+    token into another than the mask, for a negative importance, or a target_offset other than 0 and 1.
     """
     if target_offset not in (0, 1):
         raise ValueError(f"target_offset is {target_offset}; it must be 0, or 1 for a shifted model")

@@ -416,6 +416,13 @@ def test_mask_id_that_the_head_lacks_is_refused(implementation, mask_token_id):
         exclude_token(torch.zeros(2, V), mask_token_id)
 
 
+@pytest.mark.parametrize("mask_token_id", [0, V - 1])
+def test_first_and_last_id_can_be_the_mask(mask_token_id):
+    assert exclude_token(torch.zeros(2, V), mask_token_id).isinf().nonzero()[:, 1].tolist() == [mask_token_id] * 2
+    case = replace(make_case(), targets=torch.full((M,), 1))
+    assert case.loss(mask_token_id=mask_token_id).loss_sum.isfinite()
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_unknown_implementation_is_refused():
     case = make_case()

@@ -198,6 +198,7 @@ def test_unigram_entropy_equals_closed_form(counts, entropy):
 def test_rows_per_token_add_and_their_squared_errors_add():
     rows = RowEstimate(torch.tensor([3.0, 5.0]), torch.tensor([0.3, 0.4]), is_bound=True)
     assert rows.per_token(4) == (pytest.approx(2.0), pytest.approx(0.125))
+    assert rows.per_token(1) == (pytest.approx(8.0), pytest.approx(0.5))
     with pytest.raises(ValueError, match="num_tokens is 0;"):
         rows.per_token(0)
 
