@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlm_core.likelihood import exact_count_weight
+from dlm_core.corpus_bound import exact_count_weight
 from dlm_core.schedules import LinearSchedule
 from dlm_core.variance import PiecewiseDensity, WeightedTimes, uniform_log_mask_prob
 from tests.support.reference import Joint, all_masks

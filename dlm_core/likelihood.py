@@ -1,15 +1,14 @@
-"""Estimators of the likelihood for evaluation: bounds and exact values, each with its standard error.
-
-``mc_se`` is the noise of the drawn times and masks for the given text; ``doc_se`` is the spread over documents.
+"""Estimators of the likelihood of rows for evaluation: bounds and exact values, each with its standard error.
 
 A denoiser is a function (xt [B, L], select [M]) -> logits [M, V] of the tokens at the flat positions ``select`` of xt,
 with -inf for the mask token (``exclude_token``): probability left on the mask is lost from the bound.  That of a block
 model, (xt, x0, select) -> logits, also gets the clean rows, of which a block sees those before it.
 
-What lives here: estimators of -log p, given a denoiser as a function.  What must not: models, training losses.
+What lives here: estimators of -log p, given a denoiser as a function.  What must not: models, training losses, the
+bound of a corpus (corpus_bound.py).
 
 Shapes: B rows, L seq_len, N draws a row, J jobs (noised copies of rows that go through the denoiser), K blocks of a
-row, R replicates over a corpus; n is the number of scored tokens of a row.  Rows keep everything that is not scored
+row; n is the number of scored tokens of a row.  Rows keep everything that is not scored
 (prompt, padding) as it is; the denoiser deals with padding.
 """
 
@@ -23,17 +22,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dlm_core.blocks import num_blocks, per_token
+from dlm_core.corpus_bound import counts_at, exact_count_weight
 from dlm_core.corruption import exact_count_positions, noise_positions
 from dlm_core.cross_entropy import Denoise, token_cross_entropy
-from dlm_core.noise import Stream, hash_uniform, hash_words, stratified_uniform
+from dlm_core.noise import Stream, hash_uniform, hash_words
 from dlm_core.objectives import prior_loss
 from dlm_core.schedules import Schedule
 
 BlockDenoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(xt [B, L], x0 [B, L], select [M]) -> logits [M, V]: a denoiser whose blocks see the clean blocks before them."""
-
-
-# Estimates
 
 
 @dataclass(frozen=True)
@@ -54,104 +51,6 @@ class RowEstimate:
         if num_tokens < 1:
             raise ValueError(f"num_tokens is {num_tokens}; it must be at least 1")
         return float(self.nats.sum()) / num_tokens, math.sqrt(float(self.mc_se.square().sum())) / num_tokens
-
-
-@dataclass(frozen=True)
-class BoundEstimate:
-    """An estimated bound on the negative log-likelihood of a corpus."""
-
-    nelbo: float
-    """Nats a token; an upper bound of the negative log-likelihood in expectation."""
-    mc_se: float
-    """Standard error of nelbo from the drawn masks, over independent replicates."""
-    doc_se: float
-    """Standard error of nelbo over documents, as if they were a sample of a population; the noise of the drawn
-    masks, averaged over replicates, is part of their spread."""
-    num_tokens: int
-    num_docs: int
-    num_replicates: int
-
-    @property
-    def ppl_bound(self) -> float:
-        """exp(nelbo): an upper bound of the perplexity a token; inf where float64 can't hold it."""
-        return float(torch.tensor(self.nelbo, dtype=torch.float64).exp())
-
-    def bpb_bound(self, num_bytes: int) -> float:
-        """Bits a byte:  nelbo * num_tokens / (num_bytes * ln 2).  Raises ValueError without bytes."""
-        if num_bytes < 1:
-            raise ValueError(f"num_bytes is {num_bytes}; it must be at least 1")
-        return self.nelbo * self.num_tokens / (num_bytes * math.log(2))
-
-
-def estimate_bound(doc_loss_sums: Float[Tensor, "R docs"], doc_tokens: Int[Tensor, " docs"]) -> BoundEstimate:
-    """Combine per-replicate, per-document loss sums into a bound with its standard errors.
-
-    nelbo = sum of losses / sum of tokens, averaged over replicates;
-    mc_se = std over replicates / sqrt(R);  doc_se is the standard error of a ratio of sums over documents,
-    sqrt(D / (D - 1) * sum_d (loss_d - nelbo * tokens_d)^2) / sum_d tokens_d  (nan for a single document).
-
-    Raises ValueError with a single replicate, without tokens, or for another number of documents.
-    """
-    num_replicates, num_docs = doc_loss_sums.shape
-    if doc_tokens.shape != (num_docs,):
-        raise ValueError(
-            f"doc_tokens has the shape {tuple(doc_tokens.shape)} for {num_docs} documents; wanted one each"
-        )
-    num_tokens = int(doc_tokens.sum())
-    if num_replicates < 2:
-        raise ValueError(f"num_replicates is {num_replicates}, which has no spread; draw at least 2, better 8")
-    if num_tokens == 0:
-        raise ValueError("there are no tokens to evaluate")
-    sums = doc_loss_sums.to(torch.float64)
-    per_replicate = sums.sum(dim=1) / num_tokens
-    nelbo = per_replicate.mean()
-    residuals = sums.mean(dim=0) - nelbo * doc_tokens
-    doc_se = (
-        math.sqrt(float((residuals**2).sum()) * num_docs / (num_docs - 1)) / num_tokens if num_docs > 1 else math.nan
-    )
-    return BoundEstimate(
-        nelbo=float(nelbo),
-        mc_se=float(per_replicate.std()) / math.sqrt(num_replicates),
-        doc_se=doc_se,
-        num_tokens=num_tokens,
-        num_docs=num_docs,
-        num_replicates=num_replicates,
-    )
-
-
-def unigram_entropy(token_counts: Int[Tensor, " V"]) -> float:
-    """Entropy in nats of the empirical unigram distribution of the given tokens.
-
-    The lowest loss that any context-free predictor can reach on these very tokens, even one fitted to them.
-    """
-    p = token_counts[token_counts > 0].to(torch.float64)
-    p = p / p.sum()
-    return float(-(p * p.log()).sum())
-
-
-# Exact counts over the rows of a corpus
-
-
-def stratified_counts(noise_seed: int, replicate: int, lengths: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """Number of positions to mask in each row: uniform on {1..length}, stratified over the rows.
-
-    count = 1 + floor(u * length) with u one stratum a row; a row of length 0 gets 0.
-    """
-    u = stratified_uniform(noise_seed, replicate, lengths.shape[0], Stream.COUNT)
-    return _counts(u, lengths)
-
-
-def _counts(u: Tensor, lengths: Tensor) -> Tensor:
-    return torch.minimum(1 + torch.floor(u * lengths).to(torch.int64), lengths)
-
-
-def exact_count_weight(lengths: Int[Tensor, "..."], num_masked: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Weight of the masked cross-entropy when exactly num_masked of length positions are masked.
-
-    length / num_masked: LLaDA (arXiv 2502.09992) eq. 14, RADD (2406.03736) k-DCE.  With num_masked uniform
-    on {1..length} its mean equals the continuous-time NELBO for every schedule, with a lower variance.
-    """
-    return lengths.to(torch.float64) / num_masked.clamp(min=1)
 
 
 # Bounds of rows
@@ -401,7 +300,7 @@ def _count_losses(
     seq_len = s.x0.shape[1]
     blocks = num_blocks(seq_len, block_size)
     lengths = s.scored.view(-1, blocks, block_size).sum(dim=-1)[rows]
-    counts = _counts(_strata(s, num_draws, Stream.ROW_COUNT, blocks)[:, rows], lengths)
+    counts = counts_at(_strata(s, num_draws, Stream.ROW_COUNT, blocks)[:, rows], lengths)
     is_masked = [
         exact_count_positions(counts[draw], s.sample_ids[rows], s.scored[rows], noise_seed=s.noise_seed, step=draw)
         for draw in range(num_draws)

@@ -49,7 +49,7 @@ def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, 
     """Loss sums [replicate, document] of the rows of one shard."""
     import torch
 
-    from dlm_core.likelihood import stratified_counts
+    from dlm_core.corpus_bound import stratified_counts
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -76,9 +76,9 @@ def _row_losses(
     """Weighted cross-entropy of every masked token of some rows, with the document each belongs to."""
     import torch
 
+    from dlm_core.corpus_bound import exact_count_weight
     from dlm_core.corruption import mask_exact_count
     from dlm_core.cross_entropy import token_cross_entropy
-    from dlm_core.likelihood import exact_count_weight
 
     drawn = [rows.row(i, special.pad_token_id) for i in indices]
     x0 = torch.from_numpy(np.stack([tokens for tokens, _ in drawn]))
@@ -109,7 +109,7 @@ def finish(
     """Add the shards up and put the yardsticks beside the bound."""
     import torch
 
-    from dlm_core.likelihood import estimate_bound, unigram_entropy
+    from dlm_core.corpus_bound import estimate_bound, unigram_entropy
 
     stream = _held_out(inputs)
     sums = sum(np.load(directory / _LOSSES)["sums"] for directory in sorted(shard_dirs))

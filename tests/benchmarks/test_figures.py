@@ -29,9 +29,9 @@ from benchmarks.figures_moments import (
 from benchmarks.figures_schedules import spread
 from benchmarks.figures_variance import NUM_STRATA, T_MIN, make_joint
 from dlm_core import masks
+from dlm_core.corpus_bound import stratified_counts
 from dlm_core.corruption import mask_exact_count, mask_tokens
 from dlm_core.cross_entropy import token_cross_entropy
-from dlm_core.likelihood import stratified_counts
 from dlm_core.noise import hash_uniform, stratified_uniform
 from dlm_core.objectives import Corrupted, ExactCount, Nelbo, Weighting, masked_targets
 from dlm_core.schedules import SCHEDULES, LinearSchedule

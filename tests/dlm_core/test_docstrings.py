@@ -10,7 +10,7 @@ import dlm_core
 
 CORE = Path(dlm_core.__file__).parent
 MODULES = ["schedules", "kernels", "noise", "corruption", "blocks", "masks", "objectives", "cross_entropy", "variance"]
-MODULES += ["likelihood", "ar_init", "samplers/guidance", "samplers/ancestral"]
+MODULES += ["likelihood", "corpus_bound", "ar_init", "samplers/guidance", "samplers/ancestral"]
 
 SOURCE = re.compile(r"(arXiv\s+|\()\d{4}\.\d{5}\b|Box and Muller, 1958|OOPSLA 2014")
 
@@ -20,7 +20,7 @@ BoundEstimate BoundEstimate.bpb_bound BoundEstimate.ppl_bound ConfidenceLoss Cor
 GradientSums GradientSums.of GradientSums.variance HeadLoss LossOutput PiecewiseDensity
 PiecewiseDensity.bin_of PiecewiseDensity.sample RowEstimate RowEstimate.per_token Sampled Scoring
 Scoring.lengths Stream Targets WeightedTimes Weighting Weighting.is_bound Weighting.token_weight block_length
-check_tokens compute_dtype dense_mask estimate_bound exact_count_positions hash_event hash_integer
+check_tokens compute_dtype counts_at dense_mask estimate_bound exact_count_positions hash_event hash_integer
 hash_permutation hash_uniform hash_words logits_loss loss_output mask_noise_std moment_sums next_token_targets
 noise_positions num_blocks on_both_halves per_token shift_left stratified_counts token_cross_entropy
 unigram_entropy variance_of_sums

@@ -1,8 +1,7 @@
-"""Estimators of the likelihood of rows: their noise, what they leave alone, what they must not depend on, errors."""
+"""Estimators of the likelihood of rows: their noise, what they leave alone, what they must not depend on."""
 
 import itertools
 import math
-import re
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +22,7 @@ from dlm_core.likelihood import (
     ordered_nll,
 )
 from dlm_core.noise import Stream
-from dlm_core.schedules import ClippedSchedule, LinearSchedule
+from dlm_core.schedules import ClippedSchedule
 from tests.support import reference
 from tests.support.block_world import (
     EMPTY,
@@ -34,7 +33,6 @@ from tests.support.block_world import (
     MASKED_PROMPT,
     PROMPTED,
     ROWS,
-    SINGLE,
     WHOLE,
     BlockView,
     Recorder,
@@ -408,91 +406,3 @@ def test_scoring_left_at_its_defaults_has_seed_0_and_batches_of_64(wrong):
     s, recorder = scoring([WHOLE] * 70, noise_seed=0), Recorder(wrong)
     _same(_any_order(recorder, Scoring(s.x0, s.scored, MASK, s.sample_ids)), _any_order(wrong, s))
     assert max(len(xt) for xt, _ in recorder.calls) == 64
-
-
-# Errors
-
-
-REAL = {"num_real_tokens": 1}
-ARGUMENTS = {
-    continuous_bound: {"schedule": LinearSchedule(), "t_min": 0.1, "num_draws": 1} | REAL,
-    discrete_bound: {"schedule": LinearSchedule(), "num_timesteps": 1, "num_draws": 1} | REAL,
-    exact_count_bound: {"num_draws": 1},
-    any_order_bound: {"num_orders": 1},
-    block_bound: {"block_size": 2, "num_draws": 1},
-    block_chain_nll: {"block_size": 1},
-}
-
-
-@pytest.mark.parametrize(
-    ("estimator", "change", "message"),
-    [
-        (continuous_bound, {"num_draws": 0}, "num_draws is 0"),
-        (continuous_bound, {"t_min": -0.5}, r"t_min is -0\.5; it must lie"),
-        (continuous_bound, {"t_min": 1.0}, r"t_min is 1\.0; it must lie"),
-        (continuous_bound, {"t_min": math.nan}, "t_min is nan; it must lie"),
-        (continuous_bound, {"t_min": 0.0}, r"t_min is 0\.0, where LinearSchedule.* masks nothing"),
-        (continuous_bound, {"num_real_tokens": 0}, "num_real_tokens is 0"),
-        (discrete_bound, {"num_draws": 0}, "num_draws is 0"),
-        (discrete_bound, {"num_timesteps": 0}, "num_timesteps is 0"),
-        (discrete_bound, {"num_real_tokens": 0}, "num_real_tokens is 0"),
-        (exact_count_bound, {"num_draws": 0}, "num_draws is 0"),
-        (any_order_bound, {"num_orders": 0}, "num_orders is 0"),
-        (block_bound, {"num_draws": 0}, "num_draws is 0"),
-        (block_bound, {"block_size": 3}, "block_size is 3"),
-        (block_chain_nll, {"block_size": 3}, "block_size is 3"),
-        (block_chain_nll, {"block_size": 0}, "block_size is 0"),
-    ],
-)
-def test_estimator_of_bad_argument_raises_and_names_it(wrong, estimator, change, message):
-    with pytest.raises(ValueError, match=message):
-        estimator(wrong, scoring(ROWS), **ARGUMENTS[estimator] | change)
-
-
-@pytest.mark.parametrize("estimator", ARGUMENTS)
-def test_estimator_of_least_arguments_is_finite(wrong, estimator):
-    takes_x0 = estimator in (block_bound, block_chain_nll)
-    denoise = BlockView(wrong, ARGUMENTS[estimator]["block_size"], MASK) if takes_x0 else wrong
-    estimate = estimator(denoise, scoring([WHOLE, PROMPTED]), **ARGUMENTS[estimator])
-    assert estimate.nats.isfinite().all()
-    assert estimate.is_bound == (estimator is not block_chain_nll)
-    if estimator is block_chain_nll:
-        assert (estimate.mc_se == 0).all()
-    else:
-        assert estimate.mc_se.isnan().all()  # one draw tells nothing of its error
-
-
-def test_continuous_bound_from_time_zero_is_finite_where_something_is_masked_then(wrong):
-    arguments = ARGUMENTS[continuous_bound] | {"t_min": 0.0, "schedule": CLIPPED}
-    assert continuous_bound(wrong, scoring(ROWS), **arguments).nats.isfinite().all()
-
-
-@pytest.mark.parametrize("ranks", [[1, 2, 3, 4], [0, 0, 1, 2], [0, 1, 3, 4], [-1, 0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 9]])
-def test_ordered_nll_of_ranks_that_are_no_order_raises(wrong, ranks):
-    message = re.escape(f"the ranks of row 1's scored tokens are {ranks}; they must be 0, 1, ..., n - 1, each once")
-    with pytest.raises(ValueError, match=message):
-        ordered_nll(wrong, scoring([WHOLE, WHOLE, WHOLE]), torch.tensor([[3, 2, 1, 0], ranks, ranks[::-1]]))
-
-
-def test_ordered_nll_reads_the_ranks_of_scored_tokens_alone(wrong):
-    with pytest.raises(ValueError, match=r"the ranks of row 0's scored tokens are \[1, 2\];"):
-        ordered_nll(wrong, scoring([INNER]), torch.tensor([[0, 1, 2, 3]]))
-    read = ordered_nll(wrong, scoring([INNER]), torch.tensor([[0, 1, 0, 1]]))
-    _same(read, ordered_nll(wrong, scoring([INNER]), torch.tensor([[-7, 1, 0, 50]])))
-
-
-def test_scoring_of_no_rows_raises():
-    with pytest.raises(ValueError, match="x0 has no row"):
-        _scoring_of(scoring([SINGLE]), torch.arange(0))
-
-
-def test_scoring_of_a_mask_token_raises():
-    with pytest.raises(ValueError, match=f"scored token is the mask token {MASK}"):
-        scoring([WHOLE, Row((MASK, 0, 0, 0), (True, False, False, False))])
-
-
-@pytest.mark.parametrize("batch_rows", [0, -1])
-def test_scoring_of_less_than_one_row_a_batch_raises(batch_rows):
-    assert scoring([SINGLE], batch_rows=1).batch_rows == 1
-    with pytest.raises(ValueError, match=f"batch_rows is {batch_rows};"):
-        scoring([SINGLE], batch_rows=batch_rows)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlm_core.likelihood import stratified_counts
+from dlm_core.corpus_bound import stratified_counts
 from pipeline.artifact import MANIFEST, Manifest, checked_files, load_manifest, record_files, write_json
 from pipeline.data.packing import PackedRows
 from pipeline.data.shards import open_stream

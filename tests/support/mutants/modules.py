@@ -17,16 +17,17 @@ MODULES: dict[str, list[str]] = {
     "variance": ["tests/dlm_core/test_variance.py", "tests/dlm_core/test_variance_clip.py"],
     "likelihood": [
         "tests/dlm_core/test_likelihood.py",
-        "tests/dlm_core/test_likelihood_corpus.py",
+        "tests/dlm_core/test_likelihood_errors.py",
         "tests/dlm_core/test_likelihood_rows.py",
     ],
+    "corpus_bound": ["tests/dlm_core/test_corpus_bound.py"],
     "ar_init": ["tests/dlm_core/test_ar_init.py"],
 }
 """A module of dlm_core -> the test files whose fast tests are run against each of its mutants."""
 
 DRAWN_FROM: dict[tuple[str, ...], int] = {
     ("schedules", "corruption", "masks", "objectives", "likelihood"): 200,
-    ("noise", "blocks", "kernels", "cross_entropy", "variance"): 65,
+    ("noise", "blocks", "kernels", "cross_entropy", "variance", "corpus_bound"): 65,
 }
 """Groups of modules -> how many random mutants are drawn from each: the five main modules, and what they rest on.
 

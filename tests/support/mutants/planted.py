@@ -327,7 +327,7 @@ PLANTED: tuple[Planted, ...] = (
         "candidates[int(variances.argmax())]",
     ),
     Planted(
-        "likelihood",
+        "corpus_bound",
         "mc_se of a corpus not divided by sqrt(R)",
         "float(per_replicate.std()) / math.sqrt(num_replicates)",
         "float(per_replicate.std())",
@@ -339,12 +339,12 @@ PLANTED: tuple[Planted, ...] = (
         "nats.std(dim=0)",
     ),
     Planted(
-        "likelihood",
+        "corpus_bound",
         "doc_se as if documents were of one length",
         "nelbo * doc_tokens",
         "nelbo * doc_tokens.double().mean()",
     ),
-    Planted("likelihood", "nats a byte called bits", "(num_bytes * math.log(2))", "num_bytes"),
+    Planted("corpus_bound", "nats a byte called bits", "(num_bytes * math.log(2))", "num_bytes"),
     Planted("likelihood", "tail below t_min left out", "if start > 0:", "if start > 1:"),
     Planted(
         "likelihood",
@@ -365,9 +365,9 @@ PLANTED: tuple[Planted, ...] = (
         "weight = schedule.discrete_weight(index, num_timesteps)",
         "weight = schedule.discrete_weight(index, num_timesteps) / num_timesteps",
     ),
-    Planted("likelihood", "counts from 0", "1 + torch.floor(u * lengths)", "torch.floor(u * lengths)"),
+    Planted("corpus_bound", "counts from 0", "1 + torch.floor(u * lengths)", "torch.floor(u * lengths)"),
     Planted(
-        "likelihood",
+        "corpus_bound",
         "exact counts without n / k",
         "lengths.to(torch.float64) / num_masked.clamp(min=1)",
         "torch.ones_like(lengths, dtype=torch.float64)",

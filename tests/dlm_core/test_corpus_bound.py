@@ -7,18 +7,14 @@ import statistics
 import pytest
 import torch
 
-from dlm_core.corruption import mask_exact_count
-from dlm_core.likelihood import (
+from dlm_core.corpus_bound import (
     BoundEstimate,
-    RowEstimate,
-    Scoring,
-    continuous_bound,
     estimate_bound,
     exact_count_weight,
     stratified_counts,
     unigram_entropy,
 )
-from dlm_core.schedules import LinearSchedule
+from dlm_core.corruption import mask_exact_count
 from tests.support import reference
 from tests.support.toy_world import ExactDenoiser
 
@@ -190,48 +186,6 @@ def test_bound_estimate_converts_nats_to_perplexity_and_bits_a_byte():
 )
 def test_unigram_entropy_equals_closed_form(counts, entropy):
     assert unigram_entropy(torch.tensor(counts)) == pytest.approx(entropy, rel=RTOL, abs=RTOL)
-
-
-# Rows
-
-
-def test_rows_per_token_add_and_their_squared_errors_add():
-    rows = RowEstimate(torch.tensor([3.0, 5.0]), torch.tensor([0.3, 0.4]), is_bound=True)
-    assert rows.per_token(4) == (pytest.approx(2.0), pytest.approx(0.125))
-    assert rows.per_token(1) == (pytest.approx(8.0), pytest.approx(0.5))
-    with pytest.raises(ValueError, match="num_tokens is 0;"):
-        rows.per_token(0)
-
-
-def _scoring(**changed) -> Scoring:
-    x0 = torch.tensor([[0, 1, 2], [2, 1, 0]])
-    columns = {"x0": x0, "scored": x0 < 2, "mask_token_id": 3, "sample_ids": torch.arange(2)}
-    return Scoring(**(columns | changed))
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"mask_token_id": -1}, "mask_token_id is -1; ids begin at 0"),
-        ({"scored": torch.ones(2, 3)}, r"scored is torch.float32 of the shape \(2, 3\); wanted torch.bool"),
-        ({"scored": torch.ones(2, 2, dtype=torch.bool)}, r"shape \(2, 2\); wanted torch.bool of the shape \(2, 3\)"),
-        ({"sample_ids": torch.arange(1)}, r"sample_ids has the shape \(1,\) for 2 rows; wanted one each"),
-        ({"sample_ids": torch.zeros(2, 1, dtype=torch.int64)}, r"sample_ids has the shape \(2, 1\) for 2 rows"),
-    ],
-)
-def test_scoring_of_columns_that_do_not_fit_raises(changed, message):
-    with pytest.raises(ValueError, match=message):
-        _scoring(**changed)
-
-
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_likelihood_of_logits_that_are_no_distribution_raises(value):
-    def denoise(xt: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
-        return torch.full((len(select), 4), value)
-
-    with pytest.raises(ValueError, match="the denoiser's logits hold nan, or no id of finite logit"):
-        continuous_bound(denoise, _scoring(), LinearSchedule(), t_min=0.9, num_draws=2, num_real_tokens=3)
 
 
 @pytest.mark.usefixtures("unchecked")
