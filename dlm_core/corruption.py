@@ -128,9 +128,8 @@ def mask_tokens(
 ) -> Int[Tensor, "B L"]:
     """Draw xt ~ q(xt | x0) of the absorbing kernel: each token masked with the mask_prob of its group.
 
-    LLaDA (arXiv 2502.09992) algorithm 1; with a time a block, BD3-LM (2503.09573).
-    Positions where ``maskable`` is False stay as they are.  Raises ValueError if x0 holds the mask token or K doesn't
-    divide L.
+    LLaDA (arXiv 2502.09992) algorithm 1; with a time a block, BD3-LM (2503.09573).  Positions where ``maskable`` is
+    False stay as they are.  Raises ValueError if x0 holds the mask token or K doesn't divide L.
     """
     _check_clean(x0, mask_token_id)
     _check_rows(len(x0), sample_ids)
@@ -154,8 +153,7 @@ def corrupt_tokens(
 
     A noised token is drawn anew from the kernel's stationary distribution: the mask with ``mask_share``, else a real
     token, each equally likely.  With the absorbing kernel it equals ``mask_tokens``.  D3PM (arXiv 2107.03006) eq. 3.
-    Raises ValueError for tokens
-    outside the vocabulary or equal to the mask, or if K doesn't divide L.
+    Raises ValueError for tokens outside the vocabulary or equal to the mask, or if K doesn't divide L.
     """
     mask_token_id = kernel.mask_token_id
     if mask_token_id is None:

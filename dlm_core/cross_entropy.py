@@ -86,9 +86,9 @@ def masked_cross_entropy(
 ) -> HeadLoss:
     """Weighted cross-entropy of chosen rows:  sum_m weight_m * -log softmax(head_weight @ hidden[select_m])[target_m].
 
-    Only the rows ``select`` (all by default) go through the head.  The logit of ``mask_token_id``
-    is -inf.  Products run in the dtype of ``hidden``; softmax, loss and sums in float32 (float64 for float64).  M = 0
-    gives a loss of 0 with zero gradients.  ``targets`` and ``weight`` get no gradient.
+    Only the rows ``select`` (all by default) go through the head.  The logit of ``mask_token_id`` is -inf.  Products
+    run in the dtype of ``hidden``; softmax, loss and sums in float32 (float64 for float64).  M = 0 gives a loss of 0
+    with zero gradients.  ``targets`` and ``weight`` get no gradient.
 
     The summand of MDLM (arXiv 2406.07524) eq. 10, by chunks of rows as Cut Cross-Entropy (2411.09009) does by blocks.
 

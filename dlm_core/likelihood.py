@@ -8,8 +8,8 @@ What lives here: estimators of -log p, given a denoiser as a function.  What mus
 bound of a corpus (corpus_bound.py).
 
 Shapes: B rows, L seq_len, N draws a row, J jobs (noised copies of rows that go through the denoiser), K blocks of a
-row; n is the number of scored tokens of a row.  Rows keep everything that is not scored
-(prompt, padding) as it is; the denoiser deals with padding.
+row; n is the number of scored tokens of a row.  Rows keep everything that is not scored (prompt, padding) as it is; the
+denoiser deals with padding.
 """
 
 import itertools

@@ -363,8 +363,8 @@ class DiscreteChain:
     def cosine(cls, num_timesteps: int, offset: float = 0.0) -> "DiscreteChain":
         """alpha_t = cos(pi t / (2 T) + offset)^2 for t >= 1, and alpha_0 = 1; offset in radians.
 
-        The cosine of Improved DDPM (arXiv 2102.09672) eq. 17 as tutorials give it; with T >= 2 it falls only for -3 pi
-        / (4 T) <= offset <= pi / (4 T), beyond which the cosine turns inside the chain: ValueError.
+        The cosine of Improved DDPM (arXiv 2102.09672) eq. 17 as tutorials give it; with T >= 2 it falls only for
+        -3 pi / (4 T) <= offset <= pi / (4 T), beyond which the cosine turns inside the chain: ValueError.
         """
         _check_steps(num_timesteps)
         angles = math.pi * torch.arange(1, num_timesteps + 1, dtype=torch.float64) / (2 * num_timesteps) + offset
@@ -408,8 +408,8 @@ class DiscreteChain:
     def thetas(self) -> Float[Tensor, " T"]:
         """Probability theta_t that step t -> t - 1 reveals a mask:  beta_t alpha_{t-1} / (1 - alpha_t), t = 1..T.
 
-        The posterior of D3PM (arXiv 2107.03006) eq. 3 at a mask; the same as (alpha_s - alpha_t) / (1 -
-        alpha_t) with s = t - 1. 0 where nothing can be masked yet (alpha_t = 1).
+        The posterior of D3PM (arXiv 2107.03006) eq. 3 at a mask; the same as
+        (alpha_s - alpha_t) / (1 - alpha_t) with s = t - 1.  0 where nothing can be masked yet (alpha_t = 1).
         """
         betas = torch.tensor(self.betas, dtype=torch.float64)
         noised = -torch.expm1(torch.log1p(-betas).cumsum(dim=0))  # 1 - alpha_t, with its digits where betas are tiny
