@@ -74,7 +74,8 @@ def test_drawn_groups_are_two_hundred_of_the_main_modules_and_a_number_of_those_
     assert len(main) == 200
     assert {mutant.module for mutant in main} == {"schedules", "corruption", "masks", "objectives", "likelihood"}
     assert len(below) == list(DRAWN_FROM.values())[1]
-    assert {mutant.module for mutant in below} == {"noise", "blocks", "kernels", "cross_entropy", "variance"}
+    below_main = {"noise", "blocks", "kernels", "cross_entropy", "variance", "corpus_bound"}
+    assert {mutant.module for mutant in below} == below_main
     assert {module for modules in DRAWN_FROM for module in modules} == set(MODULES) - {"ar_init"}
 
 

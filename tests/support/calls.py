@@ -55,6 +55,8 @@ def ignore_requests_to_end(payload: dict[str, Any]) -> None:
 def _start(payload: dict[str, Any]) -> None:
     """Say that this process runs, and wait for the other ranks to say so."""
     out = Path(payload["out"])
-    (out / f"{os.environ.get('RANK', '0')}.pid").write_text(str(os.getpid()))
+    path = out / f"{os.environ.get('RANK', '0')}.pid"
+    path.with_suffix(".writing").write_text(str(os.getpid()))
+    path.with_suffix(".writing").replace(path)  # so that whoever sees the file reads the whole number
     while len(list(out.glob("*.pid"))) < int(os.environ.get("WORLD_SIZE", "1")):
         time.sleep(0.01)

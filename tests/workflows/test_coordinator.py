@@ -16,6 +16,7 @@ from tests.support.toy_workflow import ONCE, coordinate, fabricate, is_gone, toy
 from workflows import runs
 from workflows.coordinator import Coordinator, first_failure
 from workflows.plan import Plan
+from workflows.step import load_stage
 from workflows.store import LeaseHeldError, Store, acquire_lease
 from workflows.worker import Failure, Piece, run_piece
 
@@ -350,6 +351,9 @@ def test_step_that_another_run_builds_is_waited_for_and_its_result_taken(store, 
     thread = threading.Thread(target=first_run)
     thread.start()
     wait_until((log / "double-1").exists, "the first run is at work")
+    double = plan.step("double")
+    place = store.artifact(load_stage(double.stage).name, double.fingerprint)
+    wait_until(lambda: {"0", "2"} <= place.committed_shards().keys(), "the other shards are committed")
 
     def end_the_first(states) -> None:
         waiting = [state for state in states if state.status == "waiting"]
