@@ -80,15 +80,16 @@ def masked_cross_entropy(
     weight: Float[Tensor, " M"],
     *,
     select: Int[Tensor, " M"] | None = None,
+    head_bias: Float[Tensor, " V"] | None = None,
     mask_token_id: int | None = None,
     chunk_rows: int | None = None,
     implementation: Literal["chunked", "torch"] = "chunked",
 ) -> HeadLoss:
     """Weighted cross-entropy of chosen rows:  sum_m weight_m * -log softmax(head_weight @ hidden[select_m])[target_m].
 
-    Only the rows ``select`` (all by default) go through the head.  The logit of ``mask_token_id`` is -inf.  Products
-    run in the dtype of ``hidden``; softmax, loss and sums in float32 (float64 for float64).  M = 0 gives a loss of 0
-    with zero gradients.  ``targets`` and ``weight`` get no gradient.
+    ``head_bias`` is added to the logits, if given.  Only the rows ``select`` (all by default) go through the head.  The
+    logit of ``mask_token_id`` is -inf.  Products run in the dtype of ``hidden``; softmax, loss and sums in float32
+    (float64 for float64).  M = 0 gives a loss of 0 with zero gradients.  ``targets`` and ``weight`` get no gradient.
 
     The summand of MDLM (arXiv 2406.07524) eq. 10, by chunks of rows as Cut Cross-Entropy (2411.09009) does by blocks.
 
@@ -109,17 +110,20 @@ def masked_cross_entropy(
         raise ValueError(f'implementation is "{implementation}"; it must be "chunked" or "torch"')
     if implementation == "torch":
         rows = hidden if select is None else hidden[select]
-        return _torch_head(rows, head_weight, targets, weight, mask_token_id, chunk_rows)
+        return _torch_head(rows, head_weight, head_bias, targets, weight, mask_token_id, chunk_rows)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}; it must be at least 1")
     if not torch.is_grad_enabled():  # else the gradient would be taken all the same
         hidden, head_weight = hidden.detach(), head_weight.detach()
-    return HeadLoss(*_ChunkedHead.apply(hidden, head_weight, targets, weight, select, mask_token_id, chunk_rows))
+        head_bias = None if head_bias is None else head_bias.detach()
+    columns = (hidden, head_weight, head_bias, targets, weight, select)
+    return HeadLoss(*_ChunkedHead.apply(*columns, mask_token_id, chunk_rows))
 
 
 def _torch_head(
     rows: Tensor,
     head_weight: Tensor,
+    head_bias: Tensor | None,
     targets: Tensor,
     weight: Tensor,
     mask_token_id: int | None,
@@ -133,10 +137,10 @@ def _torch_head(
         )
     if chunk_rows is not None:
         raise ValueError(f'chunk_rows is {chunk_rows}, but implementation="torch" chooses its own chunks; leave it out')
-    bias = None
+    bias = None if head_bias is None else head_bias.to(rows.dtype)
     if mask_token_id is not None:
-        bias = torch.zeros(len(head_weight), dtype=rows.dtype, device=rows.device)
-        bias[mask_token_id] = -torch.inf
+        bias = torch.zeros(len(head_weight), dtype=rows.dtype, device=rows.device) if bias is None else bias
+        bias = bias.index_fill(0, torch.tensor([mask_token_id], device=rows.device), -torch.inf)
     cross_entropy = F.linear_cross_entropy(
         rows, head_weight, targets, linear_bias=bias, reduction="none", options=torch.nn.LinearCrossEntropyOptions()
     ).to(compute_dtype(rows.dtype))
@@ -151,6 +155,7 @@ class _ChunkedHead(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         head_weight: Tensor,
+        head_bias: Tensor | None,
         targets: Tensor,
         weight: Tensor,
         select: Tensor | None,
@@ -164,21 +169,27 @@ class _ChunkedHead(torch.autograd.Function):
         head = head_weight.to(rows.dtype)
         rows_grad = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         head_grad = torch.zeros_like(head_weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        bias_grad = None if head_bias is None else torch.zeros_like(head_bias, dtype=dtype)
         cross_entropy = torch.empty(len(rows), dtype=dtype, device=hidden.device)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             chunk, wanted = rows[part], targets[part, None]
             logits = (chunk @ head.t()).to(dtype)
+            if head_bias is not None:
+                logits += head_bias
             if mask_token_id is not None:
                 logits[:, mask_token_id] = -torch.inf
             top, at_target = logits.amax(dim=-1, keepdim=True), logits.gather(1, wanted)
             grad = logits.sub_(top).exp_()
             total = grad.sum(dim=-1, keepdim=True)
             cross_entropy[part] = (total.log() + top - at_target).squeeze(1)
-            if rows_grad is None and head_grad is None:
+            if not any(ctx.needs_input_grad[:3]):
                 continue
             scale = weight[part, None]
-            grad = grad.mul_(scale / total).scatter_add_(1, wanted, -scale).to(chunk.dtype)
+            grad = grad.mul_(scale / total).scatter_add_(1, wanted, -scale)
+            if bias_grad is not None:
+                bias_grad += grad.sum(dim=0)
+            grad = grad.to(chunk.dtype)
             if rows_grad is not None:
                 torch.mm(grad, head, out=rows_grad[part])
             if head_grad is not None and grad.dtype == dtype:
@@ -188,7 +199,9 @@ class _ChunkedHead(torch.autograd.Function):
             del logits, grad  # or the next chunk's would be made beside them
         if rows_grad is not None and select is not None:
             rows_grad = torch.zeros_like(hidden).index_add_(0, select, rows_grad)
-        ctx.save_for_backward(rows_grad, None if head_grad is None else head_grad.to(head_weight.dtype))
+        if head_bias is not None and bias_grad is not None:
+            bias_grad = bias_grad.to(head_bias.dtype)
+        ctx.save_for_backward(rows_grad, None if head_grad is None else head_grad.to(head_weight.dtype), bias_grad)
         ctx.mark_non_differentiable(cross_entropy)
         return (weight * cross_entropy).sum(), cross_entropy
 
@@ -198,7 +211,7 @@ class _ChunkedHead(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]  # 1 / num_tokens, say: in bf16 it would be off by up to 2^-8, alike for every entry
-        hidden_grad, head_grad = (
+        hidden_grad, head_grad, bias_grad = (
             None if grad is None else (grad.to(scale.dtype) * scale).to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return hidden_grad, head_grad, None, None, None, None, None
+        return hidden_grad, head_grad, bias_grad, None, None, None, None, None

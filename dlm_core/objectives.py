@@ -355,6 +355,11 @@ def next_token_targets(x0: Int[Tensor, "B L"], valid: Bool[Tensor, "B L"]) -> Ta
 # What comes out
 
 
+def t_bins(t: Float[Tensor, "*N"]) -> Int[Tensor, "*N"]:
+    """The bin that statistics of a time t in [0, 1] go to:  floor(t * NUM_T_BINS), the last one for t = 1."""
+    return (t * NUM_T_BINS).long().clamp(max=NUM_T_BINS - 1)
+
+
 @dataclass(frozen=True)
 class LossOutput:
     """Sums and counts over the tokens of a micro batch; nats."""
@@ -383,7 +388,7 @@ def loss_output(head: HeadLoss, targets: Targets) -> LossOutput:
     device = cross_entropy.device
     # Indices and counts where t lies, on the host: on a GPU each would wait for it
     timed = (~targets.t.isnan()).nonzero().squeeze(1)
-    bins = (targets.t[timed] * NUM_T_BINS).long().clamp(max=NUM_T_BINS - 1)
+    bins = t_bins(targets.t[timed])
     bin_loss_sum = torch.zeros(NUM_T_BINS, dtype=cross_entropy.dtype, device=device)
     bin_loss_sum.index_add_(0, bins.to(device), cross_entropy[timed.to(device)])
     return LossOutput(

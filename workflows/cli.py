@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dlm_core.models.presets import PRESETS, Preset
 from pipeline.artifact import read_json
 from pipeline.config import flatten, parse_value, to_json
 from pipeline.errors import CorruptionError, LeaseLostError, UserError, is_disk_full
@@ -24,6 +25,7 @@ from workflows.coordinator import Coordinator, StepState
 from workflows.display import Display, duration
 from workflows.plan import Plan, explain
 from workflows.recipes import RECIPES
+from workflows.report.text import scaled
 from workflows.store import LeaseHeldError, RunPlace, Store
 
 EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED = 2, 3, 4, 5, 75
@@ -108,6 +110,42 @@ def recipes(as_json: JsonOption = False) -> None:
         return
     for workflow in workflows:
         console.print(f"[bold]{workflow.name}[/bold]  {workflow.summary}", highlight=False)
+
+
+@app.command("models")
+def models(as_json: JsonOption = False) -> None:
+    """List the published models that can be built by name, and what they cost."""
+    rows = [_model_row(name, preset) for name, preset in PRESETS.items()]
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("model", "parameters", "active", "layers", "experts", "source", box=None)
+    for row in rows:
+        layers, experts = f"{row['num_layers']} x {row['d_model']}", f"{row['top_k']} of {row['num_experts']}"
+        counts = (scaled(row["num_params"]), scaled(row["num_active_params"]))
+        table.add_row(row["name"], *counts, layers, experts if row["num_experts"] else "dense", row["source"])
+    console.print(table)
+
+
+def _model_row(name: str, preset: Preset) -> dict[str, Any]:
+    model, architecture = preset.model, preset.model.architecture
+    return {
+        "name": name,
+        "num_params": model.num_params(),
+        "num_active_params": model.num_active_params(),
+        "num_non_embedding_params": model.num_non_embedding_params(),
+        "training_flops_per_token": model.flops_per_token(preset.seq_len),
+        "inference_flops_per_token": model.flops_per_token(preset.seq_len, training=False),
+        "seq_len": preset.seq_len,
+        "num_layers": architecture.num_layers,
+        "d_model": architecture.d_model,
+        "num_experts": 0 if architecture.moe is None else architecture.moe.num_experts,
+        "top_k": 0 if architecture.moe is None else architecture.moe.top_k,
+        "vocab_size": model.vocab_size,
+        "mask_token_id": model.mask_token_id,
+        "target_offset": preset.target_offset,
+        "source": preset.source,
+    }
 
 
 @app.command("plan")

@@ -85,6 +85,10 @@ class PretrainConfig:
             )
         if not 0.0 < self.t_min < 1.0:
             raise ValueError(f"t_min is {self.t_min}; it must lie between 0 and 1")
+        if self.architecture.moe is not None:
+            raise ValueError("architecture.moe is given, but training has no router losses yet; leave it out")
+        if self.architecture.time_conditioning:
+            raise ValueError("architecture.time_conditioning is true, but training gives no time yet; set it to false")
         if self.global_batch_seqs % self.workers:
             raise ValueError(f"global_batch_seqs {self.global_batch_seqs} must be a multiple of workers {self.workers}")
         if self.micro_batch_seqs < 0 or self.rank_batch_seqs % self.rows_per_pass:

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import FileRecord, checked_files, link_or_copy, load_manifest, write_json
 from pipeline.config import to_json
@@ -39,7 +39,12 @@ from pipeline.pretrain.engine import (
 from pipeline.stage import StageContext, Stats, Stopped, environment
 from pipeline.tracking import MetricsLog, Tracker, WandbRun
 
+if TYPE_CHECKING:
+    from dlm_core.models.config import ModelConfig
+
 METRICS_FILE = "metrics.jsonl"
+_FIRST_LOSS_SLACK = 0.1
+"""Share of the expected first loss that sampling and tokens seen in the row may move it by."""
 _SPACE_FACTOR = 1.1
 """Free space wanted before a save, in sizes of the last checkpoint."""
 
@@ -69,9 +74,9 @@ def run(config: PretrainConfig, inputs: Mapping[str, Path], context: StageContex
     first_step = training.restore()
     if training.rank == 0:
         with training.tracker(first_step, model_config.num_params()) as tracker:
-            train(training, rows, special, first_step, tracker)
+            train(training, model_config, rows, special, first_step, tracker)
     else:
-        train(training, rows, special, first_step, None)
+        train(training, model_config, rows, special, first_step, None)
     training.save(config.num_steps, is_last=True)
     stats = training.write_artifact(model_config) if training.rank == 0 else None
     leave_process_group()
@@ -79,7 +84,12 @@ def run(config: PretrainConfig, inputs: Mapping[str, Path], context: StageContex
 
 
 def train(
-    training: "Training", rows: PackedRows, special: SpecialTokens, first_step: int, tracker: Tracker | None
+    training: "Training",
+    model_config: "ModelConfig",
+    rows: PackedRows,
+    special: SpecialTokens,
+    first_step: int,
+    tracker: Tracker | None,
 ) -> None:
     """Optimizer steps first_step..num_steps-1."""
     import torch
@@ -109,6 +119,8 @@ def train(
         loss_sum, num_masked = totals[:2].tolist()
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
         training.guard(step, loss_sum, grad_norm)
+        if step == 0:
+            check_first_loss(model_config, totals[2:])
         elapsed_s = time.monotonic() - start_s
         if tracker is not None:
             loss = loss_sum / num_tokens
@@ -131,6 +143,24 @@ def train(
         if training.agree_to_stop() and done < config.num_steps:
             training.save(done, is_last=True)
             raise Stopped(f"training was asked to stop after step {done} and saved a checkpoint")
+
+
+def check_first_loss(model_config: "ModelConfig", sums: Any) -> None:
+    """NumericsError if an untrained model's loss of masked tokens is not what its initial weights must give.
+
+    Between log(vocab_size - 1), a uniform prediction, and ``expected_initial_loss``: by Jensen's inequality on either
+    side, for logits that know nothing of the target.
+    """
+    from dlm_core.models.init import expected_initial_loss
+
+    loss, num_masked = (float(part.sum()) for part in sums.chunk(2))
+    low, high = math.log(model_config.vocab_size - 1), expected_initial_loss(model_config)
+    slack = _FIRST_LOSS_SLACK * high * (1.0 + 1.0 / math.sqrt(max(1.0, num_masked)))
+    if num_masked and not low - slack <= loss / num_masked <= high + slack:
+        raise NumericsError(
+            f"the first loss is {loss / num_masked:.3f} nats a masked token; an untrained model of this configuration "
+            f"has {low:.3f} to {high:.3f}. The weights, the data or the loss are not what they should be"
+        )
 
 
 def bin_means(sums: Any) -> dict[str, float]:

@@ -11,6 +11,8 @@ import dlm_core
 CORE = Path(dlm_core.__file__).parent
 MODULES = ["schedules", "kernels", "noise", "corruption", "blocks", "masks", "objectives", "cross_entropy", "variance"]
 MODULES += ["likelihood", "corpus_bound", "ar_init", "samplers/guidance", "samplers/ancestral"]
+MODULES += [f"models/{name}" for name in ("attention", "config", "feed_forward", "init", "moe", "presets", "rope")]
+MODULES += ["models/router_losses", "models/transformer"]
 
 SOURCE = re.compile(r"(arXiv\s+|\()\d{4}\.\d{5}\b|Box and Muller, 1958|OOPSLA 2014")
 
@@ -23,7 +25,12 @@ Scoring.lengths Stream Targets WeightedTimes Weighting Weighting.is_bound Weight
 check_tokens compute_dtype counts_at dense_mask estimate_bound exact_count_positions hash_event hash_integer
 hash_permutation hash_uniform hash_words logits_loss loss_output mask_noise_std moment_sums next_token_targets
 noise_positions num_blocks on_both_halves per_token shift_left stratified_counts token_cross_entropy
-unigram_entropy variance_of_sums
+unigram_entropy variance_of_sums t_bins
+Architecture Architecture.head_size Architecture.is_sparse Architecture.kv_heads Architecture.rotary_dim Attend
+Attend.narrowed AttentionMask AttentionMask.predicate Condition Condition.modulate Experts Experts.forward Head KVCache
+KVCache.advance KVCache.append ModelConfig ModelConfig.num_active_params ModelConfig.num_params Preset RopeTables
+Router Router.forward RouterLoss RouterTap RouterTap.close RouterTap.selection_bias able_backends expected_initial_loss
+expert_scores experts_grouped experts_loop tiny tokens_per_expert tokens_per_expert_and_bin why_not_grouped
 """
 OWN = set(_OWN.split())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dlm_core.models.presets import PRESETS
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import fabricate, toy_plan, toy_workflow
 from workflows import cli, runs
@@ -121,9 +122,23 @@ def test_cli_resume_of_a_run_at_work_ends_with_code_5(dlm, store):
 # --- looking without touching ---------------------------------------------------------------------------------------
 
 
+def test_cli_models_lists_every_preset_with_its_counts(dlm):
+    shown = dlm("models").stdout
+    rows = {row["name"]: row for row in json.loads(dlm("models", "--json").stdout)}
+    assert rows.keys() == PRESETS.keys()
+    assert all(name in shown for name in PRESETS)
+    sparse = rows["llada-moe-7b-a1b"]
+    assert (sparse["num_params"], sparse["num_active_params"]) == (7_356_880_896, 1_397_823_488)
+    assert (sparse["num_experts"], sparse["top_k"], sparse["mask_token_id"]) == (64, 8, 156_895)
+    assert sparse["training_flops_per_token"] == 3 * sparse["inference_flops_per_token"]
+    assert (rows["dream-7b"]["num_experts"], rows["dream-7b"]["target_offset"]) == (0, 1)
+    assert "7.36 B" in shown
+    assert "8 of 64" in shown
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["plan", "quickstart"], ["recipes"], ["list"], ["status", "r1"], ["--help"]],
+    [["plan", "quickstart"], ["recipes"], ["models"], ["list"], ["status", "r1"], ["--help"]],
     ids=lambda arguments: arguments[0],
 )
 def test_cli_imports_neither_torch_nor_ray_to_look(store, arguments):

@@ -1,0 +1,309 @@
+"""A whole training step: ours against the same architecture in plain torch, and against transformers' own model.
+
+Weights and gradients are bf16, with float32 masters and one fused AdamW for everyone; every side runs eager and
+compiled.  Tokens are pairs of bytes of a text; times and masks are those of training, another batch every round.  The
+ratio block_over_masked is our own step of block diffusion over our step of masked diffusion, on the same rows.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.child import in_child
+from benchmarks.command import Measured, Options, RefusedError, run, table
+from benchmarks.interleave import interleave, median_ratio
+from benchmarks.peers import PlainModel, TransformersModel
+from benchmarks.text import read_text
+from dlm_core.corruption import mask_tokens, sample_times
+from dlm_core.models.attention import AttentionMask
+from dlm_core.models.config import Architecture, ModelConfig, MoE
+from dlm_core.models.transformer import Denoiser
+
+T_MIN = 1e-3
+NOISE_SEED = 0
+MAX_LOSS_DIFFERENCE = 2e-2
+"""Of the loss sum of one batch between implementations in bf16, relative."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured, and how often."""
+
+    model: ModelConfig
+    batch_seqs: int
+    seq_len: int
+    block_size: int
+    num_rounds: int
+
+
+def _dense(vocab_size: int) -> ModelConfig:
+    architecture = Architecture(
+        d_model=320, num_layers=8, num_heads=5, d_ff=853, tied_head=False, init="normal", norm_eps=1e-6
+    )
+    return ModelConfig(architecture, vocab_size, vocab_size - 1)
+
+
+def _sparse(vocab_size: int) -> ModelConfig:
+    moe = MoE(num_experts=32, top_k=4, d_ff_expert=128)
+    architecture = Architecture(
+        d_model=256, num_layers=8, num_heads=4, d_ff=None, moe=moe, tied_head=False, init="normal"
+    )
+    return ModelConfig(architecture, vocab_size, vocab_size - 1)
+
+
+DENSE = Size(_dense(32_768), batch_seqs=8, seq_len=512, block_size=16, num_rounds=7)
+SPARSE = replace(DENSE, model=_sparse(32_768))
+DENSE_SMALL_VOCABULARY = replace(DENSE, model=_dense(8_192))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One global batch, and what each side wants of it."""
+
+    x0: Tensor
+    xt: Tensor
+    select: Tensor
+    targets: Tensor
+    weight: Tensor
+    """Of the selected positions."""
+    dense_weight: Tensor
+    """[B, L]: the same, 0 where nothing is predicted."""
+
+
+def _batch(size: Size, text: bytes, step: int) -> Batch:
+    num_tokens, mask_token_id = size.batch_seqs * size.seq_len, size.model.mask_token_id
+    start = 2 * num_tokens * step
+    pairs = torch.frombuffer(bytearray(text[start : start + 2 * num_tokens]), dtype=torch.uint8).long().view(-1, 2)
+    x0 = ((pairs[:, 0] * 256 + pairs[:, 1]) % mask_token_id).view(size.batch_seqs, size.seq_len)
+    t = sample_times(NOISE_SEED, step, size.batch_seqs, T_MIN)
+    ids = step * size.batch_seqs + torch.arange(size.batch_seqs)
+    xt = mask_tokens(x0, t[:, None], ids, noise_seed=NOISE_SEED, step=step, mask_token_id=mask_token_id)
+    is_masked = (xt == mask_token_id).flatten()
+    dense = (1 / t).float()[:, None].expand_as(x0).flatten() * is_masked
+    select = is_masked.nonzero().squeeze(1)
+    return Batch(x0, xt, select, x0.flatten()[select], dense[select], dense.view_as(x0))
+
+
+class MasterAdamW:
+    """Fused AdamW on float32 copies of bf16 weights: what every side steps with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p.detach().float().requires_grad_() for p in self.weights]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step(self) -> None:
+        """One update from the gradients of the weights, which are dropped."""
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.weights]
+        for master, grad in zip(self.masters, grads, strict=True):
+            master.grad = grad.float()
+        self.optimizer.step()
+        with torch.no_grad():
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.copy_(master)
+                weight.grad = None
+
+
+Loss = Callable[[Batch], Tensor]
+
+
+def _ours(model: Denoiser) -> Loss:
+    return lambda b: model(b.xt, b.select, b.targets, b.weight).loss_sum
+
+
+def _ours_in_blocks(model: Denoiser, block_size: int) -> Loss:
+    mask = AttentionMask("block_diffusion", block_size=block_size)
+    return lambda b: model(b.xt, b.select, b.targets, b.weight, x0=b.x0, mask=mask).loss_sum
+
+
+def _theirs(model: nn.Module) -> Loss:
+    return lambda b: model(b.xt, b.x0, b.dense_weight)
+
+
+def _copy_to_plain(source: Denoiser, peer: PlainModel) -> None:
+    """The same weights, packed matrices cut."""
+    a, ours = source.config.architecture, dict(source.named_parameters())
+    with torch.no_grad():
+        peer.embedding.weight.copy_(ours["embedding.weight"])
+        peer.head.weight.copy_(ours["head.weight"])
+        for number, layer in enumerate(cast("list[Any]", peer.layers)):
+            here = f"blocks.{number}."
+            parts = ours[here + "attention.qkv.weight"].chunk(3)
+            for part, linear in zip(parts, (layer.attention.q, layer.attention.k, layer.attention.v), strict=True):
+                linear.weight.copy_(part)
+            layer.attention.o.weight.copy_(ours[here + "attention.out.weight"])
+            if a.moe is None:
+                gate, up = ours[here + "feed_forward.gate_up.weight"].chunk(2)
+                experts = [(layer.mlp, gate, up, ours[here + "feed_forward.down.weight"])]
+            else:
+                layer.mlp.gate.weight.copy_(ours[here + "feed_forward.gate.weight"])
+                pairs, downs = (ours[f"{here}feed_forward.experts.{name}_proj"] for name in ("gate_up", "down"))
+                experts = [
+                    (expert, *pair.chunk(2), down)
+                    for expert, pair, down in zip(layer.mlp.experts, pairs, downs, strict=True)
+                ]
+            for network, gate, up, down in experts:
+                network.gate.weight.copy_(gate)
+                network.up.weight.copy_(up)
+                network.down.weight.copy_(down)
+
+
+def _copy_to_transformers(source: Denoiser, peer: TransformersModel) -> None:
+    from pipeline.hf_names import to_family
+
+    theirs = to_family("llama", source.config.architecture, source.state_dict())
+    peer.model.load_state_dict(theirs, strict=True)
+
+
+def _compile(model: nn.Module) -> nn.Module:
+    """Ours layer by layer, as training compiles it; a peer whole, which fuses its loss too."""
+    if isinstance(model, Denoiser):
+        for block in model.blocks:
+            block.compile(dynamic=False)
+        return model
+    model.compile(dynamic=False)
+    return model
+
+
+OURS, PLAIN, TRANSFORMERS, BLOCKS, LOOP = "ours", "plain torch", "transformers", "ours, block diffusion", "ours, loop"
+
+
+def _variants(size: Size, compiled: bool) -> dict[str, tuple[nn.Module, Loss]]:
+    """Every side with the same weights; a dense size gets transformers and block diffusion, a sparse one loops."""
+    ours = Denoiser(size.model)
+    ours.init_weights(0)
+    plain = PlainModel(size.model, size.seq_len)
+    _copy_to_plain(ours, plain)
+    models: dict[str, tuple[nn.Module, Callable[[Any], Loss]]] = {OURS: (ours, _ours), PLAIN: (plain, _theirs)}
+    if size.model.architecture.moe is None:
+        peer, blocks = TransformersModel(size.model, size.seq_len), Denoiser(size.model)
+        _copy_to_transformers(ours, peer)
+        blocks.load_state_dict(ours.state_dict())
+        models[TRANSFORMERS] = (peer, _theirs)
+        models[BLOCKS] = (blocks, lambda model: _ours_in_blocks(model, size.block_size))
+    else:
+        loop = Denoiser(size.model)
+        loop.load_state_dict(ours.state_dict())
+        for block in cast("list[Any]", loop.blocks):
+            block.feed_forward.experts.implementation = "loop"
+        models[LOOP] = (loop, _ours)
+    made = {}
+    for name, (model, loss) in models.items():
+        model.to(torch.bfloat16)
+        made[name] = (_compile(model) if compiled else model, loss(model))
+    return made
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of every side in every round, and what it took to be ready."""
+
+    seconds: dict[str, list[float]]
+    warm_up_s: dict[str, float]
+    masked_share: float
+    matmul_gflops: float
+    """Median rate of a bf16 product of the shape of the head's, forward."""
+
+
+def _measure(size: Size, text: bytes, compiled: bool) -> Timed:
+    """Time whole steps of all sides in turn; RefusedError if their losses differ."""
+    torch.set_flush_denormal(True)
+    variants = _variants(size, compiled)
+    batches = [_batch(size, text, step) for step in range(size.num_rounds)]
+    warm_up_s, losses = {}, {}
+    steps: dict[str, Callable[[int], object]] = {}
+    for name, (model, loss) in variants.items():
+        optimizer = MasterAdamW(model)
+
+        def step(number: int, loss: Loss = loss, optimizer: MasterAdamW = optimizer) -> float:
+            loss_sum = loss(batches[number]) / batches[number].x0.numel()
+            loss_sum.backward()
+            optimizer.step()
+            return float(loss_sum.detach())
+
+        start = time.perf_counter()
+        losses[name] = step(0)
+        for number in range(1, size.num_rounds):  # every number of masked rows is seen before any is timed
+            step(number)
+        warm_up_s[name], steps[name] = time.perf_counter() - start, step
+    for name, found in losses.items():
+        if name != BLOCKS and not abs(found - losses[OURS]) <= MAX_LOSS_DIFFERENCE * losses[OURS]:
+            raise RefusedError(f"the first loss of {name!r} is {found:.4f} and that of {OURS!r} {losses[OURS]:.4f}")
+    rates = [_matmul_gflops(size) for _ in range(5)]
+    seconds = interleave(steps, size.num_rounds)
+    rates += [_matmul_gflops(size) for _ in range(5)]
+    masked_share = statistics.fmean(len(b.select) / b.x0.numel() for b in batches)
+    return Timed(seconds, warm_up_s, masked_share, statistics.median(rates))
+
+
+def _matmul_gflops(size: Size) -> float:
+    left, right = torch.randn(2, 2048, 2048, dtype=torch.bfloat16)
+    start = time.perf_counter()
+    for _ in range(3):
+        torch.mm(left, right)
+    return 3 * 2 * 2048**3 / (time.perf_counter() - start) / 1e9
+
+
+def _table(title: str, timed: Timed) -> str:
+    ours = timed.seconds[OURS]
+    rows = [
+        [
+            name,
+            f"{1e3 * statistics.median(found):.0f}",
+            f"{1e3 * min(found):.0f}-{1e3 * max(found):.0f}",
+            f"{median_ratio(found, ours):.2f}",
+            f"{timed.warm_up_s[name]:.0f}",
+        ]
+        for name, found in timed.seconds.items()
+    ]
+    return table([title, "ms", "range", "x ours", "warm-up s"], rows)
+
+
+def _gemm_fraction(size: Size, timed: Timed) -> float:
+    """Useful rate of our step over the rate of a large matrix product in the same process."""
+    flops = size.model.flops_per_token(size.seq_len, timed.masked_share) * size.batch_seqs * size.seq_len
+    return flops / statistics.median(timed.seconds[OURS]) / 1e9 / timed.matmul_gflops
+
+
+def measure(options: Options) -> Measured:
+    """Dense, sparse and a small vocabulary, eager and compiled, one process each."""
+    sizes = {"dense": DENSE, "experts": SPARSE, "dense, 8,192 ids": DENSE_SMALL_VOCABULARY}
+    if options.quick:
+        sizes = {name: replace(size, batch_seqs=2, seq_len=64, num_rounds=2) for name, size in sizes.items()}
+    largest = max(sizes.values(), key=lambda size: size.batch_seqs * size.seq_len * size.num_rounds)
+    text = read_text(options.text, 2 * largest.batch_seqs * largest.seq_len * largest.num_rounds)
+    found: dict[tuple[str, bool], Timed] = {}
+    for name, size in sizes.items():
+        for compiled in (False, True):
+            found[name, compiled] = in_child(_measure, size, text, compiled)
+    dense, sparse = found["dense", True].seconds, found["experts", True].seconds
+    ratios = {
+        "plain": median_ratio(dense[PLAIN], dense[OURS]),
+        "transformers": median_ratio(dense[TRANSFORMERS], dense[OURS]),
+        "loop": median_ratio(sparse[PLAIN], sparse[OURS]),
+        "loop_same_trunk": median_ratio(sparse[LOOP], sparse[OURS]),
+        "block_over_masked": median_ratio(dense[BLOCKS], dense[OURS]),
+        "gemm_fraction": _gemm_fraction(DENSE, found["dense", True]) if not options.quick else 0.0,
+    }
+    titles = {key: f"{key[0]}, {'compiled' if key[1] else 'eager'}" for key in found}
+    figures = {
+        "num_params": {name: size.model.num_params() for name, size in sizes.items()},
+        "dtype": "bfloat16",
+        "ms": {
+            titles[key]: {name: [round(1e3 * s, 1) for s in times] for name, times in timed.seconds.items()}
+            for key, timed in found.items()
+        },
+        "masked_share": {titles[key]: round(timed.masked_share, 4) for key, timed in found.items()},
+        "matmul_gflops": {titles[key]: round(timed.matmul_gflops) for key, timed in found.items()},
+    }
+    return Measured("\n\n".join(_table(titles[key], timed) for key, timed in found.items()), ratios, figures)
+
+
+if __name__ == "__main__":
+    sys.exit(run("model_step", measure))

@@ -1,0 +1,73 @@
+"""The section of the DeepSpeed configuration that spreads experts over workers, made from the architecture.
+
+Everything that AutoEP would otherwise read from ``model.config`` or guess from a preset is spelled out: what it guesses
+wrong, it computes wrong without a word.
+"""
+
+from typing import Any
+
+from dlm_core.models.config import Architecture
+from pipeline.errors import UserError
+
+LAYERS = r"(?:.*\.)?blocks\.\d+\.feed_forward"
+"""Full names of the layers that may have experts; AutoEP leaves those without alone."""
+
+
+def expert_parallel_section(a: Architecture, ep_size: int, *, on_gpu: bool) -> dict[str, Any]:
+    """Value of ``expert_parallel`` in the DeepSpeed configuration (0.19.8): AutoEP with ``ep_size`` workers a group.
+
+    It replaces each ``SparseFeedForward`` by a layer of its own when the engine is built: make a ``RouterTap``, and an
+    optimizer's parameter groups by name, after that.  The gate then computes in the dtype of the model, not in float32.
+    Its activation for grouped products is a kernel for GPUs, so that a CPU takes its loop over experts.
+    Raises UserError for a model without experts, or a number of experts that the workers can't share evenly.
+    """
+    moe = a.moe
+    if moe is None:
+        raise UserError(f"pretrain.ep_size is {ep_size}, but the architecture has no experts; set it to 1")
+    if ep_size < 1 or moe.num_experts % ep_size:
+        divisors = [size for size in range(1, moe.num_experts + 1) if moe.num_experts % size == 0]
+        raise UserError(
+            f"pretrain.ep_size is {ep_size}, which does not divide moe.num_experts {moe.num_experts}; take one of "
+            f"{', '.join(map(str, divisors))}"
+        )
+    section: dict[str, Any] = {
+        "enabled": True,
+        "autoep_size": ep_size,
+        "moe_layer_pattern": LAYERS,
+        "router_pattern": "gate",
+        "expert_pattern": "experts",
+        "expert_w1": "gate_up_proj",
+        "expert_w2": "down_proj",
+        "expert_w3": None,  # w1 holds gate and up
+        "expert_activation": "swiglu",
+        "top_k": moe.top_k,
+        "score_func": moe.router_score,
+        "score_apply": "post",
+        "route_norm": moe.renormalise,
+        "routed_scaling_factor": moe.routed_scale,
+        "load_balance_coeff": None,
+        "use_grouped_mm": on_gpu,
+    }
+    if moe.num_groups > 1:
+        section |= {"num_expert_groups": moe.num_groups, "num_limited_groups": moe.top_groups}
+    if moe.num_shared_experts:
+        section |= {"has_shared_experts": True, "shared_experts_pattern": "shared_experts"}
+    return section
+
+
+def with_experts_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer, with the experts that AutoEP has spread in groups of their own.
+
+    ZeRO wants them marked, to average each expert's gradient over the workers that hold it alone.  The parameters must
+    be those of the replaced layers: give DeepSpeed a function ``parameters -> optimizer``, which it calls after that.
+    """
+    found = []
+    for group in groups:
+        spread: dict[str, list[Any]] = {}
+        shared = []
+        for parameter in group["params"]:
+            is_spread = not getattr(parameter, "allreduce", True)
+            (spread.setdefault(parameter.group_name, []) if is_spread else shared).append(parameter)
+        found += [{**group, "params": shared}] if shared else []
+        found += [{**group, "params": experts, "moe": True, "name": name} for name, experts in spread.items()]
+    return found

@@ -1,0 +1,47 @@
+"""What training refuses before and after its first step."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dlm_core.models.config import ModelConfig, MoE
+from pipeline.errors import NumericsError
+from pipeline.pretrain.run import check_first_loss
+from tests.support.tiny_run import TINY
+
+CONFIG = ModelConfig(TINY.architecture, vocab_size=300, mask_token_id=299)
+
+
+def _sums(loss: float, num_masked: int = 400) -> torch.Tensor:
+    """By bin of t: loss sums, then numbers of masked tokens."""
+    shares = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    return torch.cat([shares * loss * num_masked, shares * num_masked])
+
+
+@pytest.mark.parametrize("loss", [math.log(299), math.log(299) + 0.02, 1.05 * math.log(299)])
+def test_first_loss_of_an_untrained_model_is_let_through(loss):
+    check_first_loss(CONFIG, _sums(loss))
+
+
+@pytest.mark.parametrize("loss", [0.0, 4.0, 7.0, math.log(299) / 2])
+def test_first_loss_that_no_untrained_model_has_raises(loss):
+    with pytest.raises(NumericsError, match=rf"first loss is {loss:.3f} nats .* has 5\.700 to 5\.726\. The weights"):
+        check_first_loss(CONFIG, _sums(loss))
+
+
+def test_first_loss_without_a_masked_token_says_nothing():
+    check_first_loss(CONFIG, _sums(0.0, 0))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"moe": MoE(num_experts=4, top_k=2, d_ff_expert=8), "d_ff": None}, "architecture.moe is given, but training"),
+        ({"time_conditioning": True, "cond_dim": 8}, "architecture.time_conditioning is true, but training"),
+    ],
+)
+def test_pretraining_of_what_it_cannot_train_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, architecture=replace(TINY.architecture, **changed))
