@@ -33,6 +33,7 @@ format: .venv/dev.installed
 
 bench: .venv/dev.installed
 	$(BIN)/python -m benchmarks.objective
+	$(BIN)/python -m benchmarks.model_step
 
 mutants: .venv/dev.installed
 	$(BIN)/python -m tests.support.mutants

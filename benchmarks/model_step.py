@@ -1,8 +1,8 @@
 """A whole training step: ours against the same architecture in plain torch, and against transformers' own model.
 
-Weights and gradients are bf16, with float32 masters and one fused AdamW for everyone; every side runs eager and
-compiled.  Tokens are pairs of bytes of a text; times and masks are those of training, another batch every round.  The
-ratio block_over_masked is our own step of block diffusion over our step of masked diffusion, on the same rows.
+Everyone has the same dtype, the one that the machine multiplies faster, float32 masters and one fused AdamW; every side
+runs eager and compiled.  Tokens are pairs of bytes of a text; times and masks are those of training, another batch in
+every round.  block_over_masked is our own step of block diffusion over that of masked diffusion, on the same rows.
 """
 
 import statistics
@@ -62,6 +62,12 @@ SPARSE = replace(DENSE, model=_sparse(32_768))
 DENSE_SMALL_VOCABULARY = replace(DENSE, model=_dense(8_192))
 
 
+def _quick(size: Size) -> Size:
+    architecture = replace(size.model.architecture, num_layers=1)
+    model = ModelConfig(architecture, vocab_size=512, mask_token_id=511)
+    return replace(size, model=model, batch_seqs=2, seq_len=64, num_rounds=2)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One global batch, and what each side wants of it."""
@@ -91,7 +97,7 @@ def _batch(size: Size, text: bytes, step: int) -> Batch:
 
 
 class MasterAdamW:
-    """Fused AdamW on float32 copies of bf16 weights: what every side steps with."""
+    """Fused AdamW on float32 copies of the weights: what every side steps with."""
 
     def __init__(self, model: nn.Module) -> None:
         self.weights = [p for p in model.parameters() if p.requires_grad]
@@ -174,7 +180,7 @@ def _compile(model: nn.Module) -> nn.Module:
 OURS, PLAIN, TRANSFORMERS, BLOCKS, LOOP = "ours", "plain torch", "transformers", "ours, block diffusion", "ours, loop"
 
 
-def _variants(size: Size, compiled: bool) -> dict[str, tuple[nn.Module, Loss]]:
+def _variants(size: Size, dtype: torch.dtype, compiled: bool) -> dict[str, tuple[nn.Module, Loss]]:
     """Every side with the same weights; a dense size gets transformers and block diffusion, a sparse one loops."""
     ours = Denoiser(size.model)
     ours.init_weights(0)
@@ -195,7 +201,7 @@ def _variants(size: Size, compiled: bool) -> dict[str, tuple[nn.Module, Loss]]:
         models[LOOP] = (loop, _ours)
     made = {}
     for name, (model, loss) in models.items():
-        model.to(torch.bfloat16)
+        model.to(dtype)
         made[name] = (_compile(model) if compiled else model, loss(model))
     return made
 
@@ -208,13 +214,13 @@ class Timed:
     warm_up_s: dict[str, float]
     masked_share: float
     matmul_gflops: float
-    """Median rate of a bf16 product of the shape of the head's, forward."""
+    """Median rate of a large square product in the dtype of the step."""
 
 
-def _measure(size: Size, text: bytes, compiled: bool) -> Timed:
+def _measure(size: Size, text: bytes, dtype: torch.dtype, compiled: bool) -> Timed:
     """Time whole steps of all sides in turn; RefusedError if their losses differ."""
     torch.set_flush_denormal(True)
-    variants = _variants(size, compiled)
+    variants = _variants(size, dtype, compiled)
     batches = [_batch(size, text, step) for step in range(size.num_rounds)]
     warm_up_s, losses = {}, {}
     steps: dict[str, Callable[[int], object]] = {}
@@ -235,15 +241,21 @@ def _measure(size: Size, text: bytes, compiled: bool) -> Timed:
     for name, found in losses.items():
         if name != BLOCKS and not abs(found - losses[OURS]) <= MAX_LOSS_DIFFERENCE * losses[OURS]:
             raise RefusedError(f"the first loss of {name!r} is {found:.4f} and that of {OURS!r} {losses[OURS]:.4f}")
-    rates = [_matmul_gflops(size) for _ in range(5)]
+    rates = [_matmul_gflops(dtype) for _ in range(5)]
     seconds = interleave(steps, size.num_rounds)
-    rates += [_matmul_gflops(size) for _ in range(5)]
+    rates += [_matmul_gflops(dtype) for _ in range(5)]
     masked_share = statistics.fmean(len(b.select) / b.x0.numel() for b in batches)
     return Timed(seconds, warm_up_s, masked_share, statistics.median(rates))
 
 
-def _matmul_gflops(size: Size) -> float:
-    left, right = torch.randn(2, 2048, 2048, dtype=torch.bfloat16)
+def _faster_dtype() -> torch.dtype:
+    """Of float32 and bf16; without matrix units for bf16 that is float32."""
+    rates = {dtype: [_matmul_gflops(dtype) for _ in range(5)] for dtype in (torch.float32, torch.bfloat16)}
+    return max(rates, key=lambda dtype: statistics.median(rates[dtype]))
+
+
+def _matmul_gflops(dtype: torch.dtype) -> float:
+    left, right = torch.randn(2, 2048, 2048).to(dtype)
     start = time.perf_counter()
     for _ in range(3):
         torch.mm(left, right)
@@ -272,29 +284,34 @@ def _gemm_fraction(size: Size, timed: Timed) -> float:
 
 
 def measure(options: Options) -> Measured:
-    """Dense, sparse and a small vocabulary, eager and compiled, one process each."""
+    """Dense, sparse and a small vocabulary, eager and compiled, one process each.
+
+    The ratios are those of the compiled steps; the fraction is of the rate of a large product in the same dtype.
+    """
     sizes = {"dense": DENSE, "experts": SPARSE, "dense, 8,192 ids": DENSE_SMALL_VOCABULARY}
     if options.quick:
-        sizes = {name: replace(size, batch_seqs=2, seq_len=64, num_rounds=2) for name, size in sizes.items()}
+        sizes = {name: _quick(size) for name, size in sizes.items()}
+    settings = (False,) if options.quick else (False, True)  # compiling takes minutes
     largest = max(sizes.values(), key=lambda size: size.batch_seqs * size.seq_len * size.num_rounds)
     text = read_text(options.text, 2 * largest.batch_seqs * largest.seq_len * largest.num_rounds)
     found: dict[tuple[str, bool], Timed] = {}
+    dtype: torch.dtype = in_child(_faster_dtype)
     for name, size in sizes.items():
-        for compiled in (False, True):
-            found[name, compiled] = in_child(_measure, size, text, compiled)
-    dense, sparse = found["dense", True].seconds, found["experts", True].seconds
+        for compiled in settings:
+            found[name, compiled] = in_child(_measure, size, text, dtype, compiled)
+    dense, sparse = (found[name, settings[-1]].seconds for name in ("dense", "experts"))
     ratios = {
         "plain": median_ratio(dense[PLAIN], dense[OURS]),
         "transformers": median_ratio(dense[TRANSFORMERS], dense[OURS]),
         "loop": median_ratio(sparse[PLAIN], sparse[OURS]),
         "loop_same_trunk": median_ratio(sparse[LOOP], sparse[OURS]),
         "block_over_masked": median_ratio(dense[BLOCKS], dense[OURS]),
-        "gemm_fraction": _gemm_fraction(DENSE, found["dense", True]) if not options.quick else 0.0,
+        "gemm_fraction": _gemm_fraction(sizes["dense"], found["dense", settings[-1]]),
     }
     titles = {key: f"{key[0]}, {'compiled' if key[1] else 'eager'}" for key in found}
     figures = {
         "num_params": {name: size.model.num_params() for name, size in sizes.items()},
-        "dtype": "bfloat16",
+        "dtype": str(dtype).removeprefix("torch."),
         "ms": {
             titles[key]: {name: [round(1e3 * s, 1) for s in times] for name, times in timed.seconds.items()}
             for key, timed in found.items()

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from dlm_core.models.config import Architecture, ModelConfig
 
 
-def full_logits_loss(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    """Weighted cross-entropy at every position."""
-    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+def full_logits_loss(logits: Tensor, targets: Tensor, weight: Tensor, excluded: int | None) -> Tensor:
+    """Weighted cross-entropy at every position; an ``excluded`` id has no probability, which costs a copy."""
+    logits = logits.flatten(0, 1).float()
+    if excluded is not None:
+        logits = logits.index_fill(-1, torch.tensor([excluded]), -torch.inf)
+    nats = F.cross_entropy(logits, targets.flatten(), reduction="none")
     return (nats * weight.flatten()).sum()
 
 
@@ -86,6 +89,7 @@ class PlainModel(nn.Module):
     def __init__(self, config: ModelConfig, seq_len: int) -> None:
         super().__init__()
         a = config.architecture
+        self.excluded: int | None = None
         self.embedding = nn.Embedding(config.vocab_size, a.d_model)
         self.layers = nn.ModuleList(_Layer(a) for _ in range(a.num_layers))
         self.norm = nn.RMSNorm(a.d_model, eps=a.norm_eps)
@@ -100,7 +104,7 @@ class PlainModel(nn.Module):
         x = self.embedding(xt)
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
-        return full_logits_loss(self.head(self.norm(x)), targets, weight)
+        return full_logits_loss(self.head(self.norm(x)), targets, weight, self.excluded)
 
 
 class TransformersModel(nn.Module):
@@ -111,6 +115,7 @@ class TransformersModel(nn.Module):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         a = config.architecture
+        self.excluded: int | None = None
         make: Any = LlamaConfig
         self.model: Any = LlamaForCausalLM(
             make(
@@ -132,4 +137,5 @@ class TransformersModel(nn.Module):
 
     def forward(self, xt: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         """The loss sum."""
-        return full_logits_loss(self.model(input_ids=xt, attention_mask=None).logits, targets, weight)
+        logits = self.model(input_ids=xt, attention_mask=None).logits
+        return full_logits_loss(logits, targets, weight, self.excluded)
