@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dlm_core.models.config import Architecture, MoE, RopeScaling
 from pipeline.config import (
     apply_settings,
     diff,
@@ -48,7 +49,10 @@ CHANGED: dict[type, dict[str, Any]] = {
     PretrainConfig: {
         "architecture.d_model": 64, "architecture.num_layers": 2, "architecture.num_heads": 2, "architecture.d_ff": 8,
         "architecture.rope_base": 7.0, "architecture.norm_eps": 1e-3, "architecture.init_std": 0.5,
-        "architecture.qk_norm": True,
+        "architecture.qk_norm": True, "architecture.num_kv_heads": 2, "architecture.head_dim": 32,
+        "architecture.norm": "layer", "architecture.activation": "gelu", "architecture.qkv_bias": True,
+        "architecture.rope_fraction": 0.5,
+        "architecture.cond_dim": 8, "architecture.tied_head": False, "architecture.init": "normal",
         "optimizer.lr": 0.5, "optimizer.warmup_steps": 1, "optimizer.beta1": 0.1, "optimizer.beta2": 0.1,
         "optimizer.eps": 1e-3, "optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": 9.0,
         "num_steps": 7, "global_batch_seqs": 4, "seq_len": 8, "t_min": 0.1, "precision": "bf16",
@@ -60,6 +64,16 @@ CHANGED: dict[type, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Another valid value for every field that changes the expected result."""
+
+NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
+    PretrainConfig: {
+        "architecture.head_bias": (Architecture(tied_head=False), Architecture(tied_head=False, head_bias=True)),
+        "architecture.time_conditioning": (Architecture(cond_dim=8), Architecture(cond_dim=8, time_conditioning=True)),
+        "architecture.rope_scaling": (Architecture(), Architecture(rope_scaling=RopeScaling("linear", 2.0))),
+        "architecture.moe": (Architecture(), Architecture(moe=MoE(num_experts=4, top_k=2, d_ff_expert=8), d_ff=None)),
+    },
+}
+"""Fields that change with others, hold a part of their own, or make a model that this stage refuses: without and with."""
 
 EXECUTION: dict[type, dict[str, Any]] = {
     CorpusConfig: {"source": ["a", "b"]},
@@ -110,7 +124,7 @@ def test_json_round_trip_keeps_every_value_and_the_fingerprint(
 
 @pytest.mark.parametrize("kind", ALL_CONFIGS)
 def test_every_field_is_in_one_of_the_two_tables_here(kind: type) -> None:
-    listed = {**CHANGED.get(kind, {}), **EXECUTION.get(kind, {})}
+    listed = {**CHANGED.get(kind, {}), **EXECUTION.get(kind, {}), **NOT_ALONE.get(kind, {})}
     assert set(flatten(to_json(kind()))) - {""} == set(listed)
 
 
@@ -119,6 +133,13 @@ def test_fingerprint_with_an_identity_field_changed_differs(kind: type, path: st
     changed = _with(kind, path, value)
     assert fingerprint(identity(changed)) != fingerprint(identity(kind()))
     assert list(diff(identity(kind()), identity(changed))) == [path]
+
+
+@pytest.mark.parametrize(("kind", "path", "value"), _cases(NOT_ALONE))
+def test_fingerprint_of_a_part_with_a_field_that_needs_others_differs(kind: type, path: str, value: Any) -> None:
+    before, after = map(identity, value)
+    assert path.rpartition(".")[2] in {name.partition(".")[0] for name in diff(before, after)}
+    assert fingerprint(before) != fingerprint(after)
 
 
 @pytest.mark.parametrize(("kind", "path", "value"), _cases(EXECUTION))
