@@ -73,7 +73,7 @@ NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
         "architecture.moe": (Architecture(), Architecture(moe=MoE(num_experts=4, top_k=2, d_ff_expert=8), d_ff=None)),
     },
 }
-"""Fields that change with others, hold a part of their own, or make a model that this stage refuses: without and with."""
+"""Fields that change with others, hold a part of their own, or make a model that this stage refuses: before, after."""
 
 EXECUTION: dict[type, dict[str, Any]] = {
     CorpusConfig: {"source": ["a", "b"]},
