@@ -21,6 +21,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    torch.set_flush_denormal(False)  # a measurement sets it for its process
 
 
 def test_sizes_are_those_that_are_asked_for():
