@@ -121,18 +121,27 @@ def to_family(family: Family, a: Architecture, ours: Mapping[str, "Tensor"]) -> 
 def from_family(family: Family, a: Architecture, theirs: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Our tensors from theirs, bit for bit: the inverse of ``to_family``.
 
-    Raises UserError where the family cannot hold the architecture, or a tensor is missing.
+    Raises UserError where the family cannot hold the architecture, or a tensor is missing, left over or has other rows
+    than the architecture gives it.
     """
     import torch
 
     ours: dict[str, Tensor] = {}
+    left = set(theirs)
     for packed in packed_tensors(family, a):
         rows = [
             torch.cat(parts) if len(parts) > 1 else parts[0]
             for expert in range(max(1, packed.num_experts))
             for parts in [[_take(theirs, name) for name in packed.names(expert)]]
         ]
+        for name in (name for expert in range(max(1, packed.num_experts)) for name in packed.names(expert)):
+            left.remove(name)
         ours[packed.ours] = torch.stack(rows) if packed.num_experts else rows[0]
+    if left:
+        raise UserError(
+            f'the weights hold {len(left)} tensor(s) that "{family}" of this architecture has no place for, among them '
+            f"{min(left)}; is it another family, number of layers, or a head of its own?"
+        )
     return ours
 
 

@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from dlm_core import masks
 from dlm_core.blocks import num_blocks
+from dlm_core.cross_entropy import compute_dtype
 
 Family = Literal["full", "causal", "annealed", "block_causal", "block_diffusion"]
 Backend = Literal["auto", "sdpa", "dense", "flex", "structured"]
@@ -329,7 +330,9 @@ def _structured(
     over these, under the table of the stripe.  The probabilities, in the dtype of q, are kept for the backward pass.
     """
     width = tables[0].shape[2] // 2  # the first stripe has as many clean keys as noisy ones
-    split_q = rearrange(q * scale, "b (g r) (half l) c -> b g r half l c", g=k.shape[1], l=seq_len).split(width, dim=4)
+    dtype = compute_dtype(q.dtype)
+    scaled = q.to(dtype) * scale
+    split_q = rearrange(scaled, "b (g r) (half l) c -> b g r half l c", g=k.shape[1], l=seq_len).split(width, dim=4)
     noisy_k, clean_k = (half.split(width, dim=2) for half in k.split(seq_len, dim=2))
     noisy_v, clean_v = (half.split(width, dim=2) for half in v.split(seq_len, dim=2))
     stripes = []
@@ -337,11 +340,11 @@ def _structured(
         keys = torch.cat([*clean_k[: stripe + 1], noisy_k[stripe]], dim=2)
         values = torch.cat([*clean_v[: stripe + 1], noisy_v[stripe]], dim=2)
         # heads that share keys become rows of one product, which repeats no key
-        scores = rearrange(queries, "b g r half l c -> b g (r half l) c") @ keys.mT
+        scores = rearrange(queries, "b g r half l c -> b g (r half l) c") @ keys.to(dtype).mT
         scores = rearrange(scores, "b g (r q) k -> b g r q k", q=table.shape[1])
         # added, not filled in: the gradient of a sum costs nothing
         penalty = torch.zeros_like(table, dtype=scores.dtype).masked_fill_(~table, -torch.inf)
-        weights = (scores + penalty[:, None, None]).softmax(dim=-1)
+        weights = (scores + penalty[:, None, None]).softmax(dim=-1).to(v.dtype)
         out = rearrange(weights, "b g r q k -> b g (r q) k") @ values
         stripes.append(rearrange(out, "b g (r half l) c -> b g r half l c", r=queries.shape[2], l=queries.shape[4]))
     return rearrange(torch.cat(stripes, dim=4), "b g r half l c -> b (g r) (half l) c")
@@ -378,17 +381,23 @@ class KVCache:
     ) -> tuple[Float[Tensor, "B G k C"], Float[Tensor, "B G k C"]]:
         """Write k and v of a layer after its committed ones; views of all of them, the new ones last.
 
-        The views change with the next ``append``.  Raises ValueError for more than max_len positions, and for k and v
-        of other sizes than the cache's.
+        The views change with the next ``append``.  Raises ValueError for more than max_len positions, for a layer that
+        the cache lacks, for k and v of other sizes or another dtype than the cache's, and where they require gradients.
         """
+        if not 0 <= layer < len(self._ends):
+            raise ValueError(f"layer is {layer}; the cache has the layers 0..{len(self._ends) - 1}")
         end = self.length + k.shape[2]
         if end > self.max_len:
             raise ValueError(f"the cache holds {self.length} of {self.max_len} positions; {k.shape[2]} more don't fit")
         all_k, all_v = self._k[layer, :, :, :end], self._v[layer, :, :, :end]
         for name, x, held in (("k", k, all_k), ("v", v, all_v)):
             place = held[:, :, self.length :]
-            if x.shape != place.shape:
-                raise ValueError(f"{name} is {list(x.shape)}; the cache takes {list(place.shape)} here")
+            if x.shape != place.shape or x.dtype != place.dtype:
+                raise ValueError(
+                    f"{name} is {x.dtype} {list(x.shape)}; the cache takes {place.dtype} {list(place.shape)} here"
+                )
+            if x.requires_grad:
+                raise ValueError(f"{name} requires a gradient, which a cache can't carry; decode under torch.no_grad()")
             place.copy_(x)
         self._ends[layer] = end
         return all_k, all_v

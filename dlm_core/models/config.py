@@ -2,13 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 MaskFamily = Literal["full", "causal", "block_causal", "block_diffusion"]
 Init = Literal["normal", "scaled_normal", "small", "mitchell", "mdlm"]
 
+Norm = Literal["rms", "layer"]
+Activation = Literal["swiglu", "gelu"]
+RouterScore = Literal["softmax", "sigmoid"]
+Stretch = Literal["linear", "llama3", "yarn"]
+
 NUM_TIME_FREQUENCIES = 256
 """Numbers that tell the noise level to the network of the conditioning vector: cosines, then sines."""
+
+
+def _check_choice(name: str, value: str, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise ValueError(f'{name} is "{value}"; it must be one of {", ".join(get_args(kind))}')
 
 
 @dataclass(frozen=True)
@@ -21,14 +31,15 @@ class RopeScaling:
     (arXiv 2309.00071).  Raises ValueError for values that make no ramp.
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Stretch
     factor: float
     original_seq_len: int | None = None
     low_factor: float | None = None
     high_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.factor < 1.0:
+        _check_choice("rope_scaling.kind", self.kind, Stretch)
+        if not self.factor >= 1.0:
             raise ValueError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
         ramp = {name: getattr(self, name) for name in ("original_seq_len", "low_factor", "high_factor")}
         for name, value in ramp.items():
@@ -55,7 +66,7 @@ class MoE:
     d_ff_expert: int
     num_shared_experts: int = 0
     """Experts that see every token, as one network num_shared_experts * d_ff_expert wide."""
-    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    router_score: RouterScore = "softmax"
     renormalise: bool = True
     """Divide the chosen scores by their sum: true in Qwen3-MoE and LLaDA2, false in LLaDA-MoE."""
     routed_scale: float = 1.0
@@ -75,7 +86,8 @@ class MoE:
         for name in ("num_shared_experts", "first_k_dense"):
             if getattr(self, name) < 0:
                 raise ValueError(f"moe.{name} is {getattr(self, name)}; it must not be negative")
-        if self.routed_scale <= 0:
+        _check_choice("moe.router_score", self.router_score, RouterScore)
+        if not self.routed_scale > 0:
             raise ValueError(f"moe.routed_scale is {self.routed_scale}; it must be positive")
         if self.top_k > self.num_experts:
             raise ValueError(f"moe.top_k is {self.top_k}; there are only {self.num_experts} experts")
@@ -122,10 +134,10 @@ class Architecture:
     d_ff: int | None = 704
     """Width of the dense network; None where every layer has experts."""
     moe: MoE | None = None
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Norm = "rms"
     """RMSNorm, or LayerNorm without a bias."""
     norm_eps: float = 1e-6
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    activation: Activation = "swiglu"
     """A gated network (arXiv 2002.05202), or two matrices with biases around the tanh form of GELU."""
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -150,8 +162,10 @@ class Architecture:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name, kind in (("norm", Norm), ("activation", Activation), ("init", Init)):
+            _check_choice(name, getattr(self, name), kind)
         for name in ("rope_base", "norm_eps"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # catches nan too
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         self._check_heads()
         self._check_feed_forward()

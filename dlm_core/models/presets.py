@@ -89,6 +89,7 @@ _LLADA_MOE = Architecture(
     num_heads=16,
     d_ff=None,
     moe=MoE(num_experts=64, top_k=8, d_ff_expert=1024, renormalise=False),
+    rope_base=50_000.0,
     norm_eps=1e-5,
     qk_norm=True,
     tied_head=False,
@@ -140,7 +141,7 @@ PRESETS: dict[str, Preset] = {
     "smdm-6": Preset(ModelConfig(_SMDM, 32_001, 32_000), 2048, "SMDM, arXiv 2410.18514"),
     "llada-8b": Preset(ModelConfig(_LLADA, 126_464, 126_336), 4096, "LLaDA, arXiv 2502.09992"),
     "dream-7b": Preset(ModelConfig(_QWEN2, 152_064, 151_666), 2048, "Dream, arXiv 2508.15487", target_offset=1),
-    "llada-moe-7b-a1b": Preset(ModelConfig(_LLADA_MOE, 157_184, 156_895), 4096, "LLaDA-MoE, arXiv 2509.24389"),
+    "llada-moe-7b-a1b": Preset(ModelConfig(_LLADA_MOE, 157_184, 156_895), 8192, "LLaDA-MoE, arXiv 2509.24389"),
     "llada2-mini": Preset(ModelConfig(_LLADA2, 157_184, 156_895), 4096, "LLaDA2.0, arXiv 2512.15745"),
     "llada2-flash": Preset(ModelConfig(_flash(_LLADA2), 157_184, 156_895), 4096, "LLaDA2.0, arXiv 2512.15745"),
     "llama3.1-8b": Preset(

@@ -50,8 +50,9 @@ def balance_loss(
     num_rows = logits.shape[0]
     if group_seqs < 1 or num_rows % group_seqs:
         raise ValueError(f"group_seqs is {group_seqs}, which does not divide the {num_rows} rows; take a divisor")
+    logits = logits.masked_fill(~valid[..., None], 0.0)  # what padding holds may be anything, also nan
     scores = expert_scores(logits, moe)
-    probs = scores / scores.sum(dim=-1, keepdim=True)
+    probs = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
     _, expert_ids = route(rearrange(logits.detach(), "b l e -> (b l) e"), moe, selection_bias)
     slot_ids = rearrange(expert_ids, "(r t) k -> r (t k)", r=num_rows // group_seqs)
     is_valid = rearrange(valid, "(r g) l -> r (g l)", g=group_seqs).to(scores.dtype)
@@ -66,8 +67,9 @@ def balance_loss(
 
 def z_loss(logits: Float[Tensor, "*N E"], valid: Bool[Tensor, "*N"]) -> RouterLoss:
     """Sum over valid tokens of  logsumexp(logits)^2,  and their number: ST-MoE (arXiv 2202.08906) eq. 5."""
+    logits = logits.masked_fill(~valid[..., None], 0.0)
     log_partition = logits.to(compute_dtype(logits.dtype)).logsumexp(dim=-1)
-    return RouterLoss((log_partition.square() * valid).sum(), valid.sum())
+    return RouterLoss(log_partition.square().masked_fill(~valid, 0.0).sum(), valid.sum())
 
 
 def tokens_per_expert(

@@ -80,7 +80,7 @@ class Conditioning(nn.Module):
         self.out = nn.Linear(cond_dim, cond_dim)
 
     def forward(self, noise_level: Float[Tensor, "B K"]) -> Float[Tensor, "B K U"]:
-        """Frequencies f fall from 1 to 1 / 10,000 by equal ratios (DiT, arXiv 2212.09748)."""
+        """Frequencies  f_i = 10000 ** (-i / 128)  (DiT, arXiv 2212.09748)."""
         half = NUM_TIME_FREQUENCIES // 2
         steps = torch.arange(half, dtype=noise_level.dtype, device=noise_level.device)
         angle = noise_level[..., None] * torch.exp(-math.log(10_000.0) * steps / half)
@@ -260,6 +260,8 @@ class Denoiser(nn.Module):
         return x * (1 + scale) + shift
 
     def _rope(self, xt: Tensor, positions: Tensor | None, past: int, halves: int) -> RopeTables:
+        if positions is not None and (positions.shape[1] != xt.shape[1] or len(positions) not in (1, len(xt))):
+            raise ValueError(f"positions are {list(positions.shape)}; wanted one a token of xt {list(xt.shape)}")
         if positions is None:
             positions = torch.arange(past, past + xt.shape[1], device=xt.device)[None]
         tables = rope_tables(positions.repeat(1, halves), self.config.architecture)
@@ -277,6 +279,13 @@ class Denoiser(nn.Module):
             return None
         if noise_level is None:
             noise_level = torch.zeros(1, 1, device=xt.device)
+        elif noise_level.ndim != 2 or len(noise_level) != len(xt) or xt.shape[1] % noise_level.shape[1]:
+            raise ValueError(
+                f"noise_level is {list(noise_level.shape)}; wanted [{len(xt)}, K] with K parts that divide a row of "
+                f"{xt.shape[1]} tokens"
+            )
+        elif not noise_level.isfinite().all():
+            raise ValueError("noise_level is infinite somewhere: alpha_t is 0 there; give -log of a least alpha_t")
         num_groups, seq_len = noise_level.shape[1], xt.shape[1]
         if num_groups == 1 and not (has_halves and a.time_conditioning):
             return Condition(self.conditioning(noise_level), None)

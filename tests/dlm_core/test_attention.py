@@ -326,7 +326,7 @@ def test_cache_keeps_layers_and_positions_apart():
 def test_cache_lies_where_it_was_asked_for():
     for device, dtype in itertools.product(("cpu", "meta"), (torch.float32, torch.bfloat16)):
         cache = KVCache(1, 2, 1, 3, 4, dtype=dtype, device=device)
-        x = torch.zeros(2, 1, 2, 4, device=device)
+        x = torch.zeros(2, 1, 2, 4, device=device, dtype=dtype)
         for held in cache.append(0, x, x):
             assert (held.device.type, held.dtype, tuple(held.shape)) == (device, dtype, (2, 1, 2, 4))
     assert KVCache(1, 2, 1, 3, 4).append(0, torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4))[0].dtype == torch.float32
@@ -344,15 +344,41 @@ def test_cache_that_is_full_says_what_it_holds():
 @pytest.mark.parametrize(
     ("k", "v", "named"),
     [
-        ((1, 1, 2, 2), (2, 1, 2, 2), r"k is \[1, 1, 2, 2\]; the cache takes \[2, 1, 2, 2\] here"),
-        ((2, 1, 2, 2), (2, 3, 2, 2), r"v is \[2, 3, 2, 2\]; the cache takes \[2, 1, 2, 2\] here"),
-        ((2, 1, 2, 3), (2, 1, 2, 2), r"k is \[2, 1, 2, 3\]; the cache takes \[2, 1, 2, 2\] here"),
-        ((2, 1, 2, 2), (2, 1, 1, 2), r"v is \[2, 1, 1, 2\]; the cache takes \[2, 1, 2, 2\] here"),
+        (
+            (1, 1, 2, 2),
+            (2, 1, 2, 2),
+            r"k is torch.float32 \[1, 1, 2, 2\]; the cache takes torch.float32 \[2, 1, 2, 2\] here",
+        ),
+        (
+            (2, 1, 2, 2),
+            (2, 3, 2, 2),
+            r"v is torch.float32 \[2, 3, 2, 2\]; the cache takes torch.float32 \[2, 1, 2, 2\] here",
+        ),
+        (
+            (2, 1, 2, 3),
+            (2, 1, 2, 2),
+            r"k is torch.float32 \[2, 1, 2, 3\]; the cache takes torch.float32 \[2, 1, 2, 2\] here",
+        ),
+        (
+            (2, 1, 2, 2),
+            (2, 1, 1, 2),
+            r"v is torch.float32 \[2, 1, 1, 2\]; the cache takes torch.float32 \[2, 1, 2, 2\] here",
+        ),
     ],
 )
 def test_cache_with_keys_or_values_of_other_sizes_names_them(k, v, named):
     with pytest.raises(ValueError, match=named):
         KVCache(1, 2, 1, 4, 2).append(0, torch.zeros(k), torch.zeros(v))
+
+
+def test_cache_of_another_dtype_a_missing_layer_or_with_gradients_is_refused():
+    cache, x = KVCache(2, 1, 1, 4, 2, dtype=torch.bfloat16), torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"k is torch.float32 \[1, 1, 2, 2\]; the cache takes torch.bfloat16"):
+        cache.append(0, x, x)
+    with pytest.raises(ValueError, match=r"layer is 2; the cache has the layers 0\.\.1"):
+        cache.append(2, x.bfloat16(), x.bfloat16())
+    with pytest.raises(ValueError, match=r"v requires a gradient, .* decode under torch.no_grad\(\)"):
+        cache.append(0, x.bfloat16(), x.bfloat16().requires_grad_())
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,13 @@ def test_cache_of_one_pass_over_both_halves_is_refused():
         model(xt, x0=x0, mask=AttentionMask("block_diffusion", block_size=2), cache=cache)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("shape", [(2, 1), (2, 4), (3, 8)])
+def test_positions_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=rf"positions are \[{shape[0]}, {shape[1]}\]; wanted one a token of xt"):
+        _model("llada-8b")(_rows()[0], positions=torch.zeros(shape, dtype=torch.int64))
+
+
 def test_config_is_kept_by_the_model():
     config = tiny(PRESETS["llada-8b"])
     assert isinstance(Denoiser(config).config, ModelConfig)

@@ -86,5 +86,12 @@ def test_noise_level_moves_the_logits_only_of_a_model_that_knows_time():
         model(xt)
     with pytest.raises(ValueError, match="noise_level is given, but time_conditioning is False"):
         _model(time_conditioning=False)(xt, noise_level=torch.zeros(2, 1, dtype=torch.float64))
-    with pytest.raises(ValueError, match="4 blocks don't divide a row of 6 tokens"):
-        model(xt, noise_level=torch.zeros(2, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="noise_level is infinite somewhere"):
+        model(xt, noise_level=torch.tensor([[0.5], [torch.inf]], dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("shape", [(2, 4), (1, 1), (3, 1), (2,)])
+def test_noise_level_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"noise_level is \[.*\]; wanted \[2, K\] with K parts that divide a row of 6"):
+        _model(time_conditioning=True)(_rows(0), noise_level=torch.zeros(shape, dtype=torch.float64))

@@ -43,6 +43,7 @@ def _architecture(**values) -> Architecture:
         ({"rope_fraction": 1.5}, r"rope_fraction is 1\.5"),
         ({"rope_base": 0.0}, r"rope_base is 0\.0; it must be positive"),
         ({"norm_eps": -1e-6}, "norm_eps is -1e-06"),
+        ({"rope_base": float("nan")}, "rope_base is nan"),
         ({"d_ff": None}, "d_ff is None, but layer 0 has no experts"),
         ({"moe": MoE(**SPARSE)}, "d_ff is 24, but every layer has experts"),
         ({"moe": MoE(**SPARSE, first_k_dense=1), "d_ff": None}, "d_ff is None, but layer 0 has no experts"),
@@ -90,6 +91,7 @@ def test_experts_that_cannot_be_raise(values, message):
     ("values", "message"),
     [
         ({"factor": 0.5}, r"rope_scaling.factor is 0\.5; it must be at least 1"),
+        ({"factor": float("nan")}, "rope_scaling.factor is nan"),
         ({"kind": "linear"}, "rope_scaling.original_seq_len is 64, which linear scaling ignores"),
         ({"original_seq_len": None}, "rope_scaling.original_seq_len is None; yarn scaling needs a number above 0"),
         ({"low_factor": 0.0}, r"rope_scaling.low_factor is 0\.0"),
@@ -100,6 +102,22 @@ def test_experts_that_cannot_be_raise(values, message):
 def test_rope_scaling_that_makes_no_ramp_raises(values, message):
     with pytest.raises(ValueError, match=message):
         RopeScaling(**YARN | values)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("make", "values", "message"),
+    [
+        (_architecture, {"norm": "batch"}, 'norm is "batch"; it must be one of rms, layer'),
+        (_architecture, {"activation": "relu"}, 'activation is "relu"; it must be one of swiglu, gelu'),
+        (_architecture, {"init": "zeros"}, 'init is "zeros"; it must be one of normal, scaled_normal, small'),
+        (MoE, SPARSE | {"router_score": "tanh"}, 'moe.router_score is "tanh"; it must be one of softmax, sigmoid'),
+        (RopeScaling, YARN | {"kind": "dynamic"}, 'rope_scaling.kind is "dynamic"; it must be one of linear, llama3'),
+    ],
+)
+def test_choice_that_does_not_exist_raises_and_lists_those_that_do(make, values, message):
+    with pytest.raises(ValueError, match=message):
+        make(**values)
 
 
 @pytest.mark.parametrize("mask_token_id", [-1, 10, 11])

@@ -359,3 +359,19 @@ def test_tap_finds_routers_of_a_block_alone_and_of_replaced_layers():
     tap = RouterTap(nn.ModuleDict({"feed_forward": replaced}))
     assert tap._names == ("feed_forward.router.gate",)
     assert tap.selection_bias("feed_forward.router.gate") is bias
+
+
+@pytest.mark.parametrize("router_score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -300.0])
+def test_router_losses_do_not_see_what_padding_holds(router_score, value):
+    moe = MoE(num_experts=4, top_k=2, d_ff_expert=4, router_score=router_score)
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    padded = torch.where(valid[..., None], logits, value).requires_grad_()
+    for loss in (balance_loss(padded, valid, moe, group_seqs=1).loss_sum, z_loss(padded, valid).loss_sum):
+        (gradient,) = torch.autograd.grad(loss, padded)
+        assert gradient.isfinite().all()
+        assert (gradient[~valid] == 0).all()
+    wanted = balance_loss(logits, valid, moe, group_seqs=1).loss_sum, z_loss(logits, valid).loss_sum
+    found = balance_loss(padded, valid, moe, group_seqs=1).loss_sum, z_loss(padded, valid).loss_sum
+    assert [float(x.detach()) for x in found] == [float(x) for x in wanted]

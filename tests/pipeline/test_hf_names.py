@@ -100,6 +100,20 @@ def test_architecture_that_a_family_cannot_hold_is_refused(family, changed, mess
         check_family(family, replace(HOLDS[family], **changed))
 
 
+@pytest.mark.parametrize(
+    ("family", "changed", "named"),
+    [
+        ("qwen2", {"qkv_bias": False}, r"3 tensor\(s\) .* model\.layers\.0\.self_attn\.k_proj\.bias"),
+        ("llama", {"tied_head": True}, r"1 tensor\(s\) .* lm_head\.weight"),
+    ],
+)
+def test_weights_with_tensors_that_have_no_place_are_refused(family, changed, named):
+    theirs = to_family(family, HOLDS[family], _ours(family))
+    asked = "llama" if family == "qwen2" else family
+    with pytest.raises(UserError, match=named):
+        from_family(asked, replace(HOLDS[family], **changed), theirs)
+
+
 def test_weights_that_lack_a_tensor_are_refused_by_its_name():
     ours = _ours("llama")
     theirs = to_family("llama", LLAMA, ours)
