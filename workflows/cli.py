@@ -114,7 +114,7 @@ def recipes(as_json: JsonOption = False) -> None:
 
 @app.command("models")
 def models(as_json: JsonOption = False) -> None:
-    """List the published models that can be built by name, and what they cost."""
+    """List the sizes of published models and what they cost under a full mask, every position predicted."""
     rows = [_model_row(name, preset) for name, preset in PRESETS.items()]
     if as_json:
         _print_json(rows)
