@@ -199,8 +199,6 @@ class _ChunkedHead(torch.autograd.Function):
             del logits, grad  # or the next chunk's would be made beside them
         if rows_grad is not None and select is not None:
             rows_grad = torch.zeros_like(hidden).index_add_(0, select, rows_grad)
-        if head_bias is not None and bias_grad is not None:
-            bias_grad = bias_grad.to(head_bias.dtype)
         ctx.save_for_backward(rows_grad, None if head_grad is None else head_grad.to(head_weight.dtype), bias_grad)
         ctx.mark_non_differentiable(cross_entropy)
         return (weight * cross_entropy).sum(), cross_entropy

@@ -7,7 +7,11 @@ MODULES: dict[str, list[str]] = {
     "corruption": ["tests/dlm_core/test_corruption.py", "tests/dlm_core/test_corruption_counts.py"],
     "kernels": ["tests/dlm_core/test_kernels.py"],
     "masks": ["tests/dlm_core/test_masks.py"],
-    "cross_entropy": ["tests/dlm_core/test_cross_entropy.py", "tests/dlm_core/test_logits_loss.py"],
+    "cross_entropy": [
+        "tests/dlm_core/test_cross_entropy.py",
+        "tests/dlm_core/test_head_bias.py",
+        "tests/dlm_core/test_logits_loss.py",
+    ],
     "objectives": [
         "tests/dlm_core/test_objectives.py",
         "tests/dlm_core/test_objectives_oracle.py",
