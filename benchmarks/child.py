@@ -12,6 +12,7 @@ from typing import Any
 # Names and numbers of malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _TOP_PAD_BYTES = 64 << 20
+_NEVER = -1
 
 
 def in_child(function: Callable[..., Any], *args: Any, heap: bool = True) -> Any:
@@ -29,7 +30,7 @@ def keep_freed_memory() -> None:
     allocator would flatter whoever allocates less.
     """
     libc = ctypes.CDLL(None)
-    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, _TOP_PAD_BYTES)):
+    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER), (_M_TOP_PAD, _TOP_PAD_BYTES)):
         if not libc.mallopt(parameter, value):
             raise OSError(f"mallopt({parameter}, {value}) failed")
 

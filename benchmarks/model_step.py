@@ -1,8 +1,9 @@
 """A whole training step: ours against the same architecture in plain torch, and against transformers' own model.
 
 Everyone has the same dtype, the one that the machine multiplies faster, float32 masters and one fused AdamW; every side
-runs eager and compiled.  Tokens are pairs of bytes of a text; times and masks are those of training, another batch in
-every round.  block_over_masked is our own step of block diffusion over that of masked diffusion, on the same rows.
+runs eager and compiled, all in turn, and a ratio takes each side's faster form.  Tokens are pairs of bytes of a text;
+times and masks are those of training, another batch in every round.  block_over_masked is our own step of block
+diffusion over that of masked diffusion, on the same rows.
 """
 
 import statistics
@@ -27,8 +28,12 @@ from dlm_core.models.transformer import Denoiser
 
 T_MIN = 1e-3
 NOISE_SEED = 0
-MAX_LOSS_DIFFERENCE = 2e-2
-"""Of the loss sum of one batch between implementations in bf16, relative."""
+NUM_WARM_UPS = 3
+"""Steps, each with another number of masked rows, before any is timed; one more than a compiler needs to see that."""
+WEIGHT_SCALE = 5.0
+"""Of the drawn matrices: as drawn, the logits hardly depend on the layers, and anything would give the same loss."""
+MAX_LOSS_DIFFERENCE = 1e-4
+"""Of the loss sum of one batch between implementations in float32, relative."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Size:
     seq_len: int
     block_size: int
     num_rounds: int
+    heap_bytes: int
+    """Touched and freed before anything else, more than all sides need, so that no step waits for new pages."""
 
 
 def _dense(vocab_size: int) -> ModelConfig:
@@ -57,7 +64,7 @@ def _sparse(vocab_size: int) -> ModelConfig:
     return ModelConfig(architecture, vocab_size, vocab_size - 1)
 
 
-DENSE = Size(_dense(32_768), batch_seqs=8, seq_len=512, block_size=16, num_rounds=7)
+DENSE = Size(_dense(32_768), batch_seqs=8, seq_len=512, block_size=16, num_rounds=7, heap_bytes=14 << 30)
 SPARSE = replace(DENSE, model=_sparse(32_768))
 DENSE_SMALL_VOCABULARY = replace(DENSE, model=_dense(8_192))
 
@@ -65,7 +72,7 @@ DENSE_SMALL_VOCABULARY = replace(DENSE, model=_dense(8_192))
 def _quick(size: Size) -> Size:
     architecture = replace(size.model.architecture, num_layers=1)
     model = ModelConfig(architecture, vocab_size=512, mask_token_id=511)
-    return replace(size, model=model, batch_seqs=2, seq_len=64, num_rounds=2)
+    return replace(size, model=model, batch_seqs=2, seq_len=64, num_rounds=2, heap_bytes=0)
 
 
 @dataclass(frozen=True)
@@ -97,11 +104,11 @@ def _batch(size: Size, text: bytes, step: int) -> Batch:
 
 
 class MasterAdamW:
-    """Fused AdamW on float32 copies of the weights: what every side steps with."""
+    """Fused AdamW on the weights, or on float32 copies of narrower ones: what every side steps with."""
 
     def __init__(self, model: nn.Module) -> None:
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p.detach().float().requires_grad_() for p in self.weights]
+        self.masters = [p.detach().float().requires_grad_() for p in self.weights]  # the weights, if they are float32
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(self) -> None:
@@ -112,7 +119,8 @@ class MasterAdamW:
         self.optimizer.step()
         with torch.no_grad():
             for weight, master in zip(self.weights, self.masters, strict=True):
-                weight.copy_(master)
+                if master.dtype != weight.dtype:
+                    weight.copy_(master)
                 weight.grad = None
 
 
@@ -167,80 +175,111 @@ def _copy_to_transformers(source: Denoiser, peer: TransformersModel) -> None:
     peer.model.load_state_dict(theirs, strict=True)
 
 
-def _compile(model: nn.Module) -> nn.Module:
-    """Ours layer by layer, as training compiles it; a peer whole, which fuses its loss too."""
-    if isinstance(model, Denoiser):
-        for block in model.blocks:
-            block.compile(dynamic=False)
-        return model
-    model.compile(dynamic=False)
-    return model
+def _compile(model: nn.Module) -> None:
+    """Ours layer by layer for its fixed shapes; a peer whole, which fuses its loss too, and as torch compiles it."""
+    if not isinstance(model, Denoiser):
+        model.compile()
+        return
+    for block in model.blocks:
+        block.compile(dynamic=False)
 
 
 OURS, PLAIN, TRANSFORMERS, BLOCKS, LOOP = "ours", "plain torch", "transformers", "ours, block diffusion", "ours, loop"
 
 
-def _variants(size: Size, dtype: torch.dtype, compiled: bool) -> dict[str, tuple[nn.Module, Loss]]:
+def _sides(size: Size) -> dict[str, tuple[nn.Module, Loss]]:
     """Every side with the same weights; a dense size gets transformers and block diffusion, a sparse one loops."""
     ours = Denoiser(size.model)
     ours.init_weights(0)
+    with torch.no_grad():
+        for weight in ours.parameters():
+            if weight.ndim > 1:
+                weight *= WEIGHT_SCALE
     plain = PlainModel(size.model, size.seq_len)
     _copy_to_plain(ours, plain)
-    models: dict[str, tuple[nn.Module, Callable[[Any], Loss]]] = {OURS: (ours, _ours), PLAIN: (plain, _theirs)}
+    sides: dict[str, tuple[nn.Module, Loss]] = {OURS: (ours, _ours(ours)), PLAIN: (plain, _theirs(plain))}
     if size.model.architecture.moe is None:
         peer, blocks = TransformersModel(size.model, size.seq_len), Denoiser(size.model)
         _copy_to_transformers(ours, peer)
         blocks.load_state_dict(ours.state_dict())
-        models[TRANSFORMERS] = (peer, _theirs)
-        models[BLOCKS] = (blocks, lambda model: _ours_in_blocks(model, size.block_size))
+        sides[TRANSFORMERS] = (peer, _theirs(peer))
+        sides[BLOCKS] = (blocks, _ours_in_blocks(blocks, size.block_size))
     else:
         loop = Denoiser(size.model)
         loop.load_state_dict(ours.state_dict())
         for block in cast("list[Any]", loop.blocks):
             block.feed_forward.experts.implementation = "loop"
-        models[LOOP] = (loop, _ours)
-    made = {}
-    for name, (model, loss) in models.items():
-        model.to(dtype)
-        made[name] = (_compile(model) if compiled else model, loss(model))
-    return made
+        sides[LOOP] = (loop, _ours(loop))
+    return sides
+
+
+def _check_losses(sides: dict[str, tuple[nn.Module, Loss]], batch: Batch, mask_token_id: int) -> None:
+    """RefusedError unless all but block diffusion, another objective, have the same loss of a batch."""
+    found = {}
+    with torch.no_grad():
+        for name, (model, loss) in sides.items():
+            if name == BLOCKS:
+                continue
+            if isinstance(model, PlainModel | TransformersModel):
+                model.excluded = mask_token_id
+            found[name] = float(loss(batch))
+            if isinstance(model, PlainModel | TransformersModel):
+                model.excluded = None  # as released code leaves it: 1 id of 32,768, and a copy of the logits
+    for name, loss_sum in found.items():
+        if not abs(loss_sum - found[OURS]) <= MAX_LOSS_DIFFERENCE * found[OURS]:
+            raise RefusedError(
+                f"the loss of {name!r} in float32 is {loss_sum:.6g} and that of {OURS!r} {found[OURS]:.6g}"
+            )
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of every side in every round, and what it took to be ready."""
+    """Seconds of every side and setting in every round, and what it took to be ready."""
 
     seconds: dict[str, list[float]]
+    """Keys are "SIDE" and "SIDE, compiled"."""
     warm_up_s: dict[str, float]
     masked_share: float
     matmul_gflops: float
     """Median rate of a large square product in the dtype of the step."""
 
+    def fastest(self, side: str) -> list[float]:
+        """The rounds of a side in the setting with the lower median."""
+        return min((times for name, times in self.seconds.items() if _side(name) == side), key=statistics.median)
 
-def _measure(size: Size, text: bytes, dtype: torch.dtype, compiled: bool) -> Timed:
-    """Time whole steps of all sides in turn; RefusedError if their losses differ."""
+
+_COMPILED = ", compiled"
+
+
+def _side(name: str) -> str:
+    return name.removesuffix(_COMPILED)
+
+
+def _measure(size: Size, text: bytes, dtype: torch.dtype, settings: tuple[bool, ...]) -> Timed:
+    """Time whole steps of all sides in turn, compiled or not; RefusedError if their losses differ."""
     torch.set_flush_denormal(True)
-    variants = _variants(size, dtype, compiled)
+    torch.ones(size.heap_bytes, dtype=torch.int8)
     batches = [_batch(size, text, step) for step in range(size.num_rounds)]
-    warm_up_s, losses = {}, {}
+    warm_up_s: dict[str, float] = {}
     steps: dict[str, Callable[[int], object]] = {}
-    for name, (model, loss) in variants.items():
-        optimizer = MasterAdamW(model)
+    for is_compiled in settings:
+        sides = _sides(size)
+        _check_losses(sides, batches[0], size.model.mask_token_id)
+        for side, (model, loss) in sides.items():
+            model.to(dtype)
+            if is_compiled:
+                _compile(model)
+            optimizer = MasterAdamW(model)
 
-        def step(number: int, loss: Loss = loss, optimizer: MasterAdamW = optimizer) -> float:
-            loss_sum = loss(batches[number]) / batches[number].x0.numel()
-            loss_sum.backward()
-            optimizer.step()
-            return float(loss_sum.detach())
+            def step(number: int, loss: Loss = loss, optimizer: MasterAdamW = optimizer) -> None:
+                (loss(batches[number]) / batches[number].x0.numel()).backward()
+                optimizer.step()
 
-        start = time.perf_counter()
-        losses[name] = step(0)
-        for number in range(1, size.num_rounds):  # every number of masked rows is seen before any is timed
-            step(number)
-        warm_up_s[name], steps[name] = time.perf_counter() - start, step
-    for name, found in losses.items():
-        if name != BLOCKS and not abs(found - losses[OURS]) <= MAX_LOSS_DIFFERENCE * losses[OURS]:
-            raise RefusedError(f"the first loss of {name!r} is {found:.4f} and that of {OURS!r} {losses[OURS]:.4f}")
+            name = side + _COMPILED if is_compiled else side
+            start = time.perf_counter()
+            for number in range(min(NUM_WARM_UPS, size.num_rounds)):
+                step(number)
+            warm_up_s[name], steps[name] = time.perf_counter() - start, step
     rates = [_matmul_gflops(dtype) for _ in range(5)]
     seconds = interleave(steps, size.num_rounds)
     rates += [_matmul_gflops(dtype) for _ in range(5)]
@@ -263,30 +302,32 @@ def _matmul_gflops(dtype: torch.dtype) -> float:
 
 
 def _table(title: str, timed: Timed) -> str:
-    ours = timed.seconds[OURS]
-    rows = [
-        [
-            name,
-            f"{1e3 * statistics.median(found):.0f}",
-            f"{1e3 * min(found):.0f}-{1e3 * max(found):.0f}",
-            f"{median_ratio(found, ours):.2f}",
-            f"{timed.warm_up_s[name]:.0f}",
-        ]
-        for name, found in timed.seconds.items()
-    ]
+    """x ours is over our step in the same setting."""
+    rows = []
+    for name, found in timed.seconds.items():
+        ours = timed.seconds[name.replace(_side(name), OURS)]
+        rows.append(
+            [
+                name,
+                f"{1e3 * statistics.median(found):.0f}",
+                f"{1e3 * min(found):.0f}-{1e3 * max(found):.0f}",
+                f"{median_ratio(found, ours):.2f}",
+                f"{timed.warm_up_s[name]:.0f}",
+            ]
+        )
     return table([title, "ms", "range", "x ours", "warm-up s"], rows)
 
 
 def _gemm_fraction(size: Size, timed: Timed) -> float:
     """Useful rate of our step over the rate of a large matrix product in the same process."""
     flops = size.model.flops_per_token(size.seq_len, timed.masked_share) * size.batch_seqs * size.seq_len
-    return flops / statistics.median(timed.seconds[OURS]) / 1e9 / timed.matmul_gflops
+    return flops / statistics.median(timed.fastest(OURS)) / 1e9 / timed.matmul_gflops
 
 
 def measure(options: Options) -> Measured:
-    """Dense, sparse and a small vocabulary, eager and compiled, one process each.
+    """Dense, sparse and a small vocabulary, eager and compiled, one process a size.
 
-    The ratios are those of the compiled steps; the fraction is of the rate of a large product in the same dtype.
+    A ratio is that of each side's faster setting; the fraction is of the rate of a large product in the same dtype.
     """
     sizes = {"dense": DENSE, "experts": SPARSE, "dense, 8,192 ids": DENSE_SMALL_VOCABULARY}
     if options.quick:
@@ -294,32 +335,28 @@ def measure(options: Options) -> Measured:
     settings = (False,) if options.quick else (False, True)  # compiling takes minutes
     largest = max(sizes.values(), key=lambda size: size.batch_seqs * size.seq_len * size.num_rounds)
     text = read_text(options.text, 2 * largest.batch_seqs * largest.seq_len * largest.num_rounds)
-    found: dict[tuple[str, bool], Timed] = {}
     dtype: torch.dtype = in_child(_faster_dtype)
-    for name, size in sizes.items():
-        for compiled in settings:
-            found[name, compiled] = in_child(_measure, size, text, dtype, compiled)
-    dense, sparse = (found[name, settings[-1]].seconds for name in ("dense", "experts"))
+    found: dict[str, Timed] = {name: in_child(_measure, size, text, dtype, settings) for name, size in sizes.items()}
+    dense, sparse = found["dense"], found["experts"]
     ratios = {
-        "plain": median_ratio(dense[PLAIN], dense[OURS]),
-        "transformers": median_ratio(dense[TRANSFORMERS], dense[OURS]),
-        "loop": median_ratio(sparse[PLAIN], sparse[OURS]),
-        "loop_same_trunk": median_ratio(sparse[LOOP], sparse[OURS]),
-        "block_over_masked": median_ratio(dense[BLOCKS], dense[OURS]),
-        "gemm_fraction": _gemm_fraction(sizes["dense"], found["dense", settings[-1]]),
+        "plain": median_ratio(dense.fastest(PLAIN), dense.fastest(OURS)),
+        "transformers": median_ratio(dense.fastest(TRANSFORMERS), dense.fastest(OURS)),
+        "loop": median_ratio(sparse.fastest(PLAIN), sparse.fastest(OURS)),
+        "loop_same_trunk": median_ratio(sparse.fastest(LOOP), sparse.fastest(OURS)),
+        "block_over_masked": median_ratio(dense.fastest(BLOCKS), dense.fastest(OURS)),
+        "gemm_fraction": _gemm_fraction(sizes["dense"], dense),
     }
-    titles = {key: f"{key[0]}, {'compiled' if key[1] else 'eager'}" for key in found}
     figures = {
         "num_params": {name: size.model.num_params() for name, size in sizes.items()},
         "dtype": str(dtype).removeprefix("torch."),
         "ms": {
-            titles[key]: {name: [round(1e3 * s, 1) for s in times] for name, times in timed.seconds.items()}
-            for key, timed in found.items()
+            size: {name: [round(1e3 * s, 1) for s in times] for name, times in timed.seconds.items()}
+            for size, timed in found.items()
         },
-        "masked_share": {titles[key]: round(timed.masked_share, 4) for key, timed in found.items()},
-        "matmul_gflops": {titles[key]: round(timed.matmul_gflops) for key, timed in found.items()},
+        "masked_share": {size: round(timed.masked_share, 4) for size, timed in found.items()},
+        "matmul_gflops": {size: round(timed.matmul_gflops) for size, timed in found.items()},
     }
-    return Measured("\n\n".join(_table(titles[key], timed) for key, timed in found.items()), ratios, figures)
+    return Measured("\n\n".join(_table(size, timed) for size, timed in found.items()), ratios, figures)
 
 
 if __name__ == "__main__":

@@ -38,15 +38,15 @@ def test_batch_weighs_the_masked_positions_alone_on_either_side():
     assert (batch.xt.flatten()[batch.select] == DENSE.model.mask_token_id).all()
 
 
-@pytest.mark.parametrize(("size", "sides"), [(DENSE, 4), (SPARSE, 3)])
-def test_loss_and_gradients_of_every_side_are_ours(size, sides):
+@pytest.mark.parametrize(("size", "num_sides"), [(DENSE, 4), (SPARSE, 3)])
+def test_loss_and_gradients_of_every_side_are_ours(size, num_sides):
     batch = model_step._batch(size, TEXT, 0)
-    variants = model_step._variants(size, torch.float32, compiled=False)
-    assert len(variants) == sides
+    sides = model_step._sides(size)
+    assert len(sides) == num_sides
     found = {}
-    for name, (model, loss) in variants.items():
+    for name, (model, loss) in sides.items():
         if name != model_step.BLOCKS:
-            if hasattr(model, "excluded"):  # left in by a run, as released code leaves it: 1 of 32,768
+            if hasattr(model, "excluded"):
                 model.excluded = size.model.mask_token_id
             loss_sum = loss(batch)
             loss_sum.backward()
@@ -56,10 +56,29 @@ def test_loss_and_gradients_of_every_side_are_ours(size, sides):
         assert values == pytest.approx(found[model_step.OURS], rel=RTOL), name
 
 
+@pytest.mark.parametrize("size", [DENSE, SPARSE])
+def test_peer_without_one_of_its_layers_has_another_loss(size):
+    batch, sides = model_step._batch(size, TEXT, 0), model_step._sides(size)
+    plain, _ = sides[model_step.PLAIN]
+    with torch.no_grad():
+        plain.layers[0].attention.o.weight.zero_()
+    with pytest.raises(RefusedError, match=r"the loss of 'plain torch' in float32 is .* and that of 'ours'"):
+        model_step._check_losses(sides, batch, size.model.mask_token_id)
+
+
 def test_side_with_another_loss_is_refused(monkeypatch):
-    monkeypatch.setattr(model_step, "_theirs", lambda model: lambda b: 1.1 * model(b.xt, b.x0, b.dense_weight))
-    with pytest.raises(RefusedError, match=r"the first loss of 'plain torch' is .* and that of 'ours'"):
-        model_step._measure(DENSE, TEXT, torch.float32, compiled=False)
+    monkeypatch.setattr(model_step, "_theirs", lambda model: lambda b: 1.001 * model(b.xt, b.x0, b.dense_weight))
+    with pytest.raises(RefusedError, match=r"the loss of 'plain torch' in float32 is .* and that of 'ours'"):
+        model_step._measure(DENSE, TEXT, torch.float32, settings=(False,))
+
+
+def test_ratio_takes_the_faster_setting_of_each_side():
+    seconds = {"ours": [3.0], "plain torch": [4.0], "ours, compiled": [2.0], "plain torch, compiled": [5.0]}
+    timed = model_step.Timed(seconds, dict.fromkeys(seconds, 0.0), 0.5, 1.0)
+    assert timed.fastest(model_step.OURS) == [2.0]
+    assert timed.fastest(model_step.PLAIN) == [4.0]
+    over_ours = [line.split()[-2] for line in model_step._table("", timed).splitlines()[2:]]
+    assert over_ours == ["1.00", "1.33", "1.00", "2.50"]
 
 
 @pytest.mark.slow
