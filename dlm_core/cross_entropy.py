@@ -47,7 +47,8 @@ def exclude_token(logits: Float[Tensor, "M V"], mask_token_id: int) -> Float[Ten
     masked, is that only masked positions are ever asked for.
     """
     _check_id(mask_token_id, logits.shape[-1])
-    return logits.index_fill(-1, torch.tensor([mask_token_id], device=logits.device), -torch.inf)
+    ids = torch.arange(logits.shape[-1], device=logits.device)  # no id is copied from the host
+    return logits.masked_fill(ids == mask_token_id, -torch.inf)
 
 
 def token_cross_entropy(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"]) -> Float[Tensor, " M"]:

@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dlm_core.models.presets import PRESETS, Preset
+from dlm_core.models.config import MaskFamily
+from dlm_core.models.presets import MEAN_MASKED_SHARE, PRESETS, Preset
 from pipeline.artifact import read_json
 from pipeline.config import flatten, parse_value, to_json
 from pipeline.errors import CorruptionError, LeaseLostError, UserError, is_disk_full
@@ -114,28 +115,38 @@ def recipes(as_json: JsonOption = False) -> None:
 
 @app.command("models")
 def models(as_json: JsonOption = False) -> None:
-    """List the sizes of published models and what they cost under a full mask, every position predicted."""
+    """List the sizes of published models and what a token costs in training: half of all positions masked."""
     rows = [_model_row(name, preset) for name, preset in PRESETS.items()]
     if as_json:
         _print_json(rows)
         return
-    table = Table("model", "parameters", "active", "layers", "experts", "source", box=None)
+    table = Table("model", "parameters", "active", "training, a token", "layers", "experts", "source", box=None)
     for row in rows:
         layers, experts = f"{row['num_layers']} x {row['d_model']}", f"{row['top_k']} of {row['num_experts']}"
         counts = (scaled(row["num_params"]), scaled(row["num_active_params"]))
-        table.add_row(row["name"], *counts, layers, experts if row["num_experts"] else "dense", row["source"])
+        cost = scaled(row["training_flops_per_token"], "FLOP")
+        table.add_row(row["name"], *counts, cost, layers, experts if row["num_experts"] else "dense", row["source"])
     console.print(table)
 
 
 def _model_row(name: str, preset: Preset) -> dict[str, Any]:
     model, architecture = preset.model, preset.model.architecture
+    family, block_size = preset.mask_family, preset.block_size
+    decoding: MaskFamily = "block_causal" if family == "block_diffusion" else family
     return {
         "name": name,
         "num_params": model.num_params(),
         "num_active_params": model.num_active_params(),
         "num_non_embedding_params": model.num_non_embedding_params(),
-        "training_flops_per_token": model.flops_per_token(preset.seq_len),
-        "inference_flops_per_token": model.flops_per_token(preset.seq_len, training=False),
+        "training_flops_per_token": model.flops_per_token(
+            preset.seq_len, MEAN_MASKED_SHARE, family=family, block_size=block_size
+        ),
+        "inference_flops_per_token": model.flops_per_token(
+            preset.seq_len, family=decoding, block_size=block_size, training=False
+        ),
+        "masked_share": MEAN_MASKED_SHARE,
+        "mask_family": family,
+        "block_size": block_size,
         "seq_len": preset.seq_len,
         "num_layers": architecture.num_layers,
         "d_model": architecture.d_model,

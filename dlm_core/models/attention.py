@@ -7,7 +7,7 @@ parameters, rotation (transformer.py), who may attend to whom (dlm_core/masks.py
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,22 +21,24 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from dlm_core import masks
 from dlm_core.blocks import num_blocks
 from dlm_core.cross_entropy import compute_dtype
+from dlm_core.models.config import MaskFamily
 
-Family = Literal["full", "causal", "annealed", "block_causal", "block_diffusion"]
 Backend = Literal["auto", "sdpa", "dense", "flex", "structured"]
 Planned = Literal["sdpa", "flex", "structured", "dense"]
 
 NUM_STRIPES = 8
 """Of rows of tokens, in the structured backend: more of them compute fewer hidden entries in more, smaller products."""
 
-_FIELDS: dict[Family, tuple[str, ...]] = {
+_FLEX_HEAD_DIM = 16
+"""Least size of a head for which FlexAttention has a kernel (torch 2.13)."""
+_FIELDS: dict[MaskFamily, tuple[str, ...]] = {
     "full": (),
     "causal": (),
     "annealed": ("ratio", "noise_seed", "step"),
     "block_causal": ("block_size",),
     "block_diffusion": ("block_size",),
 }
-_CACHEABLE: tuple[Family, ...] = ("full", "causal", "block_causal")
+_CACHEABLE: tuple[MaskFamily, ...] = ("full", "causal", "block_causal")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class AttentionMask:
     Raises ValueError for a field that the family lacks or ignores.
     """
 
-    family: Family = "full"
+    family: MaskFamily = "full"
     block_size: int | None = None
     ratio: float | None = None
     """Share of the future that ``annealed`` shows."""
@@ -96,10 +98,11 @@ class AttentionMask:
 class Attend:
     """Softmax attention under a planned mask:  softmax(scale q k^T, over the keys that a query may attend to) v.
 
-    ``plan_attention`` makes one a forward pass, which all layers share.
+    ``plan_attention`` makes one, which all layers share, and all passes under the same mask and sizes may.
     """
 
     backend: Planned
+    family: MaskFamily
     num_rows: int
     seq_len: int
     num_queries: int
@@ -170,6 +173,11 @@ class Attend:
             return replace(plan, tables=tuple(table[:, : table.shape[1] // 2] for table in self.tables))
         return _with_block_mask(plan) if self.backend == "flex" else plan
 
+    @functools.cached_property
+    def noisy_half(self) -> "Attend":
+        """The plan for the queries of xt alone, which is all that the last layer of block diffusion has."""
+        return self.narrowed(self.seq_len)
+
 
 def plan_attention(
     mask: AttentionMask,
@@ -180,11 +188,14 @@ def plan_attention(
     backend: Backend = "auto",
     num_queries: int | None = None,
     num_past: int = 0,
+    head_dim: int = _FLEX_HEAD_DIM,
+    dtype: torch.dtype = torch.float32,
 ) -> Attend:
     """Choose a backend for num_rows rows of seq_len tokens, and tabulate on the device what it needs of the mask.
 
     Queries and keys are 2 seq_len for block diffusion, seq_len otherwise; with ``num_queries`` only the first of them
-    are queries, with ``num_past`` that many further keys come before them (``KVCache``).
+    are queries, with ``num_past`` that many further keys come before them (``KVCache``).  They have ``head_dim``
+    numbers of ``dtype``, of which flex can't do all.
 
     ``sdpa`` is torch's attention without a table, for masks that hide nothing or are plainly causal; ``dense`` is the
     same with a table, the reference of all others; ``flex`` skips what is hidden, block by block, on CUDA
@@ -199,7 +210,7 @@ def plan_attention(
     length = 2 * seq_len if mask.family == "block_diffusion" else seq_len
     num_queries = length if num_queries is None else num_queries
     predicate = _after(mask.predicate(seq_len), num_past)
-    able = able_backends(mask, seq_len, num_past, device)
+    able = able_backends(mask, seq_len, num_past, device, head_dim, dtype)
     is_whole = num_queries % seq_len == 0
     fitting: list[Planned] = [
         name for name in able if name == backend or (backend == "auto" and (is_whole or name != "structured"))
@@ -207,13 +218,14 @@ def plan_attention(
     if not fitting:
         raise ValueError(
             f'attention backend is "{backend}"; for mask family "{mask.family}" '
-            f"{'without' if mask.doc_ids is None else 'with'} doc_ids, with num_past {num_past}, on {device.type}, it "
-            f"can be auto, {', '.join(able)}"
+            f"{'without' if mask.doc_ids is None else 'with'} doc_ids, with num_past {num_past} and heads of "
+            f"{head_dim} {dtype}, on {device.type}, it can be auto, {', '.join(able)}"
         )
     chosen = fitting[0]
     _check_queries(chosen, num_queries, length, seq_len)
     plan = Attend(
         backend=chosen,
+        family=mask.family,
         num_rows=num_rows,
         seq_len=seq_len,
         num_queries=num_queries,
@@ -224,7 +236,8 @@ def plan_attention(
         is_causal=chosen == "sdpa" and not _hides_nothing(mask, seq_len, num_past),
     )
     if chosen == "dense":
-        return replace(plan, tables=(_tabulate(plan, range(num_queries), range(plan.num_keys)),))
+        queries, keys = (torch.arange(number, device=device) for number in (num_queries, plan.num_keys))
+        return replace(plan, tables=(_tabulate(plan, queries, keys),))
     if chosen == "structured":
         assert mask.block_size is not None
         return replace(plan, tables=_stripe_tables(plan, mask.block_size))
@@ -264,14 +277,22 @@ def _hides_nothing(mask: AttentionMask, seq_len: int, num_past: int) -> bool:
     return mask.family == "full" or (mask.family == "causal" and seq_len == 1)
 
 
-def able_backends(mask: AttentionMask, seq_len: int, num_past: int, device: torch.device) -> tuple[Planned, ...]:
+def able_backends(
+    mask: AttentionMask,
+    seq_len: int,
+    num_past: int,
+    device: torch.device,
+    head_dim: int = _FLEX_HEAD_DIM,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Planned, ...]:
     """The backends that can do a mask, the one that ``auto`` prefers first."""
     is_plainly_causal = mask.family == "causal" and mask.doc_ids is None and num_past == 0
     able: list[Planned] = []
     if _hides_nothing(mask, seq_len, num_past) or is_plainly_causal:
         able.append("sdpa")
     # An annealed mask has no blocks to skip, and with a cache every length would be compiled anew.
-    if device.type == "cuda" and mask.family != "annealed" and num_past == 0:
+    has_kernel = device.type == "cuda" and head_dim >= _FLEX_HEAD_DIM and dtype != torch.float64
+    if has_kernel and mask.family != "annealed" and num_past == 0:
         able.append("flex")
     if mask.family == "block_diffusion":
         able.append("structured")
@@ -283,11 +304,10 @@ def _after(predicate: masks.Predicate, num_past: int) -> masks.Predicate:
     return predicate if num_past == 0 else lambda b, h, q, k: predicate(b, h, q + num_past, k)
 
 
-def _tabulate(plan: Attend, queries: Sequence[int], keys: Sequence[int]) -> Bool[Tensor, "b q k"]:
+def _tabulate(plan: Attend, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b q k"]:
     """The predicate at some queries and keys, for one row where all rows share the mask."""
     b = torch.arange(plan.mask_rows or 1, device=plan.device)[:, None, None]
-    q, k = torch.tensor(queries, device=plan.device)[:, None], torch.tensor(keys, device=plan.device)
-    return plan.predicate(b, torch.zeros_like(b), q, k).expand(len(b), len(q), len(k))
+    return plan.predicate(b, torch.zeros_like(b), queries[:, None], keys).expand(len(b), len(queries), len(keys))
 
 
 def _with_block_mask(plan: Attend) -> Attend:
@@ -310,9 +330,10 @@ def _stripe_tables(plan: Attend, block_size: int) -> tuple[Bool[Tensor, "..."], 
     tables = []
     for start in range(0, seq_len, width):
         end = min(start + width, seq_len)
-        noisy, clean = range(start, end), range(seq_len + start, seq_len + end)
-        queries = noisy if is_noisy_only else [*noisy, *clean]
-        tables.append(_tabulate(plan, queries, [*range(seq_len, seq_len + end), *noisy]))
+        noisy = torch.arange(start, end, device=plan.device)
+        seen_clean = torch.arange(seq_len, seq_len + end, device=plan.device)
+        queries = noisy if is_noisy_only else torch.cat([noisy, seq_len + noisy])
+        tables.append(_tabulate(plan, queries, torch.cat([seen_clean, noisy])))
     return tuple(tables)
 
 

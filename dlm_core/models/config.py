@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-MaskFamily = Literal["full", "causal", "block_causal", "block_diffusion"]
+MaskFamily = Literal["full", "causal", "annealed", "block_causal", "block_diffusion"]
 Init = Literal["normal", "scaled_normal", "small", "mitchell", "mdlm"]
 
 Norm = Literal["rms", "layer"]
@@ -39,8 +39,8 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         _check_choice("rope_scaling.kind", self.kind, Stretch)
-        if not self.factor >= 1.0:
-            raise ValueError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
+        if not self.factor > 1.0:
+            raise ValueError(f"rope_scaling.factor is {self.factor}; it must be above 1, or rope_scaling None")
         ramp = {name: getattr(self, name) for name in ("original_seq_len", "low_factor", "high_factor")}
         for name, value in ramp.items():
             if self.kind == "linear" and value is not None:
@@ -91,10 +91,22 @@ class MoE:
             raise ValueError(f"moe.routed_scale is {self.routed_scale}; it must be positive")
         if self.top_k > self.num_experts:
             raise ValueError(f"moe.top_k is {self.top_k}; there are only {self.num_experts} experts")
+        if self.top_k == 1 and self.renormalise:
+            raise ValueError(
+                "moe.renormalise is true with top_k 1: every weight would be 1 and the router learn nothing; set it to "
+                "false"
+            )
+        if self.top_k == self.num_experts and self.selection_bias:
+            raise ValueError(f"moe.selection_bias is true, but top_k {self.top_k} takes every expert; set it to false")
         if self.num_experts % self.num_groups:
             raise ValueError(f"moe.num_groups is {self.num_groups}; it must divide num_experts {self.num_experts}")
         if self.top_groups > self.num_groups:
             raise ValueError(f"moe.top_groups is {self.top_groups}; there are only {self.num_groups} groups")
+        if self.top_groups == self.num_groups > 1:
+            raise ValueError(
+                f"moe.top_groups is {self.top_groups} of {self.num_groups} groups, which limits nothing; lower it, or "
+                "set both to 1"
+            )
         if self.num_groups > 1 and self.experts_per_group < 2:
             raise ValueError(
                 f"moe.num_groups is {self.num_groups} for {self.num_experts} experts; a group is ranked by its two "
@@ -192,6 +204,11 @@ class Architecture:
         if self.moe is not None and not any(sparse):
             raise ValueError(
                 f"moe.first_k_dense is {self.moe.first_k_dense}, so none of the {self.num_layers} layers has experts"
+            )
+        if self.moe is not None and self.moe.layer_frequency > max(1, self.num_layers - self.moe.first_k_dense):
+            raise ValueError(
+                f"moe.layer_frequency is {self.moe.layer_frequency}, more than the {self.num_layers} layers have after "
+                f"first_k_dense {self.moe.first_k_dense}; lower it"
             )
         if self.moe is not None and self.activation != "swiglu":
             raise ValueError(f'activation is "{self.activation}"; experts are "swiglu"')
@@ -319,14 +336,21 @@ class ModelConfig:
         """Floating-point operations a token of the data, of a training step or of one forward pass (arXiv 2001.08361).
 
         Forward: 2 FLOP a weight of a matrix product, 4 * num_heads * head_dim a pair that may attend; in
-        training three times that.  Pairs a token: seq_len (full), (seq_len + 1) / 2 (causal), (seq_len + block_size)
-        / 2 (block_causal).  In block_diffusion a token of the data is one of each half of [xt ; x0], and together they
-        have seq_len + block_size pairs; the last layer's clean half gives only keys and values.  ``head_fraction`` is
-        the share of positions whose logits are computed.  Recomputation and the modulation, once a row, don't count.
+        training three times that.  Pairs a token: seq_len (full, and annealed, where what is hidden is computed too),
+        (seq_len + 1) / 2 (causal), (seq_len + block_size) / 2 (block_causal).  In block_diffusion a token of the data
+        is one of each half of [xt ; x0], and together they have seq_len + block_size pairs; the last layer's clean half
+        gives only keys and values.  ``head_fraction`` is the share of positions whose logits are computed.
+        Recomputation and the modulation, once a row, don't count.
 
-        Raises ValueError for a block_size that doesn't divide seq_len, is missing, or has no meaning for the family.
+        Raises ValueError for an unknown family, a seq_len below 1, a head_fraction outside [0, 1], and a block_size
+        that doesn't divide seq_len, is missing, or has no meaning for the family.
         """
         a = self.architecture
+        _check_choice("family", family, MaskFamily)
+        if seq_len < 1:
+            raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
+        if not 0.0 <= head_fraction <= 1.0:
+            raise ValueError(f"head_fraction is {head_fraction}; it must lie in [0, 1]")
         blocks = family in ("block_causal", "block_diffusion")
         if not blocks and block_size is not None:
             raise ValueError(f'block_size is {block_size}, which the family "{family}" ignores; leave it out')
@@ -336,6 +360,7 @@ class ModelConfig:
         halves = 2 if family == "block_diffusion" else 1
         pairs = {
             "full": seq_len,
+            "annealed": seq_len,
             "causal": (seq_len + 1) / 2,
             "block_causal": (seq_len + size) / 2,
             "block_diffusion": seq_len + size,

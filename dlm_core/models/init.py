@@ -18,6 +18,8 @@ _CUTOFF = 3.0
 def init_weights(model: nn.Module, a: Architecture, init_seed: int) -> None:
     """Draw every parameter, in the order of their names in the model, on the CPU, from init_seed alone.
 
+    The selection biases of routers, buffers all, become 0.
+
     ``writes`` are the matrices that write into the residual stream: of attention, and the down projections.  Norms are
     1, modulations 0 (adaLN-zero), biases 0 but in "mdlm".
 
@@ -37,6 +39,8 @@ def init_weights(model: nn.Module, a: Architecture, init_seed: int) -> None:
         for name, parameter in parameters.items():
             matrix = parameters.get(name.removesuffix("bias") + "weight", parameter)
             parameter.copy_(_drawn(name, parameter.shape, matrix.shape[-1], a, generator))
+        for buffer in model.buffers():
+            buffer.zero_()
 
 
 def _drawn(name: str, shape: torch.Size, fan_in: int, a: Architecture, generator: torch.Generator) -> Tensor:

@@ -7,6 +7,7 @@ Shapes: B batch, L seq_len, N flattened tokens, D d_model, F d_ff_expert, E expe
 and one of its experts, sorted by expert.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,8 @@ class Router(nn.Linear):
     """Logits of the experts, in float32 (float64 for float64 tokens) under autocast too.
 
     ``e_score_correction_bias`` [E], if the MoE has a selection_bias, is what ``route`` adds for the choice: a buffer,
-    set from outside, under the name that transformers and AutoEP know.
+    set from outside, under the name that transformers and AutoEP know.  It stays float32 whatever the model is cast to:
+    rounded, steps of 0.001 would no longer move it, and it would choose other experts.
     """
 
     e_score_correction_bias: Tensor | None
@@ -39,6 +41,14 @@ class Router(nn.Linear):
         if moe.selection_bias:
             del self.e_score_correction_bias
             self.register_buffer("e_score_correction_bias", torch.zeros(moe.num_experts, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if bias is not None and moved is not None and moved.dtype != torch.float32:
+            self.e_score_correction_bias = moved.float() if bias.is_meta else bias.to(moved.device)
+        return self
 
     def forward(self, input: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
         """One logit a token and expert."""

@@ -5,8 +5,12 @@ Sizes are those of the papers and of the released configurations; what a family 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from dlm_core.models.config import Architecture, ModelConfig, MoE, RopeScaling
+from dlm_core.models.config import Architecture, MaskFamily, ModelConfig, MoE, RopeScaling
+
+MEAN_MASKED_SHARE = 0.5
+"""Of the positions of a batch, where alpha_t = 1 - t and t is uniform: what training computes the head for."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,9 @@ class Preset:
     source: str
     target_offset: int = 0
     """1 where position i predicts token i + 1, as the autoregressive model did that it began with."""
+    mask_family: MaskFamily = "full"
+    """Who attends to whom in training as a diffusion model."""
+    block_size: int | None = None
 
 
 def _dit(d_model: int, num_layers: int, num_heads: int, vocab_size: int = 50_258) -> ModelConfig:
@@ -133,17 +140,26 @@ def _flash(a: Architecture) -> Architecture:
     return replace(a, d_model=4096, num_layers=32, num_heads=32, d_ff=9216, moe=moe)
 
 
+_LLADA2_RUN: Any = {
+    "seq_len": 4096,
+    "source": "LLaDA2.0, arXiv 2512.15745",
+    "mask_family": "block_diffusion",
+    "block_size": 32,
+}
+
 PRESETS: dict[str, Preset] = {
     "mdlm-tiny": Preset(_dit(512, 8, 8), 1024, "MDLM, arXiv 2406.07524"),
     "mdlm-small": Preset(_dit(768, 12, 12), 1024, "MDLM, arXiv 2406.07524"),
     "mdlm-medium": Preset(_dit(1024, 24, 16), 1024, "MDLM, arXiv 2406.07524"),
-    "bd3lm-small": Preset(_dit(768, 12, 12), 1024, "BD3-LM, arXiv 2503.09573"),
+    "bd3lm-small": Preset(
+        _dit(768, 12, 12), 1024, "BD3-LM, arXiv 2503.09573", mask_family="block_diffusion", block_size=16
+    ),
     "smdm-6": Preset(ModelConfig(_SMDM, 32_001, 32_000), 2048, "SMDM, arXiv 2410.18514"),
     "llada-8b": Preset(ModelConfig(_LLADA, 126_464, 126_336), 4096, "LLaDA, arXiv 2502.09992"),
     "dream-7b": Preset(ModelConfig(_QWEN2, 152_064, 151_666), 2048, "Dream, arXiv 2508.15487", target_offset=1),
     "llada-moe-7b-a1b": Preset(ModelConfig(_LLADA_MOE, 157_184, 156_895), 8192, "LLaDA-MoE, arXiv 2509.24389"),
-    "llada2-mini": Preset(ModelConfig(_LLADA2, 157_184, 156_895), 4096, "LLaDA2.0, arXiv 2512.15745"),
-    "llada2-flash": Preset(ModelConfig(_flash(_LLADA2), 157_184, 156_895), 4096, "LLaDA2.0, arXiv 2512.15745"),
+    "llada2-mini": Preset(ModelConfig(_LLADA2, 157_184, 156_895), **_LLADA2_RUN),
+    "llada2-flash": Preset(ModelConfig(_flash(_LLADA2), 157_184, 156_895), **_LLADA2_RUN),
     "llama3.1-8b": Preset(
         ModelConfig(replace(_LLAMA, rope_scaling=_LLAMA3_ROPE), 128_256, 128_255), 8192, "Llama 3, arXiv 2407.21783"
     ),

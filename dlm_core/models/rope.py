@@ -20,12 +20,13 @@ class RopeTables(NamedTuple):
     sin: Float[Tensor, "B L R"]
 
 
-def rope_frequencies(a: Architecture) -> Float[Tensor, " R_2"]:
+def rope_frequencies(a: Architecture, device: str | torch.device = "cpu") -> Float[Tensor, " R_2"]:
     """Angle a position of every rotated pair, float64:  base ** (-2 i / rotary_dim), stretched by ``rope_scaling``.
 
     RoFormer (arXiv 2104.09864) eq. 15.
     """
-    frequency = a.rope_base ** (-torch.arange(0, a.rotary_dim, 2, dtype=torch.float64) / a.rotary_dim)
+    pairs = torch.arange(0, a.rotary_dim, 2, dtype=torch.float64, device=device)
+    frequency = a.rope_base ** (-pairs / a.rotary_dim)
     if a.rope_scaling is None:
         return frequency
     kept = _kept(frequency, a, a.rope_scaling)
@@ -44,7 +45,8 @@ def _kept(frequency: Tensor, a: Architecture, scaling: RopeScaling) -> Tensor:
         for turns in (scaling.high_factor, scaling.low_factor)
     )
     first, last = max(math.floor(fast), 0), min(math.ceil(slow), a.rotary_dim - 1)
-    ramp = (torch.arange(len(frequency), dtype=torch.float64) - first) / max(last - first, 1e-3)
+    numbers = torch.arange(len(frequency), dtype=torch.float64, device=frequency.device)
+    ramp = (numbers - first) / max(last - first, 1e-3)
     return 1.0 - ramp.clamp(0.0, 1.0)
 
 
@@ -53,7 +55,7 @@ def rope_tables(positions: Int[Tensor, "B L"], a: Architecture) -> RopeTables:
 
     YaRN (arXiv 2309.00071) eq. 22 as its code has it: 0.1 ln(factor) + 1 on both, so on the rotated dimensions alone.
     """
-    frequency = rope_frequencies(a).to(positions.device)
+    frequency = rope_frequencies(a, positions.device)
     angle = positions[..., None].to(torch.float64) * frequency
     angle = torch.cat([angle, angle], dim=-1)
     is_yarn = a.rope_scaling is not None and a.rope_scaling.kind == "yarn"

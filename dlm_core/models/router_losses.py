@@ -97,7 +97,8 @@ def _slot_counts(expert_ids: Tensor, valid: Tensor, bins: Tensor, num_bins: int,
 class RouterTap:
     """Takes the logits of every router from one forward pass:  ``with tap: model(xt)``,  then ``tap.logits``.
 
-    {name of the router: logits [N, E]}, kept until the next ``with``.  Routers are the modules named
+    {name of the router: logits [N, E]}, kept until the next ``with``; the N tokens are those of the rows one after the
+    other, so that ``view(B, L, E)`` is what ``balance_loss`` takes.  Routers are the modules named
     ``...feed_forward.gate``, or ``...router.gate`` where AutoEP has replaced the layer: make the tap after
     ``deepspeed.initialize``, and before anything is compiled.  What activation checkpointing computes again in the
     backward pass is not taken.  Raises ValueError for a model without a router, or one that runs twice in a `with`.

@@ -182,7 +182,7 @@ class Denoiser(nn.Module):
         weight: Float[Tensor, " M"] | None = None,
         *,
         x0: Int[Tensor, "B L"] | None = None,
-        mask: AttentionMask = FULL,
+        mask: AttentionMask | Attend = FULL,
         positions: Int[Tensor, "B L"] | None = None,
         noise_level: Float[Tensor, "B K"] | None = None,
         cache: KVCache | None = None,
@@ -194,13 +194,15 @@ class Denoiser(nn.Module):
         ``targets`` and ``weight`` their weighted cross-entropy is returned (``masked_cross_entropy``) and the logits of
         all rows are never held.
 
-        With the mask family "block_diffusion" the clean rows ``x0`` follow xt in the sequence (BD3-LM, arXiv
+        ``mask`` is a mask, or its plan (``plan_attention``) for many passes of the same sizes; ``backend`` is then the
+        plan's.  With the mask family "block_diffusion" the clean rows ``x0`` follow xt in the sequence (BD3-LM, arXiv
         2503.09573).  ``positions`` are those of the rotary embedding, 0..L-1 by default (from the length of the cache
         on).  ``noise_level`` is -log alpha_t of each of K equal parts of a row.  ``cache`` holds the keys and values of
         clean tokens before xt; those of xt are written behind them and count once ``cache.advance`` is called.
 
         Raises ValueError for targets without weight, x0 without block_diffusion, a noise_level that the model has no
-        use for, and their opposites; for a cache with block_diffusion; and as ``plan_attention`` does.
+        use for, and their opposites; for a cache with block_diffusion; for a backend beside a plan; and as
+        ``plan_attention`` and ``Attend`` do.
         """
         if (targets is None) != (weight is None):
             raise ValueError("targets and weight come together, for a loss, or both stay out, for logits")
@@ -214,6 +216,12 @@ class Denoiser(nn.Module):
             rows, head.weight, targets, weight, head_bias=head.bias, mask_token_id=mask_token_id
         )
 
+    def make_cache(self, num_rows: int, max_len: int) -> KVCache:
+        """An empty cache for decoding num_rows rows of up to max_len tokens, in the weights' dtype and place."""
+        a, weight = self.config.architecture, self.embedding.weight
+        sizes = (a.num_layers, num_rows, a.kv_heads, max_len, a.head_size)
+        return KVCache(*sizes, dtype=weight.dtype, device=weight.device)
+
     def _head(self) -> "Head":
         if self.config.architecture.tied_head:
             return Head(self.embedding.weight, None)
@@ -223,7 +231,7 @@ class Denoiser(nn.Module):
         self,
         xt: Tensor,
         x0: Tensor | None,
-        mask: AttentionMask,
+        mask: AttentionMask | Attend,
         positions: Tensor | None,
         noise_level: Tensor | None,
         cache: KVCache | None,
@@ -237,7 +245,21 @@ class Denoiser(nn.Module):
         if has_halves and cache is not None:
             raise ValueError('cache is given, but the mask family is "block_diffusion"; decode with "block_causal"')
         (num_rows, seq_len), past = xt.shape, 0 if cache is None else cache.length
-        attend = plan_attention(mask, num_rows, seq_len, device=xt.device, backend=backend, num_past=past)
+        if isinstance(mask, AttentionMask):
+            attend = plan_attention(
+                mask,
+                num_rows,
+                seq_len,
+                device=xt.device,
+                backend=backend,
+                num_past=past,
+                head_dim=self.config.architecture.head_size,
+                dtype=self.embedding.weight.dtype,
+            )
+        elif backend != "auto":
+            raise ValueError(f'backend is "{backend}", but mask is a plan, for "{mask.backend}"; leave backend out')
+        else:
+            attend = mask
         rope = self._rope(xt, positions, past, 2 if has_halves else 1)
         condition = self._condition(xt, noise_level, has_halves)
         x = self.embedding(xt if x0 is None else torch.cat([xt, x0], dim=1))
@@ -247,7 +269,7 @@ class Denoiser(nn.Module):
             x = block(
                 x,
                 rope,
-                attend.narrowed(num_queries) if is_last and has_halves else attend,
+                attend.noisy_half if is_last and has_halves else attend,
                 num_queries=num_queries,
                 condition=condition,
                 remember=None if cache is None else partial(cache.append, layer),

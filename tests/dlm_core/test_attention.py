@@ -236,6 +236,21 @@ def test_able_backends_are_those_that_can_do_the_mask_best_first(mask, seq_len, 
         )
 
 
+@pytest.mark.parametrize(("head_dim", "dtype"), [(8, torch.bfloat16), (64, torch.float64)])
+def test_heads_without_a_flex_kernel_take_the_next_backend(head_dim, dtype):
+    cuda, mask = torch.device("cuda"), AttentionMask("block_diffusion", block_size=2)
+    assert able_backends(mask, 6, 0, cuda, 16, torch.bfloat16) == ("flex", "structured", "dense")
+    assert able_backends(mask, 6, 0, cuda, head_dim, dtype) == ("structured", "dense")
+    with pytest.raises(ValueError, match=rf"with num_past 0 and heads of {head_dim} {dtype}, on meta, it can be auto"):
+        plan_attention(mask, 1, 6, device="meta", backend="flex", head_dim=head_dim, dtype=dtype)
+
+
+def test_plan_of_the_noisy_half_is_made_once():
+    plan = plan_attention(AttentionMask("block_diffusion", block_size=2), NUM_ROWS, SEQ_LEN, device="cpu")
+    assert plan.noisy_half.num_queries == SEQ_LEN
+    assert plan.noisy_half is plan.noisy_half
+
+
 @pytest.mark.parametrize(
     ("num_queries", "backend"), [(1, "dense"), (6, "structured"), (7, "dense"), (12, "structured")]
 )
@@ -339,8 +354,8 @@ BLOCKS = AttentionMask("block_diffusion", block_size=2)
             BLOCKS,
             (2, 6),
             {"backend": "sdpa"},
-            'backend is "sdpa"; for mask family "block_diffusion" without doc_ids, with num_past 0, on cpu, it can be '
-            "auto, structured, dense",
+            'backend is "sdpa"; for mask family "block_diffusion" without doc_ids, with num_past 0 and heads of '
+            "16 torch.float32, on cpu, it can be auto, structured, dense",
         ),
         (AttentionMask(), (2, 6), {"backend": "flex"}, "on cpu, it can be auto, sdpa, dense"),
         (AttentionMask(), (2, 6), {"backend": "structured"}, 'backend is "structured"; for mask family "full" without'),
@@ -354,7 +369,7 @@ BLOCKS = AttentionMask("block_diffusion", block_size=2)
             AttentionMask("causal"),
             (2, 6),
             {"backend": "sdpa", "num_past": 2},
-            "with num_past 2, on cpu, it can be auto",
+            "with num_past 2 and heads of 16 torch.float32, on cpu, it can be auto",
         ),
     ],
 )

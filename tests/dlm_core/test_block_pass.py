@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dlm_core.models.attention import AttentionMask, KVCache
+from dlm_core.models.attention import AttentionMask, plan_attention
 from dlm_core.models.config import ModelConfig
 from dlm_core.models.presets import PRESETS, tiny
 from dlm_core.models.transformer import Denoiser
@@ -63,10 +63,9 @@ def test_one_pass_equals_loop_over_blocks_with_clean_prefix(name, block_size, ba
 @pytest.mark.parametrize("prompt_blocks", [0, 1, 2])
 def test_one_pass_equals_decoding_with_a_cache(name, block_size, prompt_blocks):
     model, (xt, x0) = _model(name), _rows()
-    a = model.config.architecture
     found = _vectorised(model, xt, x0, block_size)
     mask = AttentionMask("block_causal", block_size=block_size)
-    cache = KVCache(a.num_layers, 2, a.kv_heads, SEQ_LEN, a.head_size, dtype=torch.float64)
+    cache = model.make_cache(2, SEQ_LEN)
     nothing = torch.zeros(0, dtype=torch.int64)
     start = prompt_blocks * block_size
     with torch.no_grad():
@@ -179,10 +178,31 @@ def test_clean_rows_go_with_block_diffusion_alone(x0, mask, message):
 
 def test_cache_of_one_pass_over_both_halves_is_refused():
     model, (xt, x0) = _model("llada-8b"), _rows()
-    a = model.config.architecture
-    cache = KVCache(a.num_layers, 2, a.kv_heads, 2 * SEQ_LEN, a.head_size, dtype=torch.float64)
+    cache = model.make_cache(2, 2 * SEQ_LEN)
     with pytest.raises(ValueError, match='cache is given, but the mask family is "block_diffusion"'):
         model(xt, x0=x0, mask=AttentionMask("block_diffusion", block_size=2), cache=cache)
+
+
+@pytest.mark.parametrize("name", ["mdlm-small", "llada2-mini"])
+@pytest.mark.parametrize("backend", ["structured", "dense"])
+def test_plan_made_beforehand_serves_many_passes(name, backend):
+    model, mask = _model(name), AttentionMask("block_diffusion", block_size=2)
+    plan = plan_attention(mask, 2, SEQ_LEN, device="cpu", backend=backend)
+    for seed in (0, 1):
+        xt, x0 = _rows(seed=seed)
+        with torch.no_grad():
+            assert torch.equal(model(xt, x0=x0, mask=plan), model(xt, x0=x0, mask=mask, backend=backend))
+
+
+def test_plan_beside_a_backend_or_for_another_batch_is_refused():
+    model, (xt, x0) = _model("llada-8b"), _rows()
+    plan = plan_attention(AttentionMask("block_diffusion", block_size=2), 2, SEQ_LEN, device="cpu")
+    with pytest.raises(ValueError, match='backend is "dense", but mask is a plan, for "structured"; leave backend out'):
+        model(xt, x0=x0, mask=plan, backend="dense")
+    with pytest.raises(ValueError, match='x0 is missing, but the mask family is "block_diffusion"'):
+        model(xt, mask=plan)
+    with pytest.raises(ValueError, match=r"q has 1 row\(s\) of 16; attention was planned for 2 of 16"):
+        model(xt[:1], x0=x0[:1], mask=plan)
 
 
 @pytest.mark.usefixtures("unchecked")

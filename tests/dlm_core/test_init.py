@@ -78,6 +78,18 @@ def test_init_weights_of_biases_are_zero_but_uniform_in_mdlm():
             assert float(parameter.abs().max()) <= bound, name
 
 
+def test_init_weights_sets_the_selection_bias_of_every_router_to_zero():
+    with torch.device("meta"):
+        model = Denoiser(tiny(PRESETS["llada2-mini"]))
+    model.to_empty(device="cpu")
+    biases = dict(model.named_buffers())
+    assert [name.rpartition(".")[2] for name in biases] == ["e_score_correction_bias"]
+    for bias in biases.values():
+        bias.fill_(3.0)
+    model.init_weights(0)
+    assert all((bias == 0).all() for bias in model.buffers())
+
+
 def test_init_weights_of_modulations_and_the_head_of_mdlm_are_zero():
     zero = [name for name, p in _model(tiny(PRESETS["mdlm-small"])).named_parameters() if (p == 0).all()]
     names = [f"{place}modulation.{kind}" for place in ("blocks.0.", "blocks.1.", "") for kind in ("weight", "bias")]

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from dlm_core.models.attention import AttentionMask, KVCache, plan_attention
+from dlm_core.models.presets import PRESETS, tiny
+from dlm_core.models.transformer import Denoiser
 
 ROUNDING = 1e-10  # dozens of terms of order 1 in float64, summed in another order
 NUM_ROWS, SEQ_LEN, HEAD_DIM = 2, 6, 4
@@ -60,6 +62,23 @@ def test_cache_lies_where_it_was_asked_for():
         for held in cache.append(0, x, x):
             assert (held.device.type, held.dtype, tuple(held.shape)) == (device, dtype, (2, 1, 2, 4))
     assert KVCache(1, 2, 1, 3, 4).append(0, torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4))[0].dtype == torch.float32
+
+
+def test_cache_of_a_model_has_its_sizes_and_dtype():
+    config = tiny(PRESETS["qwen3-0.6b"])
+    model = Denoiser(config).double()
+    model.init_weights(0)
+    tokens = torch.arange(10).view(2, 5)
+    cache = model.make_cache(num_rows=2, max_len=5)
+    mask = AttentionMask("block_causal", block_size=1)
+    with torch.no_grad():
+        whole = model(tokens, mask=mask)
+        model(tokens[:, :3], mask=mask, cache=cache)
+        cache.advance(3)
+        rest = model(tokens[:, 3:], mask=mask, cache=cache)
+    torch.testing.assert_close(rest.view(2, 2, -1), whole.view(2, 5, -1)[:, 3:], rtol=0, atol=ROUNDING)
+    with pytest.raises(ValueError, match="the cache holds 3 of 5 positions"):
+        model(tokens[:, :3], mask=mask, cache=cache)
 
 
 def test_cache_that_is_full_says_what_it_holds():

@@ -48,6 +48,10 @@ def _architecture(**values) -> Architecture:
         ({"moe": MoE(**SPARSE)}, "d_ff is 24, but every layer has experts"),
         ({"moe": MoE(**SPARSE, first_k_dense=1), "d_ff": None}, "d_ff is None, but layer 0 has no experts"),
         ({"moe": MoE(**SPARSE, layer_frequency=2), "d_ff": None}, "d_ff is None, but layer 1 has no experts"),
+        (
+            {"moe": MoE(**SPARSE, first_k_dense=1, layer_frequency=3), "num_layers": 3},
+            "moe.layer_frequency is 3, more than the 3 layers have after first_k_dense 1",
+        ),
         ({"moe": MoE(**SPARSE, first_k_dense=2)}, "first_k_dense is 2, so none of the 2 layers has experts"),
         ({"moe": MoE(**SPARSE), "d_ff": None, "activation": "gelu"}, 'activation is "gelu"; experts are "swiglu"'),
         ({"time_conditioning": True}, "time_conditioning is true without a cond_dim"),
@@ -79,6 +83,9 @@ def test_architecture_that_cannot_be_raises(values, message):
         ({"num_groups": 3}, "moe.num_groups is 3; it must divide num_experts 8"),
         ({"top_groups": 2}, "moe.top_groups is 2; there are only 1 groups"),
         ({"num_groups": 8}, "moe.num_groups is 8 for 8 experts; .* needs at least 2"),
+        ({"num_groups": 2, "top_groups": 2}, "moe.top_groups is 2 of 2 groups, which limits nothing"),
+        ({"top_k": 1}, "moe.renormalise is true with top_k 1: .* the router learn nothing"),
+        ({"top_k": 8, "selection_bias": True}, "moe.selection_bias is true, but top_k 8 takes every expert"),
         ({"num_groups": 4, "top_k": 3}, r"moe.top_k is 3, but 1 group\(s\) of 2 experts hold only 2"),
     ],
 )
@@ -90,7 +97,8 @@ def test_experts_that_cannot_be_raise(values, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"factor": 0.5}, r"rope_scaling.factor is 0\.5; it must be at least 1"),
+        ({"factor": 0.5}, r"rope_scaling.factor is 0\.5; it must be above 1, or rope_scaling None"),
+        ({"factor": 1.0}, r"rope_scaling.factor is 1\.0"),
         ({"factor": float("nan")}, "rope_scaling.factor is nan"),
         ({"kind": "linear"}, "rope_scaling.original_seq_len is 64, which linear scaling ignores"),
         ({"original_seq_len": None}, "rope_scaling.original_seq_len is None; yarn scaling needs a number above 0"),
@@ -132,7 +140,7 @@ def test_model_config_without_room_for_a_real_token_raises():
 
 
 def test_least_sizes_make_a_model():
-    moe = MoE(num_experts=1, top_k=1, d_ff_expert=1)
+    moe = MoE(num_experts=1, top_k=1, d_ff_expert=1, renormalise=False)
     least = Architecture(d_model=2, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, d_ff=None, moe=moe)
     model = Denoiser(ModelConfig(least, vocab_size=2, mask_token_id=0))
     model.init_weights(0)
@@ -247,8 +255,18 @@ def test_flops_of_a_mask_family_count_the_pairs_of_its_predicate(family):
         ({"family": "block_causal"}, 'block_size is None; "block_causal" needs one that divides seq_len 12'),
         ({"family": "block_diffusion", "block_size": 5}, "block_size is 5; .* divides seq_len 12"),
         ({"family": "block_diffusion", "block_size": 0}, "block_size is 0"),
+        ({"family": "sliding"}, 'family is "sliding"; it must be one of full, causal, annealed, block_causal'),
+        ({"seq_len": 0}, "seq_len is 0; it must be at least 1"),
+        ({"head_fraction": 1.5}, r"head_fraction is 1\.5; it must lie in \[0, 1\]"),
+        ({"head_fraction": -0.5}, r"head_fraction is -0\.5"),
     ],
 )
-def test_flops_with_a_block_size_that_has_no_meaning_raise(options, message):
+@pytest.mark.usefixtures("unchecked")
+def test_flops_of_what_has_no_meaning_raise(options, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig(_architecture(), 7, 6).flops_per_token(12, **options)
+        ModelConfig(_architecture(), 7, 6).flops_per_token(**({"seq_len": 12} | options))
+
+
+def test_flops_of_an_annealed_mask_are_those_of_a_full_one():
+    config = ModelConfig(_architecture(), 7, 6)
+    assert config.flops_per_token(12, family="annealed") == config.flops_per_token(12)

@@ -112,11 +112,12 @@ def test_scores_of_narrow_logits_are_float32(name, dtype):
 
 
 def test_route_of_vanishing_sigmoids_is_finite():
-    moe = MoE(2, 1, 4, router_score="sigmoid")
+    moe = MoE(3, 2, 4, router_score="sigmoid")
     at_the_guard = -math.log(1e20)
-    logits = torch.tensor([[-2e3, -3e3], [at_the_guard, -1e3], [at_the_guard + 40, -1e3]], dtype=torch.float64)
-    weights = route(logits, moe)[0].squeeze(1)
-    assert weights.tolist() == pytest.approx([0.0, 0.5, 1.0], abs=1e-9)
+    logits = torch.full((3, 3), -1e3, dtype=torch.float64)
+    logits[:, 0] = torch.tensor([-2e3, at_the_guard, at_the_guard + 40], dtype=logits.dtype)
+    weights = route(logits, moe)[0]
+    assert weights.sum(dim=1).tolist() == pytest.approx([0.0, 0.5, 1.0], abs=1e-9)
 
 
 def test_router_computes_in_float32_whatever_surrounds_it():
@@ -145,6 +146,18 @@ def test_router_has_a_bias_for_the_choice_only_if_asked():
     assert [name for name, _ in router.named_parameters()] == ["weight"]
     assert router.e_score_correction_bias.dtype == torch.float32
     assert router.e_score_correction_bias.tolist() == [0.0] * 6
+
+
+def test_bias_of_a_router_is_not_rounded_when_the_model_is_cast():
+    layer = SparseFeedForward(Architecture(d_model=8, num_heads=2, d_ff=None, moe=MoE(6, 2, 4, selection_bias=True)))
+    bias = torch.tensor([1.0, 1.001, 1.002, -0.3, 0.0, 1e-3])
+    layer.gate.e_score_correction_bias.copy_(bias)
+    for cast in (layer.bfloat16, layer.double, layer.half, layer.float):
+        assert cast().gate.e_score_correction_bias.dtype == torch.float32
+        assert torch.equal(layer.gate.e_score_correction_bias, bias)
+    assert layer.bfloat16().to("meta").gate.e_score_correction_bias.is_meta
+    assert layer.half().gate.e_score_correction_bias.dtype == torch.float32
+    assert layer.to_empty(device="cpu").gate.e_score_correction_bias.dtype == torch.float32
 
 
 # --- experts --------------------------------------------------------------------------------------------------------

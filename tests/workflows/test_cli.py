@@ -130,7 +130,11 @@ def test_cli_models_lists_every_preset_with_its_counts(dlm):
     sparse = rows["llada-moe-7b-a1b"]
     assert (sparse["num_params"], sparse["num_active_params"]) == (7_356_880_896, 1_397_823_488)
     assert (sparse["num_experts"], sparse["top_k"], sparse["mask_token_id"]) == (64, 8, 156_895)
-    assert sparse["training_flops_per_token"] == 3 * sparse["inference_flops_per_token"]
+    head = 2 * sparse["vocab_size"] * sparse["d_model"]  # training computes half of it
+    assert sparse["training_flops_per_token"] == 3 * (sparse["inference_flops_per_token"] - head // 2)
+    blocks = rows["llada2-mini"]
+    assert (blocks["mask_family"], blocks["block_size"], blocks["masked_share"]) == ("block_diffusion", 32, 0.5)
+    assert blocks["training_flops_per_token"] > 3 * blocks["inference_flops_per_token"]
     assert (rows["dream-7b"]["num_experts"], rows["dream-7b"]["target_offset"]) == (0, 1)
     assert "7.36 B" in shown
     assert "8 of 64" in shown
