@@ -69,13 +69,17 @@ def test_drawn_mutants_parse_differ_and_are_distinct(sources: dict[str, str], gr
     assert not shapes & {ast.dump(ast.parse(source)) for source in sources.values()}
 
 
-def test_drawn_groups_are_two_hundred_of_the_main_modules_and_a_number_of_those_below(groups: dict[str, list[Mutant]]):
-    main, below = groups.values()
+def test_drawn_groups_are_two_hundred_of_the_main_modules_and_a_number_of_each_other_group(
+    groups: dict[str, list[Mutant]],
+):
+    main, below, models = groups.values()
     assert len(main) == 200
     assert {mutant.module for mutant in main} == {"schedules", "corruption", "masks", "objectives", "likelihood"}
     assert len(below) == list(DRAWN_FROM.values())[1]
     below_main = {"noise", "blocks", "kernels", "cross_entropy", "variance", "corpus_bound"}
     assert {mutant.module for mutant in below} == below_main
+    assert len(models) == list(DRAWN_FROM.values())[2]
+    assert all(mutant.module.startswith("models/") for mutant in models)
     assert {module for modules in DRAWN_FROM for module in modules} == set(MODULES) - {"ar_init"}
 
 

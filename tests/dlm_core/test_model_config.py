@@ -267,6 +267,21 @@ def test_flops_of_what_has_no_meaning_raise(options, message):
         ModelConfig(_architecture(), 7, 6).flops_per_token(**({"seq_len": 12} | options))
 
 
+def test_architecture_without_arguments_is_the_one_that_settings_leave_out():
+    wanted = {
+        "d_model": 256, "num_layers": 6, "num_heads": 4, "d_ff": 704, "norm_eps": 1e-6, "rope_base": 10_000.0,
+        "rope_fraction": 1.0, "init_std": 0.02, "num_kv_heads": None, "head_dim": None,
+    }  # fmt: skip
+    assert {name: getattr(Architecture(), name) for name in wanted} == wanted
+
+
+def test_flops_of_a_single_token_attend_to_it_alone():
+    config = ModelConfig(_architecture(num_layers=1), 7, 6)
+    a = config.architecture
+    weights = 4 * a.d_model**2 + 3 * a.d_model * 24 + 7 * a.d_model
+    assert config.flops_per_token(1, training=False) == 2 * weights + 4 * a.d_model
+
+
 def test_flops_of_an_annealed_mask_are_those_of_a_full_one():
     config = ModelConfig(_architecture(), 7, 6)
     assert config.flops_per_token(12, family="annealed") == config.flops_per_token(12)

@@ -120,6 +120,12 @@ def test_route_of_vanishing_sigmoids_is_finite():
     assert weights.sum(dim=1).tolist() == pytest.approx([0.0, 0.5, 1.0], abs=1e-9)
 
 
+def test_route_to_the_only_expert_has_its_score():
+    weights, ids = route(drawn(5, 1), MoE(1, 1, 4, router_score="sigmoid", renormalise=False))
+    assert ids.tolist() == [[0]] * 5
+    assert_close(weights, drawn(5, 1).sigmoid(), EXACT)
+
+
 def test_router_computes_in_float32_whatever_surrounds_it():
     moe = MoE(6, 2, 4)
     router = Router(8, moe)

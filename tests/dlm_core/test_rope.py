@@ -2,6 +2,7 @@
 
 import cmath
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -64,9 +65,15 @@ def test_apply_rope_of_bf16_rotates_in_the_precision_of_the_tables():
     assert torch.equal(rotated, apply_rope(x.float(), tables).bfloat16())
 
 
-@pytest.mark.parametrize("head_dim", [8, 64, 128])
-@pytest.mark.parametrize("base", [1e4, 5e5])
-@pytest.mark.parametrize("scaling", [LINEAR, LLAMA3, YARN, dataclasses.replace(YARN, original_seq_len=4096)])
+@pytest.mark.parametrize(
+    ("head_dim", "base", "scaling"),
+    [
+        *itertools.product(
+            [8, 64, 128], [1e4, 5e5], [LINEAR, LLAMA3, YARN, dataclasses.replace(YARN, original_seq_len=4096)]
+        ),
+        (8, 3.0, YARN),  # frequencies so near each other that the ramp ends behind the last
+    ],
+)
 def test_stretched_frequencies_equal_those_of_transformers(head_dim, base, scaling):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -122,6 +122,15 @@ def test_single_rows_give_the_same_balance_loss():
     assert sum(int(row.denominator) for row in rows) == int(whole.denominator)
 
 
+def test_balance_loss_of_a_group_with_one_valid_token_is_that_of_the_token():
+    moe = MoE(num_experts=4, top_k=2, d_ff_expert=1)
+    logits, valid = drawn(2, 3, 4), torch.tensor([[False, True, False], [False, False, False]])
+    probs = logits[0, 1].softmax(dim=-1)
+    wanted = 4 * probs.topk(2).values.sum() / 2
+    found = balance_loss(logits, valid, moe, group_seqs=1).loss_sum
+    assert float(found) == pytest.approx(float(wanted), abs=EXACT)
+
+
 @pytest.mark.parametrize(("num_rows", "group_seqs"), [(8, 3), (8, 16), (8, 0), (8, -1), (9, 2)])
 def test_balance_loss_of_broken_groups_is_refused(num_rows, group_seqs):
     message = f"group_seqs is {group_seqs}, which does not divide the {num_rows} rows"

@@ -26,14 +26,38 @@ MODULES: dict[str, list[str]] = {
     ],
     "corpus_bound": ["tests/dlm_core/test_corpus_bound.py"],
     "ar_init": ["tests/dlm_core/test_ar_init.py"],
+    "models/config": ["tests/dlm_core/test_model_config.py"],
+    "models/rope": ["tests/dlm_core/test_rope.py"],
+    "models/attention": [
+        "tests/dlm_core/test_attention.py",
+        "tests/dlm_core/test_attention_structured.py",
+        "tests/dlm_core/test_kv_cache.py",
+    ],
+    "models/moe": ["tests/dlm_core/test_moe.py"],
+    "models/router_losses": ["tests/dlm_core/test_router_losses.py"],
+    "models/init": ["tests/dlm_core/test_init.py"],
+    "models/transformer": [
+        "tests/dlm_core/test_dit.py",
+        "tests/dlm_core/test_block_pass.py",
+        "tests/dlm_core/test_transformer.py",
+    ],
 }
 """A module of dlm_core -> the test files whose fast tests are run against each of its mutants."""
 
 DRAWN_FROM: dict[tuple[str, ...], int] = {
     ("schedules", "corruption", "masks", "objectives", "likelihood"): 200,
     ("noise", "blocks", "kernels", "cross_entropy", "variance", "corpus_bound"): 65,
+    (
+        "models/config",
+        "models/rope",
+        "models/attention",
+        "models/moe",
+        "models/router_losses",
+        "models/init",
+        "models/transformer",
+    ): 140,
 }
-"""Groups of modules -> how many random mutants are drawn from each: the five main modules, and what they rest on.
+"""Groups of modules -> how many random mutants are drawn from each: the mathematics, what it rests on, the models.
 
 The faults of ar_init are planted only.
 """
