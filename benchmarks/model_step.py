@@ -331,20 +331,20 @@ def measure(options: Options) -> Measured:
     """
     sizes = {"dense": DENSE, "experts": SPARSE, "dense, 8,192 ids": DENSE_SMALL_VOCABULARY}
     if options.quick:
-        sizes = {name: _quick(size) for name, size in sizes.items()}
+        sizes = {f"{name}, quick": _quick(sizes[name]) for name in ("dense", "experts")}
     settings = (False,) if options.quick else (False, True)  # compiling takes minutes
     largest = max(sizes.values(), key=lambda size: size.batch_seqs * size.seq_len * size.num_rounds)
     text = read_text(options.text, 2 * largest.batch_seqs * largest.seq_len * largest.num_rounds)
     dtype: torch.dtype = in_child(_faster_dtype)
     found: dict[str, Timed] = {name: in_child(_measure, size, text, dtype, settings) for name, size in sizes.items()}
-    dense, sparse = found["dense"], found["experts"]
+    dense, sparse = list(found.values())[:2]
     ratios = {
         "plain": median_ratio(dense.fastest(PLAIN), dense.fastest(OURS)),
         "transformers": median_ratio(dense.fastest(TRANSFORMERS), dense.fastest(OURS)),
         "loop": median_ratio(sparse.fastest(PLAIN), sparse.fastest(OURS)),
         "loop_same_trunk": median_ratio(sparse.fastest(LOOP), sparse.fastest(OURS)),
         "block_over_masked": median_ratio(dense.fastest(BLOCKS), dense.fastest(OURS)),
-        "gemm_fraction": _gemm_fraction(sizes["dense"], dense),
+        "gemm_fraction": _gemm_fraction(next(iter(sizes.values())), dense),
     }
     figures = {
         "num_params": {name: size.model.num_params() for name, size in sizes.items()},

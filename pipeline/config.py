@@ -202,6 +202,9 @@ def _merged(current: Any, rest: Sequence[str], value: Any, path: str, kind: type
         if isinstance(current, Mapping) and isinstance(value, Mapping):
             return {**current, **{k: _merged(current.get(k), [], v, path, kind) for k, v in value.items()}}
         return value
+    if current is None:
+        owner = path.removesuffix("." + ".".join(rest))
+        raise UserError(f"{owner} is null, so that {path} leads nowhere; give the whole object: {owner}={{...}}")
     if not isinstance(current, Mapping) or rest[0] not in current:
         names = list(current) if isinstance(current, Mapping) else _field_names(kind, [])
         raise UserError(f"unknown setting {path}{_suggestion(rest[0], names)}")

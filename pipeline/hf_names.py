@@ -26,7 +26,7 @@ class Packed:
     ours: str
     theirs: tuple[str, ...]
     num_rows: tuple[int, ...] = ()
-    """Rows of each of theirs, where there are several."""
+    """Rows of each of theirs, where they are joined."""
     num_experts: int = 0
     """Experts stacked in front, whose number stands for {e} in their names; 0 for a plain matrix."""
 
@@ -36,7 +36,9 @@ class Packed:
 
 
 def check_family(family: Family, a: Architecture) -> None:
-    """UserError unless the family can hold this architecture, naming the first field in the way."""
+    """UserError unless the family is known and can hold this architecture, naming the first field in the way."""
+    if family not in FAMILIES:
+        raise UserError(f'the family is "{family}"; it must be one of {", ".join(FAMILIES)}')
     has_experts = family == "qwen3_moe"
     wanted: dict[str, object] = {
         "norm": "rms",
@@ -96,7 +98,7 @@ def _layer(a: Architecture, layer: int, ours: str, theirs: str) -> Iterator[Pack
         pair = (f"{expert}gate_proj.weight", f"{expert}up_proj.weight")
         yield Packed(f"{ours}feed_forward.experts.gate_up_proj", pair, (f, f), a.moe.num_experts)
         down = (f"{expert}down_proj.weight",)
-        yield Packed(f"{ours}feed_forward.experts.down_proj", down, num_experts=a.moe.num_experts)
+        yield Packed(f"{ours}feed_forward.experts.down_proj", down, (a.d_model,), a.moe.num_experts)
     else:
         f = a.d_ff or 0
         pair = (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight")
@@ -121,8 +123,8 @@ def to_family(family: Family, a: Architecture, ours: Mapping[str, "Tensor"]) -> 
 def from_family(family: Family, a: Architecture, theirs: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Our tensors from theirs, bit for bit: the inverse of ``to_family``.
 
-    Raises UserError where the family cannot hold the architecture, or a tensor is missing, left over or has other rows
-    than the architecture gives it.
+    Raises UserError where the family cannot hold the architecture, or a tensor is missing, left over or, where it is
+    joined to others, has other rows than the architecture gives it; other shapes are for ``load_state_dict`` to refuse.
     """
     import torch
 
@@ -132,20 +134,34 @@ def from_family(family: Family, a: Architecture, theirs: Mapping[str, "Tensor"])
         rows = [
             torch.cat(parts) if len(parts) > 1 else parts[0]
             for expert in range(max(1, packed.num_experts))
-            for parts in [[_take(theirs, name) for name in packed.names(expert)]]
+            for parts in [_parts(packed, expert, theirs)]
         ]
         for name in (name for expert in range(max(1, packed.num_experts)) for name in packed.names(expert)):
             left.remove(name)
         ours[packed.ours] = torch.stack(rows) if packed.num_experts else rows[0]
     if left:
+        hint = "is it another family or number of layers?"
+        if left == {"lm_head.weight"}:
+            hint = "either tied_head is false, or it is the embedding once more, as in a model in memory: leave it out"
         raise UserError(
             f'the weights hold {len(left)} tensor(s) that "{family}" of this architecture has no place for, among them '
-            f"{min(left)}; is it another family, number of layers, or a head of its own?"
+            f"{min(left)}; {hint}"
         )
     return ours
 
 
+def _parts(packed: Packed, expert: int, theirs: Mapping[str, "Tensor"]) -> list["Tensor"]:
+    """Theirs that make one of ours; UserError for rows that would be cut in another place."""
+    parts = [_take(theirs, name) for name in packed.names(expert)]
+    for name, part, num_rows in zip(packed.names(expert), parts, packed.num_rows or (None,) * len(parts), strict=True):
+        if num_rows is not None and len(part) != num_rows:
+            raise UserError(f"{name} has {len(part)} rows; the architecture gives it {num_rows}")
+    return parts
+
+
 def _take(tensors: Mapping[str, "Tensor"], name: str) -> "Tensor":
     if name not in tensors:
-        raise UserError(f"the weights lack the tensor {name}")
+        packed = name.partition(".experts.")[0] + ".experts.gate_up_proj"
+        hint = "; they are of a model in memory, whose experts are packed: read the files of save_pretrained"
+        raise UserError(f"the weights lack the tensor {name}{hint if packed in tensors else ''}")
     return tensors[name]

@@ -115,12 +115,17 @@ def recipes(as_json: JsonOption = False) -> None:
 
 @app.command("models")
 def models(as_json: JsonOption = False) -> None:
-    """List the sizes of published models and what a token costs in training: half of all positions masked."""
+    """List the sizes of published models and what a token costs in training, with half of all positions masked.
+
+    Active are the parameters that one token's logits pass through: some experts, the head, but no embedding.
+    """
     rows = [_model_row(name, preset) for name, preset in PRESETS.items()]
     if as_json:
         _print_json(rows)
         return
-    table = Table("model", "parameters", "active", "training, a token", "layers", "experts", "source", box=None)
+    table = Table(box=None)
+    for column in ("model", "parameters", "active", "training, a token", "layers", "experts", "source"):
+        table.add_column(column, no_wrap=column != "source", overflow="fold")
     for row in rows:
         layers, experts = f"{row['num_layers']} x {row['d_model']}", f"{row['top_k']} of {row['num_experts']}"
         counts = (scaled(row["num_params"]), scaled(row["num_active_params"]))

@@ -193,7 +193,7 @@ class Architecture:
         if not 0.0 < self.rope_fraction <= 1.0:
             raise ValueError(f"rope_fraction is {self.rope_fraction}; it must lie in (0, 1]")
         rotated = self.head_size * self.rope_fraction
-        if rotated % 2:
+        if self.rotary_dim % 2 or abs(rotated - self.rotary_dim) > 1e-6:
             raise ValueError(
                 f"head_dim * rope_fraction is {self.head_size} * {self.rope_fraction} = {rotated:g}; rotary embeddings "
                 "need an even number"
@@ -243,7 +243,7 @@ class Architecture:
     @property
     def rotary_dim(self) -> int:
         """Rotated dimensions of a head."""
-        return int(self.head_size * self.rope_fraction)
+        return round(self.head_size * self.rope_fraction)
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has experts in place of a dense network."""

@@ -6,6 +6,7 @@ bound of an objective.
 Shapes: B rows, L seq_len, N tokens, E experts, K top_k, R groups of rows.
 """
 
+import weakref
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple
@@ -45,9 +46,14 @@ def balance_loss(
     Switch Transformer (arXiv 2101.03961) eq. 4-6 with f over top_k slots, as LLaDA-MoE (2509.24389) plots it; code that
     follows Mixtral's counts ``top_k`` times as much, and takes all layers as one.  A group is what is balanced: take
     the same number of rows however the batch is split, and the mean over groups stays the same.  A group without a
-    valid token adds 0.  Raises ValueError if the rows are no whole number of groups.
+    valid token adds 0.  Raises ValueError if the rows are no whole number of groups, or logits and valid don't fit.
     """
     num_rows = logits.shape[0]
+    if logits.shape[-1] != moe.num_experts or logits.shape[:-1] != valid.shape:
+        raise ValueError(
+            f"logits are {list(logits.shape)} and valid is {list(valid.shape)}; wanted [B, L, {moe.num_experts}] and "
+            "[B, L] of the same tokens"
+        )
     if group_seqs < 1 or num_rows % group_seqs:
         raise ValueError(f"group_seqs is {group_seqs}, which does not divide the {num_rows} rows; take a divisor")
     logits = logits.masked_fill(~valid[..., None], 0.0)  # what padding holds may be anything, also nan
@@ -98,7 +104,8 @@ class RouterTap:
     """Takes the logits of every router from one forward pass:  ``with tap: model(xt)``,  then ``tap.logits``.
 
     {name of the router: logits [N, E]}, kept until the next ``with``; the N tokens are those of the rows one after the
-    other, so that ``view(B, L, E)`` is what ``balance_loss`` takes.  Routers are the modules named
+    other, so that ``view(B, -1, E)`` is what ``balance_loss`` takes: L positions, or the 2 L of [xt ; x0] in block
+    diffusion, of which the last layer has the L noisy ones alone.  Routers are the modules named
     ``...feed_forward.gate``, or ``...router.gate`` where AutoEP has replaced the layer: make the tap after
     ``deepspeed.initialize``, and before anything is compiled.  What activation checkpointing computes again in the
     backward pass is not taken.  Raises ValueError for a model without a router, or one that runs twice in a `with`.
@@ -111,19 +118,20 @@ class RouterTap:
                 f"{type(model).__name__} has no router: no module's name ends with feed_forward.gate or router.gate"
             )
         self.logits: dict[str, Tensor] = {}
-        self._model, self._names, self._is_active = model, tuple(gates), False
-        self._handles = [module.register_forward_hook(partial(self._take, name)) for name, module in gates.items()]
+        self._model, self._names, self.is_active = model, tuple(gates), False
+        here = weakref.ref(self)  # a model must stay one that can be copied, whatever was tapped
+        self._handles = [module.register_forward_hook(partial(_take, here, name)) for name, module in gates.items()]
 
     def __enter__(self) -> "RouterTap":
         self.logits = {}
-        self._is_active = True
+        self.is_active = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Raise ValueError if a router gave nothing, or logits that no gradient reaches though it should."""
-        self._is_active = False
+        self.is_active = False
         if error is not None:
             return
         for name in self._names:
@@ -151,12 +159,16 @@ class RouterTap:
         for handle in self._handles:
             handle.remove()
 
-    def _take(self, name: str, module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
-        if not self._is_active:
-            return
-        if name in self.logits:
-            raise ValueError(f"router {name} ran twice in one `with`; use one for each forward pass")
-        self.logits[name] = logits
+
+def _take(
+    tap: "weakref.ref[RouterTap]", name: str, module: nn.Module, args: tuple[Tensor, ...], logits: Tensor
+) -> None:
+    owner = tap()
+    if owner is None or not owner.is_active:
+        return
+    if name in owner.logits:
+        raise ValueError(f"router {name} ran twice in one `with`; use one for each forward pass")
+    owner.logits[name] = logits
 
 
 def _is_gate(name: str) -> bool:

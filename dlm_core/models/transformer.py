@@ -201,8 +201,8 @@ class Denoiser(nn.Module):
         clean tokens before xt; those of xt are written behind them and count once ``cache.advance`` is called.
 
         Raises ValueError for targets without weight, x0 without block_diffusion, a noise_level that the model has no
-        use for, and their opposites; for a cache with block_diffusion; for a backend beside a plan; and as
-        ``plan_attention`` and ``Attend`` do.
+        use for, and their opposites; for shapes that don't fit; for a cache with block_diffusion; for a backend beside
+        a plan; and as ``plan_attention`` and ``Attend`` do.
         """
         if (targets is None) != (weight is None):
             raise ValueError("targets and weight come together, for a loss, or both stay out, for logits")
@@ -238,6 +238,11 @@ class Denoiser(nn.Module):
         backend: Backend,
     ) -> Float[Tensor, "B L D"]:
         """Normalised hidden states of xt."""
+        if not isinstance(mask, AttentionMask | Attend):
+            raise ValueError(f"mask is {mask!r}; wanted an AttentionMask, as AttentionMask({mask!r}), or a plan of one")
+        if xt.ndim != 2 or (x0 is not None and x0.shape != xt.shape):
+            found = "" if x0 is None else f" and x0 {list(x0.shape)}"
+            raise ValueError(f"xt is {list(xt.shape)}{found}; wanted [B, L]{'' if x0 is None else ' both'}")
         has_halves = mask.family == "block_diffusion"
         if has_halves != (x0 is not None):
             found = "missing" if has_halves else "given"
@@ -282,7 +287,7 @@ class Denoiser(nn.Module):
         return x * (1 + scale) + shift
 
     def _rope(self, xt: Tensor, positions: Tensor | None, past: int, halves: int) -> RopeTables:
-        if positions is not None and (positions.shape[1] != xt.shape[1] or len(positions) not in (1, len(xt))):
+        if positions is not None and positions.shape not in (xt.shape, (1, xt.shape[1])):
             raise ValueError(f"positions are {list(positions.shape)}; wanted one a token of xt {list(xt.shape)}")
         if positions is None:
             positions = torch.arange(past, past + xt.shape[1], device=xt.device)[None]

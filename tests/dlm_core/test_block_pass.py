@@ -206,9 +206,34 @@ def test_plan_beside_a_backend_or_for_another_batch_is_refused():
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("shape", [(2, 1), (2, 4), (3, 8)])
+@pytest.mark.parametrize(
+    ("xt", "x0", "mask", "message"),
+    [
+        ((8,), None, AttentionMask(), r"xt is \[8\]; wanted \[B, L\]$"),
+        (
+            (2, 8),
+            (2, 4),
+            AttentionMask("block_diffusion", block_size=2),
+            r"xt is \[2, 8\] and x0 \[2, 4\]; wanted .* both",
+        ),
+        (
+            (2, 8),
+            None,
+            "causal",
+            "mask is 'causal'; wanted an AttentionMask, as AttentionMask\\('causal'\\), or a plan",
+        ),
+    ],
+)
+def test_tokens_or_a_mask_of_another_kind_are_refused(xt, x0, mask, message):
+    rows = None if x0 is None else torch.zeros(x0, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        _model("llada-8b")(torch.zeros(xt, dtype=torch.int64), x0=rows, mask=mask)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("shape", [(2, 1), (2, 4), (3, 8), (8,)])
 def test_positions_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=rf"positions are \[{shape[0]}, {shape[1]}\]; wanted one a token of xt"):
+    with pytest.raises(ValueError, match=rf"positions are \[{', '.join(map(str, shape))}\]; wanted one a token of xt"):
         _model("llada-8b")(_rows()[0], positions=torch.zeros(shape, dtype=torch.int64))
 
 

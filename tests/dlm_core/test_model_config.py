@@ -275,6 +275,11 @@ def test_architecture_without_arguments_is_the_one_that_settings_leave_out():
     assert {name: getattr(Architecture(), name) for name in wanted} == wanted
 
 
+@pytest.mark.parametrize(("head_dim", "fraction", "rotated"), [(100, 0.58, 58), (100, 0.14, 14), (128, 0.5, 64)])
+def test_rotary_dimensions_are_not_those_that_rounding_makes_of_them(head_dim, fraction, rotated):
+    assert _architecture(head_dim=head_dim, rope_fraction=fraction).rotary_dim == rotated
+
+
 def test_flops_of_a_single_token_attend_to_it_alone():
     config = ModelConfig(_architecture(num_layers=1), 7, 6)
     a = config.architecture

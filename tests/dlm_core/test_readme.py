@@ -89,6 +89,25 @@ def test_example_without_a_bound_has_the_loss_and_no_nelbo_sum(shown):
     assert out.loss_sum.item() == shown["out"].loss_sum.item()
 
 
+# The model
+
+
+def test_example_model_has_the_size_it_says_and_its_loss_reaches_every_parameter(shown):
+    config = shown["config"]
+    assert sum(parameter.numel() for parameter in shown["model"].parameters()) == config.num_params()
+    assert config.num_active_params() < config.num_params()
+    assert shown["total"].isfinite()
+    assert shown["total"] > shown["sums"].loss_sum / 7
+    for name, parameter in shown["model"].named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert all(layer.feed_forward.gate.weight.grad.any() for layer in shown["model"].blocks)
+
+
+def test_example_decoding_block_by_block_equals_the_one_pass(shown):
+    torch.testing.assert_close(torch.cat(shown["decoded"], dim=1), shown["in_one_pass"], rtol=0, atol=FLOAT32)
+
+
 # The scores
 
 

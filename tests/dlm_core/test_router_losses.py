@@ -1,5 +1,6 @@
 """Losses of the router against loops over lists, counts against counting, and what the tap takes and refuses."""
 
+import copy
 import math
 from collections import Counter
 
@@ -338,6 +339,26 @@ def test_tap_of_two_forward_passes_is_refused():
 def test_tap_lets_errors_of_the_model_through():
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         taken(Stack(), torch.zeros(2, 3, 5))
+
+
+def test_model_that_was_tapped_can_be_copied_and_a_forgotten_tap_takes_nothing():
+    model = Stack()
+    tap = RouterTap(model)
+    with tap:
+        model(X)
+    twin = copy.deepcopy(model)
+    with tap:
+        out = model(X)
+    assert torch.equal(twin(X), out)
+    del tap
+    assert torch.equal(model(X), out)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 4), (4, 8), (2, 3, 8)])
+def test_balance_loss_of_logits_that_do_not_fit_names_the_shapes(shape, unchecked):
+    moe = MoE(num_experts=8, top_k=2, d_ff_expert=1)
+    with pytest.raises(ValueError, match=rf"logits are \[{', '.join(map(str, shape))}\] and valid is \[2, 4\]; wanted"):
+        balance_loss(torch.zeros(shape), torch.ones(2, 4, dtype=torch.bool), moe, group_seqs=1)
 
 
 def test_closed_tap_takes_nothing():

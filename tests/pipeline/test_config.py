@@ -321,6 +321,11 @@ def test_apply_settings_of_one_path_twice_takes_the_last() -> None:
         ("pretrain.num_step", 1, "did you mean num_steps?"),
         ("pretrain.optimizer.lrr", 1, "did you mean lr?"),
         ("pretrain.num_steps.deep", 1, "unknown setting pretrain.num_steps.deep"),
+        (
+            "pretrain.architecture.moe.top_k",
+            8,
+            "pretrain.architecture.moe is null, so that pretrain.architecture.moe.to",
+        ),
         ("pretrain", 1, "pretrain needs a field"),
         ("pretrain", {"optimizer": {"lrr": 1}}, "pretrain.optimizer.lrr"),
         ("pretrain.", 1, "unknown setting"),

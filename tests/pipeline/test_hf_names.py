@@ -1,5 +1,6 @@
 """Parameter names of the autoregressive families: which tensors, and what no family can hold."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -104,7 +105,11 @@ def test_architecture_that_a_family_cannot_hold_is_refused(family, changed, mess
     ("family", "changed", "named"),
     [
         ("qwen2", {"qkv_bias": False}, r"3 tensor\(s\) .* model\.layers\.0\.self_attn\.k_proj\.bias"),
-        ("llama", {"tied_head": True}, r"1 tensor\(s\) .* lm_head\.weight"),
+        (
+            "llama",
+            {"tied_head": True},
+            r"1 tensor\(s\) .* lm_head\.weight; either tied_head is false, or it is the embed",
+        ),
     ],
 )
 def test_weights_with_tensors_that_have_no_place_are_refused(family, changed, named):
@@ -112,6 +117,37 @@ def test_weights_with_tensors_that_have_no_place_are_refused(family, changed, na
     asked = "llama" if family == "qwen2" else family
     with pytest.raises(UserError, match=named):
         from_family(asked, replace(HOLDS[family], **changed), theirs)
+
+
+def test_family_that_does_not_exist_is_refused():
+    for use in (lambda: to_family("llada", LLAMA, {}), lambda: from_family("llada", LLAMA, {})):
+        with pytest.raises(UserError, match='the family is "llada"; it must be one of llama, qwen2, qwen3, qwen3_moe'):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows", "wanted"),
+    [
+        ("self_attn.k_proj.weight", 6, 4),
+        ("mlp.experts.1.gate_proj.weight", 5, 4),
+        ("mlp.experts.0.down_proj.weight", 4, 8),
+    ],
+)
+def test_weights_that_would_be_cut_in_another_place_are_refused(name, num_rows, wanted):
+    theirs = to_family("qwen3_moe", HOLDS["qwen3_moe"], _ours("qwen3_moe"))
+    theirs[LAYER + name] = torch.zeros(num_rows, *theirs[LAYER + name].shape[1:])
+    with pytest.raises(UserError, match=rf"{re.escape(name)} has {num_rows} rows; the architecture gives it {wanted}"):
+        from_family("qwen3_moe", HOLDS["qwen3_moe"], theirs)
+
+
+def test_packed_experts_of_a_model_in_memory_are_refused_naming_the_files():
+    theirs = to_family("qwen3_moe", HOLDS["qwen3_moe"], _ours("qwen3_moe"))
+    packed = {name: tensor for name, tensor in theirs.items() if ".experts." not in name}
+    packed[LAYER + "mlp.experts.gate_up_proj"] = torch.zeros(2, 8, 8)
+    with pytest.raises(
+        UserError, match=r"lack the tensor .*experts\.0\.gate_proj\.weight; .* the files of save_pretrained"
+    ):
+        from_family("qwen3_moe", HOLDS["qwen3_moe"], packed)
 
 
 def test_weights_that_lack_a_tensor_are_refused_by_its_name():
