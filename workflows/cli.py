@@ -124,13 +124,13 @@ def models(as_json: JsonOption = False) -> None:
         _print_json(rows)
         return
     table = Table(box=None)
-    for column in ("model", "parameters", "active", "training, a token", "layers", "experts", "source"):
-        table.add_column(column, no_wrap=column != "source", overflow="fold")
+    for column in ("model", "parameters", "active", "training, a token", "experts", "arXiv"):
+        table.add_column(column, no_wrap=True)
     for row in rows:
-        layers, experts = f"{row['num_layers']} x {row['d_model']}", f"{row['top_k']} of {row['num_experts']}"
         counts = (scaled(row["num_params"]), scaled(row["num_active_params"]))
         cost = scaled(row["training_flops_per_token"], "FLOP")
-        table.add_row(row["name"], *counts, cost, layers, experts if row["num_experts"] else "dense", row["source"])
+        experts = f"{row['top_k']} of {row['num_experts']}" if row["num_experts"] else "dense"
+        table.add_row(row["name"], *counts, cost, experts, row["source"].rpartition(" ")[2])
     console.print(table)
 
 

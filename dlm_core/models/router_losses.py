@@ -119,7 +119,9 @@ class RouterTap:
             )
         self.logits: dict[str, Tensor] = {}
         self._model, self._names, self.is_active = model, tuple(gates), False
-        here = weakref.ref(self)  # a model must stay one that can be copied, whatever was tapped
+        here: weakref.ref[RouterTap] = weakref.ref(
+            self
+        )  # a model must stay one that can be copied, whatever was tapped
         self._handles = [module.register_forward_hook(partial(_take, here, name)) for name, module in gates.items()]
 
     def __enter__(self) -> "RouterTap":

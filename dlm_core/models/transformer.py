@@ -238,7 +238,7 @@ class Denoiser(nn.Module):
         backend: Backend,
     ) -> Float[Tensor, "B L D"]:
         """Normalised hidden states of xt."""
-        if not isinstance(mask, AttentionMask | Attend):
+        if isinstance(mask, str):  # pyright: ignore[reportUnnecessaryIsInstance] - what a user would try
             raise ValueError(f"mask is {mask!r}; wanted an AttentionMask, as AttentionMask({mask!r}), or a plan of one")
         if xt.ndim != 2 or (x0 is not None and x0.shape != xt.shape):
             found = "" if x0 is None else f" and x0 {list(x0.shape)}"
