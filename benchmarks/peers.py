@@ -17,7 +17,7 @@ def full_logits_loss(logits: Tensor, targets: Tensor, weight: Tensor, excluded: 
     """Weighted cross-entropy at every position; an ``excluded`` id has no probability, which costs a copy."""
     logits = logits.flatten(0, 1).float()
     if excluded is not None:
-        logits = logits.index_fill(-1, torch.tensor([excluded]), -torch.inf)
+        logits = logits.index_fill(-1, torch.tensor([excluded], device=logits.device), -torch.inf)
     nats = F.cross_entropy(logits, targets.flatten(), reduction="none")
     return (nats * weight.flatten()).sum()
 
@@ -67,7 +67,7 @@ class LoopMoE(nn.Module):
         out = torch.zeros_like(flat)
         for number, expert in enumerate(self.experts):
             token, slot = (chosen == number).nonzero(as_tuple=True)
-            out = out.index_add(0, token, expert(flat[token]) * scores[token, slot, None].to(x.dtype))
+            out.index_add_(0, token, expert(flat.index_select(0, token)) * scores[token, slot, None].to(x.dtype))
         return out.view_as(x)
 
 

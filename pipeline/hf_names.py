@@ -49,7 +49,7 @@ def check_family(family: Family, a: Architecture) -> None:
         "qkv_bias": family == "qwen2",
         "qk_norm": family in ("qwen3", "qwen3_moe"),
     }
-    if family == "qwen2":
+    if family == "qwen2" and a.head_size * a.num_heads != a.d_model:
         wanted["head_dim"] = None
     for name, value in wanted.items():
         if getattr(a, name) != value:

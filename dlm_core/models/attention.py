@@ -22,6 +22,7 @@ from dlm_core import masks
 from dlm_core.blocks import num_blocks
 from dlm_core.cross_entropy import compute_dtype
 from dlm_core.models.config import MaskFamily
+from dlm_core.models.precision import without_autocast
 
 Backend = Literal["auto", "sdpa", "dense", "flex", "structured"]
 Planned = Literal["sdpa", "flex", "structured", "dense"]
@@ -361,7 +362,8 @@ def _structured(
         keys = torch.cat([*clean_k[: stripe + 1], noisy_k[stripe]], dim=2)
         values = torch.cat([*clean_v[: stripe + 1], noisy_v[stripe]], dim=2)
         # heads that share keys become rows of one product, which repeats no key
-        scores = rearrange(queries, "b g r half l c -> b g (r half l) c") @ keys.to(dtype).mT
+        with without_autocast(q.device):  # it would round the scores
+            scores = rearrange(queries, "b g r half l c -> b g (r half l) c") @ keys.to(dtype).mT
         scores = rearrange(scores, "b g (r q) k -> b g r q k", q=table.shape[1])
         # added, not filled in: the gradient of a sum costs nothing
         penalty = torch.zeros_like(table, dtype=scores.dtype).masked_fill_(~table, -torch.inf)

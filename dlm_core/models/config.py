@@ -1,5 +1,6 @@
 """Shape of a denoiser, its validation, and what it costs, all without building the model."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -39,7 +40,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         _check_choice("rope_scaling.kind", self.kind, Stretch)
-        if not self.factor > 1.0:
+        if not 1.0 < self.factor < math.inf:
             raise ValueError(f"rope_scaling.factor is {self.factor}; it must be above 1, or rope_scaling None")
         ramp = {name: getattr(self, name) for name in ("original_seq_len", "low_factor", "high_factor")}
         for name, value in ramp.items():
@@ -87,14 +88,18 @@ class MoE:
             if getattr(self, name) < 0:
                 raise ValueError(f"moe.{name} is {getattr(self, name)}; it must not be negative")
         _check_choice("moe.router_score", self.router_score, RouterScore)
-        if not self.routed_scale > 0:
-            raise ValueError(f"moe.routed_scale is {self.routed_scale}; it must be positive")
+        if not 0 < self.routed_scale < math.inf:
+            raise ValueError(f"moe.routed_scale is {self.routed_scale}; it must be positive and finite")
         if self.top_k > self.num_experts:
             raise ValueError(f"moe.top_k is {self.top_k}; there are only {self.num_experts} experts")
         if self.top_k == 1 and self.renormalise:
             raise ValueError(
                 "moe.renormalise is true with top_k 1: every weight would be 1 and the router learn nothing; set it to "
                 "false"
+            )
+        if self.top_k == self.num_experts and self.renormalise and self.router_score == "softmax":
+            raise ValueError(
+                f"moe.renormalise is true, but a softmax over all {self.num_experts} experts sums to 1; set it to false"
             )
         if self.top_k == self.num_experts and self.selection_bias:
             raise ValueError(f"moe.selection_bias is true, but top_k {self.top_k} takes every expert; set it to false")
@@ -176,9 +181,10 @@ class Architecture:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         for name, kind in (("norm", Norm), ("activation", Activation), ("init", Init)):
             _check_choice(name, getattr(self, name), kind)
-        for name in ("rope_base", "norm_eps"):
-            if not getattr(self, name) > 0:  # catches nan too
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0 < self.norm_eps < math.inf:  # catches nan too
+            raise ValueError(f"norm_eps is {self.norm_eps}; it must be positive and finite")
+        if not 1 < self.rope_base < math.inf:
+            raise ValueError(f"rope_base is {self.rope_base}; it must be above 1 and finite")
         self._check_heads()
         self._check_feed_forward()
         self._check_rest()
@@ -225,7 +231,7 @@ class Architecture:
         if self.tied_head and self.head_bias:
             raise ValueError("head_bias is true, but a head that is the embedding has none; set tied_head to false")
         has_std = self.init in ("normal", "scaled_normal")
-        if has_std and not (self.init_std is not None and self.init_std > 0):
+        if has_std and not (self.init_std is not None and 0 < self.init_std < math.inf):
             raise ValueError(f'init_std is {self.init_std}; init "{self.init}" needs a positive one')
         if not has_std and self.init_std is not None:
             raise ValueError(f'init_std is {self.init_std}, which init "{self.init}" ignores; set it to None')

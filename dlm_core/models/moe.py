@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dlm_core.cross_entropy import compute_dtype
 from dlm_core.models.config import Architecture, MoE
 from dlm_core.models.feed_forward import FeedForward
+from dlm_core.models.precision import product_dtype, without_autocast
 
 Implementation = Literal["auto", "grouped", "loop"]
 
@@ -53,7 +54,7 @@ class Router(nn.Linear):
     def forward(self, input: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
         """One logit a token and expert."""
         dtype = compute_dtype(input.dtype)
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device):
             return F.linear(input.to(dtype), self.weight.to(dtype))
 
 
@@ -101,11 +102,11 @@ def experts_loop(
     The reference, for every device and dtype.  ``gate_up`` holds the rows of gate, then those of up.
     """
     y_ND = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
-    for expert in range(len(gate_up)):
+    for expert, (w_in, w_out) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
         token, slot = (expert_ids == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
-        out = F.linear(F.silu(gate) * up, down[expert])
-        y_ND = y_ND.index_add(0, token, out * weights[token, slot, None])
+        gate, up = F.linear(x.index_select(0, token), w_in).chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, w_out)
+        y_ND.index_add_(0, token, (out * weights[token, slot, None]).to(y_ND.dtype))
     return y_ND.to(x.dtype)
 
 
@@ -130,7 +131,7 @@ def why_not_grouped(x: Float[Tensor, "N D"], d_ff_expert: int) -> str | None:
     """What torch's grouped product can't do with these tokens, or None."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"torch has no grouped product in {x.dtype}"
-    if x.device.type not in ("cpu", "cuda"):
+    if x.device.type not in ("cpu", "cuda", "meta"):
         return f'torch has no grouped product on "{x.device.type}"'
     for name, width in (("d_model", x.shape[1]), ("d_ff_expert", d_ff_expert)):
         if width * x.dtype.itemsize % 16:
@@ -218,9 +219,7 @@ class Experts(nn.Module):
         self, x: Float[Tensor, "N D"], expert_ids: Int[Tensor, "N K"], weights: Float[Tensor, "N K"]
     ) -> Float[Tensor, "N D"]:
         """Each token's weighted sum over its experts, in the dtype of x; products in that of autocast, if it is on."""
-        device = x.device.type
-        is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if is_cast else x.dtype
+        dtype = product_dtype(x.dtype, x.device)
         given = (x.to(dtype), expert_ids, weights, self.gate_up_proj.to(dtype), self.down_proj.to(dtype))
         is_grouped = self.implementation == "grouped" or (
             self.implementation == "auto" and why_not_grouped(given[0], self.down_proj.shape[2]) is None

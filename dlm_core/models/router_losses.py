@@ -72,7 +72,14 @@ def balance_loss(
 
 
 def z_loss(logits: Float[Tensor, "*N E"], valid: Bool[Tensor, "*N"]) -> RouterLoss:
-    """Sum over valid tokens of  logsumexp(logits)^2,  and their number: ST-MoE (arXiv 2202.08906) eq. 5."""
+    """Sum over valid tokens of  logsumexp(logits)^2,  and their number: ST-MoE (arXiv 2202.08906) eq. 5.
+
+    Raises ValueError unless logits and valid are of the same tokens.
+    """
+    if logits.shape[:-1] != valid.shape:
+        raise ValueError(
+            f"logits are {list(logits.shape)} and valid is {list(valid.shape)}; wanted one row of logits a token"
+        )
     logits = logits.masked_fill(~valid[..., None], 0.0)
     log_partition = logits.to(compute_dtype(logits.dtype)).logsumexp(dim=-1)
     return RouterLoss(log_partition.square().masked_fill(~valid, 0.0).sum(), valid.sum())

@@ -23,6 +23,7 @@ from dlm_core.models.config import NUM_TIME_FREQUENCIES, Architecture, ModelConf
 from dlm_core.models.feed_forward import FeedForward
 from dlm_core.models.init import init_weights
 from dlm_core.models.moe import SparseFeedForward
+from dlm_core.models.precision import product_dtype
 from dlm_core.models.rope import RopeTables, apply_rope, rope_tables
 
 FULL = AttentionMask()
@@ -217,10 +218,13 @@ class Denoiser(nn.Module):
         )
 
     def make_cache(self, num_rows: int, max_len: int) -> KVCache:
-        """An empty cache for decoding num_rows rows of up to max_len tokens, in the weights' dtype and place."""
+        """An empty cache for num_rows rows of up to max_len tokens, on the weights' device and in their dtype.
+
+        Or in that of autocast, where it is on: make it where it is used.
+        """
         a, weight = self.config.architecture, self.embedding.weight
         sizes = (a.num_layers, num_rows, a.kv_heads, max_len, a.head_size)
-        return KVCache(*sizes, dtype=weight.dtype, device=weight.device)
+        return KVCache(*sizes, dtype=product_dtype(weight.dtype, weight.device), device=weight.device)
 
     def _head(self) -> "Head":
         if self.config.architecture.tied_head:
@@ -287,6 +291,10 @@ class Denoiser(nn.Module):
         return x * (1 + scale) + shift
 
     def _rope(self, xt: Tensor, positions: Tensor | None, past: int, halves: int) -> RopeTables:
+        if positions is not None and positions.is_floating_point():
+            raise ValueError(
+                f"positions are {positions.dtype}; wanted integers, the places of tokens in their document"
+            )
         if positions is not None and positions.shape not in (xt.shape, (1, xt.shape[1])):
             raise ValueError(f"positions are {list(positions.shape)}; wanted one a token of xt {list(xt.shape)}")
         if positions is None:
@@ -311,8 +319,11 @@ class Denoiser(nn.Module):
                 f"noise_level is {list(noise_level.shape)}; wanted [{len(xt)}, K] with K parts that divide a row of "
                 f"{xt.shape[1]} tokens"
             )
-        elif not noise_level.isfinite().all():
-            raise ValueError("noise_level is infinite somewhere: alpha_t is 0 there; give -log of a least alpha_t")
+        elif not ((noise_level >= 0) & noise_level.isfinite()).all():
+            raise ValueError(
+                f"noise_level runs from {float(noise_level.min())} to {float(noise_level.max())}; -log alpha_t is at "
+                "least 0, and infinite only where alpha_t is 0: give -log of a least alpha_t"
+            )
         num_groups, seq_len = noise_level.shape[1], xt.shape[1]
         if num_groups == 1 and not (has_halves and a.time_conditioning):
             return Condition(self.conditioning(noise_level), None)

@@ -1,13 +1,17 @@
 """The section of the DeepSpeed configuration that spreads experts over workers, made from the architecture.
 
 Everything that AutoEP would otherwise read from ``model.config`` or guess from a preset is spelled out: what it guesses
-wrong, it computes wrong without a word.
+wrong, it computes wrong without a word.  The training stage, which refuses experts, does not use it yet.
 """
 
-from typing import Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 from dlm_core.models.config import Architecture
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LAYERS = r"(?:.*\.)?blocks\.\d+\.feed_forward"
 """Full names of the layers that may have experts; AutoEP leaves those without alone."""
@@ -17,17 +21,17 @@ def expert_parallel_section(a: Architecture, ep_size: int, *, on_gpu: bool) -> d
     """Value of ``expert_parallel`` in the DeepSpeed configuration (0.19.8): AutoEP with ``ep_size`` workers a group.
 
     It replaces each ``SparseFeedForward`` by a layer of its own when the engine is built: make a ``RouterTap``, and an
-    optimizer's parameter groups by name, after that.  The gate then computes in the dtype of the model, not in float32.
+    optimizer's parameter groups by name, after that, and call ``route_in_float32``.
     Its activation for grouped products is a kernel for GPUs, so that a CPU takes its loop over experts.
     Raises UserError for a model without experts, or a number of experts that the workers can't share evenly.
     """
     moe = a.moe
     if moe is None:
-        raise UserError(f"pretrain.ep_size is {ep_size}, but the architecture has no experts; set it to 1")
+        raise UserError(f"ep_size is {ep_size}, but the architecture has no experts; set it to 1")
     if ep_size < 1 or moe.num_experts % ep_size:
         divisors = [size for size in range(1, moe.num_experts + 1) if moe.num_experts % size == 0]
         raise UserError(
-            f"pretrain.ep_size is {ep_size}, which does not divide moe.num_experts {moe.num_experts}; take one of "
+            f"ep_size is {ep_size}, which does not divide moe.num_experts {moe.num_experts}; take one of "
             f"{', '.join(map(str, divisors))}"
         )
     section: dict[str, Any] = {
@@ -53,6 +57,23 @@ def expert_parallel_section(a: Architecture, ep_size: int, *, on_gpu: bool) -> d
     if moe.num_shared_experts:
         section |= {"has_shared_experts": True, "shared_experts_pattern": "shared_experts"}
     return section
+
+
+def route_in_float32(model: "nn.Module") -> None:
+    """Let the gates of replaced layers compute in float32, as ours do, whatever the model was cast to.
+
+    In bfloat16 a few percent of all tokens would go to other experts than without expert parallelism.  Call it after
+    ``deepspeed.initialize``.  Raises UserError if no layer of the model was replaced.
+    """
+    from dlm_core.models.moe import Router
+
+    gates = [module for name, module in model.named_modules() if name.endswith("router.gate")]
+    if not gates:
+        raise UserError(
+            "no layer of the model was replaced by AutoEP; call route_in_float32 after deepspeed.initialize"
+        )
+    for gate in gates:
+        gate.forward = MethodType(Router.forward, gate)
 
 
 def with_experts_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

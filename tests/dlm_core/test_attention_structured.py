@@ -200,12 +200,14 @@ def test_documents_cut_at_blocks_equal_separate_runs():
         torch.testing.assert_close(out[:, :, places], expected, rtol=0, atol=ROUNDING)
 
 
-def test_stripes_in_bf16_take_the_softmax_of_large_scores_in_float32():
+@pytest.mark.parametrize("has_autocast", [False, True])
+def test_stripes_in_bf16_take_the_softmax_of_large_scores_in_float32(has_autocast):
     mask = AttentionMask("block_diffusion", block_size=16)
     structured, dense = _plans(mask, 1, 128)
     q, k, v = (x.detach() for x in _draw(1, (2, 2), 256, head_dim=64))
     narrow = [(4 * x if number < 2 else x).bfloat16() for number, x in enumerate((q, k, v))]
     exact = dense(*(x.double() for x in narrow))
-    error = float((structured(*narrow).double() - exact).abs().max())
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_autocast):
+        error = float((structured(*narrow).double() - exact).abs().max())
     # scores of some hundreds: rounded to bf16 they would be off by ones.  Weights and outputs are rounded, to 2^-8 of 4
     assert error < 4 * 2.0**-8 * 2

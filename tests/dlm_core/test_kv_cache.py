@@ -81,6 +81,16 @@ def test_cache_of_a_model_has_its_sizes_and_dtype():
         model(tokens[:, :3], mask=mask, cache=cache)
 
 
+def test_cache_made_under_autocast_takes_what_autocast_makes():
+    model = Denoiser(tiny(PRESETS["llada-8b"]))
+    model.init_weights(0)
+    assert model.make_cache(1, 4).append(0, *torch.zeros(2, 1, 4, 1, 8))[0].dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = model.make_cache(num_rows=1, max_len=4)
+        model(torch.zeros(1, 4, dtype=torch.int64), mask=AttentionMask("block_causal", block_size=4), cache=cache)
+    cache.advance(4)
+
+
 def test_cache_that_is_full_says_what_it_holds():
     cache, x = KVCache(1, 1, 1, 4, 2), torch.zeros(1, 1, 3, 2)
     cache.append(0, x, x)

@@ -1,6 +1,7 @@
 """Sizes of a denoiser: what is refused, what the published models count, what a pass costs."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -41,7 +42,11 @@ def _architecture(**values) -> Architecture:
         ({"head_dim": 8, "rope_fraction": 0.3}, r"is 8 \* 0\.3 = 2\.4; .*even"),
         ({"rope_fraction": 0.0}, r"rope_fraction is 0\.0; it must lie in \(0, 1\]"),
         ({"rope_fraction": 1.5}, r"rope_fraction is 1\.5"),
-        ({"rope_base": 0.0}, r"rope_base is 0\.0; it must be positive"),
+        ({"rope_base": 0.0}, r"rope_base is 0\.0; it must be above 1 and finite"),
+        ({"rope_base": 1.0}, r"rope_base is 1\.0"),
+        ({"rope_base": math.inf}, "rope_base is inf"),
+        ({"norm_eps": math.inf}, "norm_eps is inf; it must be positive and finite"),
+        ({"init_std": math.inf}, 'init_std is inf; init "scaled_normal" needs a positive one'),
         ({"norm_eps": -1e-6}, "norm_eps is -1e-06"),
         ({"rope_base": float("nan")}, "rope_base is nan"),
         ({"d_ff": None}, "d_ff is None, but layer 0 has no experts"),
@@ -78,14 +83,19 @@ def test_architecture_that_cannot_be_raises(values, message):
         ({"layer_frequency": 0}, "moe.layer_frequency is 0"),
         ({"num_shared_experts": -1}, "moe.num_shared_experts is -1; it must not be negative"),
         ({"first_k_dense": -1}, "moe.first_k_dense is -1"),
-        ({"routed_scale": 0.0}, r"moe.routed_scale is 0\.0; it must be positive"),
+        ({"routed_scale": 0.0}, r"moe.routed_scale is 0\.0; it must be positive and finite"),
+        ({"routed_scale": math.inf}, "moe.routed_scale is inf"),
+        ({"top_k": 8}, "moe.renormalise is true, but a softmax over all 8 experts sums to 1; set it to false"),
         ({"top_k": 9}, "moe.top_k is 9; there are only 8 experts"),
         ({"num_groups": 3}, "moe.num_groups is 3; it must divide num_experts 8"),
         ({"top_groups": 2}, "moe.top_groups is 2; there are only 1 groups"),
         ({"num_groups": 8}, "moe.num_groups is 8 for 8 experts; .* needs at least 2"),
         ({"num_groups": 2, "top_groups": 2}, "moe.top_groups is 2 of 2 groups, which limits nothing"),
         ({"top_k": 1}, "moe.renormalise is true with top_k 1: .* the router learn nothing"),
-        ({"top_k": 8, "selection_bias": True}, "moe.selection_bias is true, but top_k 8 takes every expert"),
+        (
+            {"top_k": 8, "selection_bias": True, "router_score": "sigmoid"},
+            "moe.selection_bias is true, but top_k 8 takes every expert",
+        ),
         ({"num_groups": 4, "top_k": 3}, r"moe.top_k is 3, but 1 group\(s\) of 2 experts hold only 2"),
     ],
 )
@@ -99,6 +109,7 @@ def test_experts_that_cannot_be_raise(values, message):
     [
         ({"factor": 0.5}, r"rope_scaling.factor is 0\.5; it must be above 1, or rope_scaling None"),
         ({"factor": 1.0}, r"rope_scaling.factor is 1\.0"),
+        ({"factor": math.inf}, "rope_scaling.factor is inf"),
         ({"factor": float("nan")}, "rope_scaling.factor is nan"),
         ({"kind": "linear"}, "rope_scaling.original_seq_len is 64, which linear scaling ignores"),
         ({"original_seq_len": None}, "rope_scaling.original_seq_len is None; yarn scaling needs a number above 0"),

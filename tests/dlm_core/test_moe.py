@@ -1,6 +1,7 @@
 """Routing and experts: against loops over lists, the grouped products against the plain loop, and invariances."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,9 +260,11 @@ def test_grouped_experts_refuse_what_torch_cannot_do(dtype, d_model, d_ff, messa
     experts_loop(*given)
 
 
-def test_grouped_experts_refuse_a_device_without_the_product():
-    assert why_not_grouped(torch.empty(3, 8, device="meta"), 8) == 'torch has no grouped product on "meta"'
+def test_grouped_experts_refuse_a_device_without_the_product(unchecked):
+    elsewhere = SimpleNamespace(dtype=torch.float32, shape=(3, 8), device=SimpleNamespace(type="xla"))
+    assert why_not_grouped(elsewhere, 8) == 'torch has no grouped product on "xla"'
     assert why_not_grouped(torch.empty(3, 8), 8) is None
+    assert why_not_grouped(torch.empty(3, 8, device="meta"), 8) is None
 
 
 def is_grouped(y: Tensor) -> bool:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dlm_core.models.attention import AttentionMask
 from dlm_core.models.config import Architecture, MoE
 from dlm_core.models.moe import SparseFeedForward, route
+from dlm_core.models.presets import PRESETS, tiny
 from dlm_core.models.router_losses import (
     RouterTap,
     balance_loss,
@@ -18,6 +20,7 @@ from dlm_core.models.router_losses import (
     tokens_per_expert_and_bin,
     z_loss,
 )
+from dlm_core.models.transformer import Denoiser
 from tests.support import moe as naive
 
 EXACT = 1e-10  # float64, sums in another order
@@ -359,6 +362,23 @@ def test_balance_loss_of_logits_that_do_not_fit_names_the_shapes(shape, unchecke
     moe = MoE(num_experts=8, top_k=2, d_ff_expert=1)
     with pytest.raises(ValueError, match=rf"logits are \[{', '.join(map(str, shape))}\] and valid is \[2, 4\]; wanted"):
         balance_loss(torch.zeros(shape), torch.ones(2, 4, dtype=torch.bool), moe, group_seqs=1)
+
+
+def test_z_loss_of_logits_of_other_tokens_names_the_shapes(unchecked):
+    with pytest.raises(
+        ValueError, match=r"logits are \[2, 8, 4\] and valid is \[2, 4\]; wanted one row of logits a token"
+    ):
+        z_loss(torch.zeros(2, 8, 4), torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_routers_in_block_diffusion_see_both_halves_but_the_last_the_noisy_one():
+    model = Denoiser(tiny(PRESETS["llada2-mini"])).float()
+    model.init_weights(0)
+    xt = torch.randint(63, (2, 8), generator=torch.Generator().manual_seed(0))
+    model.blocks.append(copy.deepcopy(model.blocks[1]))  # layer 0 is dense
+    with (tap := RouterTap(model)):
+        model(xt, x0=xt, mask=AttentionMask("block_diffusion", block_size=2))
+    assert [tuple(logits.view(2, -1, 8).shape) for logits in tap.logits.values()] == [(2, 16, 8), (2, 8, 8)]
 
 
 def test_closed_tap_takes_nothing():

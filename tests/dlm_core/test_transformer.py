@@ -83,6 +83,14 @@ def test_forward_with_one_token_changed_changes_logits_at_every_position(changed
     assert (difference > 100 * ATOL).all()
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_forward_on_the_meta_device_has_the_shape_of_the_logits(name):
+    config = tiny(PRESETS[name])
+    with torch.device("meta"):
+        logits = Denoiser(config)(torch.zeros(2, 6, dtype=torch.int64))
+    assert (logits.device.type, tuple(logits.shape)) == ("meta", (12, config.vocab_size))
+
+
 def test_forward_of_a_row_is_independent_of_the_other_rows():
     model, xt = _denoiser(), _tokens(4, 6)
     together = model(xt).reshape(4, 6, 13)

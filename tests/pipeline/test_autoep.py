@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dlm_core.models.config import Architecture, MoE
+from dlm_core.models.router_losses import RouterTap
 from pipeline.errors import UserError
-from pipeline.pretrain.expert_parallel import expert_parallel_section, with_experts_apart
+from pipeline.pretrain.expert_parallel import expert_parallel_section, route_in_float32, with_experts_apart
 from tests.support.autoep import CASES, ROUTERS, WORKERS, architecture, plain_gradients, run_ranks
 
 FLOAT32 = 1e-5
@@ -100,14 +101,31 @@ def test_every_key_of_the_section_is_one_that_deepspeed_reads():
 
 @pytest.mark.parametrize("ep_size", [0, -1, 3, 16])
 def test_workers_that_cannot_share_the_experts_evenly_are_refused(ep_size):
-    message = f"pretrain.ep_size is {ep_size}, which does not divide moe.num_experts 8; take one of 1, 2, 4, 8"
+    message = f"ep_size is {ep_size}, which does not divide moe.num_experts 8; take one of 1, 2, 4, 8"
     with pytest.raises(UserError, match=message):
         expert_parallel_section(architecture(MoE(8, 2, 8)), ep_size, on_gpu=False)
 
 
 def test_expert_parallelism_without_experts_is_refused():
-    with pytest.raises(UserError, match=r"pretrain.ep_size is 2, but the architecture has no experts; set it to 1"):
+    with pytest.raises(UserError, match=r"ep_size is 2, but the architecture has no experts; set it to 1"):
         expert_parallel_section(Architecture(d_model=16, num_heads=2), 2, on_gpu=False)
+
+
+def test_gates_of_replaced_layers_compute_in_float32_and_are_still_tapped():
+    layer = nn.ModuleDict({"router": nn.ModuleDict({"gate": nn.Linear(16, 8, bias=False)})}).bfloat16()
+    model = nn.ModuleDict({"feed_forward": layer})
+    gate, x = layer["router"]["gate"], torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = x.float() @ gate.weight.float().T
+    assert not torch.equal(gate(x).float(), wanted)
+    route_in_float32(model)
+    with torch.no_grad(), RouterTap(model) as tap:
+        gate(x)
+    assert torch.equal(tap.logits["feed_forward.router.gate"], wanted)
+
+
+def test_gates_of_a_model_that_was_not_replaced_are_refused():
+    with pytest.raises(UserError, match="no layer of the model was replaced by AutoEP"):
+        route_in_float32(nn.ModuleDict({"gate": nn.Linear(2, 2)}))
 
 
 def test_spread_experts_get_groups_of_their_own():

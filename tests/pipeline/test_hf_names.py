@@ -119,6 +119,10 @@ def test_weights_with_tensors_that_have_no_place_are_refused(family, changed, na
         from_family(asked, replace(HOLDS[family], **changed), theirs)
 
 
+def test_head_size_that_qwen2_has_anyway_may_be_spelled_out():
+    check_family("qwen2", replace(HOLDS["qwen2"], head_dim=4))
+
+
 def test_family_that_does_not_exist_is_refused():
     for use in (lambda: to_family("llada", LLAMA, {}), lambda: from_family("llada", LLAMA, {})):
         with pytest.raises(UserError, match='the family is "llada"; it must be one of llama, qwen2, qwen3, qwen3_moe'):

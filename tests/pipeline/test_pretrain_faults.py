@@ -177,3 +177,13 @@ def test_a_finished_training_is_not_repeated(made: Artifacts, tmp_path: Path) ->
     assert gang.wait() == [0]
     assert "is already complete" in gang.log()
     assert (out / MANIFEST).stat().st_mtime_ns == before
+
+
+def test_training_from_weights_drawn_too_large_stops_after_its_first_step(made: Artifacts, tmp_path: Path) -> None:
+    gang = start_gang(
+        STAGE, tiny(num_steps=3), made.inputs(), tmp_path / "out", fault="scale_initial_weights", factor=30.0
+    )
+    codes = gang.wait()
+    assert codes != [0], gang.log()
+    assert "nats a masked token; an untrained model of this configuration has" in gang.log()
+    assert metrics(gang.state) == []

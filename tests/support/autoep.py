@@ -101,7 +101,7 @@ def shared_gradients(router: str, losses: str, rank: int) -> dict[str, Any]:
     """
     import deepspeed
 
-    from pipeline.pretrain.expert_parallel import expert_parallel_section, with_experts_apart
+    from pipeline.pretrain.expert_parallel import expert_parallel_section, route_in_float32, with_experts_apart
 
     moe = ROUTERS[router]
     model = Stack(moe)
@@ -120,6 +120,7 @@ def shared_gradients(router: str, losses: str, rank: int) -> dict[str, Any]:
         },
         dist_init_required=False,
     )
+    route_in_float32(engine.module)
     tap = RouterTap(engine.module)
     before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     half = NUM_ROWS // WORKERS

@@ -132,3 +132,20 @@ def fill_disk(step: int, leave_bytes: int) -> None:
         return planned
 
     Training.guard, Training._plan_save = guard_and_fill, plan_and_fill
+
+
+def scale_initial_weights(factor: float) -> None:
+    """Draw every parameter ``factor`` times too large."""
+    import torch
+
+    from dlm_core.models import transformer
+
+    right = transformer.init_weights
+
+    def wrong(model: Any, *rest: Any) -> None:
+        right(model, *rest)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= factor
+
+    transformer.init_weights = wrong
