@@ -65,7 +65,7 @@ def _sparse(vocab_size: int) -> ModelConfig:
     return ModelConfig(architecture, vocab_size, vocab_size - 1)
 
 
-DENSE = Size(_dense(32_768), batch_seqs=8, seq_len=512, block_size=16, num_rounds=7, heap_bytes=14 << 30)
+DENSE = Size(_dense(32_768), batch_seqs=8, seq_len=512, block_size=16, num_rounds=5, heap_bytes=14 << 30)
 SPARSE = replace(DENSE, model=_sparse(32_768))
 DENSE_SMALL_VOCABULARY = replace(DENSE, model=_dense(8_192))
 
