@@ -1,7 +1,6 @@
 """The benchmark of the whole step: its peers compute what we compute, and it refuses one that doesn't."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,14 +16,7 @@ DENSE, SPARSE = (model_step._quick(size) for size in (model_step.DENSE, model_st
 RTOL = 1e-5  # float32 sums of some hundred terms in two orders
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors here are small: threads gain nothing and, on a shared machine, wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.set_flush_denormal(False)  # a measurement sets it for its process
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_sizes_are_those_that_are_asked_for():

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +18,7 @@ TINY = replace(objective.QUICK, vocab_size=300, seq_len=40, batch_seqs=4, d_mode
 TEXT = bytes(range(256)) * 5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors here are small: threads gain nothing and, on a shared machine, wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_batch_has_pairs_of_bytes_as_targets_and_weighs_by_the_time_that_masked():
