@@ -189,17 +189,18 @@ def checked(directory: Path, relative: str) -> Path:
     """Path of one file of an artifact, its bytes verified against the manifest."""
     for record in load_manifest(directory).files:
         if record.path == relative:
-            return _checked(directory, record)
+            return checked_record(directory, record)
     raise CorruptionError(f"{directory} has no file {relative} in its manifest")
 
 
 def checked_files(directory: Path, pattern: str) -> list[Path]:
     """Paths of the files that match a glob, sorted by name, each verified against the manifest."""
     records = [r for r in load_manifest(directory).files if Path(r.path).match(pattern)]
-    return [_checked(directory, record) for record in sorted(records, key=lambda r: r.path)]
+    return [checked_record(directory, record) for record in sorted(records, key=lambda r: r.path)]
 
 
-def _checked(directory: Path, record: FileRecord) -> Path:
+def checked_record(directory: Path, record: FileRecord) -> Path:
+    """Path of a file of an artifact whose manifest is at hand, its bytes verified; CorruptionError if they differ."""
     path = directory / record.path
     if not path.is_file():
         raise CorruptionError(f"{path} is missing although it was committed")

@@ -25,6 +25,8 @@ class MetricsLog:
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [line for step, line in _complete_lines(path) if step < resume_step]
         write_atomic(path, "".join(line + "\n" for line in kept).encode())
+        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        """Values of the last step before the one to resume from."""
         self._file = path.open("a")
 
     def write(self, values: Mapping[str, Any]) -> None:

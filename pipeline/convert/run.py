@@ -28,7 +28,7 @@ def run(config: ConvertConfig, inputs: Mapping[str, Path], context: StageContext
     check_tensors(Denoiser(model_config), tensors, str(source))
     record = ModelRecord(
         model_config,
-        seq_len=trained.config["seq_len"],
+        seq_len=trained.stats["seq_len"],
         objective="masked_nelbo",
         tokenizer=trained.inputs["tokenizer"],
     )

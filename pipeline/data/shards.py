@@ -1,19 +1,22 @@
 """Token shards: Arrow IPC files whose values are the flat token stream and whose offsets are the documents.
 
-One column ``tokens: list<uint16 | uint32>``, one list a document, the end-of-document token included.  A
-shard is mapped back into memory, and its values are used without a copy.
+Two columns, ``tokens: list<uint16 | uint32>`` and ``offset: int64``: one list a document, the end-of-document token
+included, and offset 0.  A giant document is several lists, with the number of its tokens before each.  A shard is
+mapped back into memory, and its values are used without a copy.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import CorruptionError
 
-_BATCH_TOKENS = 16 * 1024 * 1024
+BATCH_TOKENS = 16 * 1024 * 1024
+"""Tokens after which a record batch ends; a list is never cut."""
 
 
 def token_type(vocab_size: int) -> pa.DataType:
@@ -21,112 +24,201 @@ def token_type(vocab_size: int) -> pa.DataType:
     return pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
 
 
-def write_shard(path: Path, documents: Iterable[Sequence[int]], vocab_size: int) -> tuple[int, int]:
-    """Write documents (token ids) to an Arrow file; returns (number of documents, number of tokens)."""
-    value_type = token_type(vocab_size)
-    schema = pa.schema([("tokens", pa.list_(value_type))], metadata={"vocab_size": str(vocab_size)})
-    num_docs = num_tokens = 0
-    pending: list[np.ndarray] = []
-    pending_tokens = 0
-    dtype = value_type.to_pandas_dtype()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for document in documents:
-            pending.append(np.asarray(document, dtype=dtype))
-            pending_tokens += len(document)
-            if pending_tokens >= _BATCH_TOKENS:
-                writer.write_batch(_batch(pending, schema))
-                pending, pending_tokens = [], 0
-            num_docs += 1
-            num_tokens += len(document)
-        if pending:
-            writer.write_batch(_batch(pending, schema))
-    return num_docs, num_tokens
-
-
-def _batch(documents: list[np.ndarray], schema: pa.Schema) -> pa.RecordBatch:
-    offsets = np.zeros(len(documents) + 1, dtype=np.int32)
-    np.cumsum([len(d) for d in documents], out=offsets[1:])
-    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(documents)))
-    return pa.RecordBatch.from_arrays([lists], schema=schema)
+def _schema(vocab_size: int) -> pa.Schema:
+    fields = [("tokens", pa.list_(token_type(vocab_size))), ("offset", pa.int64())]
+    return pa.schema(fields, metadata={"vocab_size": str(vocab_size)})
 
 
 @dataclass(frozen=True)
-class TokenStream:
-    """The tokens of several shards as one flat stream, with the document boundaries."""
+class Segments:
+    """Tokens of documents, or of parts of them, one after another."""
+
+    values: np.ndarray
+    """Token ids, flat."""
+    lengths: np.ndarray
+    """Tokens of each segment."""
+    offsets: np.ndarray
+    """Tokens of its document before each segment: 0 where one begins."""
+
+    def split(self, number: int) -> "tuple[Segments, Segments]":
+        """The first ``number`` segments, and the others."""
+        at = int(self.lengths[:number].sum())
+        head = Segments(self.values[:at], self.lengths[:number], self.offsets[:number])
+        return head, Segments(self.values[at:], self.lengths[number:], self.offsets[number:])
+
+
+class ShardWriter:
+    """Writes a shard; where its batches end depends on the tokens alone, not on how they arrive."""
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self._type = token_type(vocab_size)
+        self._schema = _schema(vocab_size)
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._sink, self._schema)
+        self._pending: list[Segments] = []
+        self._pending_tokens = 0
+        self.num_docs = self.num_tokens = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if kind is None and self._pending:
+            self._flush()
+        self._writer.close()
+        self._sink.close()
+
+    def write(self, segments: Segments) -> None:
+        """Append segments; OverflowError for an id that the vocabulary's type does not hold."""
+        self.num_docs += int((segments.offsets == 0).sum())
+        self.num_tokens += len(segments.values)
+        rest = segments
+        while len(rest.lengths):
+            room = BATCH_TOKENS - self._pending_tokens
+            part, rest = rest.split(int(np.searchsorted(np.cumsum(rest.lengths), room)) + 1)
+            self._pending.append(part)
+            self._pending_tokens += len(part.values)
+            if self._pending_tokens >= BATCH_TOKENS:
+                self._flush()
+
+    def _flush(self) -> None:
+        columns = ("values", "lengths", "offsets")
+        values, lengths, offsets = (np.concatenate([getattr(part, c) for part in self._pending]) for c in columns)
+        width = np.iinfo(self._type.to_pandas_dtype())
+        if len(values) and not 0 <= values.min() <= values.max() <= width.max:
+            raise OverflowError(f"token ids {values.min()} to {values.max()} do not fit into {self._type}")
+        ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        lists = pa.ListArray.from_arrays(pa.array(ends), pa.array(values.astype(width.dtype, copy=False)))
+        batch = pa.RecordBatch.from_arrays([lists, pa.array(offsets.astype(np.int64))], schema=self._schema)
+        self._writer.write_batch(batch)
+        self._pending, self._pending_tokens = [], 0
+
+
+def write_shard(path: Path, documents: Iterable[Sequence[int]], vocab_size: int) -> tuple[int, int]:
+    """Write whole documents (token ids); returns (number of documents, number of tokens)."""
+    with ShardWriter(path, vocab_size) as writer:
+        for document in documents:
+            values = np.asarray(document, dtype=np.int64)
+            writer.write(Segments(values, np.array([len(values)]), np.zeros(1, dtype=np.int64)))
+    return writer.num_docs, writer.num_tokens
+
+
+@dataclass(frozen=True)
+class FlatTokens:
+    """The tokens of one or more shards as one flat sequence, mapped into memory."""
 
     pieces: tuple[np.ndarray, ...]
-    """Flat token arrays, memory-mapped, in order."""
+    """Flat token arrays, in order."""
     piece_starts: np.ndarray
-    """Index in the stream of the first token of each piece; one longer than ``pieces``."""
-    doc_starts: np.ndarray
-    """Index in the stream of the first token of each document; one longer than their number."""
+    """Index of the first token of each piece; one longer than ``pieces``."""
     vocab_size: int
 
     @property
     def num_tokens(self) -> int:
-        """Length of the stream."""
+        """Length of the sequence."""
         return int(self.piece_starts[-1])
 
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) as int64; shorter at the end of the stream."""
-        stop = min(start + length, self.num_tokens)
-        out = np.empty(max(0, stop - start), dtype=np.int64)
-        filled = 0
-        piece = int(np.searchsorted(self.piece_starts, start, side="right")) - 1
-        while filled < len(out):
-            offset = start + filled - int(self.piece_starts[piece])
-            part = self.pieces[piece][offset : offset + len(out) - filled]
-            out[filled : filled + len(part)] = part
-            filled += len(part)
-            piece += 1
-        return out
+    def __getitem__(self, where: slice) -> np.ndarray:
+        """Tokens [start, stop) in the type they are stored in, without a copy if they lie in one piece."""
+        start, stop, _ = where.indices(self.num_tokens)
+        first = int(np.searchsorted(self.piece_starts, start, side="right")) - 1
+        begin = int(self.piece_starts[first])
+        if first < len(self.pieces) and stop - begin <= len(self.pieces[first]):
+            return self.pieces[first][start - begin : stop - begin]
+        parts = [
+            piece[max(0, start - at) : max(0, stop - at)]
+            for piece, at in zip(self.pieces[first:], self.piece_starts[first:].tolist(), strict=False)
+            if at < stop
+        ]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=token_type(self.vocab_size).to_pandas_dtype())
 
 
-def _map_shard(path: Path) -> tuple[int, list[pa.ListArray]]:
-    """Vocabulary size and the documents of each batch, after a full validation."""
+@dataclass(frozen=True)
+class TokenStream(FlatTokens):
+    """Tokens with the document boundaries."""
+
+    doc_starts: np.ndarray
+    """Index of the first token of each document; one longer than their number."""
+
+    @property
+    def doc_lengths(self) -> np.ndarray:
+        """Tokens of each document."""
+        return np.diff(self.doc_starts)
+
+
+def map_batches(path: Path, schema: pa.Schema, trusted: bool = False) -> tuple[pa.Schema, list[pa.RecordBatch]]:
+    """Schema and batches of an Arrow file of these columns, mapped into memory.
+
+    Unless ``trusted`` (the same bytes have passed before) every offset is checked: Arrow does not do so by itself and
+    would read outside the file.  Raises ValueError, OSError or pa.ArrowException.
+    """
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        if not reader.schema.equals(schema):
+            raise ValueError(f"its columns are {reader.schema.to_string(show_schema_metadata=False)}")
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    for batch in batches if not trusted else ():
+        batch.validate(full=True)
+        if any(column.null_count for column in batch.columns):
+            raise ValueError("it holds nulls")
+    return reader.schema, batches
+
+
+def _map_shard(path: Path, trusted: bool) -> tuple[int, list[pa.RecordBatch]]:
+    """Vocabulary size and batches of a shard."""
     try:
         with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source)
-            vocab_size = int((reader.schema.metadata or {})[b"vocab_size"])
-            wanted = pa.schema([("tokens", pa.list_(token_type(vocab_size)))])
-            if not reader.schema.equals(wanted):
-                raise ValueError(f"its columns are {reader.schema.to_string(show_schema_metadata=False)}")
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        for batch in batches:
-            batch.validate(full=True)
-            if batch.column(0).null_count or batch.column(0).values.null_count:
+            vocab_size = int((pa.ipc.open_file(source).schema.metadata or {})[b"vocab_size"])
+        _, batches = map_batches(path, _schema(vocab_size), trusted)
+        for batch in batches if not trusted else ():
+            values = batch.column(0).values
+            if values.null_count:
                 raise ValueError("it holds nulls")
+            highest = values.to_numpy().max(initial=0)
+            if len(values) and highest >= vocab_size:
+                raise ValueError(f"token id {highest} is outside the vocabulary of {vocab_size}")
     except (ValueError, KeyError, OSError, pa.ArrowException) as error:
         raise CorruptionError(f"{path} is not a valid token shard: {error}") from error
-    return vocab_size, [batch.column(0) for batch in batches]
+    return vocab_size, batches
+
+
+def _values(batch: pa.RecordBatch) -> np.ndarray:
+    lists = batch.column(0)
+    ends = lists.offsets
+    return lists.values.to_numpy(zero_copy_only=True)[ends[0].as_py() : ends[-1].as_py()]
+
+
+def open_tokens(path: Path, trusted: bool = False) -> FlatTokens:
+    """Map the tokens of one shard; see ``open_stream``."""
+    vocab_size, batches = _map_shard(path, trusted)
+    pieces = tuple(_values(batch) for batch in batches)
+    return FlatTokens(pieces, np.cumsum([0] + [len(piece) for piece in pieces]), vocab_size)
 
 
 def open_stream(paths: Sequence[Path]) -> TokenStream:
     """Map shards into memory, fully validated, in the order given.
 
-    The paths must have been verified against their manifest (artifact.checked_files): Arrow does not check
-    offsets by itself and would read outside the file.  Raises CorruptionError.
+    The paths must have been verified against their manifest (artifact.checked_files).  Raises CorruptionError.
     """
     if not paths:
         raise CorruptionError("there is no token shard to open")
     pieces: list[np.ndarray] = []
-    boundaries: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
+    begins: list[np.ndarray] = []
     total = 0
     vocab_sizes: set[int] = set()
     for path in paths:
-        vocab_size, lists_of_batches = _map_shard(path)
+        vocab_size, batches = _map_shard(path, trusted=False)
         vocab_sizes.add(vocab_size)
-        for lists in lists_of_batches:
-            offsets = lists.offsets.to_numpy()
-            values = lists.values.to_numpy(zero_copy_only=True)[offsets[0] : offsets[-1]]
-            boundaries.append(offsets[1:].astype(np.int64) - offsets[0] + total)
-            pieces.append(values)
-            total += len(values)
+        for batch in batches:
+            ends = batch.column(0).offsets.to_numpy()
+            begins.append((ends[:-1].astype(np.int64) - ends[0] + total)[batch.column(1).to_numpy() == 0])
+            pieces.append(_values(batch))
+            total += len(pieces[-1])
     if len(vocab_sizes) != 1:
         raise CorruptionError(f"shards of different vocabularies {sorted(vocab_sizes)} in {paths[0].parent}")
     (vocab_size,) = vocab_sizes
-    highest = max((int(piece.max()) for piece in pieces if len(piece)), default=0)
-    if highest >= vocab_size:
-        raise CorruptionError(f"token id {highest} in {paths[0].parent}, the vocabulary has {vocab_size}")
-    starts = np.cumsum([0] + [len(piece) for piece in pieces])
-    return TokenStream(tuple(pieces), starts, np.concatenate(boundaries), vocab_size)
+    piece_starts = np.cumsum([0] + [len(piece) for piece in pieces])
+    doc_starts = np.concatenate([*begins, np.array([total], dtype=np.int64)])
+    if total and doc_starts[0] != 0:
+        raise CorruptionError(f"{paths[0]} is not a valid token shard: it begins in the middle of a document")
+    return TokenStream(tuple(pieces), piece_starts, vocab_size, doc_starts)

@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.artifact import checked_files, load_manifest, write_json
-from pipeline.data.packing import PackedRows
 from pipeline.data.shards import TokenStream, open_stream
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import NumericsError, UserError
 from pipeline.evaluate.config import EvaluateConfig
+from pipeline.evaluate.rows import HeldOutRows
 from pipeline.stage import Shard, StageContext, Stats
 from pipeline.weights import check_tokenizer, load_denoiser, load_record
 
@@ -40,7 +40,7 @@ def list_shards(config: EvaluateConfig, inputs: Mapping[str, Path], context: Sta
     for name, fingerprint in made_with.items():
         if fingerprint != load_manifest(inputs[name]).fingerprint:
             raise UserError(f"the tokens in {inputs['tokens']} were made with another {name} than {inputs[name]}")
-    num_rows = PackedRows(_held_out(inputs), record.seq_len).num_rows
+    num_rows = HeldOutRows(_held_out(inputs), record.seq_len).num_rows
     edges = np.linspace(0, num_rows, min(config.num_shards, num_rows) + 1).astype(int).tolist()
     return [{"name": f"rows-{start:08d}", "start": start, "stop": stop} for start, stop in itertools.pairwise(edges)]
 
@@ -55,7 +55,7 @@ def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, 
     torch.set_flush_denormal(True)
     model, record = load_denoiser(inputs["weights"])
     special = load_vocabulary(inputs["tokenizer"]).special
-    rows = PackedRows(_held_out(inputs), record.seq_len)
+    rows = HeldOutRows(_held_out(inputs), record.seq_len)
     lengths = torch.full((rows.num_rows,), rows.seq_len)
     lengths[-1] = rows.stream.num_tokens - (rows.num_rows - 1) * rows.seq_len
     counts = [stratified_counts(config.noise_seed, replicate, lengths) for replicate in range(config.num_replicates)]
@@ -71,7 +71,7 @@ def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, 
 
 
 def _row_losses(
-    model: Any, rows: PackedRows, indices: list[int], replicate: int, counts: Any, config: EvaluateConfig, special: Any
+    model: Any, rows: HeldOutRows, indices: list[int], replicate: int, counts: Any, config: EvaluateConfig, special: Any
 ) -> tuple[Any, Any]:
     """Weighted cross-entropy of every masked token of some rows, with the document each belongs to."""
     import torch
@@ -118,7 +118,7 @@ def finish(
     if not math.isfinite(bound.nelbo):
         raise NumericsError(f"the bound is {bound.nelbo}: the weights give no finite loss on the held-out text")
     text = _held_out_bytes(inputs["corpus"])
-    counts = np.bincount(stream.read(0, stream.num_tokens), minlength=stream.vocab_size)
+    counts = np.bincount(stream[:], minlength=stream.vocab_size)
     unigram = unigram_entropy(torch.from_numpy(counts))
     bits_per_byte = bound.bpb_bound(len(text)) / bound.nelbo
     compressed = lzma.compress(text, preset=XZ_PRESET)

@@ -9,10 +9,13 @@ import torch
 from dlm_core.corruption import mask_tokens, sample_times
 from dlm_core.objectives import Corrupted, Nelbo, Targets, masked_targets
 from dlm_core.schedules import LinearSchedule
-from pipeline.data.order import row_at
-from pipeline.data.packing import PackedRows
+from pipeline.data.loader import Loader, RowBatch
+from pipeline.data.order import hash_words, stream_number
 from pipeline.data.vocabulary import SpecialTokens
+from pipeline.errors import CorruptionError
 from pipeline.pretrain.config import PretrainConfig
+
+_LENGTH_STREAM = stream_number("length of a step")
 
 
 @dataclass(frozen=True)
@@ -23,32 +26,48 @@ class Batch:
     targets: Targets
 
 
-def micro_batches(
-    config: PretrainConfig, rows: PackedRows, special: SpecialTokens, step: int, rank: int
-) -> Iterator[Batch]:
-    """The rank's micro batches of one step, noised.
+def step_length(config: PretrainConfig, seq_len: int, step: int) -> int:
+    """Tokens of the rows that a step trains on, alike on every rank.
 
-    Sample id = step * global_batch_seqs + place.  The rank takes a contiguous range of places; nothing else
-    depends on it, so the global batch and its noise are the same for any number of ranks.
+    seq_len, but for a share of steps that take a length drawn from U{short_step_min, ..., seq_len} (LLaDA, arXiv
+    2502.09992, section 2.2; LLaDA-MoE, 2509.24389): what lies behind is left out of that step.
+    """
+    chance, place = hash_words(config.data_seed, _LENGTH_STREAM, step, np.arange(2, dtype=np.uint64)).tolist()
+    if chance >= int(config.short_step_share * 2**64):
+        return seq_len
+    shortest = min(config.short_step_min, seq_len)
+    return shortest + place % (seq_len - shortest + 1)
+
+
+def rank_rows(config: PretrainConfig, loader: Loader, step: int, rank: int) -> RowBatch:
+    """The rank's rows of a step: sample id = step * global_batch_seqs + place, a contiguous range of places."""
+    first = step * config.global_batch_seqs + rank * config.rank_batch_seqs
+    return loader.batch(np.arange(first, first + config.rank_batch_seqs))
+
+
+def micro_batches(
+    config: PretrainConfig, drawn: RowBatch, special: SpecialTokens, step: int, rank: int
+) -> Iterator[Batch]:
+    """The rank's rows of one step, noised, cut into micro batches.
+
+    Nothing depends on the rank but which places it takes: the global batch and its noise are the same for any number of
+    ranks.  Raises CorruptionError for a row that holds the mask id.
     """
     objective = Nelbo(LinearSchedule())
     times = sample_times(config.noise_seed, step, config.global_batch_seqs, config.t_min)
     first_place = rank * config.rank_batch_seqs
-    for start in range(first_place, first_place + config.rank_batch_seqs, config.rows_per_pass):
-        places = range(start, start + config.rows_per_pass)
-        sample_ids = [step * config.global_batch_seqs + place for place in places]
-        drawn = [
-            rows.row(row_at(config.data_seed, rows.num_full_rows, sample_id), special.pad_token_id)
-            for sample_id in sample_ids
-        ]
-        x0 = torch.from_numpy(np.stack([tokens for tokens, _ in drawn]))
-        lengths = torch.tensor([length for _, length in drawn])
-        is_text = torch.arange(config.seq_len) < lengths[:, None]
-        t = times[list(places)][:, None]
+    length = step_length(config, drawn.x0.shape[1], step)
+    is_real = drawn.doc_ids >= 0
+    if ((drawn.x0 == special.mask_token_id) & is_real).any():
+        raise CorruptionError(f"a row of step {step} holds the mask id {special.mask_token_id}, which no text may have")
+    for start in range(0, config.rank_batch_seqs, config.rows_per_pass):
+        rows = slice(start, start + config.rows_per_pass)
+        x0, is_text = (torch.from_numpy(array[rows, :length]) for array in (drawn.x0, is_real))
+        t = times[first_place + start : first_place + start + config.rows_per_pass, None]
         xt = mask_tokens(
             x0,
             objective.schedule.mask_prob(t),
-            torch.tensor(sample_ids),
+            torch.from_numpy(drawn.sample_ids[rows]),
             noise_seed=config.noise_seed,
             step=step,
             mask_token_id=special.mask_token_id,

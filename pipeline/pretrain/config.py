@@ -5,6 +5,7 @@ from typing import Literal
 
 from dlm_core.models.config import Architecture
 from pipeline.config import execution
+from pipeline.data.mixture import whole_weights
 from pipeline.stage import Stage
 
 
@@ -47,7 +48,13 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     num_steps: int = 1000
     global_batch_seqs: int = 16
-    seq_len: int = 256
+    mixture: dict[str, float] = field(default_factory=dict[str, float])
+    """Shares of rows by source, such as {"code": 2, "books": 1}; sources that are not named are left out. Empty: every
+    row of every source once an epoch."""
+    short_step_share: float = 0.0
+    """Share of steps whose rows are cut to a random length; LLaDA takes 0.01."""
+    short_step_min: int = 1
+    """Shortest of these lengths, in tokens."""
     t_min: float = 1e-3
     """Lowest sampled time; the weight 1/t grows without bound below it."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -70,7 +77,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "num_steps", "global_batch_seqs", "seq_len", "workers", "threads_per_worker",
+            "num_steps", "global_batch_seqs", "short_step_min", "workers", "threads_per_worker",
             "checkpoint_every_steps", "max_skipped_steps",
         )  # fmt: skip
         for name in positive:
@@ -83,6 +90,10 @@ class PretrainConfig:
             raise ValueError(
                 f"keep_checkpoints is {self.keep_checkpoints}; at least 2, since the newest may turn out damaged"
             )
+        if self.mixture:
+            whole_weights(self.mixture)
+        if not 0.0 <= self.short_step_share <= 1.0:
+            raise ValueError(f"short_step_share is {self.short_step_share}; it must lie in [0, 1]")
         if not 0.0 < self.t_min < 1.0:
             raise ValueError(f"t_min is {self.t_min}; it must lie between 0 and 1")
         if self.architecture.moe is not None:
@@ -112,17 +123,12 @@ class PretrainConfig:
         """Forward passes of a rank in one optimizer step."""
         return self.rank_batch_seqs // self.rows_per_pass
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens trained on."""
-        return self.num_steps * self.global_batch_seqs * self.seq_len
-
 
 STAGE = Stage(
     name="pretrain",
     kind="gang",
     config=PretrainConfig,
     module="pipeline.pretrain.run",
-    inputs=("tokens", "tokenizer"),
-    code_version=2,
+    inputs=("rows", "tokenizer"),
+    code_version=3,
 )

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifact import FileRecord, checked_files, link_or_copy, load_manifest, write_json
+from pipeline.artifact import FileRecord, link_or_copy, load_manifest, write_json
 from pipeline.config import to_json
-from pipeline.data.packing import PackedRows, pack_for_training
-from pipeline.data.shards import open_stream
+from pipeline.data.loader import Loader, prefetched
+from pipeline.data.rows import PackedRows, open_rows
+from pipeline.data.verified import Verified
 from pipeline.data.vocabulary import SpecialTokens, load_vocabulary
 from pipeline.errors import LeaseLostError, NumericsError, UserError, is_disk_full
 from pipeline.pretrain.checkpoint import (
@@ -58,13 +59,14 @@ def run(config: PretrainConfig, inputs: Mapping[str, Path], context: StageContex
     from dlm_core.models.transformer import Denoiser
 
     special = load_vocabulary(inputs["tokenizer"]).special
-    stream = open_stream(checked_files(inputs["tokens"], "train-*.arrow"))
-    if load_manifest(inputs["tokens"]).inputs.get("tokenizer") != load_manifest(inputs["tokenizer"]).fingerprint:
+    rows = open_rows(inputs["rows"])
+    if rows.stats["tokenizer"] != load_manifest(inputs["tokenizer"]).fingerprint:
         raise UserError(
-            f"the tokens in {inputs['tokens']} were made with another tokenizer than {inputs['tokenizer']}; "
-            "give the one that made them"
+            f"the rows in {inputs['rows']} were made with another tokenizer than {inputs['tokenizer']}; give the one "
+            "that made them"
         )
-    rows = pack_for_training(stream, config.seq_len)
+    verified = Verified(context.state / "verified")
+    loader = Loader(rows, config.data_seed, special.pad_token_id, config.mixture, verified)
     start_process_group()
     model_config = ModelConfig(config.architecture, special.vocab_size, special.mask_token_id)
     model = Denoiser(model_config)
@@ -74,11 +76,11 @@ def run(config: PretrainConfig, inputs: Mapping[str, Path], context: StageContex
     first_step = training.restore()
     if training.rank == 0:
         with training.tracker(first_step, model_config.num_params()) as tracker:
-            train(training, model_config, rows, special, first_step, tracker)
+            train(training, model_config, loader, special, first_step, tracker)
     else:
-        train(training, model_config, rows, special, first_step, None)
+        train(training, model_config, loader, special, first_step, None)
     training.save(config.num_steps, is_last=True)
-    stats = training.write_artifact(model_config) if training.rank == 0 else None
+    stats = training.write_artifact(model_config, rows, loader) if training.rank == 0 else None
     leave_process_group()
     return stats
 
@@ -86,7 +88,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Path], context: StageContex
 def train(
     training: "Training",
     model_config: "ModelConfig",
-    rows: PackedRows,
+    loader: Loader,
     special: SpecialTokens,
     first_step: int,
     tracker: Tracker | None,
@@ -96,53 +98,64 @@ def train(
 
     from dlm_core.cross_entropy import HeadLoss
     from dlm_core.objectives import NUM_T_BINS, loss_output
-    from pipeline.pretrain.batches import micro_batches
+    from pipeline.pretrain.batches import micro_batches, rank_rows
 
     config, engine = training.config, training.engine
     device = engine.device
-    for step in range(first_step, config.num_steps):
-        start_s = time.monotonic()
-        lr = config.optimizer.lr_at(step, config.num_steps)
-        set_lr(engine, lr)
-        batches = list(micro_batches(config, rows, special, step, training.rank))
-        num_tokens = int(training.sum_over_ranks(sum(batch.targets.num_tokens for batch in batches)))
-        totals = torch.zeros(2 + 2 * NUM_T_BINS, dtype=torch.float64)
-        for batch in batches:
-            asked = batch.targets
-            columns = (batch.noised.xt, asked.select, asked.targets, asked.weight)
-            out = loss_output(HeadLoss(*engine(*(column.to(device) for column in columns))), asked)
-            engine.backward(out.loss_sum * loss_scale(config, num_tokens))
-            engine.step()
-            sums = torch.stack([out.loss_sum.detach(), out.num_masked])
-            totals += torch.cat([sums, out.bin_loss_sum, out.bin_num_masked]).double().cpu()
-        totals = training.sum_over_ranks(totals)
-        loss_sum, num_masked = totals[:2].tolist()
-        grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        training.guard(step, loss_sum, grad_norm)
-        if step == 0:
-            check_first_loss(model_config, totals[2:])
-        elapsed_s = time.monotonic() - start_s
-        if tracker is not None:
-            loss = loss_sum / num_tokens
-            tracker.write(
-                {
-                    "step": step,
-                    "loss": loss if math.isfinite(loss) else None,
-                    "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-                    "lr": lr,
-                    "tokens": (step + 1) * num_tokens,
-                    "masked_fraction": num_masked / num_tokens,
-                    **bin_means(totals[2:]),
-                    "step_s": round(elapsed_s, 4),
-                }
-            )
-            training.context.progress(step + 1, config.num_steps, loss=loss, tokens_per_s=num_tokens / elapsed_s)
-        done = step + 1
-        if done < config.num_steps and done % config.checkpoint_every_steps == 0 and training.is_healthy:
-            training.save(done)
-        if training.agree_to_stop() and done < config.num_steps:
-            training.save(done, is_last=True)
-            raise Stopped(f"training was asked to stop after step {done} and saved a checkpoint")
+    tokens = training.tokens_before
+    steps = range(first_step, config.num_steps)
+    with prefetched(rank_rows(config, loader, step, training.rank) for step in steps) as all_drawn:
+        for step, drawn in zip(steps, all_drawn, strict=True):
+            start_s = time.monotonic()
+            lr = config.optimizer.lr_at(step, config.num_steps)
+            set_lr(engine, lr)
+            batches = list(micro_batches(config, drawn, special, step, training.rank))
+            num_tokens = int(training.sum_over_ranks(sum(batch.targets.num_tokens for batch in batches)))
+            totals = torch.zeros(2 + 2 * NUM_T_BINS, dtype=torch.float64)
+            for batch in batches:
+                asked = batch.targets
+                columns = (batch.noised.xt, asked.select, asked.targets, asked.weight)
+                out = loss_output(HeadLoss(*engine(*(column.to(device) for column in columns))), asked)
+                engine.backward(out.loss_sum * loss_scale(config, num_tokens))
+                engine.step()
+                sums = torch.stack([out.loss_sum.detach(), out.num_masked])
+                totals += torch.cat([sums, out.bin_loss_sum, out.bin_num_masked]).double().cpu()
+            totals = training.sum_over_ranks(totals)
+            loss_sum, num_masked = totals[:2].tolist()
+            grad_norm = float(engine.get_global_grad_norm() or 0.0)
+            training.guard(step, loss_sum, grad_norm)
+            if step == 0:
+                check_first_loss(model_config, totals[2:])
+            elapsed_s = time.monotonic() - start_s
+            tokens += num_tokens
+            done = step + 1
+            if tracker is not None:
+                loss = loss_sum / num_tokens
+                tracker.write(
+                    {
+                        "step": step,
+                        "loss": loss if math.isfinite(loss) else None,
+                        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                        "lr": lr,
+                        "tokens": tokens,
+                        "masked_fraction": num_masked / num_tokens,
+                        **epochs_shown(loader, done * config.global_batch_seqs),
+                        **bin_means(totals[2:]),
+                        "step_s": round(elapsed_s, 4),
+                    }
+                )
+                training.context.progress(done, config.num_steps, loss=loss, tokens_per_s=num_tokens / elapsed_s)
+            if done < config.num_steps and done % config.checkpoint_every_steps == 0 and training.is_healthy:
+                training.save(done)
+            if training.agree_to_stop() and done < config.num_steps:
+                training.save(done, is_last=True)
+                raise Stopped(f"training was asked to stop after step {done} and saved a checkpoint")
+
+
+def epochs_shown(loader: Loader, sample_id: int) -> dict[str, float]:
+    """Times that the rows have been shown by the samples before this one: "epochs", or "epochs_SOURCE" of a mixture."""
+    shown = loader.epochs(sample_id)
+    return {f"epochs_{name}" if name else "epochs": round(times, 6) for name, times in shown.items()}
 
 
 def check_first_loss(model_config: "ModelConfig", sums: Any) -> None:
@@ -181,6 +194,8 @@ class Training:
         self._consecutive_skips = 0
         self._skipped_before = 0
         self._log: MetricsLog | None = None
+        self.tokens_before = 0
+        """Tokens trained on before this start; known to rank 0."""
         self._last_saved = -1
         self._last_size_bytes = 0
 
@@ -206,6 +221,7 @@ class Training:
     def tracker(self, first_step: int, num_params: int) -> Tracker:
         """The stage's log of metrics, rewound to the step that training continues from."""
         self._log = log = MetricsLog(self.context.state / METRICS_FILE, first_step)
+        self.tokens_before = log.last.get("tokens", 0)
         if not self.config.track:
             return Tracker(log, None)
         details = {**to_json(self.config), "num_params": num_params}
@@ -349,7 +365,7 @@ class Training:
                 own.append(record_file(staging, relative))
         return own
 
-    def write_artifact(self, model_config: Any) -> Stats:
+    def write_artifact(self, model_config: Any, rows: PackedRows, loader: Loader) -> Stats:
         """Link the last checkpoint, the model's configuration and the metrics into the artifact."""
         out, state = self.context.out, self.context.state
         checkpoint = state / checkpoint_name(self.config.num_steps)
@@ -365,7 +381,9 @@ class Training:
         step_s = statistics.median(line["step_s"] for line in lines)
         return {
             "num_params": model_config.num_params(),
-            "tokens": self.config.num_tokens,
+            "seq_len": rows.seq_len,
+            "tokens": lines[-1]["tokens"],
+            **epochs_shown(loader, self.config.num_steps * self.config.global_batch_seqs),
             "final_loss": sum(tail) / max(1, len(tail)),
-            "tokens_per_s": self.config.global_batch_seqs * self.config.seq_len / step_s,
+            "tokens_per_s": lines[-1]["tokens"] / self.config.num_steps / step_s,
         }

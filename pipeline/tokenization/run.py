@@ -62,12 +62,18 @@ def finish(
 ) -> Stats:
     """Gather the shards under their names and add up the counts."""
     totals = {"train": {"docs": 0, "tokens": 0}, "held_out": {"docs": 0, "tokens": 0}}
+    shards = []
     for directory in shard_dirs:
         (shard,) = directory.glob("*.arrow")
         link_or_copy(shard, context.out / shard.name)
         counts = json.loads((directory / _COUNTS).read_text())
         split = totals[shard.stem.rsplit("-", 1)[0]]
+        shards.append({"name": shard.stem, "split": shard.stem.split("-")[0], "source": "text", **counts})
         for key, value in counts.items():
             split[key] += value
     vocab_size = load_vocabulary(inputs["tokenizer"]).special.vocab_size
-    return {"vocab_size": vocab_size, **{f"{s}_{k}": v for s, c in totals.items() for k, v in c.items()}}
+    return {
+        "vocab_size": vocab_size,
+        "shards": shards,
+        **{f"{s}_{k}": v for s, c in totals.items() for k, v in c.items()},
+    }

@@ -55,7 +55,8 @@ CHANGED: dict[type, dict[str, Any]] = {
         "architecture.cond_dim": 8, "architecture.tied_head": False, "architecture.init": "normal",
         "optimizer.lr": 0.5, "optimizer.warmup_steps": 1, "optimizer.beta1": 0.1, "optimizer.beta2": 0.1,
         "optimizer.eps": 1e-3, "optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": 9.0,
-        "num_steps": 7, "global_batch_seqs": 4, "seq_len": 8, "t_min": 0.1, "precision": "bf16",
+        "num_steps": 7, "global_batch_seqs": 4, "mixture": {"a": 1.0}, "short_step_share": 0.5, "short_step_min": 2,
+        "t_min": 0.1, "precision": "bf16",
         "init_seed": 1, "data_seed": 1, "noise_seed": 1,
     },
     EvaluateConfig: {"num_replicates": 9, "noise_seed": 1},
@@ -247,8 +248,8 @@ def test_from_json_converts_numbers_written_as_text() -> None:
 
 def test_from_json_with_several_mistakes_names_all() -> None:
     with pytest.raises(UserError) as error:
-        from_json(PretrainConfig, {"num_steps": "x", "seq_len": "y", "sede": 1})
-    assert all(name in str(error.value) for name in ("num_steps", "seq_len", "sede"))
+        from_json(PretrainConfig, {"num_steps": "x", "t_min": "y", "sede": 1})
+    assert all(name in str(error.value) for name in ("num_steps", "t_min", "sede"))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import lzma
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from dlm_core.corpus_bound import stratified_counts
 from pipeline.artifact import MANIFEST, Manifest, checked_files, load_manifest, record_files, write_json
-from pipeline.data.packing import PackedRows
 from pipeline.data.shards import open_stream
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluate.config import STAGE, EvaluateConfig
+from pipeline.evaluate.rows import HeldOutRows
 from pipeline.evaluate.run import _row_losses
 from pipeline.weights import load_denoiser, save_weights
 from tests.support.tiny_run import Artifacts, make_artifacts, run_stage
@@ -165,7 +166,7 @@ def test_a_context_free_model_hits_its_closed_form(weights: Path, made: Artifact
 
 
 def test_replicates_mask_other_places_not_only_other_numbers_of_them(made: Artifacts) -> None:
-    rows = PackedRows(open_stream(checked_files(made.tokens, "held_out-*.arrow")), 32)
+    rows = HeldOutRows(open_stream(checked_files(made.tokens, "held_out-*.arrow")), 32)
     special = load_vocabulary(made.tokenizer).special
     masked: list[list[set[int]]] = []
 
@@ -195,8 +196,8 @@ def test_inputs_of_another_run_are_refused(weights: Path, made: Artifacts, tmp_p
     other = make_artifacts(tmp_path, seed=1)
     mixtures = {
         "trained with another tokenizer": other,
-        "made with another corpus": Artifacts(other.corpus, made.tokenizer, made.tokens),
-        "made with another tokenizer": Artifacts(made.corpus, made.tokenizer, other.tokens),
+        "made with another corpus": replace(made, corpus=other.corpus),
+        "made with another tokenizer": replace(made, tokens=other.tokens),
     }
     for number, (words, mixture) in enumerate(mixtures.items()):
         with pytest.raises(UserError, match=words):

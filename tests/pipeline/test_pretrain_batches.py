@@ -3,19 +3,18 @@
 import pytest
 import torch
 
-from pipeline.artifact import checked_files
-from pipeline.data.packing import PackedRows
-from pipeline.data.shards import open_stream
+from pipeline.data.loader import Loader
+from pipeline.data.rows import open_rows
 from pipeline.data.vocabulary import SpecialTokens, load_vocabulary
-from pipeline.pretrain.batches import micro_batches
+from pipeline.pretrain.batches import micro_batches, rank_rows
 from pipeline.pretrain.config import PretrainConfig
 from tests.support.tiny_run import Artifacts, tiny
 
 
 @pytest.fixture(scope="module")
-def rows(made: Artifacts) -> PackedRows:
+def loader(made: Artifacts, special: SpecialTokens) -> Loader:
     """Rows of the training split."""
-    return PackedRows(open_stream(checked_files(made.tokens, "train-*.arrow")), 32)
+    return Loader(open_rows(made.rows), tiny().data_seed, special.pad_token_id)
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +23,20 @@ def special(made: Artifacts) -> SpecialTokens:
     return load_vocabulary(made.tokenizer).special
 
 
-def whole(config: PretrainConfig, rows: PackedRows, special: SpecialTokens, step: int) -> dict[str, torch.Tensor]:
+def whole(config: PretrainConfig, loader: Loader, special: SpecialTokens, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of the global batch, put together from all ranks and micro batches."""
-    parts = [b for rank in range(config.workers) for b in micro_batches(config, rows, special, step, rank)]
+    parts = [
+        batch
+        for rank in range(config.workers)
+        for batch in micro_batches(config, rank_rows(config, loader, step, rank), special, step, rank)
+    ]
     assert all(len(part.noised.x0) == config.rows_per_pass for part in parts)
     names = ("x0", "xt", "t", "is_text", "maskable")
     whole = {name: torch.cat([getattr(part.noised, name) for part in parts]) for name in names}
     for name in ("targets", "weight", "nelbo_weight"):
         whole[name] = torch.cat([getattr(part.targets, name) for part in parts])
     whole["select"] = torch.cat(
-        [part.targets.select + number * config.rows_per_pass * config.seq_len for number, part in enumerate(parts)]
+        [part.targets.select + number * config.rows_per_pass * 32 for number, part in enumerate(parts)]
     )
     whole["num_tokens"] = torch.stack([part.targets.num_tokens for part in parts]).sum()
     return whole
@@ -42,18 +45,18 @@ def whole(config: PretrainConfig, rows: PackedRows, special: SpecialTokens, step
 @pytest.mark.parametrize(("workers", "micro"), [(2, 0), (2, 2), (4, 1), (8, 0), (1, 2)])
 @pytest.mark.parametrize("step", [0, 7])
 def test_global_batch_is_the_same_however_it_is_cut(
-    rows: PackedRows, special: SpecialTokens, step: int, workers: int, micro: int
+    loader: Loader, special: SpecialTokens, step: int, workers: int, micro: int
 ) -> None:
-    wanted = whole(tiny(), rows, special, step)
-    found = whole(tiny(workers=workers, micro_batch_seqs=micro), rows, special, step)
+    wanted = whole(tiny(), loader, special, step)
+    found = whole(tiny(workers=workers, micro_batch_seqs=micro), loader, special, step)
     assert wanted.keys() == found.keys()
     for name, value in wanted.items():
         assert torch.equal(value, found[name]), name
 
 
-def test_batch_masks_as_its_time_says_and_weighs_by_one_over_t(rows: PackedRows, special: SpecialTokens) -> None:
+def test_batch_masks_as_its_time_says_and_weighs_by_one_over_t(loader: Loader, special: SpecialTokens) -> None:
     config = tiny(global_batch_seqs=64)
-    batch = whole(config, rows, special, 3)
+    batch = whole(config, loader, special, 3)
     is_masked = batch["xt"] == special.mask_token_id
     assert torch.equal(batch["xt"][~is_masked], batch["x0"][~is_masked])
     assert special.mask_token_id not in batch["x0"]
@@ -68,13 +71,3 @@ def test_batch_masks_as_its_time_says_and_weighs_by_one_over_t(rows: PackedRows,
     assert float((by_row - t).abs().max()) < 5 * (0.25 / 32) ** 0.5  # five sigmas of a binomial share
     assert bool(batch["is_text"].all())
     assert int(batch["num_tokens"]) == batch["x0"].numel()
-
-
-def test_an_epoch_shows_every_full_row_once_and_the_next_one_in_another_order(
-    rows: PackedRows, special: SpecialTokens
-) -> None:
-    config = tiny(global_batch_seqs=rows.num_full_rows)
-    first, second = (whole(config, rows, special, epoch)["x0"].tolist() for epoch in range(2))
-    everything = sorted(rows.row(i, special.pad_token_id)[0].tolist() for i in range(rows.num_full_rows))
-    assert first != second
-    assert sorted(first) == sorted(second) == everything

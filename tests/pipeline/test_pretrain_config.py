@@ -15,7 +15,7 @@ from tests.support.tiny_run import tiny
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("num_steps", 0), ("global_batch_seqs", 0), ("seq_len", 0), ("workers", 0), ("threads_per_worker", 0),
+        ("num_steps", 0), ("global_batch_seqs", 0), ("workers", 0), ("threads_per_worker", 0),
         ("checkpoint_every_steps", 0), ("max_skipped_steps", 0), ("keep_checkpoints", 1), ("t_min", 0.0),
         ("t_min", 1.0), ("workers", 3), ("micro_batch_seqs", -1), ("micro_batch_seqs", 3),
     ],

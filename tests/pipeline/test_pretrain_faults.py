@@ -164,7 +164,7 @@ def test_a_training_that_diverges_stops_with_advice(made: Artifacts, tmp_path: P
 
 def test_the_tokenizer_of_another_run_is_refused_even_of_the_same_size(made: Artifacts, tmp_path: Path) -> None:
     other = make_artifacts(tmp_path, seed=1)
-    inputs = {"tokens": made.tokens, "tokenizer": other.tokenizer}
+    inputs = {"rows": made.rows, "tokenizer": other.tokenizer}
     gang = start_gang(STAGE, tiny(), inputs, tmp_path / "out")
     assert gang.wait() == [2]
     assert "were made with another tokenizer" in gang.log()

@@ -28,7 +28,7 @@ def test_documents_decode_to_the_same_text_and_end_with_eos(
     vocabulary = load_vocabulary(tokenizer)
     special = vocabulary.special
     stream = open_stream(checked_files(tokens, f"{split}-*.arrow"))
-    flat = stream.read(0, stream.num_tokens)
+    flat = stream[:]
     assert special.mask_token_id not in flat
     assert special.pad_token_id not in flat
     ends = np.flatnonzero(flat == special.eos_token_id)

@@ -27,6 +27,8 @@ from dlm_core.models.config import Architecture
 from pipeline.artifact import MANIFEST, read_json, write_json
 from pipeline.corpus.config import STAGE as CORPUS
 from pipeline.corpus.config import CorpusConfig
+from pipeline.packing.config import STAGE as PACKING
+from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import OptimizerConfig, PretrainConfig
 from pipeline.stage import Stage, _run_alone
 from pipeline.tokenization.config import STAGE as TOKENIZATION
@@ -59,7 +61,6 @@ TINY = PretrainConfig(
     ),
     num_steps=20,
     global_batch_seqs=8,
-    seq_len=32,
     t_min=1e-3,
     workers=1,
     checkpoint_every_steps=4,
@@ -75,10 +76,11 @@ class Artifacts:
     corpus: Path
     tokenizer: Path
     tokens: Path
+    rows: Path
 
     def inputs(self) -> dict[str, Path]:
         """Inputs of pretrain."""
-        return {"tokens": self.tokens, "tokenizer": self.tokenizer}
+        return {"rows": self.rows, "tokenizer": self.tokenizer}
 
 
 def write_text(path: Path, seed: int, num_docs: int) -> Path:
@@ -97,13 +99,14 @@ def write_text(path: Path, seed: int, num_docs: int) -> Path:
 
 
 def make_artifacts(root: Path, seed: int = 0, num_docs: int = 300, vocab_size: int = 300) -> Artifacts:
-    """Corpus, tokenizer and token shards."""
+    """Corpus, tokenizer, token shards and rows of 32 tokens."""
     source = write_text(root / "text.jsonl", seed, num_docs)
-    made = Artifacts(root / "corpus", root / "tokenizer", root / "tokens")
+    made = Artifacts(root / "corpus", root / "tokenizer", root / "tokens", root / "rows")
     config = CorpusConfig(source=(str(source),), held_out_fraction=0.025, shard_bytes=60_000)
     run_stage(CORPUS, config, {}, made.corpus)
     run_stage(TOKENIZER, TokenizerConfig(vocab_size=vocab_size), {"corpus": made.corpus}, made.tokenizer)
     run_stage(TOKENIZATION, TokenizationConfig(), {"corpus": made.corpus, "tokenizer": made.tokenizer}, made.tokens)
+    run_stage(PACKING, PackingConfig(seq_len=32), {"tokens": made.tokens, "tokenizer": made.tokenizer}, made.rows)
     return made
 
 

@@ -5,6 +5,7 @@ from pipeline.convert.config import ConvertConfig
 from pipeline.corpus.config import CorpusConfig
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.generate.config import GenerateConfig
+from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import OptimizerConfig, PretrainConfig
 from pipeline.tokenization.config import TokenizationConfig
 from pipeline.tokenizer.config import TokenizerConfig
@@ -27,6 +28,12 @@ def quickstart() -> Workflow:
                 {"corpus": "corpus", "tokenizer": "tokenizer"},
             ),
             Step(
+                "packing",
+                "pipeline.packing",
+                PackingConfig(seq_len=128),
+                {"tokens": "tokenization", "tokenizer": "tokenizer"},
+            ),
+            Step(
                 "pretrain",
                 "pipeline.pretrain",
                 PretrainConfig(
@@ -36,10 +43,9 @@ def quickstart() -> Workflow:
                     optimizer=OptimizerConfig(lr=3e-3),
                     num_steps=2000,
                     global_batch_seqs=8,
-                    seq_len=128,
                     checkpoint_every_steps=200,
                 ),
-                {"tokens": "tokenization", "tokenizer": "tokenizer"},
+                {"rows": "packing", "tokenizer": "tokenizer"},
             ),
             Step("convert", "pipeline.convert", ConvertConfig(), {"pretrain": "pretrain"}),
             Step(

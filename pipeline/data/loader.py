@@ -1,0 +1,236 @@
+"""Rows of a step by their global sample ids: the whole state of the loader is one integer.
+
+(data_seed, sample id) gives the same row for any number of ranks, any micro batch and after any resume:
+
+    sample id  -- mixture -->  source, which of its samples  -- permutation of the epoch -->  row  -->  shard, row in it
+"""
+
+import difflib
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from pipeline.data.mixture import MixtureSchedule, whole_weights
+from pipeline.data.order import row_at, stream_number
+from pipeline.data.rows import PackedRows
+from pipeline.data.shards import FlatTokens, token_type
+from pipeline.data.verified import Verified
+from pipeline.errors import UserError
+
+EVERYTHING = ""
+"""Name of the one pool of rows where no weights are given."""
+_BLOCK = 8192
+"""Samples whose places are worked out together; has no effect on them."""
+_POLL_S = 0.1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows as the model sees them, on the host."""
+
+    sample_ids: np.ndarray
+    """Global sample ids, int64 [rows]."""
+    x0: np.ndarray
+    """Token ids, int64 [rows, seq_len]; pad_token_id where doc_ids is -1."""
+    counts: np.ndarray
+    """Segments of each row, int64 [rows]."""
+    lengths: np.ndarray
+    """Tokens of each segment, row by row from left to right, int32; negative for padding."""
+
+    @cached_property
+    def doc_ids(self) -> np.ndarray:
+        """Document of each token, counted within its row from 0, int32 [rows, seq_len]; -1 for padding."""
+        is_text = self.lengths > 0
+        number = np.cumsum(is_text, dtype=np.int32) - 1
+        first = np.cumsum(self.counts) - self.counts
+        before = np.repeat(number[first] + ~is_text[first], self.counts)
+        ids = np.where(is_text, number - before, -1).astype(np.int32)
+        return np.repeat(ids, np.abs(self.lengths)).reshape(self.x0.shape)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Rows that one share of the mixture is drawn from."""
+
+    name: str
+    shards: np.ndarray
+    """Numbers of its shards."""
+    row_ends: np.ndarray
+    """Rows in its shards up to and including each."""
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.row_ends[-1])
+
+    def locate(self, data_seed: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard, and row in it, of the pool's samples of these numbers."""
+        stream = stream_number(self.name) if self.name else 0
+        row = row_at(data_seed, stream, self.num_rows, index)
+        place = np.searchsorted(self.row_ends, row, side="right")
+        before = np.concatenate([[0], self.row_ends[:-1]])
+        return self.shards[place], row - before[place]
+
+
+class _OpenShard(NamedTuple):
+    """What the loop over rows touches, as memory views where single numbers are wanted: NumPy's scalars cost more."""
+
+    tokens: np.ndarray | FlatTokens
+    starts: memoryview
+    firsts: memoryview
+    lengths: memoryview
+    segments: np.ndarray
+
+
+class Loader:
+    """Looks up rows by global sample id.  What it keeps in memory are open shards, mapped from disk."""
+
+    def __init__(
+        self,
+        rows: PackedRows,
+        data_seed: int,
+        pad_token_id: int,
+        mixture: Mapping[str, float] | None = None,
+        verified: Verified | None = None,
+    ) -> None:
+        """``mixture``: shares of rows by source; without it every row comes once an epoch.
+
+        Raises UserError for a source that is not there or has no rows, and for weights that cannot be scheduled.
+        """
+        self._rows, self._data_seed, self._verified = rows, data_seed, verified
+        self._padding = np.full(rows.seq_len, pad_token_id, dtype=token_type(rows.vocab_size).to_pandas_dtype())
+        self._pools, self._schedule = _pools(rows, mixture or {})
+        self._open: dict[int, _OpenShard] = {}
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def batch(self, sample_ids: np.ndarray) -> RowBatch:
+        """The rows of some global sample ids, int64 [rows].  Raises CorruptionError for a damaged shard."""
+        seq_len, padding = self._rows.seq_len, self._padding
+        tokens: list[Any] = []
+        segments: list[Any] = []
+        for number, row in zip(*(part.tolist() for part in self.locate(sample_ids)), strict=True):
+            values, starts, firsts, lengths, shard_segments = self._open.get(number) or self._open_shard(number)
+            start, first, stop = starts[row], firsts[row], firsts[row + 1]
+            last = lengths[stop - 1]
+            if last < 0:
+                tokens.append(values[start : start + seq_len + last])
+                tokens.append(padding[:-last])
+            else:
+                tokens.append(values[start : start + seq_len])
+            segments.append(shard_segments[first:stop])
+        flat = np.frombuffer(b"".join(tokens), dtype=padding.dtype)  # the quickest way to put many slices together
+        counts = np.fromiter(map(len, segments), dtype=np.int64, count=len(segments))
+        lengths = np.frombuffer(b"".join(segments), dtype=np.int32)
+        return RowBatch(sample_ids, flat.astype(np.int64).reshape(-1, seq_len), counts, lengths)
+
+    def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard, and row in it, of each global sample id."""
+        blocks, places = np.divmod(sample_ids, _BLOCK)
+        wanted = sorted(set(blocks.tolist()))
+        self._blocks = {number: self._blocks.get(number) or self._locate_block(number) for number in wanted}
+        if len(wanted) == 1:
+            shard, row = self._blocks[wanted[0]]
+            return shard[places], row[places]
+        shard, row = np.empty_like(sample_ids), np.empty_like(sample_ids)
+        for number in wanted:
+            here = blocks == number
+            shard[here], row[here] = (part[places[here]] for part in self._blocks[number])
+        return shard, row
+
+    def epochs(self, sample_id: int) -> dict[str, float]:
+        """Times that each source has been shown by the samples before this one (EVERYTHING without a mixture)."""
+        counts = self._schedule.num_before(sample_id)
+        return {pool.name: count / pool.num_rows for pool, count in zip(self._pools, counts, strict=True)}
+
+    def _locate_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        source, index = self._schedule.locate(np.arange(number * _BLOCK, (number + 1) * _BLOCK))
+        shard, row = np.empty_like(index), np.empty_like(index)
+        for place, pool in enumerate(self._pools):
+            here = source == place
+            shard[here], row[here] = pool.locate(self._data_seed, index[here])
+        return shard, row
+
+    def _open_shard(self, number: int) -> "_OpenShard":
+        shard = self._rows.open_shard(number, self._verified)
+        whole = len(shard.tokens.pieces) == 1
+        plan = shard.plan
+        self._open[number] = _OpenShard(
+            shard.tokens.pieces[0] if whole else shard.tokens,
+            shard.start.data,
+            plan.row_starts.data,
+            plan.length.data,
+            plan.length,
+        )
+        return self._open[number]
+
+
+def _pools(rows: PackedRows, mixture: Mapping[str, float]) -> tuple[list[_Pool], MixtureSchedule]:
+    if not mixture:
+        return [_pool(EVERYTHING, rows, tuple(range(len(rows.shards))))], MixtureSchedule((1,))
+    for name in mixture:
+        if name not in rows.by_source:
+            close = difflib.get_close_matches(name, rows.by_source, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the sources are {', '.join(rows.by_source)}"
+            raise UserError(f"the mixture names {name!r}, which is no source of {rows.directory}; {hint}")
+    try:
+        weights = whole_weights(mixture)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    names = sorted(weights)
+    pools = [_pool(name, rows, rows.by_source[name]) for name in names]
+    return pools, MixtureSchedule(tuple(weights[name] for name in names))
+
+
+def _pool(name: str, rows: PackedRows, shards: tuple[int, ...]) -> _Pool:
+    row_ends = np.cumsum([rows.shards[number].rows for number in shards])
+    if not len(row_ends) or not row_ends[-1]:
+        raise UserError(f"{rows.directory} has no rows{f' of the source {name}' if name else ''} to train on")
+    return _Pool(name, np.array(shards), row_ends)
+
+
+@contextmanager
+def prefetched(items: Iterator[T], depth: int = 2) -> Iterator[Iterator[T]]:
+    """The same items, made ahead by a thread, at most ``depth`` of them waiting; what raises there raises here."""
+    waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    is_over = threading.Event()
+
+    def put(item: T | None, error: BaseException | None = None) -> None:
+        while not is_over.is_set():
+            try:
+                return waiting.put((item, error), timeout=_POLL_S)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item)
+                if is_over.is_set():
+                    return
+            put(None, StopIteration())
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that takes the items
+            put(None, error)
+
+    def take() -> Iterator[T]:
+        while True:
+            item, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # pyright: ignore[reportReturnType]
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        yield take()
+    finally:
+        is_over.set()
+        thread.join()
