@@ -101,15 +101,16 @@ def choose_backend(vocabulary: Vocabulary, setting: BackendName, sample: Iterabl
     standard = StandardBackend(vocabulary)
     if setting == "tokenizers":
         return Choice(standard, "asked for")
+    texts = [*PROBES, *_own_probes(vocabulary), *sample]
     try:
         fast = FastBackend(vocabulary)
+        found = fast.encode(texts)
     except ModuleNotFoundError as error:
         reason = f"{error.name} is not installed (pip install 'dlm[fast]')"
     except (RuntimeError, ValueError) as error:
-        reason = f"gigatoken cannot load this tokenizer: {str(error).splitlines()[0]}"
+        reason = f"gigatoken cannot load or use this tokenizer: {str(error).splitlines()[0]}"
     else:
-        texts = [*PROBES, *_own_probes(vocabulary), *sample]
-        pairs = zip(texts, standard.encode(texts), fast.encode(texts), strict=True)
+        pairs = zip(texts, standard.encode(texts), found, strict=True)
         differing = next((text for text, ours, theirs in pairs if not np.array_equal(ours, theirs)), None)
         if differing is None:
             return Choice(fast, f"gave the ids of tokenizers on {len(texts)} texts")
