@@ -1,12 +1,12 @@
 """Encode each shard of text into an Arrow shard of token ids, every document closed by its end token."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import pyarrow as pa
-
-from pipeline.artifact import checked, checked_files, link_or_copy
+from pipeline.artifact import checked_files, link_or_copy
+from pipeline.data.documents import read_documents
 from pipeline.data.shards import write_shard
 from pipeline.data.vocabulary import Vocabulary, load_vocabulary
 from pipeline.errors import UserError
@@ -25,8 +25,8 @@ def list_shards(config: TokenizationConfig, inputs: Mapping[str, Path], context:
 def run_shard(config: TokenizationConfig, inputs: Mapping[str, Path], shard: Shard, context: StageContext) -> Stats:
     """Write NAME.arrow with the tokens of one file of text, and its counts."""
     vocabulary = load_vocabulary(inputs["tokenizer"])
-    source = checked(inputs["corpus"], shard["file"])
-    encoded = _encode(source, vocabulary, config.batch_docs, shard["name"].startswith("held_out"))
+    texts = ("".join(parts) for parts in read_documents(inputs["corpus"], shard["file"]))
+    encoded = _encode(texts, vocabulary, config.batch_docs, shard["name"].startswith("held_out"))
     path = context.out / f"{shard['name']}.arrow"
     num_docs, num_tokens = write_shard(path, encoded, vocabulary.special.vocab_size)
     counts = {"docs": num_docs, "tokens": num_tokens}
@@ -34,24 +34,19 @@ def run_shard(config: TokenizationConfig, inputs: Mapping[str, Path], shard: Sha
     return counts
 
 
-def _encode(source: Path, vocabulary: Vocabulary, batch_docs: int, is_held_out: bool) -> Iterator[list[int]]:
+def _encode(texts: Iterator[str], vocabulary: Vocabulary, batch_docs: int, is_held_out: bool) -> Iterator[list[int]]:
     eos = vocabulary.special.eos_token_id
-    with pa.memory_map(str(source)) as mapped:
-        reader = pa.ipc.open_file(mapped)
-        for i in range(reader.num_record_batches):
-            texts = reader.get_batch(i).column(0)
-            for start in range(0, len(texts), batch_docs):
-                batch = texts[start : start + batch_docs].to_pylist()
-                for text, ids in zip(batch, vocabulary.encode_batch(batch), strict=True):
-                    if is_held_out and vocabulary.decode(ids) != text:
-                        raise UserError(
-                            "the tokenizer does not give back the text it was given (case, spaces or unknown "
-                            "characters are lost), so its tokens give no bound on the text. Use a byte-level "
-                            "tokenizer, or train one (tokenizer.file='')"
-                        )
-                    if vocabulary.special.mask_token_id in ids:
-                        raise UserError("the tokenizer gives the mask id for ordinary text; choose another")
-                    yield [*ids, eos]
+    while batch := list(itertools.islice(texts, batch_docs)):
+        for text, ids in zip(batch, vocabulary.encode_batch(batch), strict=True):
+            if is_held_out and vocabulary.decode(ids) != text:
+                raise UserError(
+                    "the tokenizer does not give back the text it was given (case, spaces or unknown "
+                    "characters are lost), so its tokens give no bound on the text. Use a byte-level "
+                    "tokenizer, or train one (tokenizer.file='')"
+                )
+            if vocabulary.special.mask_token_id in ids:
+                raise UserError("the tokenizer gives the mask id for ordinary text; choose another")
+            yield [*ids, eos]
 
 
 def finish(
@@ -66,7 +61,7 @@ def finish(
         (shard,) = directory.glob("*.arrow")
         link_or_copy(shard, context.out / shard.name)
         counts = json.loads((directory / _COUNTS).read_text())
-        split = totals[shard.stem.rsplit("-", 1)[0]]
+        split = totals[shard.stem.split("-")[0]]
         for key, value in counts.items():
             split[key] += value
     vocab_size = load_vocabulary(inputs["tokenizer"]).special.vocab_size
