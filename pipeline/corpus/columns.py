@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.config import CorpusConfig
-from pipeline.corpus.files import SourceFile, open_source, readable
+from pipeline.corpus.files import SourceFile, open_source
 from pipeline.corpus.ledger import Ledger
-from pipeline.corpus.lines import missing_field
+from pipeline.corpus.lines import missing_field, readable
 from pipeline.corpus.pieces import Piece
 from pipeline.corpus.text import decode
 from pipeline.errors import UserError

@@ -147,5 +147,5 @@ STAGE = Stage(
     config=CorpusConfig,
     module="pipeline.corpus.run",
     code_version=2,
-    external="pipeline.corpus.plan:external_data",
+    external="pipeline.corpus.identity:external_data",
 )

@@ -6,15 +6,11 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-
-import pyarrow as pa
+from typing import Any, BinaryIO
 
 from pipeline.artifact import file_sha256
 from pipeline.corpus.config import HUB_PREFIX, STDLIB, Source, is_url
 from pipeline.errors import UserError
-
-T = TypeVar("T")
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -233,19 +229,3 @@ def open_source(file: SourceFile) -> BinaryIO:
         return Path(file.url).open("rb", buffering=_BUFFER_BYTES)
     fs, path = _open_file_system(file.url)
     return io.BufferedReader(fs.open(path, "rb"), _BUFFER_BYTES)
-
-
-def readable(file: SourceFile, items: Iterator[T]) -> Iterator[T]:
-    """What an iterator over a file gives; UserError where its bytes make no sense."""
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except UserError:
-            raise
-        except (EOFError, OSError, ValueError, pa.ArrowException) as error:
-            if isinstance(error, OSError) and error.errno:
-                raise
-            raise UserError(f"{file.url} cannot be read: {error}. Fetch the file again") from None
-        yield item

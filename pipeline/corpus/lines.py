@@ -4,21 +4,39 @@ import codecs
 import io
 import json
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 
 from pipeline.corpus.config import CorpusConfig
-from pipeline.corpus.files import SourceFile, open_source, readable
+from pipeline.corpus.files import SourceFile, open_source
 from pipeline.corpus.ledger import Ledger
 from pipeline.corpus.pieces import Piece
 from pipeline.corpus.text import count_lines, decode
 from pipeline.errors import UserError
 
+T = TypeVar("T")
+
 _LISTED_FIELDS = 12
 _BUFFER_BYTES = 1 << 20
 _FREE_BYTES = 1 << 20
 """Decompressed bytes that say nothing about a bomb yet: a short file may compress very well."""
+
+
+def readable(file: SourceFile, items: Iterator[T]) -> Iterator[T]:
+    """What an iterator over a file gives; UserError where its bytes make no sense."""
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except UserError:
+            raise
+        except (EOFError, OSError, ValueError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise UserError(f"{file.url} cannot be read: {error}. Fetch the file again") from None
+        yield item
 
 
 class _Inflated(io.RawIOBase):

@@ -1,17 +1,15 @@
-"""What a corpus consists of: the fixed list of its shards, and what identifies the data behind them."""
+"""The fixed list of the shards of a corpus, and what identifies each."""
 
-import hashlib
 import itertools
-import os
 from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config import to_json
 from pipeline.corpus.columns import open_parquet
-from pipeline.corpus.config import HUB_PREFIX, CorpusConfig, for_source
+from pipeline.corpus.config import CorpusConfig
 from pipeline.corpus.files import SourceFile, content_of, list_source, open_source
-from pipeline.corpus.filters import filters_identity
 from pipeline.corpus.hub import hub_pieces
+from pipeline.corpus.identity import datasets_of, how_it_is_read
 from pipeline.corpus.pieces import Piece, cut_bytes, cut_row_groups, cut_runs
 from pipeline.errors import UserError
 from pipeline.stage import Shard
@@ -20,39 +18,11 @@ _MAX_PIECES = 100_000
 """The number of a shard has five digits, by which files are sorted."""
 
 
-def external_data(config: CorpusConfig) -> Any:
-    """What identifies each source: its names and SHA-256 of files (for the hub, name and revision), and how it is read.
-
-    A source is not identified by where it is.
-    """
-    return {name: _source_identity(config, name) for name in sorted(config.source)}
-
-
-def _source_identity(config: CorpusConfig, name: str) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    files = list_source(name, config.source[name])
-    for file in files:
-        digest.update(os.fsencode(f"{file.name}\0{content_of(file)}\n"))
-    found: dict[str, Any] = {**_how_it_is_read(config, name), "files": len(files), "sha256": digest.hexdigest()}
-    if datasets := _datasets(config, name):
-        found |= {"datasets": datasets, "split": config.hub_split, "revision": config.hub_revision}
-    return found
-
-
-def _how_it_is_read(config: CorpusConfig, name: str) -> dict[str, Any]:
-    own = for_source(config, name)
-    return {"text_field": own.text_field, "filters": filters_identity(own.filters)}
-
-
-def _datasets(config: CorpusConfig, name: str) -> list[str]:
-    return sorted(item for item in config.source[name].paths if item.startswith(HUB_PREFIX))
-
-
 def plan_shards(config: CorpusConfig) -> list[Shard]:
     """All shards, by source, file and range: the order of the documents, whoever reads them and when."""
     shards: list[Shard] = []
     for name in sorted(config.source):
-        how = {"source": name, **_how_it_is_read(config, name)}
+        how = {"source": name, **how_it_is_read(config, name)}
         for number, piece in enumerate(_pieces(config, name)):
             if number == _MAX_PIECES:
                 raise UserError(
@@ -75,7 +45,7 @@ def _piece_identity(piece: Piece) -> dict[str, Any]:
 
 
 def _pieces(config: CorpusConfig, name: str) -> Iterator[Piece]:
-    for item in _datasets(config, name):
+    for item in datasets_of(config, name):
         yield from hub_pieces(item, config)
     files = list_source(name, config.source[name])
     for is_cut, group in itertools.groupby(files, key=lambda file: _is_cut(file, config.shard_bytes)):
