@@ -55,7 +55,7 @@ def list_source(name: str, source: Source) -> list[SourceFile]:
 def _list_local(item: str) -> list[SourceFile]:
     try:
         base, paths = (_stdlib(), list(_stdlib_files())) if item == STDLIB else _find(Path(item))
-        files = [_local_file(path.relative_to(base).as_posix(), path) for path in paths]
+        files = [_local_file(path.relative_to(base).as_posix(), path) for path in sorted(paths)]
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
