@@ -141,8 +141,8 @@ def test_an_empty_out_directory_is_used(config: Path, tmp_path: Path) -> None:
 def test_an_artifact_whose_files_are_damaged_is_not_called_complete(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "corpus"
     assert _run_corpus(config, out).returncode == 0
-    (out / "train-00000.arrow").unlink()
-    assert "train-00000.arrow is missing" in _refused(_run_corpus(config, out))
+    (out / "train-text-00000.arrow").unlink()
+    assert "train-text-00000.arrow is missing" in _refused(_run_corpus(config, out))
 
 
 _MEANWHILE = """
@@ -169,7 +169,7 @@ def test_check_external_compares_with_what_was_planned(config: Path) -> None:
     value = from_json(CorpusConfig, json.loads(config.read_text()))
     planned = external_identity(CORPUS, value)
     check_external(CORPUS, value, planned)
-    flip_bit(Path(value.source[0]), 12)
+    flip_bit(Path(value.source["text"].paths[0]), 12)
     with pytest.raises(UserError, match="corpus reads have changed"):
         check_external(CORPUS, value, planned)
 
@@ -189,10 +189,10 @@ def test_what_a_killed_attempt_left_is_not_trusted(config: Path, tmp_path: Path)
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    assert (out / "train-00000.arrow").exists()
+    assert (out / "train-text-00000.arrow").exists()
     assert not (out / MANIFEST).exists()
-    flip_bit(out / "train-00000.arrow", 300)
-    (out / "train-00007.arrow").write_bytes(b"stray")
+    flip_bit(out / "train-text-00000.arrow", 300)
+    (out / "train-text-00007.arrow").write_bytes(b"stray")
     assert _run_corpus(config, out).returncode == 0
     assert open_artifact(out).files == open_artifact(tmp_path / "clean").files
 
