@@ -55,12 +55,12 @@ def test_shards_bear_the_names_of_the_text_and_stats_count_them(corpus: Path, to
     assert manifest.stats["vocab_size"] == load_vocabulary(tokenizer).special.vocab_size
 
 
-@pytest.mark.parametrize("batch_docs", [1, 7])
-def test_shards_do_not_depend_on_batch_docs(
-    tmp_path: Path, corpus: Path, tokenizer: Path, tokens: Path, batch_docs: int
+@pytest.mark.parametrize("batch_chars", [1, 700])
+def test_shards_do_not_depend_on_batch_chars(
+    tmp_path: Path, corpus: Path, tokenizer: Path, tokens: Path, batch_chars: int
 ) -> None:
     inputs = {"corpus": corpus, "tokenizer": tokenizer}
-    again = make_artifact(STAGE, TokenizationConfig(batch_docs=batch_docs), inputs, tmp_path / "again")
+    again = make_artifact(STAGE, TokenizationConfig(batch_chars=batch_chars), inputs, tmp_path / "again")
     assert load_manifest(again).files == load_manifest(tokens).files
     assert load_manifest(again).fingerprint == load_manifest(tokens).fingerprint
 
