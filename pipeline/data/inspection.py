@@ -101,7 +101,7 @@ def verify(corpus: Path, tokens: Path, packed: Path, vocabulary: Vocabulary) -> 
     says; the rows hold every token of every training document once.
     """
     for name, directory in (("corpus", corpus), ("tokens", tokens), ("rows", packed)):
-        files = checked_files(directory, "**/*")
+        files = checked_files(directory, "*")
         size = sum(path.stat().st_size for path in files)
         yield f"{name}: {len(files):,} files, {size / 1e6:,.1f} MB, every SHA-256 agrees"
     records = open_artifact(tokens).stats["shards"]
