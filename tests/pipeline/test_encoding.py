@@ -176,7 +176,7 @@ def test_a_special_id_out_of_text_is_refused_and_named(vocabulary: Vocabulary, n
     special = SpecialTokens(**{**vars(vocabulary.special), f"{name}_token_id": letter})
     encoder = build_encoder(Vocabulary(vocabulary.tokenizer, special), "tokenizers")
     with pytest.raises(UserError, match=rf"document 3: .* {name} id {letter} \('w'\).*tokenizer\.{name}_token"):
-        list(encode_documents(encoder, [[""], ["x"], ["yy"], ["zw"], ["w"]]))
+        list(encode_documents(encoder, [[""], ["x"], ["yy"], ["wz"], ["w"]]))
 
 
 def test_an_id_outside_of_the_vocabulary_is_refused(vocabulary: Vocabulary) -> None:
@@ -274,7 +274,7 @@ def test_a_fast_backend_that_differs_on_the_sample_is_not_taken(vocabulary: Voca
 def test_a_fast_backend_that_differs_later_is_an_error_that_names_the_document(vocabulary: Vocabulary) -> None:
     encoder = build_encoder(vocabulary, "fast", ["good"])
     documents = [[f"document {number}" if number != 6 else "poison"] for number in range(20)]
-    for batch_chars in (1, 30, 10_000):
+    for batch_chars in (1, 40, 10_000):
         with pytest.raises(UserError, match=r"document 6: gigatoken gives other ids .*'poison'.*'tokenizers'"):
             list(encode_documents(encoder, documents, EncodingLimits(batch_chars=batch_chars, verify_every=3)))
     assert len(_documents(encode_documents(encoder, documents, EncodingLimits(verify_every=4)))) == 20
