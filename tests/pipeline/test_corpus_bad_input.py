@@ -251,7 +251,10 @@ def test_any_bytes_as_lines_of_json_give_documents_and_rejects(
 
 
 @settings(deadline=None)
-@given(data=st.binary(max_size=200), name=st.sampled_from(["a.txt", "a.md", "a.jsonl.gz", "a.jsonl.zst", "a.arrow"]))
+@given(
+    data=st.binary(max_size=200),
+    name=st.sampled_from(["a.txt", "a.md", "a.jsonl.gz", "a.jsonl.zst", "a.arrow", "a.parquet"]),
+)
 def test_any_bytes_as_another_kind_give_documents_or_a_user_error(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str
 ) -> None:
