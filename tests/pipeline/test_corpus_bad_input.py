@@ -409,7 +409,7 @@ def test_a_giant_text_passes_in_bounded_memory_and_unchanged(tmp_path: Path, txt
         (folder / f"{number}.md").write_text(text)
     size_mb = (folder / "giant.txt").stat().st_size / 1e6
     assert size_mb > 300
-    assert _peak_mb(tmp_path, txt_document_chars) < 180
+    assert _peak_mb(tmp_path, txt_document_chars) < 250
     (out,) = tmp_path.glob("made-*/corpus")
     made = Made(out)
     counts = made.stats
