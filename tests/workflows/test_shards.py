@@ -216,6 +216,19 @@ def test_stop_request_starts_no_shard_that_waits_and_the_resumed_run_no_other(st
     assert set(executions(log).values()) == {1}
 
 
+def test_stop_request_while_a_shard_waits_to_be_tried_again_is_heard_at_once(store, log, monkeypatch):
+    monkeypatch.setattr("workflows.coordinator._BACKOFF_S", 3600.0)
+    run = runs.create_run(store, copies_plan(log, trouble="code", where="copies-001"), "local", "r1")
+
+    def stop_once_the_others_are_done(states) -> None:
+        if states[1].progress.get("done") == 2:
+            run.cancel_file.touch()
+
+    states = coordinate(store, run, Inline, stop_once_the_others_are_done)
+    assert states["copies"].status == "stopped"
+    assert executions(log)["copies-001"] == 1
+
+
 # --- shards of other artifacts --------------------------------------------------------------------------------------
 
 
