@@ -133,7 +133,7 @@ class _Reader:
                 node = _Node(node.first, node.last, node.follow, frozenset(), nullable=True, skippable=False)
             return node
         match = _ATOM.match(self.pattern, self.place)
-        # Beyond ASCII one character may match several of another case; where it is one for two ASCII letters, CutRule sees to it.
+        # An atom beyond ASCII may match several characters of another case; one for two ASCII letters, see _judge.
         if not match or (ignore_case and not (match.group().isascii() and len(match.group()) == 1)):
             raise self._unreadable()
         self.place = match.end()
