@@ -39,7 +39,7 @@ class Filters:
     drop_duplicates: bool = True
     """Leave out a document whose text stands earlier in the corpus, in whichever source."""
     quality: tuple[str, ...] = ()
-    """Hooks "module:function", asked in this order; of a document above 8 MB they see the first megabyte or so.
+    """Hooks "module:function", asked in this order; of a text file above 4 MB they see the first megabyte or so.
     There are pipeline.corpus.filters:compressibility, :repeated_lines and :control_characters."""
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from pipeline.corpus.files import SourceFile, open_source
 from pipeline.corpus.ledger import Ledger
 from pipeline.errors import UserError
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 4 << 20
 """A larger file, and a piece without a blank line of more characters than this, is never in memory as a whole."""
 _BLANK_LINE = re.compile(r"\n\r?\n")
 

@@ -42,6 +42,7 @@ def test_runs_hold_every_file_once_in_order_and_are_of_about_the_size() -> None:
     assert total / 1000 / 2 < len(runs) < total / 1000 * 2
 
 
+@settings(deadline=None)
 @given(
     numbers=st.sets(st.integers(0, 500), max_size=40),
     sizes=st.integers(0, 300),

@@ -88,6 +88,7 @@ def test_a_file_of_duplicates_alone_is_left_with_no_document(tmp_path: Path) -> 
     assert {"train-b-00000.arrow", "train-b-00000.duplicates.npy"} <= set(made.files())
 
 
+@settings(deadline=None)
 @given(
     hashes=st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=12), max_size=5),
     at_once=st.sampled_from([1, 4, 1 << 24]),
@@ -218,6 +219,7 @@ def _is_held_out(document: str, fraction: float, split_seed: int) -> bool:
     return hashed.is_held_out(fraction)
 
 
+@settings(deadline=None)
 @given(document=st.text(st.characters(codec="utf-8")), split_seed=st.integers(0, 99))
 def test_the_split_is_a_keyed_hash_of_the_text(document: str, split_seed: int) -> None:
     digest = hashlib.blake2b(document.encode(), digest_size=8, key=str(split_seed).encode()).digest()

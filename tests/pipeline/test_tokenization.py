@@ -19,14 +19,23 @@ from pipeline.packing.config import PackingConfig
 from pipeline.tokenization.config import STAGE, TokenizationConfig
 from pipeline.tokenizer.config import STAGE as TOKENIZER
 from pipeline.tokenizer.config import TokenizerConfig
-from tests.pipeline.conftest import flip_bit, make_artifact
+from tests.pipeline.conftest import flip_bit, make_artifact, write_jsonl
 
 
 def _texts(corpus: Path, split: str) -> list[str]:
+    """The text of every document, read without the functions that the stages use."""
     found: list[str] = []
     for path in checked_files(corpus, f"{split}-*.arrow"):
         with pa.memory_map(str(path)) as source:
-            found += pa.ipc.open_file(source).read_all().column("text").to_pylist()
+            rows = pa.ipc.open_file(source).read_all().to_pylist()
+        documents: list[str] = []
+        for row in rows:
+            if row["starts_document"]:
+                documents.append("")
+            documents[-1] += row["text"]
+        left_out = path.with_name(f"{path.stem}.duplicates.npy")
+        numbers = set(np.load(left_out).tolist()) if left_out.exists() else set()
+        found += [text for number, text in enumerate(documents) if number not in numbers]
     return found
 
 
@@ -171,3 +180,26 @@ def test_counts_of_a_shard_are_those_of_its_text(corpus: Path, tokens: Path) -> 
         for key in ("docs", "tokens", "bytes"):
             assert sum(shard[key] for shard in own) == stats[f"{split}_{key}"]
     assert sum(stats["backends"].values()) == len(stats["shards"])
+
+
+def test_sources_duplicates_and_documents_of_many_rows_are_tokenized_as_documents(
+    tmp_path: Path, tokenizer: Path, documents: list[str]
+) -> None:
+    from pipeline.corpus.config import STAGE as CORPUS
+    from pipeline.corpus.config import CorpusConfig, Source
+
+    giant = "the model reads a document of many rows. " * 28_000
+    a = write_jsonl(tmp_path / "a.jsonl", [*documents[:30], giant, documents[0]])
+    b = write_jsonl(tmp_path / "b.jsonl", [*documents[20:], giant])
+    config = CorpusConfig(source={"b_c": Source((str(b),)), "b": Source((str(a),))}, held_out_fraction=0.2)
+    corpus = make_artifact(CORPUS, config, {}, tmp_path / "corpus")
+    vocabulary = load_vocabulary(tokenizer)
+    tokens = make_artifact(STAGE, TokenizationConfig(), {"corpus": corpus, "tokenizer": tokenizer}, tmp_path / "t")
+    found: list[str] = []
+    for split in ("train", "held_out"):
+        stream = open_stream(checked_files(tokens, f"{split}-*.arrow"))
+        ids = np.split(stream.read(0, stream.num_tokens), stream.doc_starts[1:-1])
+        assert [vocabulary.decode(one.tolist()) for one in ids] == _texts(corpus, split)
+        assert open_artifact(tokens).stats[f"{split}_docs"] == len(ids) == open_artifact(corpus).stats[f"{split}_docs"]
+        found += _texts(corpus, split)
+    assert sorted(found) == sorted([*documents, giant])
