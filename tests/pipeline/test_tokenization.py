@@ -158,7 +158,10 @@ def test_a_giant_document_is_the_ids_of_its_whole_text_in_several_segments(tmp_p
     assert offsets[0] == 0
 
 
-def test_a_tokenizer_that_does_not_give_the_text_back_is_refused(tmp_path: Path, corpus: Path) -> None:
+def test_a_tokenizer_that_does_not_give_the_text_back_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [f"Words with Capitals {number}" for number in range(20)])
+    config = CorpusConfig(source={"text": Source((str(tmp_path / "a.jsonl"),))}, held_out_fraction=0.5)
+    corpus = make_artifact(CORPUS, config, {}, tmp_path / "corpus")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     lower = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     lower.normalizer = normalizers.Lowercase()
@@ -166,8 +169,8 @@ def test_a_tokenizer_that_does_not_give_the_text_back_is_refused(tmp_path: Path,
     lower.decoder = decoders.ByteLevel()
     lower.add_special_tokens([MASK_TOKEN, EOS_TOKEN, PAD_TOKEN])
     lower.save(str(tmp_path / "lower.json"))
-    config = TokenizerConfig(file=str(tmp_path / "lower.json"))
-    tokenizer = make_artifact(TOKENIZER, config, {"corpus": corpus}, tmp_path / "tokenizer")
+    given = TokenizerConfig(file=str(tmp_path / "lower.json"))
+    tokenizer = make_artifact(TOKENIZER, given, {"corpus": corpus}, tmp_path / "tokenizer")
     with pytest.raises(UserError, match="does not give back the text"):
         make_artifact(STAGE, TokenizationConfig(), {"corpus": corpus, "tokenizer": tokenizer}, tmp_path / "t")
 
@@ -185,9 +188,6 @@ def test_counts_of_a_shard_are_those_of_its_text(corpus: Path, tokens: Path) -> 
 def test_sources_duplicates_and_documents_of_many_rows_are_tokenized_as_documents(
     tmp_path: Path, tokenizer: Path, documents: list[str]
 ) -> None:
-    from pipeline.corpus.config import STAGE as CORPUS
-    from pipeline.corpus.config import CorpusConfig, Source
-
     giant = "the model reads a document of many rows. " * 28_000
     a = write_jsonl(tmp_path / "a.jsonl", [*documents[:30], giant, documents[0]])
     b = write_jsonl(tmp_path / "b.jsonl", [*documents[20:], giant])
@@ -198,7 +198,7 @@ def test_sources_duplicates_and_documents_of_many_rows_are_tokenized_as_document
     found: list[str] = []
     for split in ("train", "held_out"):
         stream = open_stream(checked_files(tokens, f"{split}-*.arrow"))
-        ids = np.split(stream.read(0, stream.num_tokens), stream.doc_starts[1:-1])
+        ids = np.split(stream[:], stream.doc_starts[1:-1])
         assert [vocabulary.decode(one.tolist()) for one in ids] == _texts(corpus, split)
         assert open_artifact(tokens).stats[f"{split}_docs"] == len(ids) == open_artifact(corpus).stats[f"{split}_docs"]
         found += _texts(corpus, split)
