@@ -41,6 +41,11 @@ class Ended:
 class Executor(Protocol):
     """A place to run calls."""
 
+    @property
+    def num_cpus(self) -> float:
+        """Cores for all calls together: what is started beyond them waits in the executor."""
+        ...
+
     def start(self, call: Call) -> None:
         """Queue a call; it starts when there are cores for it."""
         ...

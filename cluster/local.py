@@ -44,6 +44,11 @@ class LocalExecutor(Executor):
         self._cancelled: list[Ended] = []
         self._pipe_read, self._pipe_write = os.pipe()
 
+    @property
+    def num_cpus(self) -> float:
+        """Cores for all calls together."""
+        return self._num_cpus
+
     def start(self, call: Call) -> None:
         """Queue a call."""
         assert call.key not in self._running, f"{call.key} is running already"

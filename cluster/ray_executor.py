@@ -79,7 +79,7 @@ class RayExecutor(Executor):
         os.environ["RAY_AUTH_TOKEN"] = _TOKEN
         import ray
 
-        self._ray = ray
+        self._ray, self._num_cpus = ray, float(num_cpus)
         self._refs: dict[Any, str] = {}
         self._kill_at_s: dict[Any, float] = {}
         self._reaper = start_reaper()
@@ -96,6 +96,11 @@ class RayExecutor(Executor):
         except BaseException:
             dismiss_reaper(self._reaper)
             raise
+
+    @property
+    def num_cpus(self) -> float:
+        """Logical cores for all calls together."""
+        return self._num_cpus
 
     def start(self, call: Call) -> None:
         """Submit a call; Ray starts it when there are cores for it."""

@@ -57,6 +57,8 @@ class Manifest:
     elapsed_s: float = 0.0
     environment: dict[str, str] = field(default_factory=dict)
     """Versions of the packages and the machine."""
+    shard: dict[str, Any] = field(default_factory=dict)
+    """Of a piece of a map stage: the shard that it was made from."""
     schema_version: int = SCHEMA_VERSION
 
 

@@ -11,7 +11,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -62,6 +63,8 @@ def identity(config: Any) -> Any:
         }
     if isinstance(config, tuple | list):
         return [identity(item) for item in config]
+    if isinstance(config, Mapping):
+        return {key: identity(config[name]) for name, key in zip(config, to_json(dict.fromkeys(config)), strict=True)}
     return to_json(config)
 
 
@@ -88,20 +91,20 @@ def diff(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
 
 
 @cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
-    for nested in [kind, *_nested_dataclasses(kind)]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    for nested in _dataclasses_in(kind):
         nested.__pydantic_config__ = _STRICT  # pyright: ignore[reportAttributeAccessIssue]
     return TypeAdapter(kind)
 
 
-def _nested_dataclasses(kind: type) -> list[type]:
+def _dataclasses_in(*hints: Any) -> list[type]:
     found: list[type] = []
-    pending = list(get_type_hints(kind).values())
+    pending = list(hints)
     while pending:
         part = pending.pop()
         pending += getattr(part, "__args__", ())
         if isinstance(part, type) and dataclasses.is_dataclass(part):
-            found += [part, *_nested_dataclasses(part)]
+            found += [part, *_dataclasses_in(*get_type_hints(part).values())]
     return found
 
 
@@ -110,17 +113,38 @@ def _suggestion(word: str, allowed: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; allowed here: {', '.join(allowed)}"
 
 
-def _field_names(kind: type, path: Sequence[Any]) -> list[str]:
-    """Names of the fields of the dataclass that ``path`` leads to, from ``kind`` down."""
-    for part in path:
-        if not isinstance(part, str):
-            continue
-        hint = get_type_hints(kind).get(part)
-        candidates = (hint, *getattr(hint, "__args__", ()))
-        nested = [c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)]
-        if nested:
-            kind = nested[0]
-    return [f.name for f in dataclasses.fields(kind)]
+def _parts(hint: Any) -> list[Any]:
+    """A type and the types it is made of: the members of a union, the type that metadata are about."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return _parts(get_args(hint)[0])
+    if origin in (Union, UnionType):
+        return [part for member in get_args(hint) for part in _parts(member)]
+    return [hint]
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    found = [part for part in _parts(hint) if isinstance(part, type) and dataclasses.is_dataclass(part)]
+    return found[0] if found else None
+
+
+def _values_in(hint: Any) -> Any:
+    """The type of the values of a free mapping, dict[str, X]; None for any other type."""
+    found = [get_args(part)[1] for part in _parts(hint) if get_origin(part) is dict]
+    return found[0] if found else None
+
+
+def _hint_of(hint: Any, key: str) -> Any:
+    """The type at a key of a nested dataclass or of a free mapping; None where there is none."""
+    if (values := _values_in(hint)) is not None:
+        return values
+    nested = _dataclass_in(hint)
+    return get_type_hints(nested, include_extras=True).get(key) if nested else None
+
+
+def _field_names(hint: Any) -> list[str]:
+    nested = _dataclass_in(hint)
+    return [f.name for f in dataclasses.fields(nested)] if nested else []
 
 
 def from_json(kind: type[T], value: Any, where: str = "") -> T:
@@ -140,16 +164,20 @@ def from_json(kind: type[T], value: Any, where: str = "") -> T:
 def _refuse_bool_as_number(value: Any, result: Any, path: str) -> None:
     if isinstance(value, bool) and type(result) in (int, float):
         raise UserError(f"{path} is {value}: a number is needed")
-    if isinstance(value, Mapping) and dataclasses.is_dataclass(result):
+    if isinstance(value, Mapping):
         for key, item in value.items():
-            _refuse_bool_as_number(item, getattr(result, key), f"{path}.{key}" if path else key)
+            inner = result.get(key) if isinstance(result, Mapping) else getattr(result, key, None)
+            _refuse_bool_as_number(item, inner, f"{path}.{key}" if path else key)
 
 
 def _explain(kind: type, item: dict[str, Any], where: str) -> str:
     location = [part for part in item["loc"] if part != "function-before"]
     path = ".".join([*([where] if where else []), *map(str, location)])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        names = _field_names(kind, location[:-1])
+        hint: Any = kind
+        for part in location[:-1]:
+            hint = _hint_of(hint, part) if isinstance(part, str) else next(iter(get_args(_parts(hint)[0])), None)
+        names = _field_names(hint)
         return f"unknown setting {path}{_suggestion(str(location[-1]), names)}"
     if item["type"] == "value_error":
         return f"{path or kind.__name__}: {item['ctx']['error']}"
@@ -197,15 +225,30 @@ def apply_settings(configs: Mapping[str, Any], settings: Sequence[tuple[str, Any
     return {name: from_json(type(config), values[name], where=name) for name, config in configs.items()}
 
 
-def _merged(current: Any, rest: Sequence[str], value: Any, path: str, kind: type) -> Any:
+def _merged(current: Any, rest: Sequence[str], value: Any, path: str, hint: Any) -> Any:
+    """``current``, which is JSON for the type ``hint``, with ``value`` at the path ``rest`` below it."""
     if not rest:
-        if isinstance(current, Mapping) and isinstance(value, Mapping):
-            return {**current, **{k: _merged(current.get(k), [], v, path, kind) for k, v in value.items()}}
+        if isinstance(current, Mapping) and isinstance(value, Mapping) and _values_in(hint) is None:
+            inner = {k: _merged(current.get(k), [], v, path, _hint_of(hint, k)) for k, v in value.items()}
+            return {**current, **inner}
         return value
     if current is None:
         owner = path.removesuffix("." + ".".join(rest))
         raise UserError(f"{owner} is null, so that {path} leads nowhere; give the whole object: {owner}={{...}}")
-    if not isinstance(current, Mapping) or rest[0] not in current:
-        names = list(current) if isinstance(current, Mapping) else _field_names(kind, [])
+    current = _written_out(current, hint)
+    is_free = _values_in(hint) is not None
+    names = list(current) if isinstance(current, Mapping) and is_free else _field_names(hint)
+    may_be_new = is_free and len(rest) == 1 and rest[0]
+    if not isinstance(current, Mapping) or not (rest[0] in names or may_be_new):
         raise UserError(f"unknown setting {path}{_suggestion(rest[0], names)}")
-    return {**current, rest[0]: _merged(current[rest[0]], rest[1:], value, path, kind)}
+    return {**current, rest[0]: _merged(current.get(rest[0]), rest[1:], value, path, _hint_of(hint, rest[0]))}
+
+
+def _written_out(value: Any, hint: Any) -> Any:
+    """A free mapping that an earlier setting gave in short, as the objects it stands for; itself if it is not valid."""
+    if _values_in(hint) is None:
+        return value
+    try:
+        return to_json(_adapter(hint).validate_python(value))
+    except ValidationError:
+        return value

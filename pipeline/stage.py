@@ -9,7 +9,8 @@ A stage is a folder with ``config.py`` (its configuration and its ``STAGE`` decl
            finish(config, inputs, shard_dirs, context)
     gang   run(config, inputs, context), on every rank, with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
 
-and writes only below ``context.out``.  Each returns the stats for the manifest, or None.
+and writes only below ``context.out``.  Each returns the stats for the manifest, or None: what ``run_shard`` returns
+is found by ``finish`` as ``load_manifest(shard_dir).stats``.
 """
 
 import argparse
@@ -27,12 +28,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import MANIFEST, Manifest, open_artifact, record_files, write_json
+from pipeline.artifact import MANIFEST, Manifest, checked_files, open_artifact, record_files, write_json
 from pipeline.config import fingerprint, from_json, identity, parse_json, to_json
 from pipeline.errors import CorruptionError, UserError
 
 Shard = dict[str, Any]
-"""One piece of a map stage, as JSON values, with a unique "name"."""
+"""One piece of a map stage, as JSON values, with a unique "name" that can name a directory.
+
+It may have an "identity": a JSON value that determines the files and stats of the shard, together with the stage, its
+code version and the identity of its configuration, but whatever the inputs are.  The engine then takes the shard over
+from another artifact of the stage instead of running it.  A shard that reads data which may change meanwhile (outside
+the store) must check that what it read is what its identity says.
+"""
 
 Stats = dict[str, Any]
 
@@ -126,6 +133,18 @@ def stage_fingerprint(stage: Stage, config: Any, inputs: Mapping[str, str], exte
     )
 
 
+def shard_fingerprint(stage: Stage, config: Any, shard: Shard) -> str:
+    """Identity of the files of a shard that declares what determines them."""
+    return fingerprint(
+        {
+            "stage": stage.name,
+            "code_version": stage.code_version,
+            "config": identity(config),
+            "shard": shard["identity"],
+        }
+    )
+
+
 def build_manifest(
     stage: Stage,
     config: Any,
@@ -135,6 +154,7 @@ def build_manifest(
     stats: Stats | None,
     started_at: float,
     elapsed_s: float,
+    shard: Shard | None = None,
 ) -> Manifest:
     """Hash what a stage wrote below ``out`` and describe it."""
     return Manifest(
@@ -148,24 +168,61 @@ def build_manifest(
         started_at=started_at,
         elapsed_s=elapsed_s,
         environment=environment(),
+        shard=shard or {},
     )
 
 
+def list_shards(stage: Stage, config: Any, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
+    """The shards of a map stage as JSON values, their names unique and fit for directories."""
+    shards: list[Shard] = to_json(importlib.import_module(stage.module).list_shards(config, inputs, context))
+    names = [shard["name"] for shard in shards]
+    assert len(set(names)) == len(names), f"{stage.name} gives a name to more than one shard: {sorted(names)}"
+    unfit = [name for name in names if not name or name != Path(name).name or name.startswith(".")]
+    assert not unfit, f"{stage.name} names a shard {unfit[0]!r}, which cannot be the name of a directory"
+    return shards
+
+
+def run_shard(stage: Stage, config: Any, inputs: Mapping[str, Path], shard: Shard, context: StageContext) -> None:
+    """Run one shard into ``context.out`` and write its manifest, whose stats are what the shard returned.
+
+    The manifest names no inputs: they are in the fingerprint of the stage.
+    """
+    started_at, start_s = time.time(), time.monotonic()
+    stats: Stats | None = importlib.import_module(stage.module).run_shard(config, inputs, shard, context)
+    elapsed_s = time.monotonic() - start_s
+    manifest = build_manifest(stage, config, context.fingerprint, {}, context.out, stats, started_at, elapsed_s, shard)
+    write_json(context.out / MANIFEST, manifest)
+
+
 def run_here(stage: Stage, config: Any, inputs: Mapping[str, Path], context: StageContext) -> Stats | None:
-    """Run a whole stage in this process (for a gang: this rank of it)."""
+    """Run a whole stage in this process (for a gang: this rank of it).
+
+    Shards that an earlier, killed call finished in ``context.state`` are not run again.
+    """
     work = importlib.import_module(stage.module)
     if stage.kind != "map":
         return work.run(config, inputs, context)
-    shards = work.list_shards(config, inputs, context)
+    shards = list_shards(stage, config, inputs, context)
     parts: list[Path] = []
     for number, shard in enumerate(shards):
         part = context.state / "shards" / shard["name"]
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        work.run_shard(config, inputs, shard, shard_context(context, part))
+        if not _is_finished(part, shard, context.fingerprint):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            run_shard(stage, config, inputs, shard, shard_context(context, part))
         parts.append(part)
         context.progress(number + 1, len(shards))
     return work.finish(config, inputs, parts, context)
+
+
+def _is_finished(directory: Path, shard: Shard, fingerprint_: str) -> bool:
+    """Whether a directory holds this shard of this stage, every byte of it."""
+    try:
+        manifest = open_artifact(directory)
+        checked_files(directory, "*")
+    except (UserError, CorruptionError):
+        return False
+    return (manifest.fingerprint, manifest.shard) == (fingerprint_, shard)
 
 
 def shard_context(context: StageContext, out: Path) -> StageContext:

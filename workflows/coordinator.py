@@ -7,6 +7,7 @@ goes on.
 import dataclasses
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,9 @@ from cluster.executor import Call, Ended, Executor
 from pipeline.artifact import create_exclusive, read_json
 from pipeline.config import from_json, to_json
 from pipeline.errors import CorruptionError, ErrorClass, LeaseLostError, UserError, classify
+from pipeline.stage import Shard, shard_fingerprint
 from workflows.plan import Plan, PlannedStep, step_config
+from workflows.shards import FanOut, ShardRegistry
 from workflows.step import load_stage
 from workflows.store import (
     HEARTBEAT_S,
@@ -35,12 +38,19 @@ StepStatus = Literal["pending", "waiting", "running", "committed", "cached", "fa
 RETRIES: Mapping[ErrorClass, int] = {"transient": 5, "infra": 20, "memory": 1}
 """Attempts after the first, by error class; the classes that are not named are not retried."""
 _POISON_FAILURES = 3
-"""Failures at the same point after which trying again is given up, whatever the class."""
+"""Failures of one shard, or of a step at the same point, after which trying again is given up, whatever the class."""
+_FINAL: frozenset[ErrorClass] = frozenset({"user", "numerics", "stopped"})
+"""Classes of which one failure of one shard ends the step."""
 _SAME_POINT_SHARE = 0.01
 """Progress is reported now and then: points this share of the whole apart count as the same."""
 _BACKOFF_S = 1.0
 _MAX_BACKOFF_S = 60.0
 _POLL_S = 0.25
+_COMMIT_FOR_S = 1.0
+"""Longest time that the loop spends on committing what was taken over before it looks at other things."""
+_CALLS_PER_CORE = 2
+_SPARE_CALLS = 2
+"""Shards of a step that the executor is given at a time: enough to keep it busy, few enough to be forgotten."""
 SHARD_LIST = "shards.json"
 """The fixed list of pieces of a map stage, beside its leases."""
 _WORKER = "workflows.worker:run_piece"
@@ -73,7 +83,10 @@ class StepState:
     attempt: Path | None = None
     pieces: dict[str, Piece] = field(default_factory=dict[str, Piece])
     """Calls in flight, by key."""
-    shards: list[dict[str, Any]] | None = None
+    fan_out: FanOut | None = None
+    """Of a map step, once its shards are known."""
+    shard_failures: dict[str, int] = field(default_factory=dict[str, int])
+    """By name, over all attempts of the step in this run attempt."""
     failures_by_class: dict[str, int] = field(default_factory=dict[str, int])
     retry_at_s: float = 0.0
     last_done: float = 0.0
@@ -116,7 +129,7 @@ class Coordinator:
                 self._advance()
                 self._on_change(list(self.states.values()))
                 if self._executor is not None:
-                    for ended in self._executor.wait(_POLL_S):
+                    for ended in self._executor.wait(0.0 if self._has_adopted() else _POLL_S):
                         self._finished(ended)
                 elif any(state.status == "waiting" for state in self.states.values()):
                     time.sleep(_POLL_S)
@@ -126,6 +139,8 @@ class Coordinator:
             if self._executor is not None:
                 self._executor.close()
             for state in self.states.values():
+                if state.fan_out is not None:
+                    state.fan_out.close()
                 if state.lease is not None:
                     state.lease.release()
             self._run_lease.release()
@@ -161,6 +176,8 @@ class Coordinator:
         for state in self.states.values():
             if state.status in ("pending", "waiting") and (stopping or time.monotonic() >= state.retry_at_s):
                 self._consider(state)
+            elif state.fan_out is not None:
+                self._or_fail(state, lambda state=state: self._feed(state))
             elif state.status == "running":
                 self._read_progress(state)
 
@@ -216,14 +233,16 @@ class Coordinator:
         state: StepState,
         what: Literal["whole", "list", "shard", "finish"],
         out: Path,
-        shard: dict[str, Any] | None = None,
+        shard: Shard | None = None,
         shard_dirs: list[str] | None = None,
     ) -> None:
         assert state.lease is not None
         assert self._executor is not None
         stage, step = load_stage(state.step.stage), state.step
         name = f"{step.name}-{shard['name']}" if shard else step.name if what == "whole" else f"{step.name}-{what}"
-        work_dir = self._run.work_dir(self.attempt, name) / f"{state.lease.epoch:06d}"
+        failures = state.shard_failures.get(shard["name"], 0) if shard else 0
+        turn = f"{state.lease.epoch:06d}" + (f"-{failures + 1}" if failures else "")
+        work_dir = self._run.work_dir(self.attempt, name) / turn
         shutil.rmtree(work_dir, ignore_errors=True)
         work_dir.mkdir(parents=True)
         piece = Piece(
@@ -246,29 +265,82 @@ class Coordinator:
             started_at=state.started_at,
         )
         gang_size = step_config(step).workers if stage.kind == "gang" else 0
-        call = Call(f"{name}@{state.lease.epoch}", _WORKER, to_json(piece), work_dir, stage.cpus, gang_size)
+        call = Call(f"{name}@{turn}", _WORKER, to_json(piece), work_dir, stage.cpus, gang_size)
         state.pieces[call.key] = piece
         self._executor.start(call)
 
-    def _start_shards(self, state: StepState, shards: list[dict[str, Any]]) -> None:
-        state.shards = shards
-        committed = self._place(state).committed_shards()
-        missing = [shard for shard in shards if shard["name"] not in committed]
-        state.progress = {"done": len(shards) - len(missing), "total": len(shards)}
+    def _start_shards(self, state: StepState, shards: list[Shard]) -> None:
+        """Find out which shards are committed here, which in another artifact of the stage, and which must run."""
         assert state.attempt is not None
-        for shard in missing:
-            out = state.attempt.with_name(f"{state.attempt.name}-shards") / shard["name"]
+        stage, config = load_stage(state.step.stage), step_config(state.step)
+        found = self._place(state).committed_shards()
+        committed = {shard["name"]: found[shard["name"]] for shard in shards if shard["name"] in found}
+        missing = [shard for shard in shards if shard["name"] not in committed]
+        own = {s["name"]: shard_fingerprint(stage, config, s) for s in missing if "identity" in s}
+        state.fan_out = FanOut(shards, committed, own, deque(missing))
+        if own:
+            registry = ShardRegistry(self._store, stage)
+            state.fan_out.adopt(registry, config, state.step.fingerprint, self._shards_dir(state, "adopted"))
+        state.progress = {"done": len(committed), "total": len(shards)}
+        self._feed(state)
+
+    def _shards_dir(self, state: StepState, suffix: str) -> Path:
+        """Directory beside the attempt, for shards of the attempt."""
+        assert state.attempt is not None
+        return state.attempt.with_name(f"{state.attempt.name}-shards-{suffix}")
+
+    def _has_adopted(self) -> bool:
+        return any(state.fan_out is not None and state.fan_out.has_adopted for state in self.states.values())
+
+    def _feed(self, state: StepState) -> None:
+        """Commit shards that were taken over, start as many as may run, and finish after the last."""
+        fan_out = state.fan_out
+        assert fan_out is not None
+        assert self._executor is not None
+        if self._run.cancel_file.exists():
+            if not state.pieces:
+                message = "the run was asked to stop"
+                self._attempt_failed(state, Failure("stopped", "Stopped", message, "", 0, time.time()))
+            return
+        self._commit_adopted(state, fan_out)
+        stage = load_stage(state.step.stage)
+        at_most = int(_CALLS_PER_CORE * self._executor.num_cpus / (stage.cpus or 1.0)) + _SPARE_CALLS
+        while len(state.pieces) < at_most and (shard := fan_out.next_shard(time.monotonic())) is not None:
+            out = self._shards_dir(state, str(state.shard_failures.get(shard["name"], 0) + 1)) / shard["name"]
             out.mkdir(parents=True)
             self._call(state, "shard", out, shard)
-        if not missing:
-            self._finish_shards(state)
+        if fan_out.is_complete and not state.pieces:
+            shard_dirs = [str(fan_out.committed[shard["name"]]) for shard in fan_out.shards]
+            assert state.attempt is not None
+            self._call(state, "finish", state.attempt, shard_dirs=shard_dirs)
 
-    def _finish_shards(self, state: StepState) -> None:
-        assert state.shards is not None
-        assert state.attempt is not None
-        committed = self._place(state).committed_shards()
-        shard_dirs = [str(committed[shard["name"]]) for shard in state.shards]
-        self._call(state, "finish", state.attempt, shard_dirs=shard_dirs)
+    def _commit_adopted(self, state: StepState, fan_out: FanOut) -> None:
+        if not fan_out.is_adopting:
+            return
+        until_s = time.monotonic() + _COMMIT_FOR_S
+        while time.monotonic() < until_s and (taken := fan_out.take_adopted()) is not None:
+            self._commit_shard(state, *taken)
+            fan_out.num_adopted += 1
+        if not fan_out.is_adopting:
+            self._report_adopted(state, fan_out)
+
+    def _report_adopted(self, state: StepState, fan_out: FanOut) -> None:
+        refused = {"refused": len(fan_out.refused), "reason": fan_out.refused[0]} if fan_out.refused else {}
+        self.events.write("shards_adopted", state.step.name, adopted=fan_out.num_adopted, **refused)
+
+    def _commit_shard(self, state: StepState, shard: Shard, directory: Path) -> None:
+        assert state.fan_out is not None
+        assert state.lease is not None
+        state.fan_out.committed[shard["name"]] = self._place(state).commit_shard(shard["name"], directory, state.lease)
+        state.progress["done"] = len(state.fan_out.committed)
+
+    def _or_fail(self, state: StepState, action: Callable[[], None]) -> None:
+        """Do something for an attempt, which fails if that does."""
+        try:
+            action()
+        except (LeaseLostError, CorruptionError, UserError, OSError) as error:
+            failure = Failure(classify(error), type(error).__name__, str(error), "", 0, time.time())
+            self._attempt_failed(state, failure)
 
     def _finished(self, ended: Ended) -> None:
         """One call is over: what it left on disk says how."""
@@ -276,56 +348,68 @@ class Coordinator:
         if state is None:
             return
         piece = state.pieces.pop(ended.key)
-        work_dir = Path(piece.work_dir)
-        done = work_dir / "done.json"
-        if not done.exists():
-            self._piece_failed(state, ended, work_dir)
-            return
+        if (Path(piece.work_dir) / "done.json").exists():
+            self._or_fail(state, lambda: self._piece_done(state, piece, ended))
+        else:
+            self._piece_failed(state, piece, ended)
+
+    def _piece_done(self, state: StepState, piece: Piece, ended: Ended) -> None:
         place = self._place(state)
         assert state.lease is not None
         assert state.attempt is not None
-        try:
-            if piece.what == "list":
-                create_exclusive(place.directory / SHARD_LIST, read_json(done))
-                self._start_shards(state, read_json(place.directory / SHARD_LIST))
-            elif piece.what == "shard":
-                place.commit_shard(piece.shard["name"], Path(piece.out), state.lease)
-                state.progress["done"] = state.progress.get("done", 0) + 1
-                if not state.pieces:
-                    self._finish_shards(state)
-            else:
-                state.output = place.commit(state.attempt, state.lease, self._run.run_id)
-                state.status, state.ended_at = "committed", time.time()
-                state.lease.release()
-                state.lease = None
-                elapsed_s = state.ended_at - state.started_at
-                self.events.write("step_committed", state.step.name, elapsed_s=elapsed_s)
-                if ended.failure:
-                    self.events.write("step_warning", state.step.name, message=f"after its end: {ended.failure}")
-        except (LeaseLostError, CorruptionError, UserError, OSError) as error:
-            failure = Failure(classify(error), type(error).__name__, str(error), "", 0, time.time())
-            self._attempt_failed(state, failure)
+        if piece.what == "list":
+            create_exclusive(place.directory / SHARD_LIST, read_json(Path(piece.work_dir) / "done.json"))
+            self._start_shards(state, read_json(place.directory / SHARD_LIST))
+        elif piece.what == "shard":
+            assert state.fan_out is not None
+            shard, directory = piece.shard, Path(piece.out)
+            if (fingerprint := state.fan_out.fingerprints.get(shard["name"])) is not None:
+                # Before the commit: killed between the two, the next attempt takes the shard over from this one.
+                ShardRegistry(self._store, load_stage(piece.stage)).register(fingerprint, place, directory)
+            self._commit_shard(state, shard, directory)
+            self._feed(state)
+        else:
+            state.output = place.commit(state.attempt, state.lease, self._run.run_id)
+            state.status, state.ended_at, state.fan_out = "committed", time.time(), None
+            state.lease.release()
+            state.lease = None
+            elapsed_s = state.ended_at - state.started_at
+            self.events.write("step_committed", state.step.name, elapsed_s=elapsed_s)
+            if ended.failure:
+                self.events.write("step_warning", state.step.name, message=f"after its end: {ended.failure}")
 
-    def _piece_failed(self, state: StepState, ended: Ended, work_dir: Path) -> None:
-        failure = first_failure(work_dir)
+    def _piece_failed(self, state: StepState, piece: Piece, ended: Ended) -> None:
+        failure = first_failure(Path(piece.work_dir))
         if failure is None or (ended.killed and failure.error_class == "code"):
             # A rank that was killed leaves nothing; its peers then fail over a lost connection.
             message = ended.failure or "the worker left without a result"
             failure = Failure("infra", "WorkerDied", message, "", 0, time.time())
-        self._attempt_failed(state, failure)
+        if piece.what == "shard" and failure.type != LeaseLostError.__name__:
+            self._shard_failed(state, piece, failure)
+        else:
+            self._attempt_failed(state, failure)
+
+    def _shard_failed(self, state: StepState, piece: Piece, failure: Failure) -> None:
+        """Try one shard again while the others go on; the last failure that is let pass ends the step."""
+        assert state.fan_out is not None
+        shutil.rmtree(piece.out, ignore_errors=True)
+        name = piece.shard["name"]
+        count = state.shard_failures[name] = state.shard_failures.get(name, 0) + 1
+        if failure.error_class in _FINAL or count >= _POISON_FAILURES:
+            times = "" if failure.error_class in _FINAL else f" failed {count} times"
+            failure = dataclasses.replace(failure, message=f"shard {name}{times}: {failure.message}")
+            self._abandon(state)
+            self._stopped(state, failure) if failure.error_class == "stopped" else self._fail(state, failure)
+            return
+        backoff_s = _backoff_s(count)
+        state.fan_out.delayed.append((time.monotonic() + backoff_s, piece.shard))
+        self.events.write("shard_retry", state.step.name, shard=name, failure=to_json(failure), backoff_s=backoff_s)
 
     def _attempt_failed(self, state: StepState, failure: Failure) -> None:
         """Stop what is left of an attempt; try again where its class of error allows."""
-        assert self._executor is not None
-        for key in list(state.pieces):
-            self._executor.cancel(key)
-        state.pieces.clear()
-        if state.lease is not None:
-            state.lease.release()
-            state.lease = None
+        self._abandon(state)
         if failure.error_class == "stopped" or (self._run.cancel_file.exists() and failure.error_class == "infra"):
-            state.status, state.reason = "stopped", failure.message
-            self.events.write("step_stopped", state.step.name, message=failure.message)
+            self._stopped(state, failure)
             return
         if (done := float(state.progress.get("done", 0))) > state.last_done:
             state.failures_by_class.clear()
@@ -342,10 +426,29 @@ class Coordinator:
         if count > RETRIES.get(failure.error_class, 0):
             self._fail(state, failure)
             return
-        backoff_s = min(_MAX_BACKOFF_S, _BACKOFF_S * 2 ** (count - 1))
+        backoff_s = _backoff_s(count)
         state.status, state.reason = "pending", f"retry {count} after {failure.type}: {failure.message}"
         state.retry_at_s = time.monotonic() + backoff_s
         self.events.write("step_retry", state.step.name, failure=to_json(failure), backoff_s=backoff_s)
+
+    def _abandon(self, state: StepState) -> None:
+        """Stop what is left of an attempt; the shards that it committed stay."""
+        assert self._executor is not None
+        for key in list(state.pieces):
+            self._executor.cancel(key)
+        state.pieces.clear()
+        if state.fan_out is not None:
+            state.fan_out.close()
+            if state.fan_out.is_adopting:
+                self._report_adopted(state, state.fan_out)
+            state.fan_out = None
+        if state.lease is not None:
+            state.lease.release()
+            state.lease = None
+
+    def _stopped(self, state: StepState, failure: Failure) -> None:
+        state.status, state.reason = "stopped", failure.message
+        self.events.write("step_stopped", state.step.name, message=failure.message)
 
     def _fail(self, state: StepState, failure: Failure) -> None:
         state.status, state.failure, state.reason = "failed", failure, failure.message
@@ -356,14 +459,16 @@ class Coordinator:
         self.events.write("step_failed", state.step.name, failure=to_json(failure))
 
     def _read_progress(self, state: StepState) -> None:
-        if state.shards is not None:
-            return
         for piece in state.pieces.values():
             path = Path(piece.work_dir) / "progress.json"
             if path.exists():
                 state.progress = read_json(path)
                 if state.first_progress is None:
                     state.first_progress = (state.progress["time"], state.progress["done"])
+
+
+def _backoff_s(failures: int) -> float:
+    return min(_MAX_BACKOFF_S, _BACKOFF_S * 2 ** (failures - 1))
 
 
 def first_failure(work_dir: Path) -> Failure | None:

@@ -161,7 +161,7 @@ def _summarise_step(
 ) -> StepSummary:
     step = plan.step(name)
     place = store.artifact(load_stage(step.stage).name, step.fingerprint)
-    own = [event for event in events if event["step"] == name]
+    own = [event for event in events if event["step"] == name and event["kind"].startswith("step_")]
     kind = own[-1]["kind"] if own else ""
     address = f"{place.directory.parent.name}/{place.directory.name}"
     try:

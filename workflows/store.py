@@ -11,6 +11,7 @@
                  state/                     checkpoints and the like, kept across attempts
                  shards/                    committed pieces of a map stage
                  COMMIT.json                created once: the attempt that counts
+    shards/<stage>/<fingerprint>.json       where a shard lies that other artifacts of the stage may take over
 
 What was not committed does not exist.  Every commit is one exclusive creation of a complete file.
 """
@@ -200,7 +201,7 @@ class ArtifactPlace:
         if not commit.exists():
             return None
         try:
-            attempt = self._attempt(read_json(commit)["attempt"])
+            attempt = self.attempt(read_json(commit)["attempt"])
             found = open_artifact(attempt).fingerprint
             if not found.startswith(self.directory.name):
                 raise CorruptionError(
@@ -213,7 +214,7 @@ class ArtifactPlace:
             ) from None
         return attempt
 
-    def _attempt(self, name: Any) -> Path:
+    def attempt(self, name: Any) -> Path:
         """Directory below attempts/ that a commit names; nothing outside it is believed."""
         if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts or not name:
             raise CorruptionError(f"{self.directory}: a commit names {name!r}, which is no attempt")
@@ -241,7 +242,7 @@ class ArtifactPlace:
         found: dict[str, Path] = {}
         for record in sorted((self.directory / "shards").glob("*.json")):
             try:
-                directory = self._attempt(read_json(record)["directory"])
+                directory = self.attempt(read_json(record)["directory"])
                 open_artifact(directory)
             except (CorruptionError, UserError):
                 record.unlink()  # not committed after all: it will be made again
@@ -249,13 +250,16 @@ class ArtifactPlace:
             found[record.stem] = directory
         return found
 
-    def commit_shard(self, name: str, directory: Path, lease: Lease) -> None:
-        """Publish one piece whose manifest is written."""
+    def commit_shard(self, name: str, directory: Path, lease: Lease) -> Path:
+        """Publish one piece whose manifest is written; the first to be committed counts, and is returned."""
         lease.check()
         open_artifact(directory)
         (self.directory / "shards").mkdir(exist_ok=True)
         relative = directory.relative_to(self.directory / "attempts").as_posix()
-        create_exclusive(self.directory / "shards" / f"{name}.json", {"directory": relative})
+        record = self.directory / "shards" / f"{name}.json"
+        if create_exclusive(record, {"directory": relative}):
+            return directory
+        return self.attempt(read_json(record)["directory"])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,16 @@ from typing import Any, Literal
 from pipeline.artifact import MANIFEST, checked_files, write_json
 from pipeline.config import from_json
 from pipeline.errors import ErrorClass, classify, is_disk_full
-from pipeline.stage import StageContext, Stats, Stopped, build_manifest, check_external, run_here
+from pipeline.stage import (
+    StageContext,
+    Stats,
+    Stopped,
+    build_manifest,
+    check_external,
+    list_shards,
+    run_here,
+    run_shard,
+)
 from workflows.step import load_stage
 from workflows.store import Lease
 
@@ -147,11 +156,9 @@ def _work(piece: Piece, context: StageContext) -> Any:
     inputs = {name: Path(path) for name, path in piece.inputs.items()}
     start_s = time.monotonic()
     if piece.what == "list":
-        return importlib.import_module(stage.module).list_shards(config, inputs, context)
+        return list_shards(stage, config, inputs, context)
     if piece.what == "shard":
-        importlib.import_module(stage.module).run_shard(config, inputs, piece.shard, context)
-        manifest = build_manifest(stage, config, piece.fingerprint, {}, context.out, None, 0.0, 0.0)
-        write_json(context.out / MANIFEST, manifest)
+        run_shard(stage, config, inputs, piece.shard, context)
         return None
     if piece.what == "finish":
         shard_dirs = [Path(path) for path in piece.shard_dirs]

@@ -50,23 +50,54 @@ def take_literally(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def find_special_tokens(tokenizer: Tokenizer, mask: str, eos: str, pad: str, name: str) -> SpecialTokens:
-    """Look up the ids of the special tokens; UserError naming the missing one and what exists."""
+    """Look up the ids of the special tokens; UserError for what would make ids ambiguous, or text unsafe."""
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     if not vocab:
         raise UserError(f"{name} has an empty vocabulary")
+    _check_ids(vocab, name)
+    if getattr(tokenizer.model, "dropout", None):
+        raise UserError(
+            f"{name} drops merges by chance (model.dropout is {tokenizer.model.dropout}), so a text has no ids of its "
+            "own; set model.dropout to null in its file"
+        )
+    added = tokenizer.get_added_tokens_decoder()
     ids: dict[str, int] = {}
     for field, token in (("mask", mask), ("eos", eos), ("pad", pad)):
         token_id = tokenizer.token_to_id(token)
         if token_id is None:
-            special = sorted(t.content for t in tokenizer.get_added_tokens_decoder().values())
+            special = sorted(token.content for token in added.values())
             raise UserError(
                 f"{name} has no {field} token {token!r}; its special tokens are {special[:12]}. Set "
                 f"tokenizer.{field}_token to one of them, or train a tokenizer (tokenizer.file='')"
+            )
+        if token_id not in added or not added[token_id].special:
+            raise UserError(
+                f"{name}: text that spells a special token would get its id, as the {field} token {token!r} is not "
+                f'marked as special. Mark it in the file ("added_tokens", "special": true), or set '
+                f"tokenizer.{field}_token to one that is"
             )
         ids[field] = token_id
     if len(set(ids.values())) < 3 and ids["mask"] in (ids["eos"], ids["pad"]):
         raise UserError(f"{name}: the mask token must differ from the eos and the pad token; found {ids}")
     return SpecialTokens(ids["mask"], ids["eos"], ids["pad"], max(vocab.values()) + 1)
+
+
+def _check_ids(vocab: dict[str, int], name: str) -> None:
+    used = set(vocab.values())
+    num_rows = max(used) + 1
+    if len(used) < len(vocab):
+        tokens: dict[int, list[str]] = {}
+        for token, token_id in vocab.items():
+            tokens.setdefault(token_id, []).append(token)
+        token_id, same = next((i, found) for i, found in tokens.items() if len(found) > 1)
+        raise UserError(f"{name} gives one id to several tokens: {token_id} to {sorted(same)}; each needs its own")
+    if len(used) < num_rows:
+        unused = sorted(set(range(num_rows)) - used)
+        raise UserError(
+            f"{name} has {len(used)} tokens with ids up to {num_rows - 1}, so {len(unused)} ids stand for nothing "
+            f"({', '.join(map(str, unused[:8]))}{', ...' if len(unused) > 8 else ''}), and a model could draw them. "
+            "Add reserved tokens for them, or number the tokens without gaps"
+        )
 
 
 def save_vocabulary(tokenizer: Tokenizer, special: SpecialTokens, directory: Path) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from pipeline.artifact import checked_files, load_manifest, write_json
+from pipeline.data.documents import read_rows, text_files
 from pipeline.data.shards import TokenStream, open_stream
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import NumericsError, UserError
@@ -143,9 +143,5 @@ def finish(
 
 
 def _held_out_bytes(corpus: Path) -> bytes:
-    texts: list[str] = []
-    for path in checked_files(corpus, "held_out-*.arrow"):
-        with pa.memory_map(str(path)) as source:
-            for text in pa.ipc.open_file(source).read_all().column(0).to_pylist():
-                texts.append(text)
-    return "".join(texts).encode()
+    names = itertools.chain.from_iterable(text_files(corpus, "held_out").values())
+    return "".join(text for name in names for rows in read_rows(corpus, name) for text in rows.texts).encode()

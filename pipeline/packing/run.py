@@ -58,7 +58,7 @@ def keeps_order(config: PackingConfig) -> bool:
 def rows_in_order(stream: TokenStream, plan: RowPlan, pad_token_id: int) -> Iterator[Segments]:
     """The stored tokens of each row as one segment."""
     stored = stored_tokens(plan)
-    padding = np.full(int(np.abs(plan.length).max(initial=0)), pad_token_id, dtype=stream.pieces[0].dtype)
+    padding = np.full(int(np.abs(plan.length).max(initial=0)), pad_token_id, dtype=stream[:0].dtype)
     place = stream.doc_starts[plan.document] + plan.offset
     for first in range(0, plan.num_rows, _ROWS_AT_ONCE):
         rows = slice(first, min(first + _ROWS_AT_ONCE, plan.num_rows))

@@ -1,8 +1,9 @@
-"""Documents to token shards, one shard of text at a time."""
+"""Documents to token shards, one file of text at a time."""
 
 from dataclasses import dataclass
 
 from pipeline.config import execution
+from pipeline.data.backends import BackendName
 from pipeline.stage import Stage
 
 
@@ -10,12 +11,15 @@ from pipeline.stage import Stage
 class TokenizationConfig:
     """Everything that matters is in the inputs: the corpus and the tokenizer."""
 
-    batch_docs: int = execution(256)
-    """Documents encoded in one call; has no effect on the result."""
+    backend: BackendName = execution("auto")
+    """What encodes: tokenizers; fast, which is gigatoken (pip install 'dlm[fast]'); or auto, gigatoken where it is installed.
+    It is taken only after it gave the ids of tokenizers on a sample of each shard, and compared with them now and then."""
+    batch_chars: int = execution(1 << 20)
+    """Text that is encoded before its ids are written; has no effect on the result."""
 
     def __post_init__(self) -> None:
-        if self.batch_docs < 1:
-            raise ValueError(f"batch_docs is {self.batch_docs}; it must be at least 1")
+        if self.batch_chars < 1:
+            raise ValueError(f"batch_chars is {self.batch_chars}; it must be at least 1")
 
 
 STAGE = Stage(
@@ -24,4 +28,5 @@ STAGE = Stage(
     config=TokenizationConfig,
     module="pipeline.tokenization.run",
     inputs=("corpus", "tokenizer"),
+    code_version=2,
 )

@@ -1,79 +1,136 @@
-"""Encode each shard of text into an Arrow shard of token ids, every document closed by its end token."""
+"""Encode each file of text into an Arrow shard of token ids, every document closed by its end token."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
+import numpy as np
 
-from pipeline.artifact import checked, checked_files, link_or_copy
-from pipeline.data.shards import write_shard
+from pipeline.artifact import link_or_copy, load_manifest
+from pipeline.data.documents import read_documents, text_files, text_hashes
+from pipeline.data.encoding import EncodedBatch, EncodingLimits, build_encoder, encode_documents
+from pipeline.data.shards import Segments, ShardWriter
 from pipeline.data.vocabulary import Vocabulary, load_vocabulary
 from pipeline.errors import UserError
 from pipeline.stage import Shard, StageContext, Stats
 from pipeline.tokenization.config import TokenizationConfig
 
-_COUNTS = "counts.json"
+SPLITS = ("train", "held_out")
+_TOKENS = "tokens.arrow"
+_SAMPLE_DOCS, _SAMPLE_CHARS = 32, 8192
+"""What a fast backend must prove itself on in each shard: so much of its first documents."""
 
 
 def list_shards(config: TokenizationConfig, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
     """One shard of tokens for each file of text."""
-    files = checked_files(inputs["corpus"], "*.arrow")
-    return [{"name": path.stem, "file": path.name} for path in files]
+    tokenizer = {record.path: record.sha256 for record in load_manifest(inputs["tokenizer"]).files}
+    shards: list[Shard] = []
+    for split in SPLITS:
+        for source, names in text_files(inputs["corpus"], split).items():
+            for name in names:
+                # Keyed by what the files are, not by what they are called: numbers shift when a file is added before.
+                text = sorted(text_hashes(inputs["corpus"], name).values())
+                identity = {"text": text, "tokenizer": tokenizer, "split": split}
+                stem = name.removesuffix(".arrow")
+                shards.append({"name": stem, "file": name, "split": split, "source": source, "identity": identity})
+    return shards
 
 
 def run_shard(config: TokenizationConfig, inputs: Mapping[str, Path], shard: Shard, context: StageContext) -> Stats:
-    """Write NAME.arrow with the tokens of one file of text, and its counts."""
+    """Write the tokens of one file of text; returns its counts."""
     vocabulary = load_vocabulary(inputs["tokenizer"])
-    source = checked(inputs["corpus"], shard["file"])
-    encoded = _encode(source, vocabulary, config.batch_docs, shard["name"].startswith("held_out"))
-    path = context.out / f"{shard['name']}.arrow"
-    num_docs, num_tokens = write_shard(path, encoded, vocabulary.special.vocab_size)
-    counts = {"docs": num_docs, "tokens": num_tokens}
-    (context.out / _COUNTS).write_text(json.dumps(counts))
-    return counts
+    corpus, name = inputs["corpus"], shard["file"]
+    encoder = build_encoder(vocabulary, config.backend, _sample(read_documents(corpus, name)))
+    text = _Counted(read_documents(corpus, name))
+    batches = encode_documents(encoder, text, EncodingLimits(batch_chars=config.batch_chars))
+    if shard["split"] == "held_out":
+        batches = _reversible(batches, vocabulary, itertools.chain.from_iterable(read_documents(corpus, name)))
+    with ShardWriter(context.out / _TOKENS, vocabulary.special.vocab_size) as writer:
+        for segments in _segments(batches):
+            writer.write(segments)
+    return {
+        "docs": writer.num_docs,
+        "tokens": writer.num_tokens,
+        "bytes": text.num_bytes,
+        "backend": f"{encoder.backend.name}: {encoder.reason}",
+    }
 
 
-def _encode(source: Path, vocabulary: Vocabulary, batch_docs: int, is_held_out: bool) -> Iterator[list[int]]:
-    eos = vocabulary.special.eos_token_id
-    with pa.memory_map(str(source)) as mapped:
-        reader = pa.ipc.open_file(mapped)
-        for i in range(reader.num_record_batches):
-            texts = reader.get_batch(i).column(0)
-            for start in range(0, len(texts), batch_docs):
-                batch = texts[start : start + batch_docs].to_pylist()
-                for text, ids in zip(batch, vocabulary.encode_batch(batch), strict=True):
-                    if is_held_out and vocabulary.decode(ids) != text:
-                        raise UserError(
-                            "the tokenizer does not give back the text it was given (case, spaces or unknown "
-                            "characters are lost), so its tokens give no bound on the text. Use a byte-level "
-                            "tokenizer, or train one (tokenizer.file='')"
-                        )
-                    if vocabulary.special.mask_token_id in ids:
-                        raise UserError("the tokenizer gives the mask id for ordinary text; choose another")
-                    yield [*ids, eos]
+def _sample(documents: Iterator[Iterable[str]]) -> Iterator[str]:
+    for parts in itertools.islice(documents, _SAMPLE_DOCS):
+        yield next(iter(parts))[:_SAMPLE_CHARS]
+
+
+class _Counted:
+    """Documents whose bytes are counted as they pass."""
+
+    def __init__(self, documents: Iterator[Iterable[str]]) -> None:
+        self._documents, self.num_bytes = documents, 0
+
+    def __iter__(self) -> Iterator[Iterable[str]]:
+        return map(self._count, self._documents)
+
+    def _count(self, parts: Iterable[str]) -> Iterator[str]:
+        for part in parts:
+            self.num_bytes += len(part.encode())
+            yield part
+
+
+def _segments(batches: Iterable[EncodedBatch]) -> Iterator[Segments]:
+    """Encoded pieces with the number of tokens of their documents before them."""
+    carried = 0
+    for batch in batches:
+        begins = np.concatenate([[carried == 0], batch.ends_document[:-1]])
+        before = np.cumsum(batch.lengths) - batch.lengths
+        document = np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
+        offsets = before - before[document] + np.where(np.cumsum(begins) == 0, carried, 0)
+        yield Segments(batch.ids, batch.lengths, offsets)
+        carried = 0 if batch.ends_document[-1] else int(offsets[-1] + batch.lengths[-1])
+
+
+def _reversible(
+    batches: Iterable[EncodedBatch], vocabulary: Vocabulary, parts: Iterator[str]
+) -> Iterator[EncodedBatch]:
+    """The same batches, each decoded and compared with the text; UserError where they are not the same."""
+    text = ""
+    for batch in batches:
+        for ids in np.split(batch.ids, np.cumsum(batch.lengths)[:-1]):
+            found = vocabulary.decode(ids.tolist())
+            while len(text) < len(found) and (part := next(parts, "")):
+                text += part
+            if not text.startswith(found):
+                raise UserError(_NOT_REVERSIBLE)
+            text = text[len(found) :]
+        yield batch
+    if text or next(parts, ""):
+        raise UserError(_NOT_REVERSIBLE)
+
+
+_NOT_REVERSIBLE = (
+    "the tokenizer does not give back the text it was given (case, spaces or unknown characters are lost), so its tokens "
+    "give no bound on the text. Use a byte-level tokenizer, or train one (tokenizer.file='')"
+)
 
 
 def finish(
-    config: TokenizationConfig,
-    inputs: Mapping[str, Path],
-    shard_dirs: Sequence[Path],
-    context: StageContext,
+    config: TokenizationConfig, inputs: Mapping[str, Path], shard_dirs: Sequence[Path], context: StageContext
 ) -> Stats:
-    """Gather the shards under their names and add up the counts."""
-    totals = {"train": {"docs": 0, "tokens": 0}, "held_out": {"docs": 0, "tokens": 0}}
-    shards = []
-    for directory in shard_dirs:
-        (shard,) = directory.glob("*.arrow")
-        link_or_copy(shard, context.out / shard.name)
-        counts = json.loads((directory / _COUNTS).read_text())
-        split = totals[shard.stem.rsplit("-", 1)[0]]
-        shards.append({"name": shard.stem, "split": shard.stem.split("-")[0], "source": "text", **counts})
-        for key, value in counts.items():
-            split[key] += value
-    vocab_size = load_vocabulary(inputs["tokenizer"]).special.vocab_size
+    """Gather the shards under the names of their files of text and add up the counts."""
+    totals: Counter[str] = Counter()
+    backends: Counter[str] = Counter()
+    records: list[dict[str, Any]] = []
+    for shard, directory in zip(list_shards(config, inputs, context), shard_dirs, strict=True):
+        link_or_copy(directory / _TOKENS, context.out / f"{shard['name']}.arrow")
+        stats = load_manifest(directory).stats
+        backends[stats["backend"]] += 1
+        counts = {key: stats[key] for key in ("docs", "tokens", "bytes")}
+        records.append({key: shard[key] for key in ("name", "split", "source")} | counts)
+        totals.update({f"{shard['split']}_{key}": value for key, value in counts.items()})
     return {
-        "vocab_size": vocab_size,
-        "shards": shards,
-        **{f"{s}_{k}": v for s, c in totals.items() for k, v in c.items()},
+        "vocab_size": load_vocabulary(inputs["tokenizer"]).special.vocab_size,
+        **{f"{split}_{key}": totals[f"{split}_{key}"] for split in SPLITS for key in ("docs", "tokens", "bytes")},
+        "backends": dict(backends),
+        "shards": records,
     }

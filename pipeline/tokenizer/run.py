@@ -1,12 +1,12 @@
 """Train a byte-level BPE on the training documents, or check and adopt a given tokenizer.json."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import pyarrow as pa
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline.artifact import checked_files
+from pipeline.data.documents import Rows, read_rows, text_files
 from pipeline.data.vocabulary import find_special_tokens, save_vocabulary, take_literally
 from pipeline.errors import UserError
 from pipeline.stage import StageContext, Stats
@@ -14,16 +14,20 @@ from pipeline.tokenizer.config import TokenizerConfig
 
 
 def _training_text(corpus: Path, max_bytes: int) -> Iterator[list[str]]:
+    """Text of every source in turn, a megabyte or so at a time, until the limit is reached."""
     remaining = max_bytes
-    for path in checked_files(corpus, "train-*.arrow"):
-        with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source)
-            for i in range(reader.num_record_batches):
-                texts = reader.get_batch(i).column(0).to_pylist()
-                yield texts
-                remaining -= sum(len(text.encode()) for text in texts)
-                if remaining <= 0:
-                    return
+    sources = [_rows_of(corpus, names) for names in text_files(corpus, "train").values()]
+    for rows in itertools.chain.from_iterable(itertools.zip_longest(*sources)):
+        if rows is None:
+            continue
+        yield rows.texts
+        remaining -= sum(len(text.encode()) for text in rows.texts)
+        if remaining <= 0:
+            return
+
+
+def _rows_of(corpus: Path, names: Sequence[str]) -> Iterator[Rows]:
+    return itertools.chain.from_iterable(read_rows(corpus, name) for name in names)
 
 
 def _train(config: TokenizerConfig, corpus: Path) -> Tokenizer:

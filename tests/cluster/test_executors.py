@@ -115,6 +115,10 @@ def test_cancelled_call_ends_with_a_failure(executor, tmp_path, monkeypatch):
     assert found[0].failure
 
 
+def test_executor_tells_its_cores(executor):
+    assert executor.num_cpus == NUM_CPUS
+
+
 def test_waiting_for_nothing_returns_nothing(executor):
     assert executor.wait(0.01) == []
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.artifact import MANIFEST, open_artifact, write_json
 from pipeline.corpus.config import STAGE as CORPUS
-from pipeline.corpus.config import CorpusConfig
+from pipeline.corpus.config import CorpusConfig, Source
 from pipeline.stage import Stage, StageContext, build_manifest, external_identity, run_here, stage_fingerprint
 from pipeline.tokenization.config import STAGE as TOKENIZATION
 from pipeline.tokenization.config import TokenizationConfig
@@ -104,7 +104,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Pa
     """A committed corpus of several shards."""
     root = tmp_path_factory.mktemp("corpus")
     source = write_jsonl(root / "documents.jsonl", documents)
-    config = CorpusConfig(source=(str(source),), held_out_fraction=0.2, shard_bytes=4000)
+    config = CorpusConfig(source={"text": Source((str(source),))}, held_out_fraction=0.2, shard_bytes=4000)
     return make_artifact(CORPUS, config, {}, root / "corpus")
 
 

@@ -24,7 +24,8 @@ from pipeline.config import (
     to_json,
 )
 from pipeline.convert.config import ConvertConfig
-from pipeline.corpus.config import CorpusConfig
+from pipeline.corpus.config import CorpusConfig, Source
+from pipeline.corpus.filters import Filters
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.generate.config import GenerateConfig
@@ -41,6 +42,8 @@ CHANGED: dict[type, dict[str, Any]] = {
     CorpusConfig: {
         "text_field": "body", "hub_split": "test", "hub_revision": "abc", "undecodable": "skip",
         "max_bad_ratio": 0.5, "txt_document_chars": 10, "held_out_fraction": 0.5, "split_seed": 1, "shard_bytes": 9,
+        "max_line_bytes": 99, "filters.min_chars": 5, "filters.max_chars": 99, "filters.drop_duplicates": False,
+        "filters.quality": ["pipeline.corpus.filters:repeated_lines"],
     },
     TokenizerConfig: {
         "vocab_size": 999, "max_train_bytes": 7, "mask_token": "<m>", "eos_token": "<e>",
@@ -77,7 +80,10 @@ NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
 """Fields that change with others, hold a part of their own, or make a model that this stage refuses: before, after."""
 
 EXECUTION: dict[type, dict[str, Any]] = {
-    CorpusConfig: {"source": ["a", "b"]},
+    CorpusConfig: {
+        "source.text.paths": ["a", "b"], "source.text.text_field": "body", "source.text.filters": {"min_chars": 3},
+        "max_decompression_ratio": 9.0,
+    },
     TokenizerConfig: {"file": "t.json"},
     TokenizationConfig: {"batch_docs": 3},
     PretrainConfig: {
@@ -215,6 +221,9 @@ def test_from_json_with_an_unknown_key_deep_in_containers_is_refused(value: Any)
 
 def test_identity_of_configs_in_containers_leaves_execution_out() -> None:
     assert identity((_Tree(leaves=(_Leaf(2),)),)) == [{"leaves": [{"size": 2}], "named": {}}]
+    assert identity({"a": _Tree(), 2: [_Tree(speed=5)]}) == {
+        "a": {"leaves": None, "named": {}}, "2": [{"leaves": None, "named": {}}]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -258,6 +267,12 @@ def test_from_json_with_several_mistakes_names_all() -> None:
         (CorpusConfig, "source", []), (CorpusConfig, "held_out_fraction", 0.0), (CorpusConfig, "held_out_fraction", 1),
         (CorpusConfig, "max_bad_ratio", -0.1), (CorpusConfig, "max_bad_ratio", 1.1),
         (CorpusConfig, "txt_document_chars", -1), (CorpusConfig, "shard_bytes", 0),
+        (CorpusConfig, "source", {}), (CorpusConfig, "source", ""), (CorpusConfig, "source", {"a-b": "x"}),
+        (CorpusConfig, "source", {"1": "x"}), (CorpusConfig, "source", {"a" * 65: "x"}),
+        (CorpusConfig, "source", {"a": {"text_field": "x"}}), (CorpusConfig, "source", {"a": []}),
+        (CorpusConfig, "max_line_bytes", 0), (CorpusConfig, "max_decompression_ratio", 0.5),
+        (CorpusConfig, "text_field", ""), (CorpusConfig, "filters", {"min_chars": -1}),
+        (CorpusConfig, "filters", {"min_chars": 9, "max_chars": 8}), (CorpusConfig, "filters", {"quality": ["x"]}),
         (TokenizerConfig, "vocab_size", 258), (TokenizerConfig, "max_train_bytes", 0),
         (TokenizerConfig, "mask_token", ""), (TokenizerConfig, "mask_token", "[PAD]"),
         (TokenizationConfig, "batch_docs", 0),
@@ -299,7 +314,7 @@ def test_apply_settings_reaches_nested_fields_and_leaves_the_rest() -> None:
     before = {"pretrain": PretrainConfig(num_steps=5), "corpus": CorpusConfig()}
     after = apply_settings(before, [("pretrain.optimizer.lr", 0.5), ("corpus.source", "a.txt")])
     assert diff(to_json(before["pretrain"]), to_json(after["pretrain"])) == {"optimizer.lr": (1e-3, 0.5)}
-    assert after["corpus"] == CorpusConfig(source=(str(Path("a.txt").absolute()),))
+    assert after["corpus"] == CorpusConfig(source={"text": Source((str(Path("a.txt").absolute()),))})
     assert before["pretrain"] == PretrainConfig(num_steps=5)
 
 
@@ -308,6 +323,58 @@ def test_apply_settings_merges_objects_at_every_depth() -> None:
     settings = [("pretrain", {"num_steps": 9, "optimizer": {"lr": 0.5}}), ("pretrain.optimizer", {"beta1": 0.25})]
     after = apply_settings({"pretrain": config}, settings)["pretrain"]
     assert after == PretrainConfig(num_steps=9, optimizer=OptimizerConfig(lr=0.5, warmup_steps=7, beta1=0.25))
+
+
+SOURCES = {"corpus": CorpusConfig(source={"books": Source(("/b",), "title"), "code": Source(("/c",))})}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([("corpus.source", "/n")], {"text": Source(("/n",))}),
+        ([("corpus.source", ["/n", "/m"])], {"text": Source(("/n", "/m"))}),
+        ([("corpus.source", {"web": "/w"})], {"web": Source(("/w",))}),
+        ([("corpus", {"source": {"web": {"paths": ["/w"]}}})], {"web": Source(("/w",))}),
+        ([("corpus", {"source": "/n"})], {"text": Source(("/n",))}),
+        (
+            [("corpus.source.books.text_field", "body")],
+            {"books": Source(("/b",), "body"), "code": Source(("/c",))},
+        ),
+        ([("corpus.source.books", {"text_field": "x"})], {"books": Source(("/b",), "x"), "code": Source(("/c",))}),
+        ([("corpus.source", {"web": "/w"}), ("corpus.source.web.text_field", "x")], {"web": Source(("/w",), "x")}),
+        ([("corpus.source", "/n"), ("corpus.source.text.text_field", "x")], {"text": Source(("/n",), "x")}),
+        ([("corpus.source", "/n"), ("corpus.source.web", "/w")], {"text": Source(("/n",)), "web": Source(("/w",))}),
+        (
+            [("corpus.source", {"web": "/w"}), ("corpus.source.web.filters", {"min_chars": 3})],
+            {"web": Source(("/w",), filters=Filters(min_chars=3))},
+        ),
+    ],
+)  # fmt: skip
+def test_apply_settings_replaces_a_free_mapping_and_reaches_into_it(settings: Any, expected: Any) -> None:
+    assert apply_settings(SOURCES, settings)["corpus"] == CorpusConfig(source=expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("corpus.source.boks.text_field", "x", "unknown setting corpus.source.boks.text_field; did you mean books?"),
+        ("corpus.source.books.text_feild", "x", "corpus.source.books.text_feild; did you mean text_field?"),
+        ("corpus.source", {"a": {"paths": "/x", "text_feild": "x"}}, "a.text_feild; did you mean text_field?"),
+        ("corpus.source.books", {"text_feild": "x"}, "corpus.source.books.text_feild; did you mean text_field?"),
+        ("corpus.source", {"a": {"paths": "/x", "filters": {"min_char": 1}}}, "did you mean min_chars?"),
+        ("corpus.source.new", {"text_field": "x"}, "corpus.source.new.paths is missing"),
+        ("corpus.source.", "x", "unknown setting corpus.source."),
+        ("corpus.source", 3, "corpus.source is 3"),
+        ("corpus.source.books", 3, "corpus.source.books is 3"),
+        ("corpus.source.books.filters.min_chars", 3, "corpus.source.books.filters is null"),
+        ("corpus.source.books.filters", {"min_chars": True}, "filters.min_chars is True"),
+        ("corpus.source", {"paths": "/x", "text_field": "title", "filters": 3}, "corpus.source.filters is 3"),
+    ],
+)
+def test_apply_settings_in_a_free_mapping_names_what_is_wrong(path: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        apply_settings(SOURCES, [(path, value)])
+    assert message in str(error.value)
 
 
 def test_apply_settings_of_one_path_twice_takes_the_last() -> None:

@@ -176,7 +176,9 @@ def test_replicates_mask_other_places_not_only_other_numbers_of_them(made: Artif
 
     for replicate in range(2):
         counts = stratified_counts(1_000, replicate, torch.full((rows.num_rows,), 32))
-        _row_losses(model, rows, list(range(rows.num_full_rows)), replicate, counts, EvaluateConfig(), special)
+        _row_losses(
+            model, rows, list(range(rows.stream.num_tokens // 32)), replicate, counts, EvaluateConfig(), special
+        )
     telling = [(a, b) for a, b in zip(*masked, strict=True) if 4 <= len(a) <= 28 and 4 <= len(b) <= 28]
     nested = [(a, b) for a, b in telling if a <= b or b <= a]
     assert len(telling) > 20

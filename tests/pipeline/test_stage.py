@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import MANIFEST, open_artifact
+from pipeline.artifact import MANIFEST, open_artifact, write_json
 from pipeline.config import from_json, identity
 from pipeline.corpus.config import STAGE as CORPUS
 from pipeline.corpus.config import CorpusConfig
@@ -16,14 +18,21 @@ from pipeline.pretrain.config import STAGE as PRETRAIN
 from pipeline.stage import (
     Stage,
     StageContext,
+    build_manifest,
     check_external,
     environment,
     external_identity,
+    list_shards,
     run_here,
+    shard_fingerprint,
     stage_fingerprint,
 )
 from pipeline.tokenizer.config import STAGE as TOKENIZER
 from tests.pipeline.conftest import flip_bit, python, write_jsonl
+from tests.support.toy_stages.copies.config import STAGE as COPIES
+from tests.support.toy_stages.letters.config import STAGE as LETTERS
+from tests.support.toy_stages.letters.config import LettersConfig
+from tests.support.toy_stages.trouble import ToyConfig, executions
 
 TEXTS = [f"document {i}" for i in range(50)]
 
@@ -132,8 +141,8 @@ def test_an_empty_out_directory_is_used(config: Path, tmp_path: Path) -> None:
 def test_an_artifact_whose_files_are_damaged_is_not_called_complete(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "corpus"
     assert _run_corpus(config, out).returncode == 0
-    (out / "train-00000.arrow").unlink()
-    assert "train-00000.arrow is missing" in _refused(_run_corpus(config, out))
+    (out / "train-text-00000.arrow").unlink()
+    assert "train-text-00000.arrow is missing" in _refused(_run_corpus(config, out))
 
 
 _MEANWHILE = """
@@ -160,7 +169,7 @@ def test_check_external_compares_with_what_was_planned(config: Path) -> None:
     value = from_json(CorpusConfig, json.loads(config.read_text()))
     planned = external_identity(CORPUS, value)
     check_external(CORPUS, value, planned)
-    flip_bit(Path(value.source[0]), 12)
+    flip_bit(Path(value.source["text"].paths[0]), 12)
     with pytest.raises(UserError, match="corpus reads have changed"):
         check_external(CORPUS, value, planned)
 
@@ -180,10 +189,10 @@ def test_what_a_killed_attempt_left_is_not_trusted(config: Path, tmp_path: Path)
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    assert (out / "train-00000.arrow").exists()
+    assert (out / "train-text-00000.arrow").exists()
     assert not (out / MANIFEST).exists()
-    flip_bit(out / "train-00000.arrow", 300)
-    (out / "train-00007.arrow").write_bytes(b"stray")
+    flip_bit(out / "train-text-00000.arrow", 300)
+    (out / "train-text-00007.arrow").write_bytes(b"stray")
     assert _run_corpus(config, out).returncode == 0
     assert open_artifact(out).files == open_artifact(tmp_path / "clean").files
 
@@ -234,3 +243,115 @@ def test_run_here_reports_the_shards_of_a_map_stage(tmp_path: Path, corpus: Path
     run_here(STAGE, TokenizationConfig(), {"corpus": corpus, "tokenizer": tokenizer}, context)
     total = len(list((tmp_path / "out").glob("*.arrow")))
     assert seen == [(i + 1, total) for i in range(total)]
+
+
+# --- the shards of a stage alone ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> Path:
+    """An input with the letters a, b and c, a file each."""
+    out = tmp_path / "letters"
+    out.mkdir()
+    run_here(LETTERS, LettersConfig(), {}, StageContext(out, tmp_path / "letters.state", "f"))
+    write_json(out / MANIFEST, build_manifest(LETTERS, LettersConfig(), "f", {}, out, None, 0.0, 0.0))
+    return out
+
+
+def _copy(tmp_path: Path, letters: Path, own: str = "f", **settings: Any) -> tuple[str, Any]:
+    """Run the toy map by itself; what it made, and its stats."""
+    log, out = tmp_path / "log", tmp_path / "out"
+    log.mkdir(exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    config = ToyConfig(log=str(log), **settings)
+    stats = run_here(COPIES, config, {"letters": letters}, StageContext(out, tmp_path / "state", own))
+    return (out / "text.txt").read_text(), stats
+
+
+EACH = dict.fromkeys(["copies-list", "copies-000", "copies-001", "copies-002", "copies-finish"], 1)
+AGAIN = {**EACH, "copies-list": 2, "copies-finish": 2}
+
+
+def test_run_here_gives_finish_what_the_shards_returned(tmp_path: Path, letters: Path) -> None:
+    assert _copy(tmp_path, letters) == ("aabbcc", {"codes": sum(map(ord, "abc"))})
+    for place, letter in enumerate("abc"):
+        manifest = open_artifact(tmp_path / "state" / "shards" / f"{place:03d}")
+        assert (manifest.stage, manifest.fingerprint) == ("toy-copies", "f")
+        assert manifest.stats == {"code": ord(letter)}
+        assert (manifest.shard["name"], manifest.shard["file"]) == (f"{place:03d}", f"{place:03d}.txt")
+        assert [file.path for file in manifest.files] == ["in/copy.txt"]
+
+
+def test_run_here_after_a_failure_runs_only_the_shards_that_are_missing(tmp_path: Path, letters: Path) -> None:
+    with pytest.raises(RuntimeError, match="copies-001 has a defect"):
+        _copy(tmp_path, letters, trouble="code", where="copies-001")
+    assert executions(tmp_path / "log") == {"copies-list": 1, "copies-000": 1, "copies-001": 1}
+    assert _copy(tmp_path, letters)[0] == "aabbcc"
+    assert executions(tmp_path / "log") == {**EACH, "copies-list": 2, "copies-001": 2}
+
+
+_DAMAGE = {
+    "a flipped bit": lambda shard: flip_bit(shard / "in" / "copy.txt", 0),
+    "a missing file": lambda shard: (shard / "in" / "copy.txt").unlink(),
+    "no manifest": lambda shard: (shard / MANIFEST).unlink(),
+    "half a manifest": lambda shard: (shard / MANIFEST).write_text("{"),
+    "another fingerprint": lambda shard: _edit(shard / MANIFEST, fingerprint="g"),
+    "another shard": lambda shard: _edit(shard / MANIFEST, shard={"name": "001", "file": "000.txt"}),
+    "an older manifest": lambda shard: _edit(shard / MANIFEST, shard={}),
+}
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("damage", list(_DAMAGE))
+def test_run_here_runs_a_shard_again_whose_directory_has(tmp_path: Path, letters: Path, damage: str) -> None:
+    _copy(tmp_path, letters)
+    _DAMAGE[damage](tmp_path / "state" / "shards" / "001")
+    assert _copy(tmp_path, letters)[0] == "aabbcc"
+    assert executions(tmp_path / "log") == {**AGAIN, "copies-001": 2}
+
+
+def test_run_here_of_another_fingerprint_runs_every_shard_again(tmp_path: Path, letters: Path) -> None:
+    _copy(tmp_path, letters)
+    _copy(tmp_path, letters, own="g")
+    assert executions(tmp_path / "log") == dict.fromkeys(EACH, 2)
+
+
+_ALONE = "from pipeline.stage import main; from tests.support.toy_stages.copies.config import STAGE; main(STAGE)"
+
+
+def test_a_map_stage_killed_in_a_shard_runs_only_what_is_missing(tmp_path: Path, letters: Path) -> None:
+    log, config = tmp_path / "log", tmp_path / "c.json"
+    log.mkdir()
+    config.write_text(json.dumps({"log": str(log), "trouble": "kill", "where": "copies-001"}))
+    command = ("-c", _ALONE, "--config", str(config), "--out", str(tmp_path / "out"), "--input", f"letters={letters}")
+    assert python(*command).returncode == -signal.SIGKILL
+    second = python(*command)
+    assert second.returncode == 0, second.stderr
+    assert (tmp_path / "out" / "text.txt").read_text() == "aabbcc"
+    assert executions(log) == {**EACH, "copies-list": 2, "copies-001": 2}
+
+
+@pytest.mark.parametrize("names", [["a", "a"], ["a/b"], ["../a"], [""], [".."], [".hidden"]])
+def test_shards_whose_names_are_not_unique_or_no_directories_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    monkeypatch.setattr("tests.support.toy_stages.copies.run.list_shards", lambda *_: [{"name": n} for n in names])
+    with pytest.raises(AssertionError, match="toy-copies"):
+        list_shards(COPIES, ToyConfig(), {}, StageContext(tmp_path, tmp_path, "f"))
+
+
+def test_shard_fingerprint_follows_what_decides_its_files_and_not_its_name() -> None:
+    config, shard = ToyConfig(), {"name": "a", "identity": {"sha256": "1"}}
+    own = shard_fingerprint(COPIES, config, shard)
+    assert shard_fingerprint(COPIES, ToyConfig(log="elsewhere"), {**shard, "name": "b", "file": "c"}) == own
+    others = [
+        shard_fingerprint(COPIES, config, {**shard, "identity": {"sha256": "2"}}),
+        shard_fingerprint(COPIES, ToyConfig(number=2), shard),
+        shard_fingerprint(dataclasses.replace(COPIES, code_version=2), config, shard),
+        shard_fingerprint(dataclasses.replace(COPIES, name="copies"), config, shard),
+    ]
+    assert len({own, *others}) == 5

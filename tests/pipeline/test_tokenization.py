@@ -70,9 +70,9 @@ def test_leftovers_of_a_killed_attempt_are_not_taken_over(
 ) -> None:
     from pipeline.stage import StageContext, run_here
 
-    leftover = tmp_path / "state" / "shards" / "train-00000"
+    leftover = tmp_path / "state" / "shards" / "train-text-00000"
     leftover.mkdir(parents=True)
-    (leftover / "train-00000.arrow").write_bytes(b"half")
+    (leftover / "train-text-00000.arrow").write_bytes(b"half")
     (leftover / "stray.arrow").write_bytes(b"half")
     (tmp_path / "out").mkdir()
     context = StageContext(tmp_path / "out", tmp_path / "state", "f")
@@ -86,7 +86,7 @@ def test_a_damaged_input_is_refused_and_named(tmp_path: Path, corpus: Path, toke
     inputs = {"corpus": corpus, "tokenizer": tokenizer}
     damaged = tmp_path / name
     shutil.copytree(inputs[name], damaged)
-    victim = "held_out-00000.arrow" if name == "corpus" else "tokenizer.json"
+    victim = "held_out-text-00000.arrow" if name == "corpus" else "tokenizer.json"
     flip_bit(damaged / victim, 300)
     with pytest.raises(CorruptionError, match=victim):
         make_artifact(STAGE, TokenizationConfig(), {**inputs, name: damaged}, tmp_path / "t")

@@ -95,8 +95,8 @@ def test_training_on_a_damaged_corpus_is_refused(tmp_path: Path, corpus: Path) -
 
     copy = tmp_path / "corpus"
     shutil.copytree(corpus, copy)
-    flip_bit(copy / "train-00000.arrow", 500)
-    with pytest.raises(CorruptionError, match=r"train-00000\.arrow"):
+    flip_bit(copy / "train-text-00000.arrow", 500)
+    with pytest.raises(CorruptionError, match=r"train-text-00000\.arrow"):
         make_artifact(STAGE, TokenizerConfig(vocab_size=300), {"corpus": copy}, tmp_path / "t")
 
 

@@ -1,10 +1,12 @@
 """Executors that outlive one coordinator, so that tests can share a Ray."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.child import call_function
 from cluster.executor import Call, Ended, Executor
 
 NUM_CPUS = 4
@@ -19,6 +21,10 @@ class Kept(Executor):
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._keys: set[str] = set()
+
+    @property
+    def num_cpus(self) -> float:
+        return self._executor.num_cpus
 
     def start(self, call: Call) -> None:
         self._keys.add(call.key)
@@ -40,6 +46,45 @@ class Kept(Executor):
                 return
             self.wait(1.0)
         raise AssertionError(f"cancelled and still running: {self._keys}")
+
+
+class Inline(Executor):
+    """Runs calls in this process, one at each ``wait``: the oldest first, or the newest.
+
+    Remembers in ``started`` what it was given, and in ``most_held`` how many calls it held at a time.
+    """
+
+    def __init__(self, num_cpus: float = 2.0, newest_first: bool = False) -> None:
+        self._num_cpus, self._newest_first = num_cpus, newest_first
+        self._calls: list[Call] = []
+        self.started: list[str] = []
+        self.most_held = 0
+
+    @property
+    def num_cpus(self) -> float:
+        return self._num_cpus
+
+    def start(self, call: Call) -> None:
+        self._calls.append(call)
+        self.started.append(call.key)
+        self.most_held = max(self.most_held, len(self._calls))
+
+    def wait(self, timeout_s: float) -> list[Ended]:
+        if not self._calls:
+            time.sleep(min(timeout_s, 0.01))
+            return []
+        call = self._calls.pop(-1 if self._newest_first else 0)
+        try:
+            call_function(call.function, call.payload)
+        except Exception as error:  # noqa: BLE001 - whatever a call raises is how it ended
+            return [Ended(call.key, str(error))]
+        return [Ended(call.key)]
+
+    def cancel(self, key: str) -> None:
+        self._calls = [call for call in self._calls if call.key != key]
+
+    def close(self) -> None:
+        self._calls.clear()
 
 
 @contextmanager

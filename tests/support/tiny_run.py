@@ -26,7 +26,7 @@ from typing import Any
 from dlm_core.models.config import Architecture
 from pipeline.artifact import MANIFEST, read_json, write_json
 from pipeline.corpus.config import STAGE as CORPUS
-from pipeline.corpus.config import CorpusConfig
+from pipeline.corpus.config import CorpusConfig, Source
 from pipeline.packing.config import STAGE as PACKING
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import OptimizerConfig, PretrainConfig
@@ -102,7 +102,7 @@ def make_artifacts(root: Path, seed: int = 0, num_docs: int = 300, vocab_size: i
     """Corpus, tokenizer, token shards and rows of 32 tokens."""
     source = write_text(root / "text.jsonl", seed, num_docs)
     made = Artifacts(root / "corpus", root / "tokenizer", root / "tokens", root / "rows")
-    config = CorpusConfig(source=(str(source),), held_out_fraction=0.025, shard_bytes=60_000)
+    config = CorpusConfig(source={"text": Source((str(source),))}, held_out_fraction=0.025, shard_bytes=60_000)
     run_stage(CORPUS, config, {}, made.corpus)
     run_stage(TOKENIZER, TokenizerConfig(vocab_size=vocab_size), {"corpus": made.corpus}, made.tokenizer)
     run_stage(TOKENIZATION, TokenizationConfig(), {"corpus": made.corpus, "tokenizer": made.tokenizer}, made.tokens)

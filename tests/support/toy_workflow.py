@@ -14,6 +14,7 @@ from cluster.executor import Executor
 from pipeline.artifact import MANIFEST, Manifest, open_artifact, record_files, write_json
 from pipeline.config import apply_settings
 from pipeline.stage import environment
+from tests.support.toy_stages.letters.config import LettersConfig
 from tests.support.toy_stages.trouble import ToyConfig
 from workflows import cli
 from workflows.coordinator import Coordinator, StepState
@@ -49,6 +50,15 @@ def toy_workflow(log: Path | str = "", only: tuple[str, ...] = (), **settings: A
 def toy_plan(log: Path | str = "", only: tuple[str, ...] = (), **settings: Any) -> Plan:
     """The plan of the workflow with settings."""
     return make_plan(toy_workflow(log, only, **settings), environment())
+
+
+def copies_plan(log: Path | str, text: str = "abc", **settings: Any) -> Plan:
+    """letters -> copies, a map with a shard for each letter of the text.  Settings are those of the map."""
+    steps = (
+        Step("letters", f"{STAGES}.letters", LettersConfig(text=text)),
+        Step("copies", f"{STAGES}.copies", ToyConfig(log=str(log), **settings), {"letters": "letters"}),
+    )
+    return make_plan(Workflow("copies", "letters twice", steps), environment())
 
 
 def coordinate(

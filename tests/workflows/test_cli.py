@@ -257,4 +257,4 @@ def test_cli_on_a_damaged_artifact_ends_with_code_3_naming_what_to_delete(dlm, s
 def test_cli_plan_settings_lists_every_setting_as_it_would_be_set(dlm):
     lines = dlm("plan", "quickstart", "--settings", "--set", "pretrain.num_steps=7").stdout.splitlines()
     assert "pretrain.num_steps=7" in lines
-    assert 'corpus.source=["stdlib"]' in lines
+    assert 'corpus.source.text.paths=["stdlib"]' in lines

@@ -1,5 +1,4 @@
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -10,7 +9,7 @@ from cluster.local import LocalExecutor
 from pipeline.artifact import read_json, write_json
 from pipeline.config import to_json
 from pipeline.stage import Stopped
-from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, Kept, ray_executor
+from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, Kept
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, coordinate, fabricate, is_gone, toy_plan, value_of, wait_until
 from workflows import runs
@@ -19,26 +18,6 @@ from workflows.plan import Plan
 from workflows.step import load_stage
 from workflows.store import LeaseHeldError, Store, acquire_lease
 from workflows.worker import Failure, Piece, run_piece
-
-MakeExecutor = Callable[[], Executor]
-
-
-@pytest.fixture(scope="module")
-def shared_ray() -> Iterator[Executor]:
-    """One Ray for the module."""
-    with ray_executor() as executor:
-        yield executor
-
-
-@pytest.fixture(
-    params=["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(RAY_LIMIT_S)])],
-)
-def executor(request: pytest.FixtureRequest) -> MakeExecutor:
-    """How to make an executor of each kind."""
-    if request.param == "local":
-        return local
-    shared = request.getfixturevalue("shared_ray")
-    return lambda: Kept(shared)
 
 
 def local() -> Executor:
@@ -194,16 +173,6 @@ def test_gang_with_hanging_ranks_is_stopped_when_one_is_killed(store, log, no_ba
     states = coordinate(store, run, local, kill_rank_1)
     assert statuses(states)["total"] == "committed"
     assert executions(log) == {"total-0": 2, "total-1": 2}
-
-
-def test_map_with_a_killed_shard_executes_only_that_one_again(store, log, executor, no_backoff):
-    states = coordinate(store, map_plan(store, log, double__trouble="kill", double__where="double-2"), executor)
-    assert value_of(states["double"]) == 9
-    found = executions(log)
-    assert found.pop("double-2") == 2
-    assert found["double-list"] == found["double-finish"] == 1
-    again = sum(found.values()) - len(found)
-    assert again <= 2, "only shards in flight at that moment may have been repeated"
 
 
 def test_map_resumed_executes_no_committed_shard_again(store, log):

@@ -99,7 +99,7 @@ def _others(kind: Any, value: Any) -> list[Any]:
     if isinstance(value, str):
         return [value + "x"]
     if isinstance(value, tuple | list):
-        return [[*value, item] for item in ("more", 3, 0.5)] + [[item, item] for item in value]
+        return [[*value, item] for item in ("more", 3, 0.5, "json:loads")] + [[item, item] for item in value]
     if value is None:
         return [3, 2, 0.5, "other", {}, {"kind": "linear", "factor": 2.0}]
     return []

@@ -42,7 +42,8 @@ STATS: dict[str, dict[str, Any]] = {
         "train_docs": 1234, "train_bytes": 5_000_000, "held_out_docs": 57, "held_out_bytes": 100_001,
         "sources": {
             "notes & <b>": {
-                "records": 1300, "broken": 4, "dropped": {"empty": 5}, "replaced_by_file": {"a.txt": 2},
+                "files": 3, "records": 1300, "broken": 4, "docs": 1291, "bytes": 5_100_001,
+                "dropped": {"empty": 5}, "replaced_by_file": {"a.txt": 2},
                 "skipped_by_file": {},
             }
         },
@@ -365,7 +366,7 @@ def test_picture_is_a_whole_svg_with_every_stage_and_kind():
     for stage, _ in INPUTS.values():
         assert stage in words
     assert words.count("gang") == 2  # the stage, and the legend
-    assert words.count("map") == 3
+    assert words.count("map") == 4
     assert root.find("{http://www.w3.org/2000/svg}rect") is not None
     assert "var(" not in draw_picture()
 

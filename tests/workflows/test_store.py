@@ -200,8 +200,8 @@ def test_commit_of_an_unfinished_attempt_is_refused(place: ArtifactPlace):
 def test_commit_of_a_shard_counts_once(place: ArtifactPlace):
     lease = acquire_lease(place.lease_dir, "test")
     first, second = finished_attempt(place, lease, "1"), finished_attempt(place, lease, "2")
-    place.commit_shard("0", first, lease)
-    place.commit_shard("0", second, lease)
+    assert place.commit_shard("0", first, lease) == first
+    assert place.commit_shard("0", second, lease) == first
     assert place.committed_shards() == {"0": first}
 
 

@@ -19,7 +19,11 @@ def quickstart() -> Workflow:
         name="quickstart",
         summary="text -> tokens -> a small diffusion model -> held-out bound, samples, report (2 CPU cores)",
         steps=(
-            Step("corpus", "pipeline.corpus", CorpusConfig(undecodable="skip", held_out_fraction=0.01)),
+            Step(
+                "corpus",
+                "pipeline.corpus",
+                CorpusConfig(undecodable="skip", held_out_fraction=0.01, shard_bytes=4_000_000),
+            ),
             Step("tokenizer", "pipeline.tokenizer", TokenizerConfig(vocab_size=4096), {"corpus": "corpus"}),
             Step(
                 "tokenization",

@@ -285,12 +285,12 @@ def _corpus(data: ReportData) -> str:
 
 
 def _sources(sources: Mapping[str, Mapping[str, Any]]) -> str:
-    head: list[Cell] = ["Source", Number("Records"), Number("Broken"), "Dropped", Number("Repaired"), Number("Skipped")]
+    numbers = ("Files", "Records", "Broken", "Documents", "Bytes")
+    head: list[Cell] = ["Source", *map(Number, numbers), "Dropped", Number("Repaired"), Number("Skipped")]
     rows: list[list[Cell]] = [
         [
             name,
-            Number(count(found["records"])),
-            Number(count(found["broken"])),
+            *(Number(count(found[key])) for key in ("files", "records", "broken", "docs", "bytes")),
             ", ".join(f"{count(number)} {reason}" for reason, number in found["dropped"].items()) or "0",
             Number(count(sum(found["replaced_by_file"].values()))),
             Number(count(sum(found["skipped_by_file"].values()))),
@@ -298,8 +298,9 @@ def _sources(sources: Mapping[str, Mapping[str, Any]]) -> str:
         for name, found in sources.items()
     ]
     explanation = (
-        "Broken records could not be read and are listed in rejects.jsonl; repaired documents had bytes that were "
-        "not UTF-8 replaced; skipped ones were left out for such bytes."
+        "Broken records could not be read; they and the skipped documents, left out for bytes that are not UTF-8, "
+        "are listed in rejects.jsonl. Repaired documents had such bytes replaced. A duplicate is a text that stands "
+        "earlier in the corpus, in any source."
     )
     return table(head, rows) + note(explanation)
 

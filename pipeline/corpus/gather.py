@@ -1,0 +1,135 @@
+"""The shards of a corpus put together: names, duplicates over all of them, rejects, counts by source."""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.artifact import link_or_copy, read_json
+from pipeline.corpus.config import CorpusConfig, filters_of
+from pipeline.corpus.split import INDEX
+from pipeline.data.documents import duplicates_file
+
+COUNTS = "counts.json"
+REJECTS = "rejects.jsonl"
+_HASHES_AT_ONCE = 1 << 24
+"""Hashes that are compared in one go, of 24 bytes each."""
+
+
+@dataclass(frozen=True)
+class ShardOutput:
+    """What one shard left."""
+
+    directory: Path
+    source: str
+    number: int
+    """Its place among the shards of its source."""
+    counts: dict[str, Any]
+
+    def index(self, split: str) -> np.ndarray:
+        """Hash and size of each document of a split."""
+        path = self.directory / f"{split}.index.npy"
+        return np.load(path, mmap_mode="r") if path.exists() else np.empty(0, INDEX)
+
+
+def open_shards(directories: Sequence[Path]) -> list[ShardOutput]:
+    """The shards in the order of the plan."""
+    all_counts = [read_json(directory / COUNTS) for directory in directories]
+    numbers: Counter[str] = Counter()
+    found: list[ShardOutput] = []
+    for directory, counts in zip(directories, all_counts, strict=True):
+        found.append(ShardOutput(directory, counts["source"], numbers[counts["source"]], counts))
+        numbers[counts["source"]] += 1
+    return found
+
+
+def gather_split(
+    shards: Sequence[ShardOutput], split: str, config: CorpusConfig, out: Path, sources: Mapping[str, dict[str, Any]]
+) -> tuple[int, int]:
+    """Name the files of a split and list what is left out of them; its documents and bytes.
+
+    Documents, bytes and duplicates are added to the counts of their source.
+    """
+    repeated = _find_duplicates([shard.index(split) for shard in shards])
+    drops = {name: filters.drop_duplicates for name, filters in filters_of(config).items()}
+    total_docs = total_bytes = 0
+    for shard, numbers in zip(shards, repeated, strict=True):
+        index = shard.index(split)
+        if not len(index):
+            continue
+        left_out = numbers if drops[shard.source] else numbers[:0]
+        name = f"{split}-{shard.source}-{shard.number:05d}.arrow"
+        link_or_copy(shard.directory / f"{split}.arrow", out / name)
+        if len(left_out):
+            np.save(out / duplicates_file(name), left_out)
+        num_docs = len(index) - len(left_out)
+        num_bytes = int(index["num_bytes"].sum()) - int(index["num_bytes"][left_out].sum())
+        counts = sources[shard.source]
+        counts["docs"] += num_docs
+        counts["bytes"] += num_bytes
+        if len(left_out):
+            counts["dropped"]["duplicate"] += len(left_out)
+        total_docs += num_docs
+        total_bytes += num_bytes
+    return total_docs, total_bytes
+
+
+def _find_duplicates(indices: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """For each list of hashes, the places whose hash stands earlier in it or in a list before it.
+
+    The hashes are compared in classes of their lowest bits, so many that a class fits into memory.
+    """
+    num_classes = 1 + sum(map(len, indices)) // _HASHES_AT_ONCE
+    found: list[list[np.ndarray]] = [[] for _ in indices]
+    for number in range(num_classes):
+        places = [np.flatnonzero(index["hash_low"] % num_classes == number) for index in indices]
+        low = np.concatenate([index["hash_low"][place] for index, place in zip(indices, places, strict=True)])
+        high = np.concatenate([index["hash_high"][place] for index, place in zip(indices, places, strict=True)])
+        order = np.lexsort((low, high))  # stable: equal hashes stay in the order of the plan
+        same = (low[order][1:] == low[order][:-1]) & (high[order][1:] == high[order][:-1])
+        is_repeated = np.zeros(len(low), bool)
+        is_repeated[order[1:][same]] = True
+        edges = list(itertools.accumulate(map(len, places), initial=0))
+        for one, place, (start, stop) in zip(found, places, itertools.pairwise(edges), strict=True):
+            one.append(place[is_repeated[start:stop]])
+    return [np.sort(np.concatenate(one)).astype(np.int64) for one in found]
+
+
+def add_counts(names: Iterable[str], shards: Sequence[ShardOutput]) -> dict[str, dict[str, Any]]:
+    """The counts of each source over all its shards."""
+    sources: dict[str, dict[str, Any]] = {}
+    for name in sorted(names):
+        own = [shard.counts for shard in shards if shard.source == name]
+        numbers = {key: sum(counts[key] for counts in own) for key in ("files", "records", "broken")}
+        tables = {
+            key: sum((Counter[str](counts[key]) for counts in own), Counter[str]())
+            for key in ("dropped", "replaced_by_file", "skipped_by_file")
+        }
+        sources[name] = {**numbers, **tables, "docs": 0, "bytes": 0}
+    return sources
+
+
+def join_rejects(shards: Sequence[ShardOutput], out: Path) -> dict[str, dict[str, Any]]:
+    """Write the rejects of all shards in order, lines counted from the beginning of their file.
+
+    Gives the first broken record of each source that has one.
+    """
+    first: dict[str, dict[str, Any]] = {}
+    lines_before = 0
+    with (out / REJECTS).open("w") as joined:
+        for shard in shards:
+            lines_before = lines_before if shard.counts["start"] else 0
+            with (shard.directory / REJECTS).open() as lines:
+                for line in lines:
+                    reject = json.loads(line)
+                    reject["line"] += lines_before
+                    if reject.pop("broken"):
+                        first.setdefault(shard.source, reject)
+                    joined.write(json.dumps(reject) + "\n")
+            lines_before += shard.counts["lines"]
+    return first

@@ -1,0 +1,40 @@
+"""Datasets of the Hugging Face hub, streamed: nothing is downloaded but what is read."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.corpus.config import HUB_PREFIX, CorpusConfig
+from pipeline.corpus.pieces import Piece
+from pipeline.errors import UserError
+
+
+def _open(item: str, config: CorpusConfig) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"corpus.source {item} needs the package datasets: pip install 'dlm[hub]'") from None
+    name = item.removeprefix(HUB_PREFIX)
+    path, _, subset = name.partition(":")
+    try:
+        return datasets.load_dataset(
+            path, subset or None, split=config.hub_split, revision=config.hub_revision or None, streaming=True
+        )
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        raise UserError(f"datasets.load_dataset cannot open {name!r}: {error}") from None
+
+
+def hub_pieces(item: str, config: CorpusConfig) -> list[Piece]:
+    """One piece for each of the dataset's own shards."""
+    num_shards = _open(item, config).num_shards
+    return [Piece(dataset=item, start=index, stop=num_shards) for index in range(num_shards)]
+
+
+def read_hub(piece: Piece, config: CorpusConfig) -> Iterator[Any]:
+    """The records of one shard of a dataset."""
+    dataset = _open(piece.dataset, config)
+    if dataset.num_shards != piece.stop:
+        raise UserError(
+            f"{piece.dataset} has {dataset.num_shards} shards, {piece.stop} when the run was planned: it has changed. "
+            "Start a new run, and pin corpus.hub_revision"
+        )
+    yield from dataset.shard(num_shards=piece.stop, index=piece.start)

@@ -1,0 +1,35 @@
+"""Each letter twice, in each shard; the whole text at the end, and the sum of what the shards counted."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.artifact import checked, load_manifest
+from pipeline.stage import Shard, StageContext, Stats
+from tests.support.toy_stages.trouble import ToyConfig, execute
+
+
+def list_shards(config: ToyConfig, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
+    """One shard for each file, which its content determines."""
+    execute("copies-list", config, context)
+    files = load_manifest(inputs["letters"]).files
+    return [{"name": Path(f.path).stem, "file": f.path, "identity": {"sha256": f.sha256}} for f in files]
+
+
+def run_shard(config: ToyConfig, inputs: Mapping[str, Path], shard: Shard, context: StageContext) -> Stats:
+    """The letter twice, in a folder, and its code."""
+    assert list(context.out.iterdir()) == [], "a shard starts with nothing"
+    (context.out / "in").mkdir()
+    letter = checked(inputs["letters"], shard["file"]).read_text()
+    with (context.out / "in" / "copy.txt").open("w") as copy:
+        copy.write(letter)
+        execute(f"copies-{shard['name']}", config, context)
+        copy.write(letter)
+    return {"code": ord(letter)}
+
+
+def finish(config: ToyConfig, inputs: Mapping[str, Path], shard_dirs: Sequence[Path], context: StageContext) -> Stats:
+    """The copies in order."""
+    execute("copies-finish", config, context)
+    text = "".join((path / "in" / "copy.txt").read_text() for path in shard_dirs)
+    (context.out / "text.txt").write_text(text)
+    return {"codes": sum(load_manifest(path).stats["code"] for path in shard_dirs)}
