@@ -4,29 +4,32 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-datasets.disable_progress_bars()
-
 TOKENS, DOCUMENTS = "input_ids", "doc_ids"
 
 
 def save_dataset(directory: Path, columns: Mapping[str, np.ndarray]) -> None:
     """Save [rows, seq_len] arrays as the dataset that ``map`` leaves of tokenized text: lists of int32."""
+    import datasets
+    from datasets.table import InMemoryTable
+
+    datasets.disable_progress_bars()
     lists: dict[str, pa.Array] = {}
     for name, column in columns.items():
         ends = np.arange(0, column.size + 1, column.shape[1], dtype=np.int32)
         lists[name] = pa.ListArray.from_arrays(pa.array(ends), pa.array(column.reshape(-1).astype(np.int32)))
-    datasets.Dataset(datasets.table.InMemoryTable(pa.table(lists))).save_to_disk(str(directory))
+    datasets.Dataset(InMemoryTable(pa.table(lists))).save_to_disk(str(directory))
 
 
 def shuffled(directory: Path, batch_rows: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Batches of a dataset in torch format, in the order of a seeded sampler, epoch after epoch."""
+    import datasets
+
     dataset: Any = datasets.load_from_disk(str(directory)).with_format("torch")
     sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
     loader = DataLoader(dataset, batch_size=batch_rows, sampler=sampler, drop_last=True)
@@ -38,6 +41,9 @@ def mixed(
     directories: Mapping[str, Path], weights: Mapping[str, float], batch_rows: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of shuffled datasets interleaved by their weights, over and over."""
+    import datasets
+
+    datasets.disable_progress_bars()
     parts: list[Any] = [datasets.load_from_disk(str(directories[name])).shuffle(seed=seed) for name in weights]
     mixture: Any = datasets.interleave_datasets(
         parts, probabilities=list(weights.values()), seed=seed, stopping_strategy="all_exhausted"
