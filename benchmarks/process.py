@@ -1,6 +1,5 @@
 """A program of its own, start to finish: wall clock, and CPU time of all its processes."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -13,6 +12,11 @@ from benchmarks.command import RefusedError
 
 ROOT = Path(__file__).parents[1]
 _LOG_CHARS = 2000
+_CALL = """
+import importlib, sys
+module, name = sys.argv[1].split(":")
+getattr(importlib.import_module(module), name)(*sys.argv[2:])
+"""  # no module of ours: whatever the program doesn't import itself would be counted as its own
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Cost:
 
 def run_program(function: str, *arguments: str, log: Path, env: Mapping[str, str] | None = None) -> Cost:
     """Call ``module:function`` with strings in a new interpreter; RefusedError with the end of its log if it fails."""
-    command = [sys.executable, "-m", __spec__.name, function, *arguments]
+    command = [sys.executable, "-c", _CALL, function, *arguments]
     start = time.perf_counter()
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=os.environ | (env or {}))
@@ -37,13 +41,3 @@ def run_program(function: str, *arguments: str, log: Path, env: Mapping[str, str
         tail = log.read_text(errors="replace")[-_LOG_CHARS:]
         raise RefusedError(f"{function} ended with exit code {process.returncode}:\n{tail}")
     return Cost(wall_s, usage.ru_utime + usage.ru_stime)
-
-
-def main() -> None:
-    """``python -m benchmarks.process MODULE:FUNCTION ARGUMENT...``."""
-    module, name = sys.argv[1].split(":")
-    getattr(importlib.import_module(module), name)(*sys.argv[2:])
-
-
-if __name__ == "__main__":
-    main()

@@ -241,7 +241,7 @@ def _measure(size: Size, given: Prepared, root: Path) -> Measurements:
         rates,
         num_tokens,
         {name: len(output.commits) for name, output in found.items()},
-        {name: list(output.backends) for name, output in found.items()},
+        {name: sorted({reason.partition(":")[0] for reason in output.backends}) for name, output in found.items()},
     )
 
 
