@@ -302,6 +302,8 @@ def _table(size: Size, timed: Timed) -> str:
 
 def measure(options: Options) -> Measured:
     """Rates of every side, then latencies, peaks of memory and the opening of many shards of ours."""
+    if options.text:
+        raise ValueError("--text: documents are made up here, only their lengths matter; leave it out")
     size = QUICK if options.quick else FULL
     with tempfile.TemporaryDirectory(prefix="dlm-loader-") as folder:
         root = Path(folder)

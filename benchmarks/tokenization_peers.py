@@ -24,8 +24,8 @@ def run(text: str, tokenizer_file: str, end_token: str, seq_len: str, num_proc: 
     end, length = tokenizer.convert_tokens_to_ids(end_token), int(seq_len)
     documents: Any = datasets.load_dataset("json", data_files=text, split="train", cache_dir=out)
 
-    def tokenize(examples: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded: Any = tokenizer(
+    def tokenize(examples: dict[str, list[str]]) -> dict[str, Any]:
+        encoded = tokenizer(
             examples["text"], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
         )
         return {TOKENS: [[*ids, end] for ids in encoded[TOKENS]]}

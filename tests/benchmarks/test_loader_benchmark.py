@@ -148,6 +148,11 @@ def test_many_shards_are_links_to_one_and_open_as_rows(tmp_path):
     np.testing.assert_array_equal(many.open_shard(2).tokens[:], rows.open_shard(0).tokens[:])
 
 
+def test_text_is_refused_where_documents_are_made_up(tmp_path):
+    with pytest.raises(ValueError, match="--text: documents are made up here"):
+        loader.measure(Options(quick=True, text=(tmp_path,)))
+
+
 @pytest.mark.timeout(180)
 def test_run_has_every_ratio_and_figure(monkeypatch):
     monkeypatch.setattr(loader, "QUICK", TINY)
