@@ -76,7 +76,7 @@ def fingerprint(value: Any) -> str:
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested JSON objects as {dotted path: leaf}."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or (prefix and not value):
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, item in value.items():

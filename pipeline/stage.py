@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +95,11 @@ PACKAGES = ("torch", "deepspeed", "ray", "pyarrow", "tokenizers", "numpy")
 
 def environment() -> dict[str, str]:
     """Versions and machine, as recorded in manifests."""
+    return dict(_environment())
+
+
+@cache
+def _environment() -> Mapping[str, str]:
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
         try:

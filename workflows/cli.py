@@ -39,6 +39,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(help="Look at the data of a run, and verify it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 console = Console()
 errors = Console(stderr=True)
 
@@ -355,6 +357,36 @@ def report_command(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE)
     path = run.directory / "report.html"
     render_partial(f"{run.run_id} (unfinished)", runs.report_inputs(run, outputs), path)
     print(path)
+
+
+@data_app.command("show")
+def data_show_command(
+    run_id: OptionalRun = "",
+    store: StoreOption = DEFAULT_STORE,
+    sample: Annotated[int, typer.Option(min=0, help="First global sample id whose row is shown as text.")] = 0,
+    number: Annotated[int, typer.Option(min=0, help="How many rows are shown.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Show documents, tokens, lengths and shares by source, and rows as training sees them."""
+    from workflows import data_commands
+
+    place = _store(store)
+    data = data_commands.prepared_data(place, runs.require_run_id(place, run_id))
+    shown = data_commands.show(data, list(range(sample, sample + number)))
+    if as_json:
+        _print_json(shown)
+    else:
+        data_commands.print_shown(console, shown)
+
+
+@data_app.command("verify")
+def data_verify_command(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE) -> None:
+    """Check every byte, id and count of the data, and that the rows hold every document once; exit code 3 if not."""
+    from workflows import data_commands
+
+    place = _store(store)
+    for line in data_commands.verify(data_commands.prepared_data(place, runs.require_run_id(place, run_id))):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 _ENDINGS: dict[type[Exception], tuple[int, str, str]] = {

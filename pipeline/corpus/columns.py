@@ -1,13 +1,14 @@
 """Columns of text in Parquet and Arrow files, a bounded number of values at a time."""
 
 import io
+import mmap
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.corpus.config import CorpusConfig
+from pipeline.corpus.config import CorpusConfig, is_url
 from pipeline.corpus.files import SourceFile, open_source
 from pipeline.corpus.ledger import Ledger
 from pipeline.corpus.lines import missing_field, readable
@@ -60,10 +61,17 @@ def read_arrow(file: SourceFile, config: CorpusConfig, ledger: Ledger) -> Iterat
     """The documents of an Arrow IPC file or stream, such as ``datasets`` saves."""
     ledger.files += 1
     with open_source(file) as handle:
-        yield from _texts(file, readable(file, _ipc(file, handle, config)), config, ledger)
+        yield from _texts(file, readable(file, _ipc(file, _mapped(file, handle), config)), config, ledger)
 
 
-def _ipc(file: SourceFile, handle: BinaryIO, config: CorpusConfig) -> Iterator[Column]:
+def _mapped(file: SourceFile, handle: BinaryIO) -> Any:
+    """A local file mapped into memory, since one batch of it may be larger than that; a remote one as it is."""
+    if is_url(file.url) or not file.size_bytes:
+        return handle
+    return pa.BufferReader(pa.py_buffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)))
+
+
+def _ipc(file: SourceFile, handle: Any, config: CorpusConfig) -> Iterator[Column]:
     try:
         reader = pa.ipc.open_file(handle)
         batches = (reader.get_batch(number) for number in range(reader.num_record_batches))

@@ -209,11 +209,12 @@ def refuse_changed(file: SourceFile) -> None:
     try:
         if is_url(file.url):
             fs, path = _open_file_system(file.url)
+            fs.invalidate_cache(path)
             info = fs.info(path)
             now = SourceFile(file.name, file.url, info["size"], _tag(fs, path, info))
         else:
             now = _local_file(file.name, Path(file.url))
-    except OSError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"{file.url} cannot be read any more: {error}") from None
     if now != file:
         raise UserError(

@@ -84,6 +84,8 @@ def _find_duplicates(indices: Sequence[np.ndarray]) -> list[np.ndarray]:
 
     The hashes are compared in classes of their lowest bits, so many that a class fits into memory.
     """
+    if not indices:
+        return []
     num_classes = 1 + sum(map(len, indices)) // _HASHES_AT_ONCE
     found: list[list[np.ndarray]] = [[] for _ in indices]
     for number in range(num_classes):

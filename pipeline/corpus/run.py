@@ -1,11 +1,11 @@
 """Read the sources piece by piece, split off held-out documents, write both as Arrow files of text."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import write_json
 from pipeline.config import from_json
 from pipeline.corpus.config import CorpusConfig, for_source
 from pipeline.corpus.gather import COUNTS, REJECTS, add_counts, gather_split, join_rejects, open_shards
@@ -38,7 +38,7 @@ def run_shard(config: CorpusConfig, inputs: Mapping[str, Path], shard: Shard, co
                 writer.write(document)
     start = 0 if piece.dataset else piece.start
     counts = {"source": shard["source"], "start": start, **ledger.counts()}
-    write_json(context.out / COUNTS, counts)
+    (context.out / COUNTS).write_text(json.dumps(counts))
     return counts
 
 

@@ -10,7 +10,7 @@ from pipeline.corpus.files import SourceFile, open_source
 from pipeline.corpus.ledger import Ledger
 from pipeline.errors import UserError
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 4 << 20
 """A larger file, and a piece without a blank line of more characters than this, is never in memory as a whole."""
 _BLANK_LINE = re.compile(r"\n\r?\n")
 
@@ -120,10 +120,10 @@ def cut_at_blank_lines(chunks: Iterable[str], document_chars: int) -> Iterator[D
 
 
 def count_lines(file: SourceFile, stop: int) -> int:
-    """Ends of lines in the first ``stop`` bytes of a file."""
-    found = 0
+    """Lines that start in the first ``stop`` bytes of a file."""
+    found, left = min(stop, 1), stop - 1
     with open_source(file) as handle:
-        while stop > 0 and (block := handle.read(min(CHUNK_BYTES, stop))):
+        while left > 0 and (block := handle.read(min(CHUNK_BYTES, left))):
             found += block.count(b"\n")
-            stop -= len(block)
+            left -= len(block)
     return found

@@ -38,7 +38,7 @@ class EncodingLimits:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A vocabulary with what encodes its texts; pickles as little as a tokenizer does, so build one in each worker."""
+    """A vocabulary with what encodes its texts; it does not pickle, so each worker builds its own."""
 
     vocabulary: Vocabulary
     backend: Backend

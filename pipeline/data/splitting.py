@@ -73,7 +73,7 @@ def _pairs(left: frozenset[int], right: frozenset[int]) -> Edges:
 
 
 def _repeat(a: _Node, least: int, is_loop: bool) -> _Node:
-    """Any upper limit above one counts as none, which only adds pairs."""
+    """An upper limit above one counts as none, which only adds pairs."""
     alone = a.alone if least < 2 else frozenset[int]()
     follow = a.follow | _pairs(a.last, a.first) if is_loop else a.follow
     return _Node(a.first, a.last, follow, alone, a.nullable or least == 0, a.skippable or least == 0)
@@ -114,10 +114,8 @@ class _Reader:
         node = self._item(ignore_case)
         while match := _QUANTIFIER.match(self.pattern, self.place):
             sign, least, manner = match.groups()
-            # A plus behind may be a second quantifier instead of a mark of possession, so it counts as both.
             self.is_possessive |= manner == "+"
-            is_loop = sign != "?" or manner == "+"
-            node = _repeat(node, int(least) if least is not None else 0 if sign in "?*" else 1, is_loop)
+            node = _repeat(node, int(least) if least is not None else 0 if sign in "?*" else 1, sign != "?")
             self.place = match.end()
         return node
 
@@ -135,7 +133,7 @@ class _Reader:
                 node = _Node(node.first, node.last, node.follow, frozenset(), nullable=True, skippable=False)
             return node
         match = _ATOM.match(self.pattern, self.place)
-        # Beyond ASCII one character may match several of another case; inside ASCII that is left to is_safe.
+        # An atom beyond ASCII may match several characters of another case; one for two ASCII letters, see _judge.
         if not match or (ignore_case and not (match.group().isascii() and len(match.group()) == 1)):
             raise self._unreadable()
         self.place = match.end()

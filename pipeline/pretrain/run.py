@@ -7,12 +7,13 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import FileRecord, link_or_copy, load_manifest, write_json
 from pipeline.config import to_json
-from pipeline.data.loader import Loader, prefetched
+from pipeline.data.loader import Loader, RowBatch, prefetched
 from pipeline.data.rows import PackedRows, open_rows
 from pipeline.data.verified import Verified
 from pipeline.data.vocabulary import SpecialTokens, load_vocabulary
@@ -94,62 +95,87 @@ def train(
     tracker: Tracker | None,
 ) -> None:
     """Optimizer steps first_step..num_steps-1."""
-    import torch
+    from pipeline.pretrain.batches import rank_rows
 
-    from dlm_core.cross_entropy import HeadLoss
-    from dlm_core.objectives import NUM_T_BINS, loss_output
-    from pipeline.pretrain.batches import micro_batches, rank_rows
-
-    config, engine = training.config, training.engine
-    device = engine.device
+    config = training.config
     tokens = training.tokens_before
     steps = range(first_step, config.num_steps)
     with prefetched(rank_rows(config, loader, step, training.rank) for step in steps) as all_drawn:
         for step, drawn in zip(steps, all_drawn, strict=True):
             start_s = time.monotonic()
             lr = config.optimizer.lr_at(step, config.num_steps)
-            set_lr(engine, lr)
-            batches = list(micro_batches(config, drawn, special, step, training.rank))
-            num_tokens = int(training.sum_over_ranks(sum(batch.targets.num_tokens for batch in batches)))
-            totals = torch.zeros(2 + 2 * NUM_T_BINS, dtype=torch.float64)
-            for batch in batches:
-                asked = batch.targets
-                columns = (batch.noised.xt, asked.select, asked.targets, asked.weight)
-                out = loss_output(HeadLoss(*engine(*(column.to(device) for column in columns))), asked)
-                engine.backward(out.loss_sum * loss_scale(config, num_tokens))
-                engine.step()
-                sums = torch.stack([out.loss_sum.detach(), out.num_masked])
-                totals += torch.cat([sums, out.bin_loss_sum, out.bin_num_masked]).double().cpu()
-            totals = training.sum_over_ranks(totals)
-            loss_sum, num_masked = totals[:2].tolist()
-            grad_norm = float(engine.get_global_grad_norm() or 0.0)
-            training.guard(step, loss_sum, grad_norm)
+            set_lr(training.engine, lr)
+            taken = take_step(training, drawn, special, step)
+            training.guard(step, taken.loss_sum, taken.grad_norm)
             if step == 0:
-                check_first_loss(model_config, totals[2:])
+                check_first_loss(model_config, taken.bins)
             elapsed_s = time.monotonic() - start_s
-            tokens += num_tokens
+            tokens += taken.num_tokens
             done = step + 1
             if tracker is not None:
-                loss = loss_sum / num_tokens
-                tracker.write(
-                    {
-                        "step": step,
-                        "loss": loss if math.isfinite(loss) else None,
-                        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-                        "lr": lr,
-                        "tokens": tokens,
-                        "masked_fraction": num_masked / num_tokens,
-                        **epochs_shown(loader, done * config.global_batch_seqs),
-                        **bin_means(totals[2:]),
-                        "step_s": round(elapsed_s, 4),
-                    }
-                )
-                training.context.progress(done, config.num_steps, loss=loss, tokens_per_s=num_tokens / elapsed_s)
+                shown = epochs_shown(loader, done * config.global_batch_seqs)
+                known = {"step": step, "lr": lr, "tokens": tokens, "step_s": round(elapsed_s, 4)}
+                tracker.write({**known, **taken.metrics(), **shown})
+                figures = {"loss": taken.loss, "tokens_per_s": taken.num_tokens / elapsed_s}
+                training.context.progress(done, config.num_steps, **figures)
             if done < config.num_steps and done % config.checkpoint_every_steps == 0 and training.is_healthy:
                 training.save(done)
             if training.agree_to_stop() and done < config.num_steps:
                 training.save(done, is_last=True)
                 raise Stopped(f"training was asked to stop after step {done} and saved a checkpoint")
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """What one optimizer step saw, summed over all ranks."""
+
+    num_tokens: int
+    """Valid tokens of the global batch: the denominator of the loss."""
+    loss_sum: float
+    num_masked: float
+    grad_norm: float
+    bins: Any
+    """Unweighted cross-entropy and number of masked tokens by bin of t, float64 [2 * NUM_T_BINS]."""
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.loss_sum / self.num_tokens
+
+    def metrics(self) -> dict[str, float | None]:
+        """The figures of the step for the log; None for what is not finite."""
+        finite = {"loss": self.loss, "grad_norm": self.grad_norm}
+        return {
+            **{name: value if math.isfinite(value) else None for name, value in finite.items()},
+            "masked_fraction": self.num_masked / self.num_tokens,
+            **bin_means(self.bins),
+        }
+
+
+def take_step(training: "Training", drawn: RowBatch, special: SpecialTokens, step: int) -> StepTaken:
+    """Noise the rank's rows, add up the gradients of its micro batches and step."""
+    import torch
+
+    from dlm_core.cross_entropy import HeadLoss
+    from dlm_core.objectives import NUM_T_BINS, loss_output
+    from pipeline.pretrain.batches import micro_batches
+
+    config, engine = training.config, training.engine
+    batches = list(micro_batches(config, drawn, special, step, training.rank))
+    num_tokens = int(training.sum_over_ranks(sum(batch.targets.num_tokens for batch in batches)))
+    totals = torch.zeros(2 + 2 * NUM_T_BINS, dtype=torch.float64)
+    for batch in batches:
+        asked = batch.targets
+        columns = (batch.noised.xt, asked.select, asked.targets, asked.weight)
+        out = loss_output(HeadLoss(*engine(*(column.to(engine.device) for column in columns))), asked)
+        engine.backward(out.loss_sum * loss_scale(config, num_tokens))
+        engine.step()
+        sums = torch.stack([out.loss_sum.detach(), out.num_masked])
+        totals += torch.cat([sums, out.bin_loss_sum, out.bin_num_masked]).double().cpu()
+    totals = training.sum_over_ranks(totals)
+    loss_sum, num_masked = totals[:2].tolist()
+    grad_norm = float(engine.get_global_grad_norm() or 0.0)
+    return StepTaken(num_tokens, loss_sum, num_masked, grad_norm, totals[2:])
 
 
 def epochs_shown(loader: Loader, sample_id: int) -> dict[str, float]:

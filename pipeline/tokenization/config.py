@@ -12,8 +12,8 @@ class TokenizationConfig:
     """Everything that matters is in the inputs: the corpus and the tokenizer."""
 
     backend: BackendName = execution("auto")
-    """What encodes: tokenizers; fast, which is gigatoken (pip install 'dlm[fast]'); or auto, gigatoken where it is installed.
-    It is taken only after it gave the ids of tokenizers on a sample of each shard, and compared with them now and then."""
+    """What encodes: tokenizers; fast, which is gigatoken (pip install 'dlm[fast]'); auto, gigatoken where installed.
+    That one is taken only after it gave the ids of tokenizers on a sample of the shard, and goes on being compared."""
     batch_chars: int = execution(1 << 20)
     """Text that is encoded before its ids are written; has no effect on the result."""
 

@@ -109,8 +109,8 @@ def _reversible(
 
 
 _NOT_REVERSIBLE = (
-    "the tokenizer does not give back the text it was given (case, spaces or unknown characters are lost), so its tokens "
-    "give no bound on the text. Use a byte-level tokenizer, or train one (tokenizer.file='')"
+    "the tokenizer does not give back the text it was given (case, spaces or unknown characters are lost), so its "
+    "tokens give no bound on the text. Use a byte-level tokenizer, or train one (tokenizer.file='')"
 )
 
 

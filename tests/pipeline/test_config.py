@@ -58,7 +58,7 @@ CHANGED: dict[type, dict[str, Any]] = {
         "architecture.cond_dim": 8, "architecture.tied_head": False, "architecture.init": "normal",
         "optimizer.lr": 0.5, "optimizer.warmup_steps": 1, "optimizer.beta1": 0.1, "optimizer.beta2": 0.1,
         "optimizer.eps": 1e-3, "optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": 9.0,
-        "num_steps": 7, "global_batch_seqs": 4, "mixture": {"a": 1.0}, "short_step_share": 0.5, "short_step_min": 2,
+        "num_steps": 7, "global_batch_seqs": 4, "short_step_share": 0.5, "short_step_min": 2,
         "t_min": 0.1, "precision": "bf16",
         "init_seed": 1, "data_seed": 1, "noise_seed": 1,
     },
@@ -71,6 +71,7 @@ CHANGED: dict[type, dict[str, Any]] = {
 
 NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
     PretrainConfig: {
+        "mixture": (PretrainConfig(), PretrainConfig(mixture={"a": 1.0})),
         "architecture.head_bias": (Architecture(tied_head=False), Architecture(tied_head=False, head_bias=True)),
         "architecture.time_conditioning": (Architecture(cond_dim=8), Architecture(cond_dim=8, time_conditioning=True)),
         "architecture.rope_scaling": (Architecture(), Architecture(rope_scaling=RopeScaling("linear", 2.0))),
@@ -85,7 +86,7 @@ EXECUTION: dict[type, dict[str, Any]] = {
         "max_decompression_ratio": 9.0,
     },
     TokenizerConfig: {"file": "t.json"},
-    TokenizationConfig: {"batch_docs": 3},
+    TokenizationConfig: {"backend": "tokenizers", "batch_chars": 3},
     PretrainConfig: {
         "workers": 4, "zero_stage": 3, "micro_batch_seqs": 1, "threads_per_worker": 3, "checkpoint_every_steps": 7,
         "keep_checkpoints": 9, "max_skipped_steps": 2, "track": False,
@@ -275,7 +276,7 @@ def test_from_json_with_several_mistakes_names_all() -> None:
         (CorpusConfig, "filters", {"min_chars": 9, "max_chars": 8}), (CorpusConfig, "filters", {"quality": ["x"]}),
         (TokenizerConfig, "vocab_size", 258), (TokenizerConfig, "max_train_bytes", 0),
         (TokenizerConfig, "mask_token", ""), (TokenizerConfig, "mask_token", "[PAD]"),
-        (TokenizationConfig, "batch_docs", 0),
+        (TokenizationConfig, "batch_chars", 0),
     ],
 )  # fmt: skip
 def test_from_json_out_of_range_names_the_field(kind: type, path: str, value: Any) -> None:

@@ -176,7 +176,7 @@ def test_a_special_id_out_of_text_is_refused_and_named(vocabulary: Vocabulary, n
     special = SpecialTokens(**{**vars(vocabulary.special), f"{name}_token_id": letter})
     encoder = build_encoder(Vocabulary(vocabulary.tokenizer, special), "tokenizers")
     with pytest.raises(UserError, match=rf"document 3: .* {name} id {letter} \('w'\).*tokenizer\.{name}_token"):
-        list(encode_documents(encoder, [[""], ["x"], ["yy"], ["zw"], ["w"]]))
+        list(encode_documents(encoder, [[""], ["x"], ["yy"], ["wz"], ["w"]]))
 
 
 def test_an_id_outside_of_the_vocabulary_is_refused(vocabulary: Vocabulary) -> None:
@@ -274,7 +274,7 @@ def test_a_fast_backend_that_differs_on_the_sample_is_not_taken(vocabulary: Voca
 def test_a_fast_backend_that_differs_later_is_an_error_that_names_the_document(vocabulary: Vocabulary) -> None:
     encoder = build_encoder(vocabulary, "fast", ["good"])
     documents = [[f"document {number}" if number != 6 else "poison"] for number in range(20)]
-    for batch_chars in (1, 30, 10_000):
+    for batch_chars in (1, 40, 10_000):
         with pytest.raises(UserError, match=r"document 6: gigatoken gives other ids .*'poison'.*'tokenizers'"):
             list(encode_documents(encoder, documents, EncodingLimits(batch_chars=batch_chars, verify_every=3)))
     assert len(_documents(encode_documents(encoder, documents, EncodingLimits(verify_every=4)))) == 20
@@ -358,13 +358,10 @@ def test_a_special_token_that_is_only_a_word_of_the_model_is_refused() -> None:
         _find(Tokenizer.from_str(json.dumps(content)))
 
 
-def test_ids_that_stand_for_nothing_are_refused_with_their_number() -> None:
+def test_ids_that_stand_for_nothing_are_rows_that_no_text_reaches() -> None:
     content = json.loads(_byte_level().to_str())
     content["model"]["vocab"]["zz"] = 300
-    with pytest.raises(
-        UserError, match=r"given\.json has 260 tokens with ids up to 300, so 41 ids stand for nothing \(256, "
-    ):
-        _find(Tokenizer.from_str(json.dumps(content)))
+    assert _find(Tokenizer.from_str(json.dumps(content))).vocab_size == 301
 
 
 def test_one_id_for_two_tokens_is_refused() -> None:

@@ -1,12 +1,15 @@
 """A step's batch is a function of the step alone: ranks and micro batches only cut it up."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from pipeline.data.loader import Loader
 from pipeline.data.rows import open_rows
 from pipeline.data.vocabulary import SpecialTokens, load_vocabulary
-from pipeline.pretrain.batches import micro_batches, rank_rows
+from pipeline.errors import CorruptionError
+from pipeline.pretrain.batches import micro_batches, rank_rows, step_length
 from pipeline.pretrain.config import PretrainConfig
 from tests.support.tiny_run import Artifacts, tiny
 
@@ -71,3 +74,59 @@ def test_batch_masks_as_its_time_says_and_weighs_by_one_over_t(loader: Loader, s
     assert float((by_row - t).abs().max()) < 5 * (0.25 / 32) ** 0.5  # five sigmas of a binomial share
     assert bool(batch["is_text"].all())
     assert int(batch["num_tokens"]) == batch["x0"].numel()
+
+
+def test_padding_is_neither_masked_nor_counted(loader: Loader, special: SpecialTokens) -> None:
+    num_rows = open_rows(loader_directory(loader)).num_rows
+    config = tiny(global_batch_seqs=num_rows)
+    batch = whole(config, loader, special, 0)
+    is_text = batch["is_text"]
+    assert 0 < int((~is_text).sum()) < 32 * 5
+    assert bool((batch["xt"][~is_text] == special.pad_token_id).all())
+    assert int(batch["num_tokens"]) == int(is_text.sum())
+    assert torch.equal(batch["maskable"], is_text)
+
+
+def loader_directory(loader: Loader) -> Path:
+    """Where a loader reads."""
+    return loader._rows.directory
+
+
+def test_short_steps_have_the_asked_share_and_uniform_lengths() -> None:
+    config = tiny(short_step_share=0.25, short_step_min=8)
+    lengths = [step_length(config, 32, step) for step in range(8000)]
+    short = [length for length in lengths if length < 32]
+    # One in 25 of the drawn lengths is the whole row; five sigmas of a binomial share.
+    assert abs(len(short) / 8000 - 0.25 * 24 / 25) < 5 * (0.24 * 0.76 / 8000) ** 0.5
+    counts = torch.bincount(torch.tensor(short))[8:]
+    assert (min(short), max(short)) == (8, 31)
+    expected = len(short) / 24
+    assert float(((counts - expected) ** 2 / expected).sum()) < 72.6  # 23 degrees of freedom, once in a million
+    assert lengths == [step_length(config, 32, step) for step in range(8000)]
+    assert lengths != [
+        step_length(tiny(short_step_share=0.25, short_step_min=8, data_seed=1), 32, s) for s in range(8000)
+    ]
+
+
+@pytest.mark.parametrize(("share", "shortest", "wanted"), [(0.0, 1, {32}), (1.0, 32, {32}), (1.0, 99, {32})])
+def test_steps_keep_their_length_where_nothing_shorter_is_asked(share: float, shortest: int, wanted: set[int]) -> None:
+    config = tiny(short_step_share=share, short_step_min=shortest)
+    assert {step_length(config, 32, step) for step in range(200)} == wanted
+
+
+def test_a_short_step_is_the_front_of_the_same_rows_on_every_rank(loader: Loader, special: SpecialTokens) -> None:
+    config = tiny(short_step_share=1.0, workers=4)
+    step = next(s for s in range(99) if 4 < step_length(config, 32, s) < 32)
+    length = step_length(config, 32, step)
+    full = whole(tiny(), loader, special, step)
+    parts = [b for r in range(4) for b in micro_batches(config, rank_rows(config, loader, step, r), special, step, r)]
+    assert torch.equal(torch.cat([part.noised.x0 for part in parts]), full["x0"][:, :length])
+    assert torch.equal(torch.cat([part.noised.xt for part in parts]), full["xt"][:, :length])
+
+
+def test_a_row_with_the_mask_id_is_refused_with_the_step(loader: Loader, special: SpecialTokens) -> None:
+    config = tiny()
+    drawn = rank_rows(config, loader, 3, 0)
+    drawn.x0[1, 5] = special.mask_token_id
+    with pytest.raises(CorruptionError, match=f"row of step 3 holds the mask id {special.mask_token_id}"):
+        list(micro_batches(config, drawn, special, 3, 0))

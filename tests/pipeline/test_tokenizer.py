@@ -7,12 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from pipeline.corpus.config import STAGE as CORPUS
+from pipeline.corpus.config import CorpusConfig, Source
 from pipeline.data.vocabulary import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Vocabulary, load_vocabulary
 from pipeline.errors import CorruptionError, UserError
 from pipeline.stage import StageContext
 from pipeline.tokenizer.config import STAGE, TokenizerConfig, external_data
 from pipeline.tokenizer.run import run
-from tests.pipeline.conftest import AWKWARD, flip_bit, make_artifact
+from tests.pipeline.conftest import AWKWARD, flip_bit, make_artifact, write_jsonl
 
 SPECIAL = [MASK_TOKEN, EOS_TOKEN, PAD_TOKEN]
 
@@ -80,6 +82,18 @@ def test_training_on_part_of_the_text_stops_at_the_limit(tmp_path: Path, corpus:
     config = TokenizerConfig(vocab_size=300, max_train_bytes=1)
     part = make_artifact(STAGE, config, {"corpus": corpus}, tmp_path / "part")
     assert (part / "tokenizer.json").read_bytes() != (tokenizer / "tokenizer.json").read_bytes()
+
+
+def test_training_up_to_a_limit_takes_from_every_source_in_turn(tmp_path: Path) -> None:
+    texts = {"a": ["alpha beta " * 400 + str(i) for i in range(700)], "b": [f"zuzu {i}" for i in range(300)]}
+    source = {name: Source((str(write_jsonl(tmp_path / f"{name}.jsonl", own)),)) for name, own in texts.items()}
+    corpus = make_artifact(CORPUS, CorpusConfig(source=source), {}, tmp_path / "corpus")
+    found: dict[int, Vocabulary] = {}
+    for max_train_bytes in (500_000, 1_200_000):
+        config = TokenizerConfig(vocab_size=290, max_train_bytes=max_train_bytes)
+        out = tmp_path / str(max_train_bytes)
+        found[max_train_bytes] = load_vocabulary(make_artifact(STAGE, config, {"corpus": corpus}, out))
+    assert {limit: "zu" in it.tokenizer.get_vocab() for limit, it in found.items()} == {500_000: False, 1_200_000: True}
 
 
 def test_training_with_other_special_spellings_uses_them(tmp_path: Path, corpus: Path) -> None:

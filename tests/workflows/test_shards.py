@@ -16,7 +16,7 @@ from cluster.local import LocalExecutor
 from pipeline.artifact import load_manifest, open_artifact
 from tests.support.executors import Inline
 from tests.support.toy_stages.trouble import executions
-from tests.support.toy_workflow import coordinate, copies_plan
+from tests.support.toy_workflow import coordinate, copies_plan, wait_until
 from workflows import runs
 from workflows.coordinator import StepState
 from workflows.plan import Plan
@@ -134,9 +134,10 @@ def test_map_whose_lease_is_lost_to_another_run_is_no_failure_of_the_shard(store
 
     def take_over(states) -> None:
         copies = states[1]
-        if not heirs and (log / "copies-001").exists():
+        if not heirs and copies.progress.get("done") == 2 and (log / "copies-001").exists():
             copies.lease.release()
             heirs.append(acquire_lease(place_of(store, plan).lease_dir, "heir"))
+            wait_until(lambda: (log / "copies-001").read_text().endswith("\n"), "the shard has told its number")
             os.kill(int((log / "copies-001").read_text()), signal.SIGKILL)
         if heirs and copies.status == "waiting":
             heirs[0].release()
@@ -198,18 +199,34 @@ def test_map_comes_out_the_same_for_any_cores_and_any_order(tmp_path):
 
 def test_stop_request_starts_no_shard_that_waits_and_the_resumed_run_no_other(store, log):
     run = runs.create_run(store, copies_plan(log, MANY[:40]), "local", "r1")
+    executor, started = Inline(), []
 
     def stop_after_five(states) -> None:
-        if states[1].progress.get("done", 0) >= 5:
+        if states[1].progress.get("done", 0) >= 5 and not started:
             run.cancel_file.touch()
+            started.extend(executor.started)
 
-    states = coordinate(store, run, Inline, stop_after_five)
+    states = coordinate(store, run, lambda: executor, stop_after_five)
+    assert executor.started == started
     assert states["copies"].status == "stopped"
     done = {f"copies-{name}" for name in place_of(store, copies_plan(log, MANY[:40])).committed_shards()}
     assert 5 <= len(done) < 40
     assert set(executions(log)) == {"copies-list", *done}
     assert text_of(coordinate(store, run, Inline)["copies"]) == "".join(2 * letter for letter in MANY[:40])
     assert set(executions(log).values()) == {1}
+
+
+def test_stop_request_while_a_shard_waits_to_be_tried_again_is_heard_at_once(store, log, monkeypatch):
+    monkeypatch.setattr("workflows.coordinator._BACKOFF_S", 3600.0)
+    run = runs.create_run(store, copies_plan(log, trouble="code", where="copies-001"), "local", "r1")
+
+    def stop_once_the_others_are_done(states) -> None:
+        if states[1].progress.get("done") == 2:
+            run.cancel_file.touch()
+
+    states = coordinate(store, run, Inline, stop_once_the_others_are_done)
+    assert states["copies"].status == "stopped"
+    assert executions(log)["copies-001"] == 1
 
 
 # --- shards of other artifacts --------------------------------------------------------------------------------------

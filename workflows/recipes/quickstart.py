@@ -22,7 +22,7 @@ def quickstart() -> Workflow:
             Step(
                 "corpus",
                 "pipeline.corpus",
-                CorpusConfig(undecodable="skip", held_out_fraction=0.01, shard_bytes=4_000_000),
+                CorpusConfig(undecodable="skip", held_out_fraction=0.01, shard_bytes=8_000_000),
             ),
             Step("tokenizer", "pipeline.tokenizer", TokenizerConfig(vocab_size=4096), {"corpus": "corpus"}),
             Step(

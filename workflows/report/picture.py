@@ -10,6 +10,7 @@ from pipeline.convert.config import STAGE as CONVERT
 from pipeline.corpus.config import STAGE as CORPUS
 from pipeline.evaluate.config import STAGE as EVALUATE
 from pipeline.generate.config import STAGE as GENERATE
+from pipeline.packing.config import STAGE as PACKING
 from pipeline.pretrain.config import STAGE as PRETRAIN
 from pipeline.tokenization.config import STAGE as TOKENIZATION
 from pipeline.tokenizer.config import STAGE as TOKENIZER
@@ -18,14 +19,21 @@ from workflows.report.config import STAGE as REPORT
 from workflows.report.data import collect
 from workflows.report.loss import loss_chart
 
-STAGES = (CORPUS, TOKENIZER, TOKENIZATION, PRETRAIN, CONVERT, EVALUATE, GENERATE, REPORT)
-_MADE_BY = {"tokens": "tokenization", "weights": "convert", "evaluation": "evaluate", "samples": "generate"}
+STAGES = (CORPUS, TOKENIZER, TOKENIZATION, PACKING, PRETRAIN, CONVERT, EVALUATE, GENERATE, REPORT)
+_MADE_BY = {
+    "tokens": "tokenization",
+    "rows": "packing",
+    "weights": "convert",
+    "evaluation": "evaluate",
+    "samples": "generate",
+}
 """Stage behind an input, where it is called otherwise."""
 
 _WHAT_IT_DOES = {
     "corpus": "text in, documents out",
     "tokenizer": "trains or adopts a BPE",
     "tokenization": "documents to token shards",
+    "packing": "token shards to rows",
     "pretrain": "masked diffusion, resumable",
     "convert": "checkpoint to safetensors",
     "evaluate": "held-out bound, xz beside it",
@@ -52,8 +60,8 @@ def draw_picture() -> str:
     """The graph of the stages on a card of its own, as a whole SVG file."""
     nodes = [svg.Node(stage.name, _WHAT_IT_DOES[stage.name], stage.kind) for stage in STAGES]
     graph = svg.layered_graph(nodes, picture_edges(), _LAYOUT)
-    legend = _legend(graph.height - 3 * 24 + 4)
-    drawing = svg.Drawing(graph.body + legend, graph.width, graph.height)
+    legend = _legend(graph.height + _LAYOUT.gap_y)
+    drawing = svg.Drawing(graph.body + legend, graph.width, graph.height + 2 * _LAYOUT.gap_y)
     return _card(drawing, "From text to an evaluated diffusion language model")
 
 
@@ -79,12 +87,12 @@ def _card(drawing: svg.Drawing, title: str) -> str:
 
 
 def _legend(top: float) -> str:
-    """What the kinds mean, in the free corner at the lower left."""
+    """What the kinds mean, in a line below the graph."""
     parts: list[str] = []
     for number, (kind, meaning) in enumerate(_KINDS.items()):
-        y = top + 24 * number
-        parts.append(svg.kind_label(0, y, kind))
-        parts.append(svg.text(52, y + 13, meaning, "sub"))
+        x = number * (_LAYOUT.node_width + _LAYOUT.gap_x)
+        parts.append(svg.kind_label(x, top, kind))
+        parts.append(svg.text(x + 52, top + 13, meaning, "sub"))
     return "".join(parts)
 
 

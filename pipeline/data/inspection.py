@@ -1,0 +1,133 @@
+"""What a person wants to know of the data before and after a training: counts, lengths, shares, a look at some rows."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.artifact import checked, checked_files, open_artifact
+from pipeline.data.loader import Loader
+from pipeline.data.mixture import whole_weights
+from pipeline.data.rows import PackedRows, open_rows
+from pipeline.data.shards import open_stream
+from pipeline.data.vocabulary import Vocabulary
+from pipeline.errors import CorruptionError
+
+MAX_SHARDS_READ = 16
+"""Shards whose documents are measured for a histogram; spread over all of them."""
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """One source of the training data."""
+
+    source: str
+    docs: int
+    tokens: int
+    bytes: int
+    rows: int
+    share: float
+    """Of the rows that training sees."""
+    epochs: float | None
+    """Times that its rows are shown in the whole training; None if it is not known how long that is."""
+
+
+def summarise_sources(
+    tokens: Path, rows: PackedRows, mixture: Mapping[str, float], num_samples: int | None
+) -> list[SourceSummary]:
+    """Counts of the training split by source; ``num_samples`` is the number of rows that training shows."""
+    shards = [shard for shard in open_artifact(tokens).stats["shards"] if shard["split"] == "train"]
+    weights = whole_weights(mixture) if mixture else {}
+    total = sum(weights.values())
+    found: list[SourceSummary] = []
+    for source, numbers in rows.by_source.items():
+        num_rows = sum(rows.shards[number].rows for number in numbers)
+        share = weights.get(source, 0) / total if weights else num_rows / rows.num_rows
+        own = [shard for shard in shards if shard["source"] == source]
+        docs, num_tokens, num_bytes = (sum(shard[key] for shard in own) for key in ("docs", "tokens", "bytes"))
+        epochs = None if num_samples is None else share * num_samples / num_rows
+        found.append(SourceSummary(source, docs, num_tokens, num_bytes, num_rows, share, epochs))
+    return found
+
+
+@dataclass(frozen=True)
+class LengthHistogram:
+    """Documents by length, in tokens."""
+
+    edges: list[int]
+    """Powers of two: bin k holds lengths from edges[k] to edges[k + 1] - 1."""
+    counts: list[int]
+    shards_read: int
+    shards: int
+
+
+def length_histogram(tokens: Path) -> LengthHistogram:
+    """Lengths of the training documents in at most MAX_SHARDS_READ shards."""
+    names = [shard["name"] for shard in open_artifact(tokens).stats["shards"] if shard["split"] == "train"]
+    places = np.unique(np.linspace(0, len(names) - 1, min(len(names), MAX_SHARDS_READ)).astype(int))
+    paths = [checked(tokens, f"{names[place]}.arrow") for place in places]
+    lengths = np.concatenate([open_stream([path]).doc_lengths for path in paths])
+    exponents = np.frexp(lengths.astype(np.float64))[1] - 1
+    low, high = int(exponents.min()), int(exponents.max())
+    counts = np.bincount(exponents - low, minlength=high - low + 1)
+    return LengthHistogram([1 << e for e in range(low, high + 2)], counts.tolist(), len(paths), len(names))
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """A stretch of one row: text of a document, or padding."""
+
+    text: str | None
+    """None for padding."""
+    tokens: int
+
+
+def decode_row(loader: Loader, vocabulary: Vocabulary, sample_id: int) -> list[RowPart]:
+    """The row of a global sample id, cut where documents meet."""
+    batch = loader.batch(np.array([sample_id]))
+    edges = np.concatenate([[0], np.cumsum(np.abs(batch.lengths))])
+    tokens = batch.x0[0].tolist()
+    return [
+        RowPart(vocabulary.decode(tokens[edges[k] : edges[k + 1]]) if length > 0 else None, abs(length))
+        for k, length in enumerate(batch.lengths.tolist())
+    ]
+
+
+def verify(corpus: Path, tokens: Path, packed: Path, vocabulary: Vocabulary) -> Iterator[str]:
+    """Check all there is to check, one sentence each; CorruptionError at the first thing that is wrong.
+
+    Every file has its SHA-256; every id lies in the vocabulary and none is the mask; every count is what the manifest
+    says; the rows hold every token of every training document once.
+    """
+    for name, directory in (("corpus", corpus), ("tokens", tokens), ("rows", packed)):
+        files = checked_files(directory, "*")
+        size = sum(path.stat().st_size for path in files)
+        yield f"{name}: {len(files):,} files, {size / 1e6:,.1f} MB, every SHA-256 agrees"
+    records = open_artifact(tokens).stats["shards"]
+    num_docs = num_tokens = 0
+    for record in records:
+        path = tokens / f"{record['name']}.arrow"
+        stream = open_stream([path])
+        found = (len(stream.doc_starts) - 1, stream.num_tokens, stream.vocab_size)
+        if found != (record["docs"], record["tokens"], vocabulary.special.vocab_size):
+            raise CorruptionError(f"{path} has (documents, tokens, vocabulary) {found}; the manifest says otherwise")
+        if (stream[:] == vocabulary.special.mask_token_id).any():
+            raise CorruptionError(f"{path} holds the mask id {vocabulary.special.mask_token_id}")
+        num_docs, num_tokens = num_docs + found[0], num_tokens + found[1]
+    yield f"tokens: {num_docs:,} documents, {num_tokens:,} tokens, every id inside the vocabulary and none the mask"
+    rows = open_rows(packed)
+    for number, record in enumerate(rows.shards):
+        _compare(rows, number, tokens / f"{record.name}.arrow")
+    yield f"rows: {rows.num_rows:,} of {rows.seq_len} tokens, every token of every document in exactly one"
+
+
+def _compare(rows: PackedRows, number: int, path: Path) -> None:
+    stream = open_stream([path])
+    unpacked = {document: ids for document, ids in rows.documents(number)}
+    for document, (start, stop) in enumerate(zip(stream.doc_starts[:-1], stream.doc_starts[1:], strict=True)):
+        wanted = stream[int(start) : int(stop)]
+        if len(wanted) and not np.array_equal(unpacked.pop(document, wanted[:0]), wanted):
+            raise CorruptionError(f"the rows of {rows.shards[number].name} do not hold document {document} of {path}")
+    if unpacked:
+        raise CorruptionError(f"the rows of {rows.shards[number].name} hold {len(unpacked)} documents more than {path}")

@@ -1,0 +1,127 @@
+"""What is shown of the data is what is there, and verification finds each kind of damage."""
+
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.artifact import MANIFEST, checked_files, load_manifest, read_json, write_json
+from pipeline.data.inspection import decode_row, length_histogram, summarise_sources, verify
+from pipeline.data.loader import Loader
+from pipeline.data.rows import open_rows
+from pipeline.data.shards import open_stream, write_shard
+from pipeline.data.vocabulary import Vocabulary, load_vocabulary
+from pipeline.errors import CorruptionError
+from tests.pipeline.conftest import flip_bit
+from tests.support.tiny_run import Artifacts, forge
+
+
+@pytest.fixture(scope="module")
+def vocabulary(made: Artifacts) -> Vocabulary:
+    """The tiny tokenizer."""
+    return load_vocabulary(made.tokenizer)
+
+
+def copied(made: Artifacts, to: Path) -> Artifacts:
+    """Artifacts of one's own, to be damaged."""
+    for name in ("corpus", "tokens", "rows"):
+        shutil.copytree(getattr(made, name), to / name)
+    return replace(made, corpus=to / "corpus", tokens=to / "tokens", rows=to / "rows")
+
+
+def sentences(made: Artifacts, vocabulary: Vocabulary) -> list[str]:
+    """What verification says."""
+    return list(verify(made.corpus, made.tokens, made.rows, vocabulary))
+
+
+def test_sources_are_counted_as_their_files_say(made: Artifacts) -> None:
+    rows = open_rows(made.rows)
+    (source,) = summarise_sources(made.tokens, rows, {}, num_samples=3 * rows.num_rows)
+    paths = checked_files(made.tokens, "train-*.arrow")
+    assert (source.source, source.rows, source.share, source.epochs) == ("text", rows.num_rows, 1.0, 3.0)
+    assert source.tokens == sum(open_stream([path]).num_tokens for path in paths)
+    assert source.docs == sum(len(open_stream([path]).doc_lengths) for path in paths)
+    assert source.bytes == load_manifest(made.corpus).stats["train_bytes"]
+
+
+def test_histogram_counts_every_document_by_the_bits_of_its_length(made: Artifacts) -> None:
+    found = length_histogram(made.tokens)
+    lengths = np.concatenate([open_stream([p]).doc_lengths for p in checked_files(made.tokens, "train-*.arrow")])
+    naive = Counter(int(length).bit_length() - 1 for length in lengths)
+    low = found.edges[0].bit_length() - 1
+    assert {low + k: count for k, count in enumerate(found.counts) if count} == dict(naive)
+    assert found.edges == [1 << (low + k) for k in range(len(found.counts) + 1)]
+    assert (found.shards_read, found.shards) == (len(checked_files(made.tokens, "train-*.arrow")),) * 2
+
+
+def test_a_decoded_row_is_its_text_cut_where_documents_meet(made: Artifacts, vocabulary: Vocabulary) -> None:
+    rows = open_rows(made.rows)
+    loader = Loader(rows, 0, vocabulary.special.pad_token_id)
+    kinds = set()
+    for sample_id in range(rows.num_rows):
+        parts = decode_row(loader, vocabulary, sample_id)
+        batch = loader.batch(np.array([sample_id]))
+        assert sum(part.tokens for part in parts) == rows.seq_len
+        for number, part in enumerate(part for part in parts if part.text is not None):
+            own = batch.x0[0][batch.doc_ids[0] == number]
+            assert part.text == vocabulary.decode(own.tolist())
+        kinds.add(tuple(part.text is None for part in parts))
+    assert (False, False) in kinds
+    assert (False, True) in kinds
+
+
+def test_verification_names_all_that_it_has_checked(made: Artifacts, vocabulary: Vocabulary) -> None:
+    said = sentences(made, vocabulary)
+    for name in ("corpus", "tokens", "rows"):
+        files = len(load_manifest(getattr(made, name)).files)
+        assert f"{name}: {files:,} files" in "\n".join(said)
+        assert files > 1
+    rows = open_rows(made.rows)
+    assert said[-1] == f"rows: {rows.num_rows:,} of 32 tokens, every token of every document in exactly one"
+
+
+@pytest.mark.parametrize("name", ["corpus", "tokens", "rows"])
+def test_a_flipped_bit_anywhere_is_found(made: Artifacts, vocabulary: Vocabulary, name: str, tmp_path: Path) -> None:
+    own = copied(made, tmp_path)
+    victim = sorted(getattr(own, name).glob("train-*.arrow"))[-1]
+    flip_bit(victim, 500)
+    with pytest.raises(CorruptionError, match=victim.name):
+        sentences(own, vocabulary)
+
+
+def test_the_mask_id_in_a_shard_is_found(made: Artifacts, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    own = copied(made, tmp_path)
+    path = sorted(own.tokens.glob("train-*.arrow"))[0]
+    stream = open_stream([path])
+    documents = [part.tolist() for part in np.split(stream[:], stream.doc_starts[1:-1])]
+    documents[0][0] = vocabulary.special.mask_token_id
+    path.unlink()  # rows are another name of the same file
+    write_shard(path, documents, stream.vocab_size)
+    forge(own.tokens, path.name)
+    with pytest.raises(CorruptionError, match="holds the mask id"):
+        sentences(own, vocabulary)
+
+
+def test_rows_that_hold_another_document_are_found(made: Artifacts, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    own = copied(made, tmp_path)
+    path = sorted(own.rows.glob("train-*[0-9].arrow"))[0]
+    stream = open_stream([path])
+    documents = [part.tolist() for part in np.split(stream[:], stream.doc_starts[1:-1])]
+    documents[1][0] = (documents[1][0] + 1) % 100 + 100
+    path.unlink()
+    write_shard(path, documents, stream.vocab_size)
+    forge(own.rows, path.name)
+    with pytest.raises(CorruptionError, match="do not hold document 1 of"):
+        sentences(own, vocabulary)
+
+
+def test_a_manifest_that_counts_wrongly_is_found(made: Artifacts, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    own = copied(made, tmp_path)
+    manifest = read_json(own.tokens / MANIFEST)
+    manifest["stats"]["shards"][0]["docs"] += 1
+    write_json(own.tokens / MANIFEST, manifest)
+    with pytest.raises(CorruptionError, match="the manifest says otherwise"):
+        sentences(own, vocabulary)
