@@ -34,6 +34,8 @@ format: .venv/dev.installed
 bench: .venv/dev.installed
 	$(BIN)/python -m benchmarks.objective
 	$(BIN)/python -m benchmarks.model_step
+	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.tokenization
 
 mutants: .venv/dev.installed
 	$(BIN)/python -m tests.support.mutants

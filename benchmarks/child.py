@@ -4,6 +4,7 @@ import ctypes
 import gc
 import multiprocessing
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _TOP_PAD_BYTES = 64 << 20
 _NEVER = -1
+_SAMPLE_S = 0.001
 
 
 def in_child(function: Callable[..., Any], *args: Any, heap: bool = True) -> Any:
@@ -43,6 +45,29 @@ def peak_bytes(work: Callable[[], object]) -> int:
     before = _resident_bytes("VmRSS")
     work()
     return _resident_bytes("VmHWM") - before
+
+
+def peak_anonymous_bytes(work: Callable[[], object]) -> int:
+    """Peak of memory that no file backs during ``work``, above what there was before it: pages mapped from files, which
+    the kernel takes back at will, are left out.  Sampled, for the kernel keeps no peak of it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = peak = _resident_bytes("RssAnon")
+    is_over = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not is_over.wait(_SAMPLE_S):
+            peak = max(peak, _resident_bytes("RssAnon"))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        work()
+    finally:
+        is_over.set()
+        sampler.join()
+    return max(peak, _resident_bytes("RssAnon")) - before
 
 
 def _resident_bytes(field: str) -> int:

@@ -1,18 +1,24 @@
 """What all benchmarks share: probes and refusals, the report, interleaving, text, memory of a child."""
 
+import itertools
 import json
+import mmap
 import resource
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import command, machine
-from benchmarks.child import in_child, peak_bytes
+from benchmarks.child import in_child, peak_anonymous_bytes, peak_bytes
 from benchmarks.command import Measured, Options, RefusedError, run, table
 from benchmarks.interleave import interleave, median_ratio
 from benchmarks.machine import Probe, doubts
-from benchmarks.text import read_text
+from benchmarks.process import run_program
+from benchmarks.text import read_documents, read_text
 
 QUIET = Probe(
     matmul_gflops=300.0, matmul_gflops_one_thread=160.0, fork_join_us=13.0, fork_join_p95_us=16.0, num_threads=2
@@ -143,6 +149,12 @@ def test_interleave_gives_every_round_to_every_variant_in_rotated_order():
     assert all(time > 0 for times in times_s.values() for time in times)
 
 
+def test_interleave_reads_the_clock_it_is_given_around_every_variant():
+    ticks = itertools.count()
+    times = interleave({"a": lambda _: next(ticks), "b": lambda _: None}, 2, clock=lambda: next(ticks))
+    assert times == {"a": [2, 2], "b": [1, 1]}
+
+
 def test_median_ratio_above_one_means_ours_takes_less():
     assert median_ratio([3.0, 100.0, 1.0], [2.0, 1.0, 1.5]) == 2.0
 
@@ -173,6 +185,36 @@ def test_text_that_is_not_there_is_refused(tmp_path):
         read_text([tmp_path / "absent"], 1)
 
 
+def _write(folder: Path, **contents: bytes) -> Path:
+    for name, content in contents.items():
+        (folder / f"{name}.py").write_bytes(content)
+    return folder
+
+
+def test_documents_are_files_once_without_the_blank_and_the_undecodable(tmp_path):
+    _write(tmp_path, one=b"text", two="é".encode(), again=b"text", blank=b" \n", latin="é".encode("latin-1"))
+    found = list(read_documents([tmp_path], 6))
+    assert sorted(found) == ["text", "é"]
+    assert list(read_documents([tmp_path], 6)) == found
+
+
+def test_documents_end_with_the_one_that_is_enough(tmp_path):
+    _write(tmp_path, a=b"12345", b=b"54321", c=b"11111")
+    assert len(list(read_documents([tmp_path], 6))) == 2
+
+
+def test_documents_that_are_too_few_are_refused(tmp_path):
+    _write(tmp_path, a=b"12345", b=b"12345")
+    with pytest.raises(ValueError, match="has 5 bytes of documents; 6 are needed"):
+        list(read_documents([tmp_path], 6))
+
+
+def test_documents_by_default_come_from_the_library_and_from_packages():
+    found = list(read_documents([], 2_000_000))
+    assert sum(len(text.encode()) for text in found) >= 2_000_000
+    assert len(set(found)) == len(found)
+
+
 # Children
 
 
@@ -199,3 +241,44 @@ def test_kept_heap_reuses_pages_that_plain_malloc_faults_in_again():
     assert (
         in_child(_faults_of_a_tensor_like_many_before, heap=False) >= num_pages / 520
     )  # with huge pages one fault brings 512
+
+
+def _peak_of_a_mapped_file_and_a_tensor(path: Path, mebibytes: int) -> int:
+    def work() -> None:
+        with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            assert sum(mapped[:: resource.getpagesize()]) == 0
+        tensor = torch.ones(mebibytes * MIB // 4)
+        time.sleep(0.1)  # for the samples
+        del tensor
+
+    return peak_anonymous_bytes(work)
+
+
+def test_anonymous_peak_counts_tensors_and_no_mapped_file(tmp_path):
+    path = tmp_path / "zeros"
+    with path.open("wb") as handle:
+        handle.truncate(256 * MIB)
+    peak = in_child(_peak_of_a_mapped_file_and_a_tensor, path, 64, heap=False)
+    assert 63 * MIB <= peak < 80 * MIB  # the kernel counts the pages of a thread in batches
+
+
+# Programs
+
+
+def test_program_costs_what_its_descendants_cost(tmp_path):
+    work = f"{sys.executable} -c 'import time\nwhile time.process_time() < 1.5: pass'"
+    costs = [run_program("os:system", command, log=tmp_path / "log") for command in ("true", work)]
+    assert costs[1].cpu_s - costs[0].cpu_s == pytest.approx(1.5, abs=0.3)
+    assert costs[1].wall_s > 1.5
+
+
+def test_program_that_fails_is_refused_with_its_log(tmp_path):
+    with pytest.raises(
+        RefusedError, match=r"os:listdir ended with exit code 1:(.|\n)*No such file or directory: 'absent'"
+    ):
+        run_program("os:listdir", "absent", log=tmp_path / "log")
+
+
+def test_program_is_given_its_environment(tmp_path):
+    run_program("os:system", "echo $DLM_TEST", log=tmp_path / "log", env={"DLM_TEST": "passed on"})
+    assert (tmp_path / "log").read_text() == "passed on\n"
