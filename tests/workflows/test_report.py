@@ -366,7 +366,7 @@ def test_picture_is_a_whole_svg_with_every_stage_and_kind():
     for stage, _ in INPUTS.values():
         assert stage in words
     assert words.count("gang") == 2  # the stage, and the legend
-    assert words.count("map") == 4
+    assert words.count("map") == 5
     assert root.find("{http://www.w3.org/2000/svg}rect") is not None
     assert "var(" not in draw_picture()
 
