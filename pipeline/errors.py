@@ -22,6 +22,11 @@ class CorruptionError(RuntimeError):
     """A committed file no longer has the bytes that were committed."""
 
 
+def is_bad_format(error: BaseException) -> bool:
+    """Whether a file could be read but is not what it should be: for that Arrow raises OSError too, without errno."""
+    return not isinstance(error, OSError) or error.errno is None
+
+
 class LeaseLostError(RuntimeError):
     """Another process took over this work; whatever this one still writes must not be published."""
 

@@ -363,8 +363,10 @@ def report_command(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE)
 def data_show_command(
     run_id: OptionalRun = "",
     store: StoreOption = DEFAULT_STORE,
-    sample: Annotated[int, typer.Option(min=0, help="First global sample id whose row is shown as text.")] = 0,
-    number: Annotated[int, typer.Option(min=0, help="How many rows are shown.")] = 1,
+    sample: Annotated[
+        int, typer.Option(min=0, max=2**62, help="First global sample id whose row is shown as text.")
+    ] = 0,
+    number: Annotated[int, typer.Option(min=0, max=1000, help="How many rows are shown.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Show documents, tokens, lengths and shares by source, and rows as training sees them."""

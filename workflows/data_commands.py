@@ -19,6 +19,8 @@ from workflows.plan import step_config
 from workflows.store import RunPlace, Store
 
 _BAR_WIDTH = 40
+_VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+"""Control characters as pictures: what a text holds must not steer the terminal."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def print_shown(console: Console, shown: dict[str, Any]) -> None:
         else f" in {lengths['shards_read']} of {lengths['shards']} shards"
     )
     console.print(f"\nlength of documents in tokens{part}", highlight=False)
-    highest = max(lengths["counts"])
+    highest = max(lengths["counts"], default=0)
     for low, count in zip(lengths["edges"], lengths["counts"], strict=False):
         bar = "█" * round(_BAR_WIDTH * count / highest) or ("▏" if count else "")
         console.print(f"{f'{low:,} to {2 * low - 1:,}':>23} {count:>10,} {bar}", highlight=False)
@@ -110,4 +112,6 @@ def print_shown(console: Console, shown: dict[str, Any]) -> None:
             what = "padding" if row_part["text"] is None else f"document {number}"
             console.print(f"[dim]── {what}, {row_part['tokens']} tokens[/dim]", highlight=False)
             if row_part["text"] is not None:
-                console.print(row_part["text"], highlight=False, markup=False, soft_wrap=True)
+                console.print(
+                    row_part["text"].translate(_VISIBLE), highlight=False, markup=False, emoji=False, soft_wrap=True
+                )

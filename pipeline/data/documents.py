@@ -97,10 +97,11 @@ def duplicates_file(name: str) -> str:
     return name.removesuffix(_SUFFIX) + _DUPLICATES_SUFFIX
 
 
-def text_hashes(directory: Path, name: str) -> dict[str, str]:
-    """File -> SHA-256 of all that decides what reading one file of text gives."""
-    wanted = (name, duplicates_file(name))
-    return {record.path: record.sha256 for record in load_manifest(directory).files if record.path in wanted}
+def text_hashes(directory: Path) -> dict[str, list[str]]:
+    """File of text -> the SHA-256 of all that decides what reading it gives: its own, and that of what is left out."""
+    sha256 = {record.path: record.sha256 for record in load_manifest(directory).files}
+    texts = [name for name in sha256 if name.endswith(_SUFFIX)]
+    return {name: [sha256[name], sha256.get(duplicates_file(name), "")] for name in texts}
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """What a person wants to know of the data before and after a training: counts, lengths, shares, a look at some rows."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.artifact import checked, checked_files, open_artifact
+from pipeline.data.documents import read_rows, text_files
 from pipeline.data.loader import Loader
 from pipeline.data.mixture import whole_weights
 from pipeline.data.rows import PackedRows, open_rows
@@ -30,7 +33,7 @@ class SourceSummary:
     share: float
     """Of the rows that training sees."""
     epochs: float | None
-    """Times that its rows are shown in the whole training; None if it is not known how long that is."""
+    """Times that its rows are shown in the whole training; None without rows, or without a training in the run."""
 
 
 def summarise_sources(
@@ -46,7 +49,7 @@ def summarise_sources(
         share = weights.get(source, 0) / total if weights else num_rows / rows.num_rows
         own = [shard for shard in shards if shard["source"] == source]
         docs, num_tokens, num_bytes = (sum(shard[key] for shard in own) for key in ("docs", "tokens", "bytes"))
-        epochs = None if num_samples is None else share * num_samples / num_rows
+        epochs = share * num_samples / num_rows if num_samples is not None and num_rows else None
         found.append(SourceSummary(source, docs, num_tokens, num_bytes, num_rows, share, epochs))
     return found
 
@@ -68,6 +71,8 @@ def length_histogram(tokens: Path) -> LengthHistogram:
     places = np.unique(np.linspace(0, len(names) - 1, min(len(names), MAX_SHARDS_READ)).astype(int))
     paths = [checked(tokens, f"{names[place]}.arrow") for place in places]
     lengths = np.concatenate([open_stream([path]).doc_lengths for path in paths])
+    if not len(lengths):
+        return LengthHistogram([1], [], len(paths), len(names))
     exponents = np.frexp(lengths.astype(np.float64))[1] - 1
     low, high = int(exponents.min()), int(exponents.max())
     counts = np.bincount(exponents - low, minlength=high - low + 1)
@@ -97,29 +102,71 @@ def decode_row(loader: Loader, vocabulary: Vocabulary, sample_id: int) -> list[R
 def verify(corpus: Path, tokens: Path, packed: Path, vocabulary: Vocabulary) -> Iterator[str]:
     """Check all there is to check, one sentence each; CorruptionError at the first thing that is wrong.
 
-    Every file has its SHA-256; every id lies in the vocabulary and none is the mask; every count is what the manifest
-    says; the rows hold every token of every training document once.
+    Every file has its SHA-256; documents, bytes, tokens and rows are as many as the manifests say; every id lies in the
+    vocabulary and none is the mask; the rows hold every token of every training document once.
     """
     for name, directory in (("corpus", corpus), ("tokens", tokens), ("rows", packed)):
         files = checked_files(directory, "*")
         size = sum(path.stat().st_size for path in files)
         yield f"{name}: {len(files):,} files, {size / 1e6:,.1f} MB, every SHA-256 agrees"
-    records = open_artifact(tokens).stats["shards"]
+    yield _verify_corpus(corpus)
+    yield _verify_tokens(tokens, vocabulary)
+    yield _verify_rows(packed, tokens)
+
+
+def _agree(what: str, found: Any, stated: Any) -> None:
+    if found != stated:
+        raise CorruptionError(f"{what}: found {found}, the manifest says {stated}")
+
+
+def _verify_corpus(corpus: Path) -> str:
+    stats = open_artifact(corpus).stats
+    said: list[str] = []
+    for split in ("train", "held_out"):
+        num_docs = num_bytes = 0
+        for name in itertools.chain.from_iterable(text_files(corpus, split).values()):
+            for rows in read_rows(corpus, name):
+                num_docs += sum(rows.starts_document)
+                num_bytes += sum(len(text.encode()) for text in rows.texts)
+        found = (num_docs, num_bytes)
+        _agree(f"(documents, bytes) of {split} in {corpus}", found, (stats[f"{split}_docs"], stats[f"{split}_bytes"]))
+        said.append(f"{num_docs:,} documents of {num_bytes:,} bytes ({split})")
+    return f"corpus: {', '.join(said)}"
+
+
+def _verify_tokens(tokens: Path, vocabulary: Vocabulary) -> str:
+    stats = open_artifact(tokens).stats
+    special = vocabulary.special
     num_docs = num_tokens = 0
-    for record in records:
+    for record in stats["shards"]:
         path = tokens / f"{record['name']}.arrow"
         stream = open_stream([path])
-        found = (len(stream.doc_starts) - 1, stream.num_tokens, stream.vocab_size)
-        if found != (record["docs"], record["tokens"], vocabulary.special.vocab_size):
-            raise CorruptionError(f"{path} has (documents, tokens, vocabulary) {found}; the manifest says otherwise")
-        if (stream[:] == vocabulary.special.mask_token_id).any():
-            raise CorruptionError(f"{path} holds the mask id {vocabulary.special.mask_token_id}")
+        found = (len(stream.doc_lengths), stream.num_tokens, stream.vocab_size)
+        _agree(
+            f"(documents, tokens, vocabulary) of {path}", found, (record["docs"], record["tokens"], special.vocab_size)
+        )
+        if (stream[:] == special.mask_token_id).any():
+            raise CorruptionError(f"{path} holds the mask id {special.mask_token_id}")
         num_docs, num_tokens = num_docs + found[0], num_tokens + found[1]
-    yield f"tokens: {num_docs:,} documents, {num_tokens:,} tokens, every id inside the vocabulary and none the mask"
+    stated = tuple(stats[f"train_{key}"] + stats[f"held_out_{key}"] for key in ("docs", "tokens"))
+    _agree(f"(documents, tokens) of {tokens}", (num_docs, num_tokens), stated)
+    return f"tokens: {num_docs:,} documents, {num_tokens:,} tokens, every id inside the vocabulary and none the mask"
+
+
+def _verify_rows(packed: Path, tokens: Path) -> str:
     rows = open_rows(packed)
+    made_of = {shard["name"]: shard for shard in open_artifact(tokens).stats["shards"] if shard["split"] == "train"}
+    _agree(f"shards of {packed}", sorted(made_of), sorted(record.name for record in rows.shards))
     for number, record in enumerate(rows.shards):
+        shard = made_of[record.name]
+        counts = (shard["source"], shard["docs"], shard["tokens"])
+        _agree(f"(source, documents, tokens) of {record.name}", counts, (record.source, record.docs, record.tokens))
         _compare(rows, number, tokens / f"{record.name}.arrow")
-    yield f"rows: {rows.num_rows:,} of {rows.seq_len} tokens, every token of every document in exactly one"
+    num_tokens = sum(record.tokens for record in rows.shards)
+    padding_share = 1 - num_tokens / (rows.num_rows * rows.seq_len)
+    stated = tuple(rows.stats[key] for key in ("rows", "tokens", "padding_share"))
+    _agree(f"(rows, tokens, share of padding) of {packed}", (rows.num_rows, num_tokens, padding_share), stated)
+    return f"rows: {rows.num_rows:,} of {rows.seq_len} tokens, every token of every document in exactly one"
 
 
 def _compare(rows: PackedRows, number: int, path: Path) -> None:

@@ -27,6 +27,8 @@ EVERYTHING = ""
 """Name of the one pool of rows where no weights are given."""
 _BLOCK = 8192
 """Samples whose places are worked out together; has no effect on them."""
+_MAX_OPEN_SHARDS = 4096
+"""Each is two mappings of memory, of which Linux allows a process some 65,000."""
 _POLL_S = 0.1
 
 T = TypeVar("T")
@@ -158,6 +160,8 @@ class Loader:
         return shard, row
 
     def _open_shard(self, number: int) -> "_OpenShard":
+        if len(self._open) >= _MAX_OPEN_SHARDS:
+            del self._open[next(iter(self._open))]
         shard = self._rows.open_shard(number, self._verified)
         whole = len(shard.tokens.pieces) == 1
         plan = shard.plan

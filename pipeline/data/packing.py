@@ -5,9 +5,10 @@ Policies
     best_fit     no document is cut that fits into a row: best-fit decreasing (arXiv 2404.10830)
     document     one document a row, padded (MDLM on LM1B)
 
-Under each of them every token of every document stands in exactly one row.  A document that is longer than a row is
-cut into whole rows and a rest.  With ``block_size`` above 1 each document is padded to a multiple of it, so that no
-denoising block holds parts of two documents (LLaDA2.0, arXiv 2512.15745).
+Shards are packed one by one: rows end with their shard.  Under each policy every token of every document stands in
+exactly one row.  A document that is longer than a row is cut into whole rows and a rest.  With ``block_size`` above 1
+each document is padded to a multiple of it, so that no denoising block holds parts of two documents (LLaDA2.0, arXiv
+2512.15745).
 """
 
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def _best_fit(sizes: np.ndarray, seq_len: int) -> np.ndarray:
 
     Rows are numbered by the first piece in them.
     """
-    room: list[list[int]] = [[] for _ in range(seq_len + 1)]
+    room: dict[int, list[int]] = {}
     rooms = 0  # bit r is set while room[r] has a row
     row_of = np.empty(len(sizes), dtype=np.int64)
     num_rows = 0
@@ -121,7 +122,7 @@ def _best_fit(sizes: np.ndarray, seq_len: int) -> np.ndarray:
         row_of[piece] = row
         left -= size
         if left:
-            room[left].append(row)
+            room.setdefault(left, []).append(row)
             rooms |= 1 << left
     _, first_seen, number = np.unique(row_of, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first_seen))[number]

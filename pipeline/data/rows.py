@@ -19,7 +19,7 @@ from pipeline.artifact import FileRecord, checked_record, open_artifact
 from pipeline.data.packing import PADDING, RowPlan
 from pipeline.data.shards import FlatTokens, map_batches, open_tokens
 from pipeline.data.verified import Verified
-from pipeline.errors import CorruptionError
+from pipeline.errors import CorruptionError, is_bad_format
 
 INDEX_SUFFIX = ".rows.arrow"
 _SEGMENT = pa.struct([("length", pa.int32()), ("document", pa.int32()), ("offset", pa.int64())])
@@ -74,6 +74,8 @@ def open_row_shard(tokens_path: Path, index_path: Path, seq_len: int, trusted: b
         if not trusted:
             _check_rows(plan, start, seq_len, tokens.num_tokens)
     except (ValueError, OSError, pa.ArrowException) as error:
+        if not is_bad_format(error):
+            raise
         raise CorruptionError(f"{index_path} is not a valid index of rows: {error}") from error
     return RowShard(tokens, start, plan)
 
@@ -146,6 +148,8 @@ class PackedRows:
                     f"manifest says {record.rows} and {self.vocab_size}"
                 )
 
+        if missing := [path for path in paths if not path.is_file()]:
+            raise CorruptionError(f"{missing[0]} is missing although it was committed")
         if verified is None:
             verify()
         else:

@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import CorruptionError
+from pipeline.errors import CorruptionError, is_bad_format
 
 BATCH_TOKENS = 16 * 1024 * 1024
 """Tokens after which a record batch ends; a list is never cut."""
@@ -178,6 +178,8 @@ def _map_shard(path: Path, trusted: bool) -> tuple[int, list[pa.RecordBatch]]:
             if len(values) and highest >= vocab_size:
                 raise ValueError(f"token id {highest} is outside the vocabulary of {vocab_size}")
     except (ValueError, KeyError, OSError, pa.ArrowException) as error:
+        if not is_bad_format(error):
+            raise
         raise CorruptionError(f"{path} is not a valid token shard: {error}") from error
     return vocab_size, batches
 

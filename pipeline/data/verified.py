@@ -1,10 +1,17 @@
 """Files that were hashed and validated, remembered by what they are, for all processes that share a directory."""
 
+import errno
 import fcntl
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+MAX_AGE_S = 24 * 3600.0
+"""Bytes rot without a change of size or time: whoever opens a file later than this checks it again."""
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @dataclass(frozen=True)
@@ -14,20 +21,32 @@ class Verified:
     directory: Path
 
     def once(self, paths: Sequence[Path], expected: str, check: Callable[[], None]) -> None:
-        """Call ``check`` unless it has returned before, here or in another process, for the same files and expectation.
+        """Call ``check`` unless it has returned within MAX_AGE_S, here or in another process, for the same files.
 
-        A process that comes while another one checks the files waits for it.  What ``check`` raises is passed on and
-        nothing is remembered.
+        A process that comes while another one checks the files waits for it, if the file system has locks.  What
+        ``check`` raises is passed on and nothing is remembered.
         """
         record = self.directory / _name(paths, expected)
-        if record.exists():
+        if _is_fresh(record):
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         with record.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not record.exists():
+            _wait_for(lock)
+            if not _is_fresh(record):
                 check()
                 record.touch()
+
+
+def _is_fresh(record: Path) -> bool:
+    return record.exists() and time.time() - record.stat().st_mtime < MAX_AGE_S
+
+
+def _wait_for(lock: IO[str]) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 def _name(paths: Sequence[Path], expected: str) -> str:

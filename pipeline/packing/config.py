@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pipeline.data.packing import PackingPolicy
 from pipeline.stage import Stage
 
+MAX_SEQ_LEN = 1 << 20
+
 
 @dataclass(frozen=True)
 class PackingConfig:
@@ -22,6 +24,8 @@ class PackingConfig:
         for name in ("seq_len", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seq_len > MAX_SEQ_LEN:
+            raise ValueError(f"seq_len is {self.seq_len}; it must be at most {MAX_SEQ_LEN}")
         if self.seq_len % self.block_size:
             raise ValueError(f"seq_len is {self.seq_len}; it must be a multiple of block_size {self.block_size}")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifact import checked, link_or_copy, load_manifest
+from pipeline.artifact import checked, checked_record, link_or_copy, load_manifest
 from pipeline.data.packing import RowPlan, plan_rows
 from pipeline.data.rows import INDEX_SUFFIX, ShardRecord, stored_tokens, write_index
 from pipeline.data.shards import Segments, ShardWriter, TokenStream, open_stream
@@ -26,6 +26,12 @@ def list_shards(config: PackingConfig, inputs: Mapping[str, Path], context: Stag
         raise UserError(
             f"the tokens in {inputs['tokens']} were made with another tokenizer than {inputs['tokenizer']}; give the "
             "one that made them"
+        )
+    num_tokens = manifest.stats["train_tokens"]
+    if num_tokens < config.seq_len:
+        raise UserError(
+            f"seq_len is {config.seq_len}, but the training corpus has only {num_tokens} tokens. Add text to "
+            "corpus.source or lower packing.seq_len"
         )
     pad_token_id = load_vocabulary(inputs["tokenizer"]).special.pad_token_id
     files = {record.path: record.sha256 for record in manifest.files}
@@ -76,22 +82,18 @@ def finish(
     config: PackingConfig, inputs: Mapping[str, Path], shard_dirs: Sequence[Path], context: StageContext
 ) -> Stats:
     """Gather the shards under the names of their token shards."""
+    files = {record.path: record for record in load_manifest(inputs["tokens"]).files}
     records: list[ShardRecord] = []
     vocab_sizes: set[int] = set()
     for shard, directory in zip(list_shards(config, inputs, context), shard_dirs, strict=True):
         stats = load_manifest(directory).stats
         name = shard["name"]
-        tokens = checked(inputs["tokens"], f"{name}.arrow") if keeps_order(config) else directory / _TOKENS
-        link_or_copy(tokens, context.out / f"{name}.arrow")
+        own = checked_record(inputs["tokens"], files[f"{name}.arrow"]) if keeps_order(config) else directory / _TOKENS
+        link_or_copy(own, context.out / f"{name}.arrow")
         link_or_copy(directory / _INDEX, context.out / f"{name}{INDEX_SUFFIX}")
         vocab_sizes.add(stats["vocab_size"])
         records.append(ShardRecord(name, shard["source"], stats["rows"], stats["docs"], stats["tokens"]))
     num_tokens = sum(record.tokens for record in records)
-    if num_tokens < config.seq_len:
-        raise UserError(
-            f"seq_len is {config.seq_len}, but the training corpus has only {num_tokens} tokens. Add text to "
-            "corpus.source or lower packing.seq_len"
-        )
     (vocab_size,) = vocab_sizes
     num_rows = sum(record.rows for record in records)
     return {

@@ -94,6 +94,11 @@ class PretrainConfig:
             whole_weights(self.mixture)
         if not 0.0 <= self.short_step_share <= 1.0:
             raise ValueError(f"short_step_share is {self.short_step_share}; it must lie in [0, 1]")
+        if self.short_step_min > 1 and not self.short_step_share:
+            raise ValueError(
+                f"short_step_min is {self.short_step_min}, but short_step_share is 0: no step is short. Set "
+                "short_step_share too, or leave both out"
+            )
         if not 0.0 < self.t_min < 1.0:
             raise ValueError(f"t_min is {self.t_min}; it must lie between 0 and 1")
         if self.architecture.moe is not None:

@@ -66,6 +66,11 @@ def run(config: PretrainConfig, inputs: Mapping[str, Path], context: StageContex
             f"the rows in {inputs['rows']} were made with another tokenizer than {inputs['tokenizer']}; give the one "
             "that made them"
         )
+    if config.short_step_share and config.short_step_min >= rows.seq_len:
+        raise UserError(
+            f"pretrain.short_step_min is {config.short_step_min}, but rows have {rows.seq_len} tokens: no step would "
+            "be shorter. Lower it, or set pretrain.short_step_share=0"
+        )
     verified = Verified(context.state / "verified")
     loader = Loader(rows, config.data_seed, special.pad_token_id, config.mixture, verified)
     start_process_group()
@@ -101,8 +106,9 @@ def train(
     tokens = training.tokens_before
     steps = range(first_step, config.num_steps)
     with prefetched(rank_rows(config, loader, step, training.rank) for step in steps) as all_drawn:
-        for step, drawn in zip(steps, all_drawn, strict=True):
+        for step in steps:
             start_s = time.monotonic()
+            drawn = next(all_drawn)
             lr = config.optimizer.lr_at(step, config.num_steps)
             set_lr(training.engine, lr)
             taken = take_step(training, drawn, special, step)

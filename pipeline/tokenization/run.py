@@ -26,13 +26,13 @@ _SAMPLE_DOCS, _SAMPLE_CHARS = 32, 8192
 def list_shards(config: TokenizationConfig, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
     """One shard of tokens for each file of text."""
     tokenizer = {record.path: record.sha256 for record in load_manifest(inputs["tokenizer"]).files}
+    texts = text_hashes(inputs["corpus"])
     shards: list[Shard] = []
     for split in SPLITS:
         for source, names in text_files(inputs["corpus"], split).items():
             for name in names:
                 # Keyed by what the files are, not by what they are called: numbers shift when a file is added before.
-                text = sorted(text_hashes(inputs["corpus"], name).values())
-                identity = {"text": text, "tokenizer": tokenizer, "split": split}
+                identity = {"text": texts[name], "tokenizer": tokenizer, "split": split}
                 stem = name.removesuffix(".arrow")
                 shards.append({"name": stem, "file": name, "split": split, "source": source, "identity": identity})
     return shards

@@ -58,7 +58,7 @@ CHANGED: dict[type, dict[str, Any]] = {
         "architecture.cond_dim": 8, "architecture.tied_head": False, "architecture.init": "normal",
         "optimizer.lr": 0.5, "optimizer.warmup_steps": 1, "optimizer.beta1": 0.1, "optimizer.beta2": 0.1,
         "optimizer.eps": 1e-3, "optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": 9.0,
-        "num_steps": 7, "global_batch_seqs": 4, "short_step_share": 0.5, "short_step_min": 2,
+        "num_steps": 7, "global_batch_seqs": 4, "short_step_share": 0.5,
         "t_min": 0.1, "precision": "bf16",
         "init_seed": 1, "data_seed": 1, "noise_seed": 1,
     },
@@ -71,6 +71,10 @@ CHANGED: dict[type, dict[str, Any]] = {
 
 NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
     PretrainConfig: {
+        "short_step_min": (
+            PretrainConfig(short_step_share=0.5),
+            PretrainConfig(short_step_share=0.5, short_step_min=2),
+        ),
         "mixture": (PretrainConfig(), PretrainConfig(mixture={"a": 1.0})),
         "architecture.head_bias": (Architecture(tied_head=False), Architecture(tied_head=False, head_bias=True)),
         "architecture.time_conditioning": (Architecture(cond_dim=8), Architecture(cond_dim=8, time_conditioning=True)),

@@ -11,7 +11,7 @@ import pytest
 from pipeline.artifact import MANIFEST, checked_files, load_manifest, read_json, write_json
 from pipeline.data.inspection import decode_row, length_histogram, summarise_sources, verify
 from pipeline.data.loader import Loader
-from pipeline.data.rows import open_rows
+from pipeline.data.rows import ShardRecord, open_rows
 from pipeline.data.shards import open_stream, write_shard
 from pipeline.data.vocabulary import Vocabulary, load_vocabulary
 from pipeline.errors import CorruptionError
@@ -118,10 +118,52 @@ def test_rows_that_hold_another_document_are_found(made: Artifacts, vocabulary: 
         sentences(own, vocabulary)
 
 
-def test_a_manifest_that_counts_wrongly_is_found(made: Artifacts, vocabulary: Vocabulary, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("corpus", "train_docs"), ("corpus", "held_out_bytes"), ("tokens", "train_tokens"), ("rows", "rows"),
+        ("rows", "padding_share"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_counts_wrongly_is_found(
+    made: Artifacts, vocabulary: Vocabulary, tmp_path: Path, name: str, key: str
+) -> None:
     own = copied(made, tmp_path)
-    manifest = read_json(own.tokens / MANIFEST)
-    manifest["stats"]["shards"][0]["docs"] += 1
-    write_json(own.tokens / MANIFEST, manifest)
-    with pytest.raises(CorruptionError, match="the manifest says otherwise"):
+    path = getattr(own, name) / MANIFEST
+    manifest = read_json(path)
+    manifest["stats"][key] += 1
+    write_json(path, manifest)
+    with pytest.raises(CorruptionError, match="the manifest says"):
         sentences(own, vocabulary)
+
+
+@pytest.mark.parametrize("key", ["docs", "tokens"])
+@pytest.mark.parametrize("name", ["tokens", "rows"])
+def test_a_shard_that_is_counted_wrongly_is_found(
+    made: Artifacts, vocabulary: Vocabulary, tmp_path: Path, name: str, key: str
+) -> None:
+    own = copied(made, tmp_path)
+    path = getattr(own, name) / MANIFEST
+    manifest = read_json(path)
+    manifest["stats"]["shards"][0][key] += 1
+    write_json(path, manifest)
+    with pytest.raises(CorruptionError, match=manifest["stats"]["shards"][0]["name"]):
+        sentences(own, vocabulary)
+
+
+def test_rows_without_a_shard_of_the_tokens_are_found(made: Artifacts, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    own = copied(made, tmp_path)
+    manifest = read_json(own.rows / MANIFEST)
+    lost = manifest["stats"]["shards"].pop()["name"]
+    manifest["files"] = [record for record in manifest["files"] if not record["path"].startswith(lost)]
+    write_json(own.rows / MANIFEST, manifest)
+    with pytest.raises(CorruptionError, match=f"shards of .*{lost}"):
+        sentences(own, vocabulary)
+
+
+def test_a_source_without_rows_is_shown_as_never_seen(made: Artifacts) -> None:
+    rows = open_rows(made.rows)
+    none = ShardRecord("train-empty-00000", "empty", 0, 0, 0)
+    (empty, text) = summarise_sources(made.tokens, replace(rows, shards=(*rows.shards, none)), {}, num_samples=100)
+    assert (empty.source, empty.docs, empty.share, empty.epochs) == ("empty", 0, 0.0, None)
+    assert text.share == 1.0

@@ -203,3 +203,12 @@ def test_leaving_early_ends_the_prefetch_thread() -> None:
         assert next(ahead) == 0
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+def test_no_more_shards_are_open_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = write_rows(tmp_path / "rows", {"text": [numbered_documents([9], first=n) for n in range(8)]}, SEQ_LEN)
+    wanted = shown(Loader(rows, 0, PAD), np.arange(64))
+    monkeypatch.setattr(loader_module, "_MAX_OPEN_SHARDS", 3)
+    loader = Loader(rows, 0, PAD)
+    assert shown(loader, np.arange(64)) == wanted
+    assert len(loader._open) == 3

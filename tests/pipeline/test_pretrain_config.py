@@ -18,6 +18,7 @@ from tests.support.tiny_run import tiny
         ("num_steps", 0), ("global_batch_seqs", 0), ("workers", 0), ("threads_per_worker", 0),
         ("checkpoint_every_steps", 0), ("max_skipped_steps", 0), ("keep_checkpoints", 1), ("t_min", 0.0),
         ("t_min", 1.0), ("workers", 3), ("micro_batch_seqs", -1), ("micro_batch_seqs", 3),
+        ("short_step_share", -0.1), ("short_step_share", 1.1), ("short_step_min", 0), ("short_step_min", 8),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_names_the_field_and_the_value(field: str, value: Any) -> None:

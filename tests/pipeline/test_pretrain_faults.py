@@ -187,3 +187,10 @@ def test_training_from_weights_drawn_too_large_stops_after_its_first_step(made: 
     assert codes != [0], gang.log()
     assert "nats a masked token; an untrained model of this configuration has" in gang.log()
     assert metrics(gang.state) == []
+
+
+def test_short_steps_that_could_not_be_short_are_exit_2(made: Artifacts, tmp_path: Path) -> None:
+    config = tiny(num_steps=2, short_step_share=0.5, short_step_min=32)
+    gang = start_gang(STAGE, config, made.inputs(), tmp_path / "out")
+    assert gang.wait() == [2]
+    assert "pretrain.short_step_min is 32, but rows have 32 tokens" in gang.log()

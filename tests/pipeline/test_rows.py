@@ -1,11 +1,13 @@
 """Packed rows on disk: unpacked they are the documents again; damage is found before anything is parsed."""
 
+import errno
 import json
 import os
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from pipeline.data.packing import PackingPolicy, RowPlan, plan_rows
 from pipeline.data.rows import INDEX_SUFFIX, open_row_shard, open_rows, write_index
 from pipeline.data.shards import write_shard
 from pipeline.data.verified import Verified
-from pipeline.errors import CorruptionError, UserError
+from pipeline.errors import CorruptionError, UserError, classify
 from tests.pipeline.conftest import cut_end, flip_bit
 from tests.support.packed import VOCAB_SIZE, numbered_documents, write_rows
 from tests.support.tiny_run import forge
@@ -169,3 +171,22 @@ def test_a_shard_is_verified_once_for_all_who_share_the_record_and_again_when_it
     forge(tmp_path / "rows", path.name)
     open_rows(tmp_path / "rows").open_shard(0, Verified(tmp_path / "verified"))
     assert json.loads((tmp_path / "rows" / MANIFEST).read_text())["stats"]["seq_len"] == 8
+
+
+def test_a_file_that_is_gone_is_corruption_and_one_that_cannot_be_read_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows(tmp_path / "rows", {"text": [numbered_documents([9, 4])]}, 8)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pa, "memory_map", fail)
+        with pytest.raises(OSError, match="Input/output error") as raised:
+            rows.open_shard(0)
+        assert classify(raised.value) == "transient"
+    (tmp_path / "rows" / f"train-text-00000{INDEX_SUFFIX}").unlink()
+    for verified in (None, Verified(tmp_path / "verified")):
+        with pytest.raises(CorruptionError, match="is missing although it was committed"):
+            rows.open_shard(0, verified)

@@ -1,14 +1,20 @@
 """Stores and executors for the tests of the workflow engine."""
 
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cluster.executor import Executor
 from cluster.local import LocalExecutor
+from pipeline.data.vocabulary import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
 from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, Kept, ray_executor
-from workflows import coordinator
+from tests.support.toy_workflow import toy_workflow
+from workflows import cli, coordinator
+from workflows.recipes import RECIPES
 from workflows.store import Store
 
 
@@ -16,6 +22,37 @@ from workflows.store import Store
 def store(tmp_path: Path) -> Store:
     """An empty store."""
     return Store(tmp_path / "store")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+Dlm = Callable[..., Done]
+
+
+@pytest.fixture
+def dlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], store: Store) -> Dlm:
+    """The command line, with the toy recipe beside the real ones."""
+    monkeypatch.setitem(RECIPES, "toy", toy_workflow)
+    monkeypatch.setenv("DLM_STORE", str(store.root))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["dlm", *arguments])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return Done(code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture
@@ -30,6 +67,19 @@ def log(tmp_path: Path) -> Path:
 def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries follow at once."""
     monkeypatch.setattr(coordinator, "_BACKOFF_S", 0.01)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bytes as tokens: the tokenizer must not change with the corpus here."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([MASK_TOKEN, EOS_TOKEN, PAD_TOKEN])
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,42 +9,11 @@ import pytest
 from dlm_core.models.presets import PRESETS
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import fabricate, toy_plan, toy_workflow
-from workflows import cli, runs
-from workflows.recipes import RECIPES
-from workflows.store import Store, acquire_lease
+from tests.workflows.conftest import Dlm, Done
+from workflows import runs
+from workflows.store import acquire_lease
 
 ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Done:
-    """A command that has ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
-Dlm = Callable[..., Done]
-
-
-@pytest.fixture
-def dlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], store: Store) -> Dlm:
-    """The command line, with the toy recipe beside the real ones."""
-    monkeypatch.setitem(RECIPES, "toy", toy_workflow)
-    monkeypatch.setenv("DLM_STORE", str(store.root))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["dlm", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return Done(code, *capsys.readouterr())
-
-    return call
 
 
 def run_toy(dlm: Dlm, log: Path, *settings: str) -> Done:

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cluster.executor import Executor
 from cluster.local import LocalExecutor
 from pipeline.artifact import FileRecord, load_manifest
 from pipeline.corpus.config import CorpusConfig, Source
-from pipeline.data.vocabulary import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
 from pipeline.packing.config import PackingConfig
 from pipeline.stage import environment
 from pipeline.tokenization.config import TokenizationConfig
@@ -28,19 +26,6 @@ from workflows.step import Step, Workflow
 from workflows.store import Store
 
 MAPS = ("corpus", "tokenization", "packing")
-
-
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bytes as tokens: the tokenizer must not change with the corpus here."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([MASK_TOKEN, EOS_TOKEN, PAD_TOKEN])
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
 
 
 def data_plan(folder: Path, tokenizer: Path, policy: str = "concatenate", shard_bytes: int = 8_000) -> Plan:

@@ -1,0 +1,96 @@
+"""``dlm data`` on a store with real data: what it prints, and its exit codes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline.artifact import load_manifest
+from tests.pipeline.conftest import flip_bit
+from tests.support.executors import Inline
+from tests.support.toy_workflow import coordinate
+from tests.workflows.conftest import Dlm
+from tests.workflows.test_data_stages import data_plan, write_sources
+from workflows import runs
+from workflows.data_commands import print_shown
+from workflows.store import Store
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
+    """A store with a run from text to rows."""
+    root = tmp_path_factory.mktemp("data")
+    store = Store(root / "store")
+    plan = data_plan(write_sources(root / "text"), tokenizer_file, "best_fit")
+    coordinate(store, runs.create_run(store, plan, "local", "r1"), Inline)
+    return store.root
+
+
+def test_data_show_prints_counts_lengths_and_rows_without_steering_the_terminal(dlm: Dlm, finished: Path) -> None:
+    done = dlm("data", "show", "--store", str(finished), "--sample", "3", "--number", "2")
+    assert done.code == 0, done.stderr
+    stats = load_manifest(next((finished / "artifacts" / "packing").glob("*/attempts/*/manifest.json")).parent).stats
+    for source in ("books", "code"):
+        own = [shard for shard in stats["shards"] if shard["source"] == source]
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(source)]
+        assert f"{sum(shard['tokens'] for shard in own):,}" in line
+        assert f"{sum(shard['rows'] for shard in own):,}" in line
+    assert "rows of 64 tokens" in done.stdout
+    assert "length of documents in tokens" in done.stdout
+    assert "sample 3" in done.stdout
+    assert "sample 4" in done.stdout
+    assert "── document 0, " in done.stdout
+
+
+def test_data_show_as_json_has_all_that_is_printed(dlm: Dlm, finished: Path) -> None:
+    shown = json.loads(dlm("data", "show", "--store", str(finished), "--json").stdout)
+    assert [source["source"] for source in shown["sources"]] == ["books", "code"]
+    assert sum(source["share"] for source in shown["sources"]) == pytest.approx(1)
+    assert sum(part["tokens"] for part in shown["samples"]["0"]) == shown["seq_len"] == 64
+    assert shown["lengths"]["shards"] > shown["lengths"]["shards_read"] == 16
+    assert 0 < sum(shown["lengths"]["counts"]) < sum(source["docs"] for source in shown["sources"])
+
+
+def test_data_verify_says_what_it_checked_and_ends_with_3_on_damage(dlm: Dlm, finished: Path, tmp_path: Path) -> None:
+    done = dlm("data", "verify", "--store", str(finished))
+    assert done.code == 0, done.stderr
+    assert "every token of every document in exactly one" in done.stdout
+    store = shutil.copytree(finished, tmp_path / "copy")
+    victim = next((store / "artifacts" / "packing").glob("*/attempts/*/train-code-*[0-9].arrow"))
+    flip_bit(victim, 700)
+    done = dlm("data", "verify", "--store", str(store))
+    assert done.code == 3
+    assert victim.name in done.stderr
+    assert "SHA-256" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["show", "verify"])
+def test_data_of_a_run_without_rows_is_exit_2_with_the_missing_step(
+    dlm: Dlm, finished: Path, tokenizer_file: Path, command: str
+) -> None:
+    store = Store(finished)
+    if not (finished / "runs" / "r0").exists():
+        runs.create_run(store, data_plan(finished.parent / "text", tokenizer_file, "document"), "local", "r0")
+    done = dlm("data", command, "r0", "--store", str(finished))
+    assert done.code == 2
+    assert "run r0 has no finished" in done.stderr
+
+
+def test_data_commands_refuse_samples_that_are_no_number_of_one(dlm: Dlm, finished: Path) -> None:
+    for sample in ("-1", str(2**63)):
+        assert dlm("data", "show", "--store", str(finished), "--sample", sample).code == 2
+
+
+def test_control_characters_of_a_text_are_shown_as_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {
+        "sources": [], "seq_len": 4, "vocab_size": 9, "padding_share": 0.0,
+        "lengths": {"edges": [1], "counts": [], "shards_read": 1, "shards": 1},
+        "samples": {0: [{"text": "a\x1b[2Jb\x07 :smile: [bold]\n\tc\x7f", "tokens": 4}]},
+    }  # fmt: skip
+    print_shown(Console(width=80), shown)
+    out = capsys.readouterr().out
+    assert "a\u241b[2Jb\u2407 :smile: [bold]" in out
+    assert "c\u2421" in out
+    assert "\x1b" not in out
