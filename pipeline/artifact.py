@@ -208,10 +208,15 @@ def checked_record(directory: Path, record: FileRecord) -> Path:
         raise CorruptionError(f"{path} is missing although it was committed")
     if file_sha256(path) != record.sha256:
         raise CorruptionError(
-            f"{path} does not have the bytes that were committed (SHA-256 differs). Delete {directory} and "
-            "run the stage again"
+            f"{path} does not have the bytes that were committed (SHA-256 differs). Delete {_whole(directory)} and run "
+            "the stage again"
         )
     return path
+
+
+def _whole(directory: Path) -> Path:
+    """What to delete of a damaged artifact: in a store, all its attempts with the record of which of them counts."""
+    return directory.parent.parent if directory.parent.name == "attempts" else directory
 
 
 def link_or_copy(source: Path, target: Path) -> None:

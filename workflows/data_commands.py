@@ -1,5 +1,6 @@
 """``dlm data``: look at what a run has tokenized and packed, and verify it."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,9 @@ def print_shown(console: Console, shown: dict[str, Any]) -> None:
         console.print(f"{f'{low:,} to {2 * low - 1:,}':>23} {count:>10,} {bar}", highlight=False)
     for sample_id, parts in shown["samples"].items():
         console.print(f"\n[bold]sample {sample_id}[/bold]", highlight=False)
-        for number, row_part in enumerate(parts):
-            what = "padding" if row_part["text"] is None else f"document {number}"
+        numbers = itertools.count()
+        for row_part in parts:
+            what = "padding" if row_part["text"] is None else f"document {next(numbers)}"
             console.print(f"[dim]── {what}, {row_part['tokens']} tokens[/dim]", highlight=False)
             if row_part["text"] is not None:
                 console.print(

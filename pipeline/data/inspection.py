@@ -91,11 +91,12 @@ class RowPart:
 def decode_row(loader: Loader, vocabulary: Vocabulary, sample_id: int) -> list[RowPart]:
     """The row of a global sample id, cut where documents meet."""
     batch = loader.batch(np.array([sample_id]))
-    edges = np.concatenate([[0], np.cumsum(np.abs(batch.lengths))])
+    (lengths,) = batch.lengths
+    edges = np.concatenate([[0], np.cumsum(np.abs(lengths))])
     tokens = batch.x0[0].tolist()
     return [
         RowPart(vocabulary.decode(tokens[edges[k] : edges[k + 1]]) if length > 0 else None, abs(length))
-        for k, length in enumerate(batch.lengths.tolist())
+        for k, length in enumerate(lengths.tolist())
     ]
 
 

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,20 +42,25 @@ class RowBatch:
     """Global sample ids, int64 [rows]."""
     x0: np.ndarray
     """Token ids, int64 [rows, seq_len]; pad_token_id where doc_ids is -1."""
-    counts: np.ndarray
-    """Segments of each row, int64 [rows]."""
-    lengths: np.ndarray
-    """Tokens of each segment, row by row from left to right, int32; negative for padding."""
+    segments: list[tuple[np.ndarray, int, int]] = field(repr=False)
+    """Of each row: lengths of its shard's segments, and which of them are the row."""
+
+    @cached_property
+    def lengths(self) -> list[np.ndarray]:
+        """Tokens of the segments of each row from left to right, int32; negative for padding."""
+        return [lengths[first:stop] for lengths, first, stop in self.segments]
 
     @cached_property
     def doc_ids(self) -> np.ndarray:
         """Document of each token, counted within its row from 0, int32 [rows, seq_len]; -1 for padding."""
-        is_text = self.lengths > 0
+        counts = np.fromiter((stop - first for _, first, stop in self.segments), np.int64, len(self.segments))
+        lengths = np.frombuffer(b"".join(self.lengths), dtype=np.int32)  # pyright: ignore[reportArgumentType]
+        is_text = lengths > 0
         number = np.cumsum(is_text, dtype=np.int32) - 1
-        first = np.cumsum(self.counts) - self.counts
-        before = np.repeat(number[first] + ~is_text[first], self.counts)
+        first = np.cumsum(counts) - counts
+        before = np.repeat(number[first] + ~is_text[first], counts)
         ids = np.where(is_text, number - before, -1).astype(np.int32)
-        return np.repeat(ids, np.abs(self.lengths)).reshape(self.x0.shape)
+        return np.repeat(ids, np.abs(lengths)).reshape(self.x0.shape)
 
 
 @dataclass(frozen=True)
@@ -104,60 +109,69 @@ class Loader:
     ) -> None:
         """``mixture``: shares of rows by source; without it every row comes once an epoch.
 
-        Raises UserError for a source that is not there or has no rows, and for weights that cannot be scheduled.
+        Raises UserError for a source that is not there or has no rows, for weights that cannot be scheduled, and for a
+        padding id outside the vocabulary.
         """
+        if not 0 <= pad_token_id < rows.vocab_size:
+            raise UserError(f"pad_token_id is {pad_token_id}; it must lie in the vocabulary of {rows.vocab_size}")
         self._rows, self._data_seed, self._verified = rows, data_seed, verified
         self._padding = np.full(rows.seq_len, pad_token_id, dtype=token_type(rows.vocab_size).to_pandas_dtype())
         self._pools, self._schedule = _pools(rows, mixture or {})
         self._open: dict[int, _OpenShard] = {}
-        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._blocks: dict[int, list[tuple[int, int]]] = {}
 
     def batch(self, sample_ids: np.ndarray) -> RowBatch:
-        """The rows of some global sample ids, int64 [rows].  Raises CorruptionError for a damaged shard."""
+        """The rows of some global sample ids, int64 [rows].
+
+        Raises ValueError for no ids or negative ones, CorruptionError for a damaged shard.
+        """
+        if not len(sample_ids) or sample_ids.min() < 0:
+            raise ValueError(f"sample_ids are {sample_ids.tolist()}; they must be at least one, and none below 0")
         seq_len, padding = self._rows.seq_len, self._padding
         tokens: list[Any] = []
         segments: list[Any] = []
-        for number, row in zip(*(part.tolist() for part in self.locate(sample_ids)), strict=True):
+        for number, row in self._places(sample_ids):
             values, starts, firsts, lengths, shard_segments = self._open.get(number) or self._open_shard(number)
-            start, first, stop = starts[row], firsts[row], firsts[row + 1]
+            start, stop = starts[row], firsts[row + 1]
             last = lengths[stop - 1]
             if last < 0:
                 tokens.append(values[start : start + seq_len + last])
                 tokens.append(padding[:-last])
             else:
                 tokens.append(values[start : start + seq_len])
-            segments.append(shard_segments[first:stop])
+            segments.append((shard_segments, firsts[row], stop))
         flat = np.frombuffer(b"".join(tokens), dtype=padding.dtype)  # the quickest way to put many slices together
-        counts = np.fromiter(map(len, segments), dtype=np.int64, count=len(segments))
-        lengths = np.frombuffer(b"".join(segments), dtype=np.int32)
-        return RowBatch(sample_ids, flat.astype(np.int64).reshape(-1, seq_len), counts, lengths)
+        return RowBatch(sample_ids, flat.astype(np.int64).reshape(-1, seq_len), segments)
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard, and row in it, of each global sample id."""
-        blocks, places = np.divmod(sample_ids, _BLOCK)
-        wanted = sorted(set(blocks.tolist()))
-        self._blocks = {number: self._blocks.get(number) or self._locate_block(number) for number in wanted}
-        if len(wanted) == 1:
-            shard, row = self._blocks[wanted[0]]
-            return shard[places], row[places]
-        shard, row = np.empty_like(sample_ids), np.empty_like(sample_ids)
-        for number in wanted:
-            here = blocks == number
-            shard[here], row[here] = (part[places[here]] for part in self._blocks[number])
+        source, index = self._schedule.locate(sample_ids)
+        shard, row = np.empty_like(index), np.empty_like(index)
+        for number, pool in enumerate(self._pools):
+            here = np.flatnonzero(source == number)
+            shard[here], row[here] = pool.locate(self._data_seed, index[here])
         return shard, row
+
+    def _places(self, sample_ids: np.ndarray) -> list[tuple[int, int]]:
+        """``locate`` as pairs; consecutive ids, which training asks for, are worked out many at a time."""
+        if (np.diff(sample_ids) != 1).any():
+            return _pairs(self.locate(sample_ids))
+        places: list[tuple[int, int]] = []
+        first, end = int(sample_ids[0]), int(sample_ids[-1]) + 1
+        while first < end:
+            number, place = divmod(first, _BLOCK)
+            if number not in self._blocks:
+                block = np.arange(number * _BLOCK, (number + 1) * _BLOCK)
+                self._blocks = {**dict(list(self._blocks.items())[-1:]), number: _pairs(self.locate(block))}
+            part = self._blocks[number][place : place + end - first]
+            places += part
+            first += len(part)
+        return places
 
     def epochs(self, sample_id: int) -> dict[str, float]:
         """Times that each source has been shown by the samples before this one (EVERYTHING without a mixture)."""
         counts = self._schedule.num_before(sample_id)
         return {pool.name: count / pool.num_rows for pool, count in zip(self._pools, counts, strict=True)}
-
-    def _locate_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        source, index = self._schedule.locate(np.arange(number * _BLOCK, (number + 1) * _BLOCK))
-        shard, row = np.empty_like(index), np.empty_like(index)
-        for place, pool in enumerate(self._pools):
-            here = source == place
-            shard[here], row[here] = pool.locate(self._data_seed, index[here])
-        return shard, row
 
     def _open_shard(self, number: int) -> "_OpenShard":
         if len(self._open) >= _MAX_OPEN_SHARDS:
@@ -173,6 +187,10 @@ class Loader:
             plan.length,
         )
         return self._open[number]
+
+
+def _pairs(columns: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def _pools(rows: PackedRows, mixture: Mapping[str, float]) -> tuple[list[_Pool], MixtureSchedule]:

@@ -12,7 +12,7 @@ each document is padded to a multiple of it, so that no denoising block holds pa
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -60,10 +60,12 @@ class _Pieces:
 def plan_rows(doc_lengths: np.ndarray, seq_len: int, policy: PackingPolicy, block_size: int = 1) -> RowPlan:
     """Plan the rows of documents of the given lengths (tokens, int64 [num_docs]).
 
-    Raises ValueError for a seq_len that is no multiple of block_size.
+    Raises ValueError for another policy, and for a seq_len that is no multiple of block_size.
     """
     if seq_len < 1 or block_size < 1 or seq_len % block_size:
         raise ValueError(f"seq_len is {seq_len} and block_size {block_size}; seq_len must be a multiple of block_size")
+    if policy not in get_args(PackingPolicy):
+        raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(get_args(PackingPolicy))}")
     lengths = np.asarray(doc_lengths, dtype=np.int64)
     if policy == "concatenate":
         return _with_padding(_cut_every(lengths, seq_len, block_size), seq_len)

@@ -173,8 +173,9 @@ class PackedRows:
             yield int(plan.document[own[0]]), np.concatenate(parts)
 
 
-def open_rows(directory: Path) -> PackedRows:
+def open_rows(directory: Path | str) -> PackedRows:
     """The packed rows of an artifact, from its manifest alone.  Raises UserError, CorruptionError."""
+    directory = Path(directory)
     manifest = open_artifact(directory)
     stats = manifest.stats
     try:
