@@ -2,7 +2,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,6 @@ CHANGED: dict[type, dict[str, Any]] = {
 }  # fmt: skip
 """Another valid value for every field that changes the expected result."""
 
-SHORT = PretrainConfig(short_step_share=0.5)
 NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
     PretrainConfig: {
         "short_step_min": (

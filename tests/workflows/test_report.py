@@ -27,7 +27,8 @@ INPUTS = {
     "corpus": ("corpus", []),
     "tokenizer": ("tokenizer", ["corpus"]),
     "tokens": ("tokenization", ["corpus", "tokenizer"]),
-    "pretrain": ("pretrain", ["tokens", "tokenizer"]),
+    "rows": ("packing", ["tokens", "tokenizer"]),
+    "pretrain": ("pretrain", ["rows", "tokenizer"]),
     "weights": ("convert", ["pretrain"]),
     "evaluation": ("evaluate", ["weights", "tokens", "tokenizer", "corpus"]),
     "samples": ("generate", ["weights", "tokenizer"]),
@@ -53,8 +54,22 @@ STATS: dict[str, dict[str, Any]] = {
         "vocab_size": 4096, "train_docs": 1234, "train_tokens": 2_000_000, "held_out_docs": 57,
         "held_out_tokens": 41_235,
     },
-    "pretrain": {"num_params": 4_190_000, "tokens": 409_600, "final_loss": 3.3, "tokens_per_s": 12_345.6},
+    "rows": {
+        "seq_len": 512, "rows": 3_900, "tokens": 1_996_800 - 512, "padding_share": 512 / 1_996_800,
+        "shards": [
+            {"name": "train-web-00000", "source": "web", "docs": 700, "tokens": 999_000, "rows": 2_000},
+            {"name": "train-books-00000", "source": "books", "docs": 500, "tokens": 900_000, "rows": 1_800},
+            {"name": "train-web-00001", "source": "web", "docs": 34, "tokens": 97_288, "rows": 100},
+        ],
+    },
+    "pretrain": {"num_params": 4_190_000, "tokens": 409_600, "final_loss": 3.3, "tokens_per_s": 12_345.6,
+        "epochs_web": 0.125, "epochs_books": 1.5,
+    },
 }  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "rows": {"policy": "best_fit", "block_size": 16},
+    "pretrain": {"mixture": {"web": 1.0, "books": 3.0}},
+}
 SAMPLE = {
     "text": "<script>alert(1)</script>\n & done",
     "ids": [1, 2, 3],
@@ -86,7 +101,7 @@ def make_artifact(root: Path, name: str, **changes: Any) -> Path:
         stage=stage,
         fingerprint=_fingerprint(name),
         code_version=3,
-        config={"note": "</pre><script>"},
+        config={"note": "</pre><script>", **changes.get("config", CONFIGS.get(name, {}))},
         inputs={source: _fingerprint(source) for source in sources},
         files=record_files(out),
         stats=STATS.get(name, {}),
@@ -268,6 +283,22 @@ def test_xz_verdict_follows_the_numbers(bound: float, xz: float, mc_se: float, s
     verdict = xz_verdict({"bpb_bound": bound, "xz_bpb": xz, "bpb_bound_mc_se": mc_se})
     assert said in verdict
     assert not_said not in verdict
+
+
+def test_rows_are_shown_by_source_with_their_share_and_epochs(tmp_path: Path) -> None:
+    _, page = render(make_artifacts(tmp_path, "rows", "pretrain"), tmp_path / "report.html")
+    for words in (
+        "books 500 900,000 1,800 75.00 % 1.500",
+        "web 734 1,096,288 2,100 25.00 % 0.125",
+        "Rows of 512 tokens, packed by the policy best_fit with blocks of 16; 0.03 % of them is padding.",
+    ):
+        assert words in page.text
+
+
+def test_rows_without_a_mixture_have_the_shares_of_their_number(tmp_path: Path) -> None:
+    artifacts = make_artifacts(tmp_path, "rows")
+    _, page = render(artifacts, tmp_path / "report.html")
+    assert f"books 500 900,000 1,800 {100 * 1800 / 3900:.2f} %" in page.text
 
 
 def test_pipeline_edges_match_inputs_by_fingerprint():

@@ -77,6 +77,7 @@ def quickstart() -> Workflow:
                     "corpus": "corpus",
                     "tokenizer": "tokenizer",
                     "tokens": "tokenization",
+                    "rows": "packing",
                     "pretrain": "pretrain",
                     "weights": "convert",
                     "evaluation": "evaluate",

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ def render_page(data: ReportData) -> str:
             _samples(data),
             _pipeline(data),
             _corpus(data),
+            _rows(data),
             _provenance(data),
         ]
     )
@@ -303,6 +305,34 @@ def _sources(sources: Mapping[str, Mapping[str, Any]]) -> str:
         "earlier in the corpus, in any source."
     )
     return table(head, rows) + note(explanation)
+
+
+# Rows of training
+
+
+def _rows(data: ReportData) -> str:
+    packed = data.stats("rows")
+    if not packed:
+        return ""
+    by_source: dict[str, Counter[str]] = {}
+    for shard in packed["shards"]:
+        by_source.setdefault(shard["source"], Counter()).update({key: shard[key] for key in ("docs", "tokens", "rows")})
+    trained = data.manifests.get("pretrain")
+    mixture: Mapping[str, float] = trained.config.get("mixture", {}) if trained else {}
+    head: list[Cell] = ["Source", *map(Number, ("Documents", "Tokens", "Rows", "Share of training", "Epochs"))]
+    rows: list[list[Cell]] = []
+    for source, counts in sorted(by_source.items()):
+        share = mixture.get(source, 0) / sum(mixture.values()) if mixture else counts["rows"] / packed["rows"]
+        epochs = data.stats("pretrain").get(f"epochs_{source}" if mixture else "epochs", 0.0) if trained else None
+        numbers = [count(counts[key]) for key in ("docs", "tokens", "rows")]
+        shown = [*numbers, f"{100 * share:.2f} %", "" if epochs is None else f"{epochs:.3f}"]
+        rows.append([source, *map(Number, shown)])
+    config = data.manifests["rows"].config
+    remark = (
+        f"Rows of {count(packed['seq_len'])} tokens, packed by the policy {config['policy']} with blocks of "
+        f"{config['block_size']}; {100 * packed['padding_share']:.2f} % of them is padding."
+    )
+    return section("Rows of training", table(head, rows), note(remark))
 
 
 # Provenance
