@@ -42,6 +42,7 @@ mutants: .venv/dev.installed
 
 figures: .venv/dev.installed
 	$(BIN)/python -m benchmarks.figures
+	$(BIN)/python -m benchmarks.figures_packing
 
 # torch comes first and alone: without an NVIDIA driver the build without CUDA, from wherever pip is set up to
 # look, then from PyTorch's own index.
