@@ -134,12 +134,14 @@ def test_shards_listed_of_changed_files_are_never_filed_under_the_planned_finger
     store = Store(tmp_path / "store")
     run = runs.create_run(store, plan(), "local", "r1")
     write_sentences(file, "LATER!")
+    planned = runs.frozen_plan(run)
     states = coordinate(store, run, Inline)
     assert "have changed since the run was planned" in states["corpus"].reason
+    assert _num_shards(planned, store, "corpus") == 0, "shards of a refused list were run"
     write_sentences(file, "before")
     output = coordinate(store, run, Inline)["corpus"].output
     assert output is not None
-    assert load_manifest(output).fingerprint == plan().step("corpus").fingerprint
+    assert load_manifest(output).fingerprint == planned.step("corpus").fingerprint
     text = (output / "train-text-00000.arrow").read_bytes()
     assert b"before" in text
     assert b"LATER!" not in text
