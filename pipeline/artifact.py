@@ -2,7 +2,7 @@
 
 A directory without a valid manifest does not exist for any reader.  Opening an artifact reads the manifest and
 compares sizes; a file's bytes are hashed at its first touch (``checked``) and the result remembered for
-the process by (path, size, mtime, inode).
+the process, whatever the name it is found under.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,10 @@ from pipeline.errors import CorruptionError, UserError
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
-_hashed: dict[tuple[str, int, int, int], str] = {}
+_FileState = tuple[int, int, int, int, int]
+_hashed: dict[_FileState, str] = {}
+_CLOCK_TICK_NS = 20_000_000
+"""Two changes of a file within one tick of the kernel's clock (at most 10 ms) may leave the same stamps."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +125,21 @@ def read_json(path: Path) -> Any:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, remembered for the process while size, mtime and inode stay the same."""
-    stat = path.stat()
-    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    if key not in _hashed:
-        with path.open("rb") as handle:
-            _hashed[key] = hashlib.file_digest(handle, "sha256").hexdigest()
-    return _hashed[key]
+    """SHA-256 of a file, remembered for the process while inode, size, mtime and ctime stay the same."""
+    with path.open("rb") as handle:
+        state = _file_state(os.fstat(handle.fileno()))
+        if (known := _hashed.get(state)) is not None:
+            return known
+        is_settled = time.time_ns() - state[-1] > _CLOCK_TICK_NS
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    if is_settled:
+        _hashed[state] = digest
+    return digest
+
+
+def _file_state(stat: os.stat_result) -> _FileState:
+    """What changes with the bytes of a file.  A new file may have inode, size and mtime of a deleted one, not ctime."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def list_files(directory: Path) -> list[Path]:
@@ -222,10 +234,15 @@ def _whole(directory: Path) -> Path:
 def link_or_copy(source: Path, target: Path) -> None:
     """Put a file under a second name: a hard link where the file system allows, else a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    before = _file_state(source.stat())
     try:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+        return
+    after = _file_state(target.stat())
+    if before in _hashed and after[:-1] == before[:-1]:
+        _hashed[after] = _hashed[before]  # the link alone has changed ctime
 
 
 def remove_tree(directory: Path) -> None:

@@ -48,9 +48,17 @@ def to_json(config: Any) -> Any:
 
 
 def _field_value(config: Any, field: dataclasses.Field[Any]) -> Any:
-    """Value of a field; ``1`` in a float field is 1.0, as it is after a round trip through JSON."""
-    value = getattr(config, field.name)
-    return float(value) if field.type is float and type(value) is int else value
+    return _as_declared(field.type, getattr(config, field.name))
+
+
+def _as_declared(hint: Any, value: Any) -> Any:
+    """A value with ``1`` as 1.0 where a float is declared, as it is after a round trip through JSON."""
+    if type(value) is int:
+        parts = _parts(hint)
+        return float(value) if float in parts and int not in parts else value
+    if isinstance(value, Mapping) and (values := _values_in(hint)) is not None:
+        return {key: _as_declared(values, item) for key, item in value.items()}
+    return value
 
 
 def identity(config: Any) -> Any:

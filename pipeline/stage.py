@@ -14,6 +14,8 @@ is found by ``finish`` as ``load_manifest(shard_dir).stats``.
 """
 
 import argparse
+import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -22,7 +24,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -36,10 +38,12 @@ from pipeline.errors import CorruptionError, UserError
 Shard = dict[str, Any]
 """One piece of a map stage, as JSON values, with a unique "name" that can name a directory.
 
-It may have an "identity": a JSON value that determines the files and stats of the shard, together with the stage, its
-code version and the identity of its configuration, but whatever the inputs are.  The engine then takes the shard over
-from another artifact of the stage instead of running it.  A shard that reads data which may change meanwhile (outside
-the store) must check that what it read is what its identity says.
+It may have an "identity": a JSON value that determines the files of the shard, together with the stage, its code
+version and the identity of its configuration, but whatever the inputs are.  The engine then takes the shard over from
+another artifact of the stage instead of running it; the other values (where something lies, when it was changed) may
+differ.  Counts in its stats follow from the files; others may tell how these were made, such as the name of a backend
+that gives the same files as any other, and are then those of the shard that was taken over.  A shard that reads data
+which may change meanwhile (outside the store) must check that what it read is what its identity says.
 """
 
 Stats = dict[str, Any]
@@ -63,6 +67,12 @@ class Stage:
     """Raised when the same configuration would give another result."""
     external: str = ""
     """``module:function`` of (config) -> JSON that identifies data from outside the store, or empty."""
+    check: Callable[[Any, Mapping[str, Any], str], None] | None = None
+    """check(config, upstream, step) raises UserError if the configuration does not fit those it depends on.
+
+    They are JSON values by path of inputs: upstream["rows.tokens"] is that of the stage which makes the input "tokens"
+    of the stage which makes the input "rows".  Called when a workflow is planned.
+    """
     cpus: float = 1.0
     """CPU cores of a task, of one shard, or of one rank."""
 
@@ -181,11 +191,32 @@ def build_manifest(
 def list_shards(stage: Stage, config: Any, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
     """The shards of a map stage as JSON values, their names unique and fit for directories."""
     shards: list[Shard] = to_json(importlib.import_module(stage.module).list_shards(config, inputs, context))
-    names = [shard["name"] for shard in shards]
-    assert len(set(names)) == len(names), f"{stage.name} gives a name to more than one shard: {sorted(names)}"
-    unfit = [name for name in names if not name or name != Path(name).name or name.startswith(".")]
-    assert not unfit, f"{stage.name} names a shard {unfit[0]!r}, which cannot be the name of a directory"
+    fault = fault_of_shards(shards)
+    assert not fault, f"{stage.name}: {fault}"
     return shards
+
+
+def fault_of_shards(shards: Any) -> str:
+    """What keeps a JSON value from being a list of shards, or nothing."""
+    if not isinstance(shards, list):
+        return f"{type(shards).__name__} is no list of shards"
+    names: set[str] = set()
+    for shard in shards:
+        match shard:
+            case {"name": str(name)} if name and name == Path(name).name and name[0] != "." and "\0" not in name:
+                if name in names:
+                    return f"the name {name!r} is given to more than one shard"
+                names.add(name)
+            case _:
+                return f"the shard {shard!r} has no name that can be the name of a directory"
+    return ""
+
+
+def is_same_shard(one: Shard, other: Shard) -> bool:
+    """Whether two shards have the same name and files: by their identities, or by all values where one has none."""
+    if "identity" in one and "identity" in other:
+        return (one["name"], one["identity"]) == (other["name"], other["identity"])
+    return one == other
 
 
 def run_shard(stage: Stage, config: Any, inputs: Mapping[str, Path], shard: Shard, context: StageContext) -> None:
@@ -228,7 +259,7 @@ def _is_finished(directory: Path, shard: Shard, fingerprint_: str) -> bool:
         checked_files(directory, "*")
     except (UserError, CorruptionError):
         return False
-    return (manifest.fingerprint, manifest.shard) == (fingerprint_, shard)
+    return manifest.fingerprint == fingerprint_ and is_same_shard(manifest.shard, shard)
 
 
 def shard_context(context: StageContext, out: Path) -> StageContext:
@@ -273,30 +304,65 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
     external = external_identity(stage, config)
     own = stage_fingerprint(stage, config, fingerprints, external)
     out = Path(arguments.out).resolve()
-    if (out / MANIFEST).exists():
-        if open_artifact(out).fingerprint == own:
-            print(f"{stage.name}: {out} is already complete")  # noqa: T201
-            return
-        raise UserError(f"--out {out} holds another artifact; choose another directory or delete it")
+    if _is_complete(stage, out, own):
+        return
     state = out.with_name(out.name + ".state")
     if out.exists() and not (out.is_dir() and (state.is_dir() or not any(out.iterdir()))):
         raise UserError(f"--out {out} holds something else; choose a new or an empty directory")
     state.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("RANK", "0") == "0":
+    context = StageContext(out, state, own, progress=_print_progress)
+    if not _is_first_rank():
+        run_here(stage, config, inputs, context)
+        check_external(stage, config, external)
+        return
+    with _nobody_else(out, state):
+        if _is_complete(stage, out, own):  # by a call that held the lock until now
+            return
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-    started_at, start_s = time.time(), time.monotonic()
-    context = StageContext(out, state, own, progress=_print_progress)
-    stats = run_here(stage, config, inputs, context)
-    check_external(stage, config, external)
-    if os.environ.get("RANK", "0") == "0":
+        started_at, start_s = time.time(), time.monotonic()
+        stats = run_here(stage, config, inputs, context)
+        check_external(stage, config, external)
         elapsed_s = time.monotonic() - start_s
         manifest = build_manifest(stage, config, own, inputs, out, stats, started_at, elapsed_s)
         write_json(out / MANIFEST, manifest)
         print(f"{stage.name}: {out} complete in {elapsed_s:.1f} s")  # noqa: T201
 
 
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _is_complete(stage: Stage, out: Path, own: str) -> bool:
+    """Whether the artifact is there, which is then told; UserError if it is another one."""
+    if not (out / MANIFEST).exists():
+        return False
+    if open_artifact(out).fingerprint != own:
+        raise UserError(f"--out {out} holds another artifact; choose another directory or delete it")
+    print(f"{stage.name}: {out} is already complete")  # noqa: T201
+    return True
+
+
+@contextlib.contextmanager
+def _nobody_else(out: Path, state: Path) -> Iterator[None]:
+    """Keep other calls away from a directory while it is filled; UserError that says who is at it already."""
+    with (state / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read() or "another process"
+            raise UserError(f"--out {out} is being made by {owner}; wait for it, or choose another directory") from None
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}")
+            lock.flush()
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a forked child may have inherited the file
+
+
 def _print_progress(done: int, total: int, **figures: Any) -> None:
-    if os.environ.get("RANK", "0") == "0" and (done == total or done % max(1, total // 20) == 0):
+    if _is_first_rank() and (done == total or done % max(1, total // 20) == 0):
         details = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items())
         print(f"{done}/{total} {details}", flush=True)  # noqa: T201

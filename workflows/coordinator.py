@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.executor import Call, Ended, Executor
-from pipeline.artifact import create_exclusive, read_json
+from pipeline.artifact import read_json
 from pipeline.config import from_json, to_json
 from pipeline.errors import CorruptionError, ErrorClass, LeaseLostError, UserError, classify
-from pipeline.stage import Shard, shard_fingerprint
+from pipeline.stage import Shard, fault_of_shards, shard_fingerprint
 from workflows.plan import Plan, PlannedStep, step_config
 from workflows.shards import FanOut, ShardRegistry
 from workflows.step import load_stage
@@ -51,8 +51,6 @@ _COMMIT_FOR_S = 1.0
 _CALLS_PER_CORE = 2
 _SPARE_CALLS = 2
 """Shards of a step that the executor is given at a time: enough to keep it busy, few enough to be forgotten."""
-SHARD_LIST = "shards.json"
-"""The fixed list of pieces of a map stage, beside its leases."""
 _WORKER = "workflows.worker:run_piece"
 _FAILURE_RANKING: tuple[ErrorClass, ...] = (
     "stopped",
@@ -210,7 +208,9 @@ class Coordinator:
                 self.events.write("step_waiting", state.step.name, reason=str(error))
             state.status, state.reason = "waiting", str(error)
             return
-        self._start(state, place)
+        if self._executor is None:
+            self._executor = self._make_executor()
+        self._or_fail(state, lambda: self._start(state, place))
 
     def _start(self, state: StepState, place: ArtifactPlace) -> None:
         assert state.lease is not None
@@ -219,14 +219,8 @@ class Coordinator:
         state.status, state.reason, state.progress, state.first_progress = "running", "", {}, None
         state.started_at = state.started_at or time.time()
         self.events.write("step_started", state.step.name, artifact=place.directory.name, epoch=state.lease.epoch)
-        if self._executor is None:
-            self._executor = self._make_executor()
-        if load_stage(state.step.stage).kind != "map":
-            self._call(state, "whole", state.attempt)
-        elif (place.directory / SHARD_LIST).exists():
-            self._start_shards(state, read_json(place.directory / SHARD_LIST))
-        else:
-            self._call(state, "list", state.attempt)
+        is_map = load_stage(state.step.stage).kind == "map"
+        self._call(state, "list" if is_map else "whole", state.attempt)
 
     def _call(
         self,
@@ -271,10 +265,10 @@ class Coordinator:
 
     def _start_shards(self, state: StepState, shards: list[Shard]) -> None:
         """Find out which shards are committed here, which in another artifact of the stage, and which must run."""
-        assert state.attempt is not None
+        assert state.lease is not None
         stage, config = load_stage(state.step.stage), step_config(state.step)
-        found = self._place(state).committed_shards()
-        committed = {shard["name"]: found[shard["name"]] for shard in shards if shard["name"] in found}
+        state.lease.check()
+        committed = self._place(state).kept_shards(shards)
         missing = [shard for shard in shards if shard["name"] not in committed]
         own = {s["name"]: shard_fingerprint(stage, config, s) for s in missing if "identity" in s}
         state.fan_out = FanOut(shards, committed, own, deque(missing))
@@ -298,6 +292,7 @@ class Coordinator:
         assert fan_out is not None
         assert self._executor is not None
         if self._run.cancel_file.exists():
+            self._stop_adopting(state, fan_out)
             if not state.pieces:
                 message = "the run was asked to stop"
                 self._attempt_failed(state, Failure("stopped", "Stopped", message, "", 0, time.time()))
@@ -322,6 +317,11 @@ class Coordinator:
             self._commit_shard(state, *taken)
             fan_out.num_adopted += 1
         if not fan_out.is_adopting:
+            self._report_adopted(state, fan_out)
+
+    def _stop_adopting(self, state: StepState, fan_out: FanOut) -> None:
+        if fan_out.is_adopting:
+            fan_out.close()
             self._report_adopted(state, fan_out)
 
     def _report_adopted(self, state: StepState, fan_out: FanOut) -> None:
@@ -358,8 +358,7 @@ class Coordinator:
         assert state.lease is not None
         assert state.attempt is not None
         if piece.what == "list":
-            create_exclusive(place.directory / SHARD_LIST, read_json(Path(piece.work_dir) / "done.json"))
-            self._start_shards(state, read_json(place.directory / SHARD_LIST))
+            self._start_shards(state, _read_shards(Path(piece.work_dir) / "done.json"))
         elif piece.what == "shard":
             assert state.fan_out is not None
             shard, directory = piece.shard, Path(piece.out)
@@ -438,9 +437,7 @@ class Coordinator:
             self._executor.cancel(key)
         state.pieces.clear()
         if state.fan_out is not None:
-            state.fan_out.close()
-            if state.fan_out.is_adopting:
-                self._report_adopted(state, state.fan_out)
+            self._stop_adopting(state, state.fan_out)
             state.fan_out = None
         if state.lease is not None:
             state.lease.release()
@@ -465,6 +462,19 @@ class Coordinator:
                 state.progress = read_json(path)
                 if state.first_progress is None:
                     state.first_progress = (state.progress["time"], state.progress["done"])
+
+
+def _read_shards(path: Path) -> list[Shard]:
+    """The shards that a worker has listed; CorruptionError if that is not what the file holds."""
+    try:
+        shards = read_json(path)
+        if fault := fault_of_shards(shards):
+            raise CorruptionError(f"{path}: {fault}")
+    except CorruptionError as error:
+        raise CorruptionError(
+            f"{error}. Delete {path.parent} and resume the run, which lists the shards anew"
+        ) from None
+    return shards
 
 
 def _backoff_s(failures: int) -> float:

@@ -14,7 +14,7 @@ from pipeline.config import diff, from_json, identity, to_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.stage import Stage, external_identity, stage_fingerprint
 from workflows.graph import ordered_steps
-from workflows.step import Workflow, load_stage
+from workflows.step import Step, Workflow, load_stage
 from workflows.store import ArtifactPlace, Store
 
 
@@ -58,10 +58,17 @@ class Action:
 
 
 def make_plan(workflow: Workflow, environment: Mapping[str, str]) -> Plan:
-    """Resolve fingerprints in the order of the graph.  Hashes input files; raises UserError if one is missing."""
+    """Resolve fingerprints in the order of the graph.
+
+    Hashes input files; raises UserError if one is missing, or if the settings of a step do not fit those before it.
+    """
     planned: dict[str, PlannedStep] = {}
+    upstream: dict[str, dict[str, Any]] = {}
     for step in ordered_steps(workflow):
         stage = load_stage(step.stage)
+        upstream[step.name] = _upstream(step, planned, upstream)
+        if stage.check is not None:
+            stage.check(step.config, upstream[step.name], step.name)
         external = external_identity(stage, step.config)
         fingerprints = {name: planned[source].fingerprint for name, source in step.inputs.items()}
         planned[step.name] = PlannedStep(
@@ -74,6 +81,17 @@ def make_plan(workflow: Workflow, environment: Mapping[str, str]) -> Plan:
             fingerprint=stage_fingerprint(stage, step.config, fingerprints, external),
         )
     return Plan(workflow.name, list(planned.values()), dict(environment))
+
+
+def _upstream(
+    step: Step, planned: Mapping[str, PlannedStep], upstream: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Configurations of the steps that a step depends on, by path of inputs."""
+    found: dict[str, Any] = {}
+    for name, source in step.inputs.items():
+        found[name] = planned[source].config
+        found |= {f"{name}.{path}": config for path, config in upstream[source].items()}
+    return found
 
 
 def step_config(step: PlannedStep) -> Any:

@@ -104,7 +104,7 @@ class FanOut:
     """The shards of a map step in one attempt.  Its size in memory is that of the list, on disk nothing."""
 
     shards: Sequence[Shard]
-    """The fixed list."""
+    """The list of this attempt."""
     committed: dict[str, Path]
     """Directory of each shard that is done, by name."""
     fingerprints: dict[str, str] = field(default_factory=dict[str, str])
@@ -172,6 +172,7 @@ class FanOut:
         """Take no further shard over; those that are looked at right now are neither waited for nor committed."""
         for _, future in self._adopting:
             future.cancel()
+        self._adopting.clear()
 
 
 def _adopt(registry: ShardRegistry, fingerprint: str, shard: Shard, config: Any, artifact: str, out: Path) -> Path:

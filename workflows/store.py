@@ -21,7 +21,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import psutil
 
 from pipeline.artifact import create_exclusive, fsync_dir, open_artifact, read_json
 from pipeline.errors import CorruptionError, LeaseLostError, UserError
+from pipeline.stage import Shard, is_same_shard
 
 HEARTBEAT_S = 10.0
 STALE_AFTER_S = 120.0
@@ -201,7 +202,7 @@ class ArtifactPlace:
         if not commit.exists():
             return None
         try:
-            attempt = self.attempt(read_json(commit)["attempt"])
+            attempt = self.attempt(_value(commit, "attempt"))
             found = open_artifact(attempt).fingerprint
             if not found.startswith(self.directory.name):
                 raise CorruptionError(
@@ -239,16 +240,31 @@ class ArtifactPlace:
 
     def committed_shards(self) -> dict[str, Path]:
         """Directories of the committed pieces of a map stage, by name; a record of a damaged one is dropped."""
+        return {name: directory for name, directory, _ in self._open_shards()}
+
+    def kept_shards(self, listed: Sequence[Shard]) -> dict[str, Path]:
+        """Directories of the listed shards that are committed; a record of another shard of the name is dropped."""
+        wanted = {shard["name"]: shard for shard in listed}
         found: dict[str, Path] = {}
+        for name, directory, shard in self._open_shards():
+            if name in wanted and is_same_shard(shard, wanted[name]):
+                found[name] = directory
+            elif name in wanted:
+                self._shard_record(name).unlink()
+        return found
+
+    def _open_shards(self) -> Iterator[tuple[str, Path, Shard]]:
         for record in sorted((self.directory / "shards").glob("*.json")):
             try:
-                directory = self.attempt(read_json(record)["directory"])
-                open_artifact(directory)
+                directory = self.attempt(_value(record, "directory"))
+                manifest = open_artifact(directory)
             except (CorruptionError, UserError):
                 record.unlink()  # not committed after all: it will be made again
                 continue
-            found[record.stem] = directory
-        return found
+            yield record.stem, directory, manifest.shard
+
+    def _shard_record(self, name: str) -> Path:
+        return self.directory / "shards" / f"{name}.json"
 
     def commit_shard(self, name: str, directory: Path, lease: Lease) -> Path:
         """Publish one piece whose manifest is written; the first to be committed counts, and is returned."""
@@ -256,10 +272,18 @@ class ArtifactPlace:
         open_artifact(directory)
         (self.directory / "shards").mkdir(exist_ok=True)
         relative = directory.relative_to(self.directory / "attempts").as_posix()
-        record = self.directory / "shards" / f"{name}.json"
+        record = self._shard_record(name)
         if create_exclusive(record, {"directory": relative}):
             return directory
-        return self.attempt(read_json(record)["directory"])
+        return self.attempt(_value(record, "directory"))
+
+
+def _value(record: Path, key: str) -> Any:
+    """A value of a record on disk, which may be damaged."""
+    value = read_json(record)
+    if not isinstance(value, dict) or key not in value:
+        raise CorruptionError(f"{record} names no {key}")
+    return value[key]  # pyright: ignore[reportUnknownVariableType]
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,9 @@ def _work(piece: Piece, context: StageContext) -> Any:
     inputs = {name: Path(path) for name, path in piece.inputs.items()}
     start_s = time.monotonic()
     if piece.what == "list":
-        return list_shards(stage, config, inputs, context)
+        shards = list_shards(stage, config, inputs, context)
+        check_external(stage, config, piece.external)
+        return shards
     if piece.what == "shard":
         run_shard(stage, config, inputs, piece.shard, context)
         return None

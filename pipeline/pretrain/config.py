@@ -1,11 +1,14 @@
 """What is trained, on how much, and how the work is spread."""
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from dlm_core.models.config import Architecture
 from pipeline.config import execution
 from pipeline.data.mixture import whole_weights
+from pipeline.errors import UserError
 from pipeline.stage import Stage
 
 
@@ -129,11 +132,24 @@ class PretrainConfig:
         return self.rank_batch_seqs // self.rows_per_pass
 
 
+def check_mixture(config: PretrainConfig, upstream: Mapping[str, Any], step: str) -> None:
+    """UserError if the mixture names a source that the corpus of the workflow does not have."""
+    sources: Mapping[str, Any] = upstream.get("rows.tokens.corpus", {}).get("source", {})
+    for name in config.mixture:
+        if sources and name not in sources:
+            close = difflib.get_close_matches(name, sources, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(
+                f"{step}.mixture.{name}: {name!r} is no source of the corpus; {hint}allowed here: {', '.join(sources)}"
+            )
+
+
 STAGE = Stage(
     name="pretrain",
     kind="gang",
     config=PretrainConfig,
     module="pipeline.pretrain.run",
     inputs=("rows", "tokenizer"),
+    check=check_mixture,
     code_version=3,
 )

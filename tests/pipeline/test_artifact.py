@@ -1,9 +1,11 @@
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,52 @@ def test_hash_of_a_file_is_that_of_its_bytes_now(tmp_path: Path) -> None:
     assert file_sha256(path) == known
     damage(path, lambda data: data.reverse())
     assert file_sha256(path) != known
+
+
+@pytest.fixture
+def read_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are read to be hashed."""
+    names: list[str] = []
+    real = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: names.append(Path(file.name).name) or real(file, kind)
+    )
+    return names
+
+
+def test_sha256_of_a_file_under_another_name_is_remembered(tmp_path: Path, read_files: list[str]) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    time.sleep(0.05)
+    known = file_sha256(tmp_path / "a")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert file_sha256(tmp_path / "b") == file_sha256(tmp_path / "a") == known
+    assert read_files == ["a"]
+
+
+def test_sha256_is_not_remembered_for_other_bytes_with_the_same_inode_size_and_mtime(tmp_path: Path) -> None:
+    """As of a new file in the place of a deleted one, its mtime that of an archive."""
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    os.utime(path, (1, 1))
+    time.sleep(0.05)
+    before, known = path.stat(), file_sha256(path)
+    path.write_bytes(b"abd")
+    os.utime(path, (1, 1))
+    after = path.stat()
+    assert (before.st_ino, before.st_size, before.st_mtime_ns) == (after.st_ino, after.st_size, after.st_mtime_ns)
+    assert file_sha256(path) != known
+    link_or_copy(path, tmp_path / "other")
+    assert file_sha256(tmp_path / "other") == hashlib.sha256(b"abd").hexdigest()
+
+
+def test_sha256_of_a_file_that_has_only_just_changed_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_files: list[str]
+) -> None:
+    """Another change within the same tick of the clock may leave every stamp as it was."""
+    monkeypatch.setattr("pipeline.artifact._CLOCK_TICK_NS", 10**12)
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "a") == file_sha256(tmp_path / "a")
+    assert read_files == ["a", "a"]
 
 
 def test_write_atomic_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:

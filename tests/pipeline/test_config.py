@@ -123,15 +123,44 @@ def test_json_round_trip_gives_the_same_config(kind: type) -> None:
     weight_decay=st.integers(0, 3) | st.floats(0, 3),
     num_steps=st.integers(1, 10**12),
     precision=st.sampled_from(["fp32", "bf16"]),
+    mixture=st.dictionaries(st.sampled_from(["code", "books"]), st.integers(1, 9) | st.sampled_from([0.5, 2.0])),
 )
 def test_json_round_trip_keeps_every_value_and_the_fingerprint(
-    lr: float, weight_decay: float, num_steps: int, precision: Any
+    lr: float,
+    weight_decay: float,
+    num_steps: int,
+    precision: Any,
+    mixture: dict[str, float],
 ) -> None:
-    optimizer = OptimizerConfig(lr=lr, weight_decay=weight_decay)
-    config = PretrainConfig(optimizer=optimizer, num_steps=num_steps, precision=precision)
+    config = PretrainConfig(
+        optimizer=OptimizerConfig(lr=lr, weight_decay=weight_decay),
+        num_steps=num_steps,
+        precision=precision,
+        mixture=mixture,
+    )
     again = from_json(PretrainConfig, json.loads(json.dumps(to_json(config))))
     assert again == config
     assert fingerprint(identity(again)) == fingerprint(identity(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Floats:
+    """Every way in which a float may be declared."""
+
+    plain: float = 0.5
+    optional: float | None = None
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
+    nested: dict[str, dict[str, float]] | None = None
+    either: int | float = 0
+
+
+def test_whole_numbers_in_float_fields_are_floats_as_after_a_round_trip() -> None:
+    config = Floats(1, 2, {"a": 3, "b": 0.5}, {"c": {"d": 4}}, 5)
+    written = (
+        '{"plain": 1.0, "optional": 2.0, "shares": {"a": 3.0, "b": 0.5}, "nested": {"c": {"d": 4.0}}, "either": 5}'
+    )
+    assert json.dumps(to_json(config)) == json.dumps(identity(config)) == written
+    assert json.dumps(to_json(from_json(Floats, json.loads(written)))) == written
 
 
 @pytest.mark.parametrize("kind", ALL_CONFIGS)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import platform
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from tests.support.toy_stages.copies.config import STAGE as COPIES
 from tests.support.toy_stages.letters.config import STAGE as LETTERS
 from tests.support.toy_stages.letters.config import LettersConfig
 from tests.support.toy_stages.trouble import ToyConfig, executions
+from tests.support.toy_workflow import wait_until
 
 TEXTS = [f"document {i}" for i in range(50)]
 
@@ -333,6 +335,36 @@ def test_a_map_stage_killed_in_a_shard_runs_only_what_is_missing(tmp_path: Path,
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "out" / "text.txt").read_text() == "aabbcc"
     assert executions(log) == {**EACH, "copies-list": 2, "copies-001": 2}
+
+
+def test_a_second_call_for_the_same_directory_is_refused_while_the_first_is_at_work(
+    tmp_path: Path, letters: Path
+) -> None:
+    log, config, out = tmp_path / "log", tmp_path / "c.json", tmp_path / "out"
+    log.mkdir()
+    config.write_text(json.dumps({"log": str(log), "trouble": "slow", "where": "copies-001"}))
+    command = ("-c", _ALONE, "--config", str(config), "--out", str(out), "--input", f"letters={letters}")
+    first = subprocess.Popen([sys.executable, *command], cwd=Path(__file__).parents[2])
+    try:
+        wait_until(lambda: (log / "copies-001").exists(), "the first call is at work")
+        (out / "witness").write_text("")
+        assert f"is being made by process {first.pid} on {platform.node()}" in _refused(python(*command))
+        assert (out / "witness").exists()
+    finally:
+        first.kill()
+        first.wait()
+    again = python(*command)
+    assert again.returncode == 0, again.stderr
+    assert (out / "text.txt").read_text() == "aabbcc"
+    assert not (out / "witness").exists()
+
+
+def test_run_here_keeps_a_shard_that_differs_in_other_values_than_its_identity(tmp_path: Path, letters: Path) -> None:
+    _copy(tmp_path, letters)
+    manifest = tmp_path / "state" / "shards" / "001" / MANIFEST
+    _edit(manifest, shard={**json.loads(manifest.read_text())["shard"], "file": "elsewhere.txt"})
+    assert _copy(tmp_path, letters)[0] == "aabbcc"
+    assert executions(tmp_path / "log") == AGAIN
 
 
 @pytest.mark.parametrize("names", [["a", "a"], ["a/b"], ["../a"], [""], [".."], [".hidden"]])

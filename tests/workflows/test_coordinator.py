@@ -183,7 +183,18 @@ def test_map_resumed_executes_no_committed_shard_again(store, log):
     assert executions(log) == {**SHARDS, "double-list": 1, "double-finish": 1}
     states = coordinate(store, run, local)
     assert value_of(states["double"]) == 9
-    assert executions(log) == {**SHARDS, "double-list": 1, "double-finish": 2}
+    assert executions(log) == {**SHARDS, "double-list": 2, "double-finish": 2}
+
+
+def test_map_resumed_executes_a_shard_without_identity_again_if_any_value_of_it_differs(store, log):
+    plan = map_plan(store, log, double__trouble="user", double__where="double-finish")
+    run = runs.create_run(store, plan, "local", "r1")
+    coordinate(store, run, local)
+    shards = store.artifact("toy-double", plan.step("double").fingerprint).committed_shards()
+    manifest = read_json(shards["1"] / "manifest.json")
+    write_json(shards["1"] / "manifest.json", {**manifest, "shard": {**manifest["shard"], "place": 7}})
+    assert value_of(coordinate(store, run, local)["double"]) == 9
+    assert executions(log) == {**SHARDS, "double-list": 2, "double-1": 2, "double-finish": 2}
 
 
 # --- stopping -------------------------------------------------------------------------------------------------------
@@ -337,7 +348,7 @@ def test_step_that_another_run_builds_is_waited_for_and_its_result_taken(store, 
     assert gate.exists(), "the second run never waited"
     assert statuses(results["first"])["double"] == "stopped"
     assert set(statuses(results["second"]).values()) <= {"committed", "cached"}
-    assert executions(log) == {**SHARDS, "double-1": 2, "double-list": 1, "double-finish": 1}
+    assert executions(log) == {**SHARDS, "double-1": 2, "double-list": 2, "double-finish": 1}
 
 
 def test_step_that_another_run_finishes_meanwhile_is_taken_from_it(store, log):

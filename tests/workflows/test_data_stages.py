@@ -1,5 +1,6 @@
 """Text to rows through the engine: the same bytes for any workers and order; a changed file redoes its own shards."""
 
+import json
 import os
 import signal
 import threading
@@ -93,9 +94,69 @@ def test_a_changed_file_redoes_its_own_shards_in_every_stage(tmp_path: Path, tok
 
 
 def _num_shards(plan: Plan, store: Store, name: str) -> int:
-    from pipeline.artifact import read_json
+    return len(store.artifact(name, plan.step(name).fingerprint).committed_shards())
 
-    return len(read_json(store.artifact(name, plan.step(name).fingerprint).directory / "shards.json"))
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> tuple[Path, Callable[[], Plan]]:
+    """A file, and how to plan a corpus of its folder."""
+    file = tmp_path / "text" / "a.jsonl"
+    write_sentences(file, "before")
+    config = CorpusConfig(source={"text": Source((str(file.parent),))}, held_out_fraction=0.2)
+    workflow = Workflow("corpus", "text alone", (Step("corpus", "pipeline.corpus", config),))
+    return file, lambda: make_plan(workflow, environment())
+
+
+def write_sentences(file: Path, word: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps({"text": f"{word} number {i}"}) + "\n" for i in range(60)))
+
+
+def test_shards_listed_of_changed_files_are_never_filed_under_the_planned_fingerprint(
+    tmp_path: Path, corpus: tuple[Path, Callable[[], Plan]]
+) -> None:
+    file, plan = corpus
+    store = Store(tmp_path / "store")
+    run = runs.create_run(store, plan(), "local", "r1")
+    write_sentences(file, "LATER!")
+    planned = runs.frozen_plan(run)
+    states = coordinate(store, run, Inline)
+    assert "have changed since the run was planned" in states["corpus"].reason
+    assert _num_shards(planned, store, "corpus") == 0, "shards of a refused list were run"
+    write_sentences(file, "before")
+    output = coordinate(store, run, Inline)["corpus"].output
+    assert output is not None
+    assert load_manifest(output).fingerprint == planned.step("corpus").fingerprint
+    text = (output / "train-text-00000.arrow").read_bytes()
+    assert b"before" in text
+    assert b"LATER!" not in text
+
+
+@pytest.mark.parametrize("other", ["touched", "moved"])
+def test_a_corpus_interrupted_after_its_list_is_built_from_the_same_bytes(
+    tmp_path: Path, corpus: tuple[Path, Callable[[], Plan]], other: str
+) -> None:
+    file, plan = corpus
+    store = Store(tmp_path / "store")
+    run = runs.create_run(store, plan(), "local", "r1")
+
+    def stop_once_listed(states) -> None:
+        if states[0].fan_out is not None:
+            run.cancel_file.touch()
+
+    assert coordinate(store, run, Inline, stop_once_listed)["corpus"].status == "stopped"
+    if other == "touched":
+        os.utime(file, (1, 1))
+        runs.refuse_drift(runs.frozen_plan(run))
+        states = coordinate(store, run, Inline)
+    else:
+        moved = file.parent.rename(tmp_path / "moved")
+        config = CorpusConfig(source={"text": Source((str(moved),))}, held_out_fraction=0.2)
+        workflow = Workflow("corpus", "text alone", (Step("corpus", "pipeline.corpus", config),))
+        again = make_plan(workflow, environment())
+        assert again.step("corpus").fingerprint == runs.frozen_plan(run).step("corpus").fingerprint
+        states = coordinate(store, runs.create_run(store, again, "local", "r2"), Inline)
+    assert states["corpus"].status == "committed", states["corpus"].reason
 
 
 def test_a_killed_tokenization_worker_costs_its_shard_alone(tmp_path: Path, tokenizer_file: Path) -> None:

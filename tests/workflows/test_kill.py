@@ -73,7 +73,7 @@ def assert_gone(processes: list[psutil.Process]) -> None:
 
 @pytest.mark.parametrize(
     ("step", "piece", "again"),
-    [("double", "double-1", {"double-1"}), ("total", "total-1", {"total-0", "total-1"})],
+    [("double", "double-1", {"double-list", "double-1"}), ("total", "total-1", {"total-0", "total-1"})],
 )
 def test_coordinator_killed_takes_every_descendant_with_it_and_the_run_resumes(store, log, step, piece, again):
     process = start(store, log, "local", step, piece, "leave")
@@ -111,7 +111,7 @@ def test_coordinator_on_ray_killed_takes_every_descendant_with_it_and_the_run_re
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert_gone(found)
-    finish(store, log, {"double-1"})
+    finish(store, log, {"double-list", "double-1"})
 
 
 @pytest.mark.parametrize(("signals", "ends_as"), [([signal.SIGTERM], "stopped"), ([signal.SIGINT] * 2, "interrupted")])

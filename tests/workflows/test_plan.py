@@ -14,6 +14,7 @@ from pipeline.artifact import read_json
 from pipeline.config import apply_settings, to_json
 from pipeline.errors import CorruptionError, UserError
 from tests.support.toy_stages.source import config as source_config
+from tests.support.toy_stages.total import config as total_config
 from tests.support.toy_workflow import fabricate, toy_plan
 from workflows import runs
 from workflows.plan import Plan, check_drift, explain, make_plan
@@ -99,7 +100,7 @@ def _others(kind: Any, value: Any) -> list[Any]:
     if isinstance(value, str):
         return [value + "x"]
     if value == {}:
-        return [{"code": 2.0}]
+        return [{"text": 2.0}]
     if isinstance(value, tuple | list):
         return [[*value, item] for item in ("more", 3, 0.5, "json:loads")] + [[item, item] for item in value]
     if value is None:
@@ -262,6 +263,37 @@ def test_explain_quickstart_with_more_steps_names_training_and_what_follows(stor
     assert [action.step for action in actions if action.action == "run"] == TRAINED
     (training,) = [action for action in actions if action.step == "pretrain"]
     assert training.reason == f"changed: num_steps {steps} -> {steps + 1}"
+
+
+# --- settings that do not fit each other ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def books_and_code(text: Path) -> list[tuple[str, Any]]:
+    """Settings for a corpus of two sources."""
+    (text.parent / "code.txt").write_text("print()")
+    return [("corpus.source", {"books": str(text), "code": str(text.parent / "code.txt")})]
+
+
+def test_plan_with_a_mixture_of_a_source_that_the_corpus_lacks_is_refused(books_and_code: list[tuple[str, Any]]):
+    with pytest.raises(UserError, match=r"pretrain\.mixture\.cod: .*did you mean code\? allowed here: books, code"):
+        runs.plan_recipe("quickstart", [*books_and_code, ("pretrain.mixture", {"books": 1, "cod": 2})])
+    with pytest.raises(UserError, match=r"pretrain\.mixture\.web: 'web' .*corpus; allowed here: books, code"):
+        runs.plan_recipe("quickstart", [*books_and_code, ("pretrain.mixture.web", 1.0)])
+
+
+def test_plan_with_a_mixture_of_sources_of_the_corpus_is_made(books_and_code: list[tuple[str, Any]]):
+    plan = runs.plan_recipe("quickstart", [*books_and_code, ("pretrain.mixture", {"code": 2})])
+    assert plan.step("pretrain").config["mixture"] == {"code": 2.0}
+
+
+def test_check_of_a_stage_gets_the_configurations_it_depends_on_by_path_of_inputs(monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+    monkeypatch.setattr(total_config, "STAGE", replace(total_config.STAGE, check=lambda *given: seen.append(given)))
+    plan = toy_plan(source__number=2, double__number=3, aside__number=5)
+    ((config, upstream, step),) = seen
+    assert (to_json(config), step) == (plan.step("total").config, "total")
+    assert {path: value["number"] for path, value in upstream.items()} == {"value": 3, "value.value": 2, "aside": 5}
 
 
 # --- drift ----------------------------------------------------------------------------------------------------------

@@ -6,22 +6,24 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.executor import Ended
 from cluster.local import LocalExecutor
-from pipeline.artifact import load_manifest, open_artifact
+from pipeline.artifact import MANIFEST, load_manifest, open_artifact
 from tests.support.executors import Inline
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import coordinate, copies_plan, wait_until
 from workflows import runs
-from workflows.coordinator import StepState
+from workflows.coordinator import _POLL_S, StepState
 from workflows.plan import Plan
 from workflows.shards import ShardRegistry
-from workflows.store import ArtifactPlace, Store, acquire_lease
+from workflows.store import ArtifactPlace, RunPlace, Store, acquire_lease
 
 ONCE = dict.fromkeys(["copies-list", "copies-000", "copies-001", "copies-002", "copies-finish"], 1)
 
@@ -77,7 +79,7 @@ def test_map_with_a_shard_that_fails_three_times_names_it_and_keeps_the_others(s
     assert set(place_of(store, plan).committed_shards()) == {"000", "002"}
     states = coordinate(store, run, executor)
     assert text_of(states["copies"]) == "aabbcc"
-    assert executions(log) == {**ONCE, "copies-001": 4}
+    assert executions(log) == {**ONCE, "copies-list": 2, "copies-001": 4}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_map_with_a_final_failure_of_a_shard_ends_at_once(store, log, trouble, s
         assert states["copies"].failure.error_class == trouble
     assert executions(log) == {"copies-list": 1, "copies-000": 1, "copies-001": 1}
     assert text_of(coordinate(store, run, Inline)["copies"]) == "aabbcc"
-    assert executions(log) == {**ONCE, "copies-001": 2}
+    assert executions(log) == {**ONCE, "copies-list": 2, "copies-001": 2}
 
 
 def test_map_waits_with_a_failed_shard_and_not_with_the_others(store, log, monkeypatch):
@@ -148,6 +150,77 @@ def test_map_whose_lease_is_lost_to_another_run_is_no_failure_of_the_shard(store
     assert [e["failure"]["type"] for e in events(store, "step_retry")] == ["LeaseLostError"]
 
 
+# --- the list of the shards -----------------------------------------------------------------------------------------
+
+
+def interrupted(store: Store, log: Path, **changes) -> tuple[RunPlace, dict]:
+    """A run that failed at its end, the record of shard 001 changed; and that record."""
+    plan = copies_plan(log, trouble="user", where="copies-finish")
+    run = runs.create_run(store, plan, "local", "r1")
+    assert coordinate(store, run, Inline)["copies"].status == "failed"
+    assert executions(log) == ONCE
+    manifest = place_of(store, plan).committed_shards()["001"] / MANIFEST
+    value = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**value, "shard": {**value["shard"], **changes}}))
+    return run, value["shard"]
+
+
+AFTER_AN_INTERRUPTION = {**ONCE, "copies-list": 2, "copies-finish": 2}
+
+
+def test_committed_shard_whose_identity_is_not_the_listed_one_is_executed_again(store, log):
+    run, shard = interrupted(store, log, identity={"sha256": "of a letter that was there meanwhile"})
+    shutil.rmtree(store.root / "shards")
+    states = coordinate(store, run, Inline)
+    assert text_of(states["copies"]) == "aabbcc"
+    assert executions(log) == {**AFTER_AN_INTERRUPTION, "copies-001": 2}
+    kept = place_of(store, copies_plan(log)).committed_shards()["001"]
+    assert load_manifest(kept).shard == shard
+
+
+def test_committed_shard_that_differs_in_other_values_than_its_identity_is_kept(store, log):
+    run, _ = interrupted(store, log, file="elsewhere.txt", changed_ns=1)
+    assert text_of(coordinate(store, run, Inline)["copies"]) == "aabbcc"
+    assert executions(log) == AFTER_AN_INTERRUPTION
+
+
+class Damaging(Inline):
+    """Replaces what lists the shards has left."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self._content = content
+
+    def wait(self, timeout_s: float) -> list[Ended]:
+        listing = [call.log_dir for call in self._calls[:1] if "-list@" in call.key]
+        ended = super().wait(timeout_s)
+        for work_dir in listing:
+            (work_dir / "done.json").write_text(self._content)
+        return ended
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "{}", "null", "[1]", '[{"x": 1}]', '[{"name": "../../evil"}]', '[{"name": "a"}, {"name": "a"}]']
+)
+def test_list_of_shards_that_is_damaged_fails_its_step_alone_and_says_what_to_delete(store, log, content):
+    run = runs.create_run(store, copies_plan(log), "local", "r1")
+    states = coordinate(store, run, lambda: Damaging(content))
+    assert (states["letters"].status, states["copies"].status) == ("committed", "failed")
+    assert "done.json" in states["copies"].reason
+    assert "Delete" in states["copies"].reason
+    assert text_of(coordinate(store, run, Inline)["copies"]) == "aabbcc"
+
+
+def test_step_that_cannot_begin_fails_alone(store, log):
+    plan = copies_plan(log)
+    place = place_of(store, plan)
+    place.directory.mkdir(parents=True)
+    place.state.write_text("a file where a directory must be")
+    states = coordinate(store, plan, Inline)
+    assert (states["letters"].status, states["copies"].status) == ("committed", "failed")
+    assert str(place.state) in states["copies"].reason
+
+
 # --- many shards ----------------------------------------------------------------------------------------------------
 
 MANY = "".join(chr(0x100 + i) for i in range(200))
@@ -171,8 +244,8 @@ def test_map_of_many_shards_gives_the_executor_few_at_a_time(store, log):
 
 def test_map_of_many_shards_reads_what_is_committed_once(store, log, monkeypatch):
     calls = []
-    real = ArtifactPlace.committed_shards
-    monkeypatch.setattr(ArtifactPlace, "committed_shards", lambda place: calls.append(place) or real(place))
+    real = ArtifactPlace.kept_shards
+    monkeypatch.setattr(ArtifactPlace, "kept_shards", lambda *given: calls.append(given) or real(*given))
     coordinate(store, copies_plan(log, MANY[:30]), Inline)
     assert len(calls) == 1
 
@@ -213,7 +286,9 @@ def test_stop_request_starts_no_shard_that_waits_and_the_resumed_run_no_other(st
     assert 5 <= len(done) < 40
     assert set(executions(log)) == {"copies-list", *done}
     assert text_of(coordinate(store, run, Inline)["copies"]) == "".join(2 * letter for letter in MANY[:40])
-    assert set(executions(log).values()) == {1}
+    found = executions(log)
+    assert found.pop("copies-list") == 2
+    assert set(found.values()) == {1}
 
 
 def test_stop_request_while_a_shard_waits_to_be_tried_again_is_heard_at_once(store, log, monkeypatch):
@@ -342,6 +417,35 @@ def test_records_of_shards_are_no_artifacts(store, log):
     ]
 
 
+def test_stop_request_while_shards_are_taken_over_leaves_them_and_waits_in_peace(store, log, monkeypatch):
+    copied(store, log, MANY[:20], "r1")
+    run = runs.create_run(store, copies_plan(log, MANY[:20] + "z"), "local", "r2")
+    timeouts: list[float] = []
+
+    class Busy(Inline):
+        """Runs its last shard only after it was waited for many times."""
+
+        def wait(self, timeout_s: float) -> list[Ended]:
+            if any("copies-020" in call.key for call in self._calls) and len(timeouts) < 20:
+                timeouts.append(timeout_s)
+                time.sleep(0.02)
+                return []
+            return super().wait(timeout_s)
+
+    def stop(states) -> None:
+        if states[1].fan_out is not None:
+            run.cancel_file.touch()
+
+    monkeypatch.setattr("workflows.coordinator._COMMIT_FOR_S", 0.0)
+    states = coordinate(store, run, Busy, stop)
+    assert states["copies"].status == "stopped"
+    assert len(timeouts) == 20
+    assert set(timeouts[1:]) == {_POLL_S}, "the loop spins"
+    assert len(events(store, "shards_adopted", "r2")) == 1
+    monkeypatch.undo()
+    assert text_of(coordinate(store, run, Inline)["copies"]) == "".join(2 * letter for letter in MANY[:20] + "z")
+
+
 def test_run_goes_on_while_shards_are_looked_at(store, log, monkeypatch):
     copied(store, log, "abc", "r1")
     seen, looked_at = [], threading.Event()
@@ -375,7 +479,7 @@ def test_failure_while_shards_are_looked_at_keeps_those_that_were_taken_over(sto
     (event,) = events(store, "shards_adopted", "r2")
     assert event["adopted"] == len(place_of(store, plan).committed_shards())
     assert text_of(coordinate(store, run, Inline)["copies"]) == "".join(2 * letter for letter in text)
-    assert executions(log) == {"copies-list": 1, "copies-000": 2, "copies-finish": 1}
+    assert executions(log) == {"copies-list": 2, "copies-000": 2, "copies-finish": 1}
 
 
 def test_record_that_cannot_be_read_stays_and_the_shard_is_executed(store, log):

@@ -205,6 +205,16 @@ def test_commit_of_a_shard_counts_once(place: ArtifactPlace):
     assert place.committed_shards() == {"0": first}
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"directory": 7}', '{"directory": "../../out"}', "null"])
+def test_record_of_a_shard_that_is_damaged_is_dropped(place: ArtifactPlace, content: str):
+    lease = acquire_lease(place.lease_dir, "test")
+    shard = finished_attempt(place, lease, "1")
+    place.commit_shard("0", shard, lease)
+    (place.directory / "shards" / "0.json").write_text(content)
+    assert place.committed_shards() == {}
+    assert place.commit_shard("0", shard, lease) == shard
+
+
 @pytest.mark.parametrize("damage", ["missing file", "short file", "no manifest", "bad manifest", "bad commit"])
 def test_committed_but_damaged_artifact_is_reported_with_what_to_delete(place: ArtifactPlace, damage: str):
     lease = acquire_lease(place.lease_dir, "test")

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.artifact import checked, load_manifest, read_json
+from pipeline.artifact import checked, load_manifest
 from pipeline.stage import Shard, StageContext, Stats
 from tests.support.toy_stages.trouble import ToyConfig, execute
 
@@ -25,16 +25,16 @@ def run_shard(config: ToyConfig, inputs: Mapping[str, Path], shard: Shard, conte
     letter = checked(inputs["letters"], shard["file"]).read_text()
     with (context.out / "in" / "copy.txt").open("w") as copy:
         copy.write(letter)
-        execute(f"copies-{shard['name']}", config, context, lambda: _let_others_finish(config, shard, context))
+        execute(f"copies-{shard['name']}", config, context, lambda: _let_others_finish(config, inputs, shard, context))
         copy.write(letter)
     return {"code": ord(letter)}
 
 
-def _let_others_finish(config: ToyConfig, shard: Shard, context: StageContext) -> None:
+def _let_others_finish(config: ToyConfig, inputs: Mapping[str, Path], shard: Shard, context: StageContext) -> None:
     """A shard that is killed again and again waits for the others: its third death ends those that still run."""
     if config.trouble != "kill" or config.times < 3 or shard["name"] not in config.where:
         return
-    listed = {one["name"] for one in read_json(context.state.parent / "shards.json")}
+    listed = {Path(file.path).stem for file in load_manifest(inputs["letters"]).files}
     deadline = time.monotonic() + _PATIENCE_S
     while {path.stem for path in (context.state.parent / "shards").glob("*.json")} != listed - {shard["name"]}:
         if time.monotonic() > deadline:
