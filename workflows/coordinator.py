@@ -394,8 +394,9 @@ class Coordinator:
         shutil.rmtree(piece.out, ignore_errors=True)
         name = piece.shard["name"]
         count = state.shard_failures[name] = state.shard_failures.get(name, 0) + 1
-        if failure.error_class in _FINAL or count >= _POISON_FAILURES:
-            times = "" if failure.error_class in _FINAL else f" failed {count} times"
+        is_final = failure.error_class in _FINAL or failure.type == CorruptionError.__name__
+        if is_final or count >= _POISON_FAILURES:
+            times = "" if is_final else f" failed {count} times"
             failure = dataclasses.replace(failure, message=f"shard {name}{times}: {failure.message}")
             self._abandon(state)
             self._stopped(state, failure) if failure.error_class == "stopped" else self._fail(state, failure)

@@ -103,7 +103,7 @@ class Display:
 
     def _print_line(self, state: StepState) -> None:
         elapsed = ""
-        if state.ended_at:
+        if state.ended_at and state.started_at:
             elapsed = duration(state.ended_at - state.started_at)
         line = f"{state.step.name:<13} {state.status:<10} {elapsed:<8} {_detail(state)}"
         self._console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)

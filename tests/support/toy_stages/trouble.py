@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import execution
-from pipeline.errors import NumericsError, UserError
+from pipeline.errors import CorruptionError, NumericsError, UserError
 from pipeline.stage import StageContext, Stopped
 
-Trouble = Literal["", "user", "numerics", "code", "memory", "connection", "kill", "hang", "slow", "stop", "leave"]
+Trouble = Literal[
+    "", "user", "numerics", "code", "corruption", "memory", "connection", "kill", "hang", "slow", "stop", "leave"
+]
 _TICK_S = 0.05
 _NUM_TICKS = 600
 _LEFT_BEHIND_S = 300.0
@@ -34,9 +36,9 @@ class ToyConfig:
     """File outside the store that the source reads; its size is part of the result."""
     log: str = execution("")
     trouble: Trouble = execution("")
-    """What befalls a piece: raise UserError, NumericsError, RuntimeError, MemoryError or ConnectionError, be killed,
-    hang while ignoring requests to stop, be slow while heeding them, stop by itself, or leave a process of its own
-    behind and be slow."""
+    """What befalls a piece: raise UserError, NumericsError, RuntimeError, CorruptionError, MemoryError or
+    ConnectionError, be killed, hang while ignoring requests to stop, be slow while heeding them, stop by itself, or
+    leave a process of its own behind and be slow."""
     where: str = execution("")
     """The pieces that it befalls, such as "total-0" or "double-[0-9]"; all of them if empty."""
     times: int = execution(1)
@@ -81,6 +83,8 @@ def _have_trouble(trouble: Trouble, piece: str, context: StageContext) -> None:
         raise NumericsError(f"{piece} diverged")
     if trouble == "code":
         raise RuntimeError(f"{piece} has a defect")
+    if trouble == "corruption":
+        raise CorruptionError(f"{piece} read what was not written")
     if trouble == "memory":
         raise MemoryError(f"{piece} wants more")
     if trouble == "connection":
