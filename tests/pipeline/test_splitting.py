@@ -282,6 +282,18 @@ def test_a_special_token_that_is_text_is_not_cut_where_it_hides_another(is_norma
     assert not rule.is_safe(hiding, place)
 
 
+def test_a_special_token_is_not_cut_where_only_its_normalized_spelling_stands() -> None:
+    tokenizer = _byte_level(normalizer=normalizers.NFC())
+    tokenizer.add_tokens(["<t>"])
+    tokenizer.encode_special_tokens = True
+    text = " b\u00c5 <t>"
+    assert find_cut_rule(tokenizer).is_safe(text, 3)
+    tokenizer.add_special_tokens([AddedToken("\u212b <t>", normalized=True)])
+    assert tokenizer.token_to_id("<t>") not in tokenizer.encode(text).ids
+    assert tokenizer.token_to_id("<t>") in tokenizer.encode(text[3:]).ids
+    assert not find_cut_rule(tokenizer).is_safe(text, 3)
+
+
 def test_a_mark_that_an_added_token_parts_from_its_letter_is_not_judged_as_composed() -> None:
     tokenizer = _byte_level(normalizer=normalizers.NFC())
     text = " a\u0301|"
