@@ -24,7 +24,7 @@ from benchmarks.interleave import interleave, median_ratio
 from benchmarks.process import Cost, run_program
 from benchmarks.text import read_documents
 from benchmarks.tokenization_ours import Commit, Output
-from pipeline.data.vocabulary import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
+from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
 
 SPECIAL = (MASK_TOKEN, EOS_TOKEN, PAD_TOKEN)
 FAST_PACKAGE = "gigatoken"

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -107,8 +108,11 @@ def choose_backend(vocabulary: Vocabulary, setting: BackendName, sample: Iterabl
         found = fast.encode(texts)
     except ModuleNotFoundError as error:
         reason = f"{error.name} is not installed (pip install 'dlm[fast]')"
-    except (RuntimeError, ValueError) as error:
-        reason = f"gigatoken cannot load or use this tokenizer: {str(error).splitlines()[0]}"
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception, and none of its errors matters
+        told = traceback.format_exception_only(error)[0].strip().splitlines()[0]
+        reason = f"gigatoken cannot load or use this tokenizer: {told}"
     else:
         pairs = zip(texts, standard.encode(texts), found, strict=True)
         differing = next((text for text, ours, theirs in pairs if not np.array_equal(ours, theirs)), None)

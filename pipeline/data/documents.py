@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.artifact import checked, load_manifest
+from pipeline.data.arrays import binary_to_arrow, to_arrow, to_numpy
 from pipeline.errors import CorruptionError
 
 SCHEMA = pa.schema([("text", pa.large_string()), ("starts_document", pa.bool_())])
@@ -63,8 +64,8 @@ class DocumentWriter:
             self._flush()
 
     def _flush(self) -> None:
-        text = pa.array(self._texts, pa.large_binary()).view(pa.large_string())
-        self._writer.write_batch(pa.record_batch([text, pa.array(self._starts, pa.bool_())], schema=SCHEMA))
+        text = binary_to_arrow(self._texts).view(pa.large_string())
+        self._writer.write_batch(pa.record_batch([text, to_arrow(np.array(self._starts))], schema=SCHEMA))
         self._texts, self._starts, self._pending_bytes = [], [], 0
 
     def close(self) -> None:
@@ -125,9 +126,9 @@ def read_rows(directory: Path, name: str) -> Iterator[Rows]:
         if num_docs == 0 and len(starts) and not starts[0].as_py():
             raise CorruptionError(f"{path} begins in the middle of a document")
         if len(left_out):
-            numbers = num_docs - 1 + np.cumsum(starts.to_numpy(zero_copy_only=False))
+            numbers = num_docs - 1 + np.cumsum(to_numpy(starts))
             num_docs = int(numbers[-1]) + 1 if len(numbers) else num_docs
-            batch = batch.filter(pa.array(~np.isin(numbers, left_out)))
+            batch = batch.filter(to_arrow(~np.isin(numbers, left_out)))
         else:
             num_docs += starts.true_count
         if batch.num_rows:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.artifact import FileRecord, checked_record, open_artifact
+from pipeline.data.arrays import to_arrow, to_numpy
 from pipeline.data.packing import PADDING, RowPlan
 from pipeline.data.shards import FlatTokens, map_batches, open_tokens
 from pipeline.data.verified import Verified
@@ -39,10 +40,10 @@ def stored_tokens(plan: RowPlan) -> np.ndarray:
 def write_index(path: Path, plan: RowPlan) -> None:
     """Write the index of rows that are stored one after another."""
     stored = stored_tokens(plan)
-    columns = [pa.array(column) for column in (plan.length, plan.document, plan.offset)]
+    columns = [to_arrow(column) for column in (plan.length, plan.document, plan.offset)]
     segments = pa.StructArray.from_arrays(columns, fields=list(_SEGMENT))
-    lists = pa.ListArray.from_arrays(pa.array(plan.row_starts.astype(np.int32)), segments)
-    batch = pa.RecordBatch.from_arrays([pa.array(np.cumsum(stored) - stored), lists], schema=_SCHEMA)
+    lists = pa.ListArray.from_arrays(to_arrow(plan.row_starts.astype(np.int32)), segments)
+    batch = pa.RecordBatch.from_arrays([to_arrow(np.cumsum(stored) - stored), lists], schema=_SCHEMA)
     with pa.ipc.new_file(str(path), _SCHEMA) as writer:
         writer.write_batch(batch)
 
@@ -68,9 +69,9 @@ def open_row_shard(tokens_path: Path, index_path: Path, seq_len: int, trusted: b
         if len(batches) != 1:
             raise ValueError(f"it has {len(batches)} record batches instead of 1")
         lists = batches[0].column(1)
-        columns = [lists.values.field(name).to_numpy() for name in ("length", "document", "offset")]
-        plan = RowPlan(lists.offsets.to_numpy(), *columns)
-        start = batches[0].column(0).to_numpy()
+        columns = [to_numpy(lists.values.field(name)) for name in ("length", "document", "offset")]
+        plan = RowPlan(to_numpy(lists.offsets), *columns)
+        start = to_numpy(batches[0].column(0))
         if not trusted:
             _check_rows(plan, start, seq_len, tokens.num_tokens)
     except (ValueError, OSError, pa.ArrowException) as error:

@@ -5,7 +5,7 @@ included, and offset 0.  A giant document is several lists, with the number of i
 mapped back into memory, and its values are used without a copy.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
+from pipeline.data.arrays import to_arrow, to_numpy
 from pipeline.errors import CorruptionError, is_bad_format
 
 BATCH_TOKENS = 16 * 1024 * 1024
@@ -88,19 +89,10 @@ class ShardWriter:
         if len(values) and not 0 <= values.min() <= values.max() <= width.max:
             raise OverflowError(f"token ids {values.min()} to {values.max()} do not fit into {self._type}")
         ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        lists = pa.ListArray.from_arrays(pa.array(ends), pa.array(values.astype(width.dtype, copy=False)))
-        batch = pa.RecordBatch.from_arrays([lists, pa.array(offsets.astype(np.int64))], schema=self._schema)
+        lists = pa.ListArray.from_arrays(to_arrow(ends), to_arrow(values.astype(width.dtype, copy=False)))
+        batch = pa.RecordBatch.from_arrays([lists, to_arrow(offsets.astype(np.int64))], schema=self._schema)
         self._writer.write_batch(batch)
         self._pending, self._pending_tokens = [], 0
-
-
-def write_shard(path: Path, documents: Iterable[Sequence[int]], vocab_size: int) -> tuple[int, int]:
-    """Write whole documents (token ids); returns (number of documents, number of tokens)."""
-    with ShardWriter(path, vocab_size) as writer:
-        for document in documents:
-            values = np.asarray(document, dtype=np.int64)
-            writer.write(Segments(values, np.array([len(values)]), np.zeros(1, dtype=np.int64)))
-    return writer.num_docs, writer.num_tokens
 
 
 @dataclass(frozen=True)
@@ -174,7 +166,7 @@ def _map_shard(path: Path, trusted: bool) -> tuple[int, list[pa.RecordBatch]]:
             values = batch.column(0).values
             if values.null_count:
                 raise ValueError("it holds nulls")
-            highest = values.to_numpy().max(initial=0)
+            highest = to_numpy(values).max(initial=0)
             if len(values) and highest >= vocab_size:
                 raise ValueError(f"token id {highest} is outside the vocabulary of {vocab_size}")
     except (ValueError, KeyError, OSError, pa.ArrowException) as error:
@@ -187,7 +179,7 @@ def _map_shard(path: Path, trusted: bool) -> tuple[int, list[pa.RecordBatch]]:
 def _values(batch: pa.RecordBatch) -> np.ndarray:
     lists = batch.column(0)
     ends = lists.offsets
-    return lists.values.to_numpy(zero_copy_only=True)[ends[0].as_py() : ends[-1].as_py()]
+    return to_numpy(lists.values)[ends[0].as_py() : ends[-1].as_py()]
 
 
 def open_tokens(path: Path, trusted: bool = False) -> FlatTokens:
@@ -212,8 +204,8 @@ def open_stream(paths: Sequence[Path]) -> TokenStream:
         vocab_size, batches = _map_shard(path, trusted=False)
         vocab_sizes.add(vocab_size)
         for batch in batches:
-            ends = batch.column(0).offsets.to_numpy()
-            begins.append((ends[:-1].astype(np.int64) - ends[0] + total)[batch.column(1).to_numpy() == 0])
+            ends = to_numpy(batch.column(0).offsets)
+            begins.append((ends[:-1].astype(np.int64) - ends[0] + total)[to_numpy(batch.column(1)) == 0])
             pieces.append(_values(batch))
             total += len(pieces[-1])
     if len(vocab_sizes) != 1:

@@ -15,6 +15,8 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import Regex, Tokenizer
@@ -233,7 +235,7 @@ class CutRule:
     stages: tuple[_Stage, ...] = ()
     normalizer: Normalizer | None = None
     words: tuple[str, ...] = ()
-    """Added tokens that are found in text before anything else."""
+    """Added tokens, which are looked for in a text before anything else."""
     is_prefixed: bool = False
     """A space is put in front of a text that has none."""
     obstacle: str = ""
@@ -251,9 +253,11 @@ class CutRule:
             start = max(text.rfind(mark, max(0, place - _TAIL_CHARS), place) for mark in _INERT)
             if start < 0:
                 return False
-            if any(x + y in word for word in self.words):
+            if x + y in self._word_pairs:
                 return False
             x = self.normalizer.normalize_str(text[start:place])[-1]
+            # After a word the text is normalized by itself, so that x would be another character than here.
+            return self._may_part(x, y) and not self._ends_word(text, start + 1, place - 1)
         return self._may_part(x, y)
 
     def last_cut(self, text: str, low: int, high: int) -> int | None:
@@ -272,6 +276,15 @@ class CutRule:
             return True
         return place + 1 < len(text) and text[place : place + 2].isascii()
 
+    def _ends_word(self, text: str, low: int, high: int) -> bool:
+        """Whether the last character of a word lies in text[low:high]."""
+        return any(text.find(word, max(0, low + 1 - len(word)), high) >= 0 for word in self.words)
+
+    @cached_property
+    def _word_pairs(self) -> frozenset[str]:
+        """All that stands side by side in a word: no cut there."""
+        return frozenset(x + y for word in self.words for x, y in pairwise(word))
+
     def _may_part(self, x: str, y: str) -> bool:
         known = self._known.get(x + y)
         if known is None:
@@ -282,7 +295,7 @@ class CutRule:
         if self.is_prefixed and y != " ":
             return False
         # Such a character may match two letters of a regex that ignores case.
-        if len(x.casefold()) > 1 or len(y.casefold()) > 1 or any(x + y in word for word in self.words):
+        if len(x.casefold()) > 1 or len(y.casefold()) > 1 or x + y in self._word_pairs:
             return False
         for stage in self.stages:
             is_joined, is_covered = stage.verdict(x, y)
@@ -304,9 +317,8 @@ def find_cut_rule(tokenizer: Tokenizer) -> CutRule:
         is_prefixed = any(step.get("add_prefix_space") for step in steps)
         words: list[str] = []
         for token in tokenizer.get_added_tokens_decoder().values():
-            if token.special:
-                continue
-            if token.lstrip or token.rstrip or token.single_word:
+            # The spelling of a special token is text, but it hides the ordinary added tokens that are found within it.
+            if not token.special and (token.lstrip or token.rstrip or token.single_word):
                 raise _UnreadableError(f"its added token {token.content!r} looks at the characters around it")
             words.append(token.content)
             if tokenizer.normalizer:

@@ -7,22 +7,12 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from pipeline.artifact import checked
+from pipeline.data.special_tokens import SPECIAL_FILE, SpecialTokens, load_special_tokens
 from pipeline.errors import UserError
 
-MASK_TOKEN, EOS_TOKEN, PAD_TOKEN = "[MASK]", "<|endoftext|>", "[PAD]"
-
-TOKENIZER_FILE, SPECIAL_FILE = "tokenizer.json", "special_tokens.json"
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids with a meaning of their own; none of them ever comes from ordinary text."""
-
-    mask_token_id: int
-    eos_token_id: int
-    pad_token_id: int
-    vocab_size: int
-    """Rows that an embedding needs: the highest id plus one."""
+TOKENIZER_FILE = "tokenizer.json"
+_MAX_SPREAD = 2
+"""Ids up to the highest, for each token there is; published vocabularies have holes, but few."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +21,6 @@ class Vocabulary:
 
     tokenizer: Tokenizer
     special: SpecialTokens
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text.  Text that spells a special token is ordinary text."""
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, the special ones left out."""
@@ -89,6 +74,13 @@ def _check_ids(vocab: dict[str, int], name: str) -> None:
             tokens.setdefault(token_id, []).append(token)
         token_id, same = next((i, found) for i, found in tokens.items() if len(found) > 1)
         raise UserError(f"{name} gives one id to several tokens: {token_id} to {sorted(same)}; each needs its own")
+    last = max(vocab, key=vocab.__getitem__)
+    if vocab[last] + 1 > _MAX_SPREAD * len(vocab):
+        raise UserError(
+            f"{name} gives its token {last!r} the id {vocab[last]:,} and has {len(vocab):,} tokens; an embedding would "
+            f"need {vocab[last] + 1:,} rows, and at most {_MAX_SPREAD} for each token are allowed. Number the "
+            "tokens in its file without such a gap"
+        )
 
 
 def save_vocabulary(tokenizer: Tokenizer, special: SpecialTokens, directory: Path) -> None:
@@ -99,6 +91,6 @@ def save_vocabulary(tokenizer: Tokenizer, special: SpecialTokens, directory: Pat
 
 def load_vocabulary(artifact: Path) -> Vocabulary:
     """The vocabulary in a committed artifact, its files verified first."""
-    special = SpecialTokens(**json.loads(checked(artifact, SPECIAL_FILE).read_text()))
+    special = load_special_tokens(artifact)
     tokenizer = Tokenizer.from_file(str(checked(artifact, TOKENIZER_FILE)))
     return Vocabulary(take_literally(tokenizer), special)

@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.artifact import checked_files, load_manifest, write_json
 from pipeline.data.documents import read_rows, text_files
 from pipeline.data.shards import TokenStream, open_stream
-from pipeline.data.vocabulary import load_vocabulary
+from pipeline.data.special_tokens import load_special_tokens
 from pipeline.errors import NumericsError, UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.evaluate.rows import HeldOutRows
@@ -54,7 +54,7 @@ def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     model, record = load_denoiser(inputs["weights"])
-    special = load_vocabulary(inputs["tokenizer"]).special
+    special = load_special_tokens(inputs["tokenizer"])
     rows = HeldOutRows(_held_out(inputs), record.seq_len)
     lengths = torch.full((rows.num_rows,), rows.seq_len)
     lengths[-1] = rows.stream.num_tokens - (rows.num_rows - 1) * rows.seq_len

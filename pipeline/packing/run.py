@@ -10,7 +10,7 @@ from pipeline.artifact import checked, checked_record, link_or_copy, load_manife
 from pipeline.data.packing import RowPlan, plan_rows
 from pipeline.data.rows import INDEX_SUFFIX, ShardRecord, stored_tokens, write_index
 from pipeline.data.shards import Segments, ShardWriter, TokenStream, open_stream
-from pipeline.data.vocabulary import load_vocabulary
+from pipeline.data.special_tokens import load_special_tokens
 from pipeline.errors import UserError
 from pipeline.packing.config import PackingConfig
 from pipeline.stage import Shard, StageContext, Stats
@@ -33,7 +33,7 @@ def list_shards(config: PackingConfig, inputs: Mapping[str, Path], context: Stag
             f"seq_len is {config.seq_len}, but the training corpus has only {num_tokens} tokens. Add text to "
             "corpus.source or lower packing.seq_len"
         )
-    pad_token_id = load_vocabulary(inputs["tokenizer"]).special.pad_token_id
+    pad_token_id = load_special_tokens(inputs["tokenizer"]).pad_token_id
     files = {record.path: record.sha256 for record in manifest.files}
     shards: list[Shard] = []
     for shard in manifest.stats["shards"]:

@@ -11,7 +11,7 @@ from dlm_core.objectives import Corrupted, Nelbo, Targets, masked_targets
 from dlm_core.schedules import LinearSchedule
 from pipeline.data.loader import Loader, RowBatch
 from pipeline.data.order import hash_words, stream_number
-from pipeline.data.vocabulary import SpecialTokens
+from pipeline.data.special_tokens import SpecialTokens
 from pipeline.errors import CorruptionError
 from pipeline.pretrain.config import PretrainConfig
 

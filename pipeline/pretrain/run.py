@@ -15,8 +15,8 @@ from pipeline.artifact import FileRecord, link_or_copy, load_manifest, write_jso
 from pipeline.config import to_json
 from pipeline.data.loader import Loader, RowBatch, prefetched
 from pipeline.data.rows import PackedRows, open_rows
+from pipeline.data.special_tokens import SpecialTokens, load_special_tokens
 from pipeline.data.verified import Verified
-from pipeline.data.vocabulary import SpecialTokens, load_vocabulary
 from pipeline.errors import LeaseLostError, NumericsError, UserError, is_disk_full
 from pipeline.pretrain.checkpoint import (
     DEEPSPEED_TAG,
@@ -59,7 +59,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Path], context: StageContex
     from dlm_core.models.config import ModelConfig
     from dlm_core.models.transformer import Denoiser
 
-    special = load_vocabulary(inputs["tokenizer"]).special
+    special = load_special_tokens(inputs["tokenizer"])
     rows = open_rows(inputs["rows"])
     if rows.stats["tokenizer"] != load_manifest(inputs["tokenizer"]).fingerprint:
         raise UserError(

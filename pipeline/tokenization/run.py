@@ -12,9 +12,10 @@ from pipeline.artifact import link_or_copy, load_manifest
 from pipeline.data.documents import read_documents, text_files, text_hashes
 from pipeline.data.encoding import EncodedBatch, EncodingLimits, build_encoder, encode_documents
 from pipeline.data.shards import Segments, ShardWriter
+from pipeline.data.special_tokens import load_special_tokens
 from pipeline.data.vocabulary import Vocabulary, load_vocabulary
 from pipeline.errors import UserError
-from pipeline.stage import Shard, StageContext, Stats
+from pipeline.stage import Shard, StageContext, Stats, Stopped
 from pipeline.tokenization.config import TokenizationConfig
 
 SPLITS = ("train", "held_out")
@@ -47,9 +48,14 @@ def run_shard(config: TokenizationConfig, inputs: Mapping[str, Path], shard: Sha
     batches = encode_documents(encoder, text, EncodingLimits(batch_chars=config.batch_chars))
     if shard["split"] == "held_out":
         batches = _reversible(batches, vocabulary, itertools.chain.from_iterable(read_documents(corpus, name)))
-    with ShardWriter(context.out / _TOKENS, vocabulary.special.vocab_size) as writer:
-        for segments in _segments(batches):
-            writer.write(segments)
+    try:
+        with ShardWriter(context.out / _TOKENS, vocabulary.special.vocab_size) as writer:
+            for segments in _segments(batches):
+                if context.should_stop():
+                    raise Stopped(f"stopped while encoding {name}")
+                writer.write(segments)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     return {
         "docs": writer.num_docs,
         "tokens": writer.num_tokens,
@@ -129,7 +135,7 @@ def finish(
         records.append({key: shard[key] for key in ("name", "split", "source")} | counts)
         totals.update({f"{shard['split']}_{key}": value for key, value in counts.items()})
     return {
-        "vocab_size": load_vocabulary(inputs["tokenizer"]).special.vocab_size,
+        "vocab_size": load_special_tokens(inputs["tokenizer"]).vocab_size,
         **{f"{split}_{key}": totals[f"{split}_{key}"] for split in SPLITS for key in ("docs", "tokens", "bytes")},
         "backends": dict(backends),
         "shards": records,

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 
 from pipeline.artifact import file_sha256
 from pipeline.config import execution
-from pipeline.data.vocabulary import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
+from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
 from pipeline.errors import UserError
 from pipeline.stage import Stage
 

@@ -14,7 +14,7 @@ from benchmarks.command import Options, RefusedError
 from benchmarks.tokenization import DATASETS, OURS, Prepared
 from benchmarks.tokenization_ours import Commit, Output
 from pipeline.corpus.config import CorpusConfig
-from pipeline.data.vocabulary import EOS_TOKEN
+from pipeline.data.special_tokens import EOS_TOKEN
 
 NUM_DOCS = 400
 TINY = replace(

@@ -14,16 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from pipeline.data.backends import PROBES, StandardBackend
 from pipeline.data.encoding import EncodedBatch, Encoder, EncodingLimits, build_encoder, encode_documents
-from pipeline.data.vocabulary import (
-    EOS_TOKEN,
-    MASK_TOKEN,
-    PAD_TOKEN,
-    SpecialTokens,
-    Vocabulary,
-    find_special_tokens,
-    load_vocabulary,
-    take_literally,
-)
+from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, SpecialTokens
+from pipeline.data.vocabulary import Vocabulary, find_special_tokens, load_vocabulary, take_literally
 from pipeline.errors import UserError
 from tests.pipeline.conftest import AWKWARD
 
@@ -165,6 +157,16 @@ def test_ids_of_a_large_vocabulary_are_not_narrowed() -> None:
     assert batch.ids.tolist() == [tokenizer.token_to_id("a"), 259 + 69_999, encoder.vocabulary.special.eos_token_id]
 
 
+def test_a_special_spelling_that_hides_an_added_token_has_the_same_ids_however_it_is_cut() -> None:
+    tokenizer = _byte_level([*SPECIAL, "<think> x"])
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False)])
+    encoder = build_encoder(_vocabulary(tokenizer), "tokenizers")
+    text = "<think> x " * 40
+    for piece_chars in (17, 18, 25, 64):
+        limits = EncodingLimits(piece_chars=piece_chars, max_uncut_chars=1000)
+        assert _documents(encode_documents(encoder, [[text]], limits)) == [_expected(encoder.vocabulary, text)]
+
+
 def test_half_a_surrogate_pair_is_refused_with_its_document(encoder: Encoder) -> None:
     with pytest.raises(UserError, match=r"document 2 holds '\\ud83d'"):
         list(encode_documents(encoder, [["a"], ["\U0001f600"], ["b\ud83d"]]))
@@ -286,7 +288,39 @@ def test_a_fast_backend_that_cannot_load_the_tokenizer_gives_way(vocabulary: Voc
     fake_gigatoken.write_text(FAKE.format(load='raise RuntimeError("Unsupported model type\\nLocation: x")'))
     encoder = build_encoder(vocabulary, "auto")
     assert isinstance(encoder.backend, StandardBackend)
-    assert encoder.reason == "gigatoken cannot load or use this tokenizer: Unsupported model type"
+    assert encoder.reason == "gigatoken cannot load or use this tokenizer: RuntimeError: Unsupported model type"
+
+
+@pytest.mark.parametrize(
+    ("load", "reason"),
+    [
+        ("raise RuntimeError('')", "RuntimeError"),
+        ("raise ImportError('GLIBC_2.34 not found')", "ImportError: GLIBC_2.34 not found"),
+        ("raise TypeError('bad')", "TypeError: bad"),
+        ("raise KeyError('merges')", "KeyError: 'merges'"),
+        ("raise type('PanicException', (BaseException,), {})('index out of bounds')", "index out of bounds"),
+        ("return object()", "no attribute 'encode'"),
+    ],
+)
+def test_whatever_a_fast_backend_fails_of_it_gives_way_with_the_reason(
+    vocabulary: Vocabulary, fake_gigatoken: Path, load: str, reason: str
+) -> None:
+    fake_gigatoken.write_text(FAKE.format(load=load))
+    encoder = build_encoder(vocabulary, "auto")
+    assert isinstance(encoder.backend, StandardBackend)
+    assert encoder.reason.startswith("gigatoken cannot load or use this tokenizer: ")
+    assert encoder.reason.endswith(reason)
+    with pytest.raises(UserError, match="'fast' cannot be used: gigatoken cannot load"):
+        build_encoder(vocabulary, "fast")
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_while_a_fast_backend_loads_is_obeyed(
+    vocabulary: Vocabulary, fake_gigatoken: Path, kind: type[BaseException]
+) -> None:
+    fake_gigatoken.write_text(FAKE.format(load=f"raise {kind.__name__}"))
+    with pytest.raises(kind):
+        build_encoder(vocabulary, "auto")
 
 
 def test_without_the_package_auto_gives_way_and_fast_is_refused(
@@ -329,7 +363,7 @@ def test_gigatoken_gives_way_for_a_tokenizer_that_it_does_not_know() -> None:
     tokenizer.add_special_tokens(SPECIAL)
     encoder = build_encoder(_vocabulary(tokenizer), "auto")
     assert isinstance(encoder.backend, StandardBackend)
-    assert encoder.reason.startswith("gigatoken cannot load or use this tokenizer: Unsupported")
+    assert encoder.reason.startswith("gigatoken cannot load or use this tokenizer: RuntimeError: Unsupported")
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

@@ -12,10 +12,11 @@ from pipeline.artifact import MANIFEST, checked_files, load_manifest, read_json,
 from pipeline.data.inspection import decode_row, length_histogram, summarise_sources, verify
 from pipeline.data.loader import Loader
 from pipeline.data.rows import ShardRecord, open_rows
-from pipeline.data.shards import open_stream, write_shard
+from pipeline.data.shards import open_stream
 from pipeline.data.vocabulary import Vocabulary, load_vocabulary
 from pipeline.errors import CorruptionError
 from tests.pipeline.conftest import flip_bit
+from tests.support.packed import write_shard
 from tests.support.tiny_run import Artifacts, forge
 
 

@@ -7,7 +7,8 @@ import torch
 
 from pipeline.data.loader import Loader
 from pipeline.data.rows import open_rows
-from pipeline.data.vocabulary import SpecialTokens, load_vocabulary
+from pipeline.data.special_tokens import SpecialTokens
+from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import CorruptionError
 from pipeline.pretrain.batches import micro_batches, rank_rows, step_length
 from pipeline.pretrain.config import PretrainConfig

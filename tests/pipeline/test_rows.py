@@ -17,11 +17,10 @@ import pipeline.data.shards as shards
 from pipeline.artifact import MANIFEST, read_json, write_json
 from pipeline.data.packing import PackingPolicy, RowPlan, plan_rows
 from pipeline.data.rows import INDEX_SUFFIX, open_row_shard, open_rows, write_index
-from pipeline.data.shards import write_shard
 from pipeline.data.verified import Verified
 from pipeline.errors import CorruptionError, UserError, classify
 from tests.pipeline.conftest import cut_end, flip_bit
-from tests.support.packed import VOCAB_SIZE, numbered_documents, write_rows
+from tests.support.packed import VOCAB_SIZE, numbered_documents, write_rows, write_shard
 from tests.support.tiny_run import forge
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, VOCAB_SIZE - 2), max_size=30), max_size=8)

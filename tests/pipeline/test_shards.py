@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline.data.shards as shards
-from pipeline.data.shards import TokenStream, open_stream, token_type, write_shard
+from pipeline.data.shards import TokenStream, open_stream, token_type
 from pipeline.errors import CorruptionError
 from tests.pipeline.conftest import cut_end, python
+from tests.support.packed import write_shard
 
 VOCAB_SIZE = 500
 

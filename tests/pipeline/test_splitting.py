@@ -255,6 +255,56 @@ def test_an_added_token_found_in_text_is_not_cut() -> None:
     assert "'word'" in find_cut_rule(tokenizer).obstacle
 
 
+@pytest.mark.parametrize("is_normalized", [False, True])
+def test_a_special_token_that_is_text_is_not_cut_where_it_hides_another(is_normalized: bool) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([], trainer)
+    tokenizer.add_tokens([AddedToken("<think>", normalized=is_normalized)])
+    tokenizer.encode_special_tokens = True
+    text = "e\u0301 <think> e\u0301; " * 3
+    composed = unicodedata.normalize("NFC", text)
+    without = find_cut_rule(tokenizer)
+    tokenizer.add_special_tokens([AddedToken("<think> e\u0301", normalized=is_normalized)])
+    rule = find_cut_rule(tokenizer)
+    for one in (text, composed):
+        whole = tokenizer.encode(one).ids
+        safe = [place for place in range(len(one)) if rule.is_safe(one, place)]
+        assert safe
+        for place in safe:
+            assert tokenizer.encode(one[:place]).ids + tokenizer.encode(one[place:]).ids == whole
+    hiding = composed if is_normalized else text
+    assert tokenizer.token_to_id("<think>") not in tokenizer.encode(hiding).ids
+    place = hiding.index("> ") + 1
+    assert without.is_safe(hiding, place)
+    assert not rule.is_safe(hiding, place)
+
+
+def test_a_special_token_is_not_cut_where_only_its_normalized_spelling_stands() -> None:
+    tokenizer = _byte_level(normalizer=normalizers.NFC())
+    tokenizer.add_tokens(["<t>"])
+    tokenizer.encode_special_tokens = True
+    text = " b\u00c5 <t>"
+    assert find_cut_rule(tokenizer).is_safe(text, 3)
+    tokenizer.add_special_tokens([AddedToken("\u212b <t>", normalized=True)])
+    assert tokenizer.token_to_id("<t>") not in tokenizer.encode(text).ids
+    assert tokenizer.token_to_id("<t>") in tokenizer.encode(text[3:]).ids
+    assert not find_cut_rule(tokenizer).is_safe(text, 3)
+
+
+def test_a_mark_that_an_added_token_parts_from_its_letter_is_not_judged_as_composed() -> None:
+    tokenizer = _byte_level(normalizer=normalizers.NFC())
+    text = " a\u0301|"
+    assert find_cut_rule(tokenizer).is_safe(text + "| ", 3)
+    tokenizer.add_tokens([AddedToken(" a", normalized=False)])
+    assert _words(tokenizer, "\u0301||") == _words(_byte_level(), "\u0301||")
+    assert len(_words(tokenizer, "\u0301||")) == 1
+    assert not find_cut_rule(tokenizer).is_safe(text + "| ", 3)
+    assert find_cut_rule(tokenizer).is_safe(" b" + text[1:] + "| ", 4)
+
+
 def _in_parts(text: str, sizes: Iterable[int]) -> list[str]:
     parts, start = [], 0
     for size in sizes:

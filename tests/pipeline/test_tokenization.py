@@ -12,14 +12,17 @@ from pipeline.corpus.config import CorpusConfig, Source
 from pipeline.data.loader import Loader
 from pipeline.data.rows import open_rows
 from pipeline.data.shards import open_stream
-from pipeline.data.vocabulary import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, load_vocabulary
+from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
+from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import CorruptionError, UserError
 from pipeline.packing.config import STAGE as PACKING
 from pipeline.packing.config import PackingConfig
+from pipeline.stage import Shard, StageContext, Stopped, list_shards, run_here, run_shard, shard_fingerprint
 from pipeline.tokenization.config import STAGE, TokenizationConfig
 from pipeline.tokenizer.config import STAGE as TOKENIZER
 from pipeline.tokenizer.config import TokenizerConfig
 from tests.pipeline.conftest import flip_bit, make_artifact, write_jsonl
+from tests.support.tiny_run import forge
 
 
 def _texts(corpus: Path, split: str) -> list[str]:
@@ -86,8 +89,6 @@ def test_shards_do_not_depend_on_batch_chars(
 def test_leftovers_of_a_killed_attempt_are_not_taken_over(
     tmp_path: Path, corpus: Path, tokenizer: Path, tokens: Path
 ) -> None:
-    from pipeline.stage import StageContext, run_here
-
     leftover = tmp_path / "state" / "shards" / "train-text-00000"
     leftover.mkdir(parents=True)
     (leftover / "train-text-00000.arrow").write_bytes(b"half")
@@ -148,7 +149,7 @@ def test_a_giant_document_is_the_ids_of_its_whole_text_in_several_segments(tmp_p
     (path,) = [p for p in checked_files(tokens, "*.arrow") if p.stat().st_size > 100_000]
     stream = open_stream([path])
     vocabulary = load_vocabulary(tokenizer)
-    wanted = vocabulary.encode_batch([source.read_text()])[0] + [vocabulary.special.eos_token_id]
+    wanted = [*vocabulary.tokenizer.encode(source.read_text()).ids, vocabulary.special.eos_token_id]
     assert stream[:].tolist() == wanted
     assert stream.doc_starts.tolist() == [0, len(wanted)]
     with pa.memory_map(str(path)) as mapped:
@@ -203,3 +204,52 @@ def test_sources_duplicates_and_documents_of_many_rows_are_tokenized_as_document
         assert open_artifact(tokens).stats[f"{split}_docs"] == len(ids) == open_artifact(corpus).stats[f"{split}_docs"]
         found += _texts(corpus, split)
     assert sorted(found) == sorted([*documents, giant])
+
+
+def _shards(corpus: Path, tokenizer: Path, root: Path) -> list[Shard]:
+    context = StageContext(root, root, "f")
+    return list_shards(STAGE, TokenizationConfig(), {"corpus": corpus, "tokenizer": tokenizer}, context)
+
+
+def _identities(corpus: Path, tokenizer: Path, root: Path) -> dict[str, str]:
+    shards = _shards(corpus, tokenizer, root)
+    return {shard["name"]: shard_fingerprint(STAGE, TokenizationConfig(), shard) for shard in shards}
+
+
+def test_shards_of_another_tokenizer_are_other_shards(tmp_path: Path, corpus: Path, tokenizer: Path) -> None:
+    other = make_artifact(TOKENIZER, TokenizerConfig(vocab_size=290), {"corpus": corpus}, tmp_path / "other")
+    again = make_artifact(TOKENIZER, TokenizerConfig(vocab_size=300), {"corpus": corpus}, tmp_path / "again")
+    own = _identities(corpus, tokenizer, tmp_path)
+    assert _identities(corpus, again, tmp_path) == own
+    assert not set(_identities(corpus, other, tmp_path).values()) & set(own.values())
+
+
+def test_the_same_text_in_both_splits_is_two_shards(tmp_path: Path, corpus: Path, tokenizer: Path) -> None:
+    """A shard of held-out text has been decoded and compared; one of training text has not."""
+    twice = tmp_path / "corpus"
+    shutil.copytree(corpus, twice)
+    train, held_out = "train-text-00000", "held_out-text-00000"
+    shutil.copyfile(twice / f"{train}.arrow", twice / f"{held_out}.arrow")
+    forge(twice, f"{held_out}.arrow")
+    found = _identities(twice, tokenizer, tmp_path)
+    assert found[train] == _identities(corpus, tokenizer, tmp_path)[train]
+    assert found[train] != found[held_out]
+
+
+def test_a_shard_stops_between_two_batches_when_asked(tmp_path: Path, corpus: Path, tokenizer: Path) -> None:
+    asked = iter([False, False, True])
+    (tmp_path / "out").mkdir()
+    context = StageContext(tmp_path / "out", tmp_path, "f", should_stop=lambda: next(asked))
+    config = TokenizationConfig(batch_chars=1, backend="tokenizers")
+    shard = _shards(corpus, tokenizer, tmp_path)[0]
+    with pytest.raises(Stopped, match=shard["file"]):
+        run_shard(STAGE, config, {"corpus": corpus, "tokenizer": tokenizer}, shard, context)
+    assert next(asked, None) is None
+
+
+def test_an_error_of_a_document_names_its_file(tmp_path: Path, tokenizer: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [*(f"short {number}" for number in range(9)), "x" * (1 << 22) + "y"])
+    config = CorpusConfig(source={"text": Source((str(source),))}, held_out_fraction=0.5)
+    corpus = make_artifact(CORPUS, config, {}, tmp_path / "corpus")
+    with pytest.raises(UserError, match=r"^(train|held_out)-text-00000\.arrow: document [1-9]: 4,194,305 char"):
+        make_artifact(STAGE, TokenizationConfig(), {"corpus": corpus, "tokenizer": tokenizer}, tmp_path / "t")

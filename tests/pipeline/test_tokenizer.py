@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from pipeline.corpus.config import STAGE as CORPUS
 from pipeline.corpus.config import CorpusConfig, Source
-from pipeline.data.vocabulary import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Vocabulary, load_vocabulary
+from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
+from pipeline.data.vocabulary import Vocabulary, load_vocabulary
 from pipeline.errors import CorruptionError, UserError
 from pipeline.stage import StageContext
 from pipeline.tokenizer.config import STAGE, TokenizerConfig, external_data
@@ -43,9 +44,13 @@ def _adopt(root: Path, content: Tokenizer | str, **settings: Any) -> Vocabulary:
     return load_vocabulary(make_artifact(STAGE, TokenizerConfig(file=str(path), **settings), {}, root / "adopted"))
 
 
+def _ids(vocabulary: Vocabulary, text: str) -> list[int]:
+    return vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+
+
 @pytest.mark.parametrize("text", AWKWARD)
 def test_awkward_text_survives_the_round_trip_without_a_special_id(vocabulary: Vocabulary, text: str) -> None:
-    (ids,) = vocabulary.encode_batch([text])
+    ids = _ids(vocabulary, text)
     special = vocabulary.special
     assert not {special.mask_token_id, special.eos_token_id, special.pad_token_id} & set(ids)
     assert vocabulary.decode(ids) == text
@@ -53,13 +58,13 @@ def test_awkward_text_survives_the_round_trip_without_a_special_id(vocabulary: V
 
 @given(text=st.text() | st.text(alphabet="[MASK]<|endoftext|>PAD \n", max_size=60))
 def test_any_text_survives_the_round_trip_without_a_special_id(vocabulary: Vocabulary, text: str) -> None:
-    (ids,) = vocabulary.encode_batch([text])
+    ids = _ids(vocabulary, text)
     assert vocabulary.decode(ids).encode() == text.encode()
     assert all(3 <= token_id < vocabulary.special.vocab_size for token_id in ids)
 
 
 def test_decode_leaves_special_ids_out(vocabulary: Vocabulary) -> None:
-    (ids,) = vocabulary.encode_batch(["some text"])
+    ids = _ids(vocabulary, "some text")
     special = vocabulary.special
     framed = [special.mask_token_id, *ids, special.eos_token_id, special.pad_token_id, special.pad_token_id]
     assert vocabulary.decode(framed) == "some text"
@@ -100,7 +105,7 @@ def test_training_with_other_special_spellings_uses_them(tmp_path: Path, corpus:
     config = TokenizerConfig(vocab_size=300, mask_token="<m>", eos_token="</s>", pad_token="<p>")
     found = load_vocabulary(make_artifact(STAGE, config, {"corpus": corpus}, tmp_path / "t"))
     assert found.tokenizer.id_to_token(found.special.mask_token_id) == "<m>"
-    (ids,) = found.encode_batch(["a <m> b </s>"])
+    ids = _ids(found, "a <m> b </s>")
     assert found.decode(ids) == "a <m> b </s>"
 
 
@@ -119,7 +124,7 @@ def test_a_given_tokenizer_is_adopted_with_its_ids(tmp_path: Path) -> None:
     assert (found.special.mask_token_id, found.special.eos_token_id, found.special.pad_token_id) == (256, 257, 258)
     assert found.special.vocab_size == 259
     for text in AWKWARD:
-        assert found.decode(found.encode_batch([text])[0]) == text
+        assert found.decode(_ids(found, text)) == text
 
 
 def test_a_given_tokenizer_with_gaps_counts_rows_up_to_its_highest_id(tmp_path: Path) -> None:
@@ -128,6 +133,22 @@ def test_a_given_tokenizer_with_gaps_counts_rows_up_to_its_highest_id(tmp_path: 
     found = _adopt(tmp_path, json.dumps(content))
     highest = max(found.tokenizer.get_vocab(with_added_tokens=True).values())
     assert found.special.vocab_size == highest + 1
+
+
+def _with_id(token_id: int) -> str:
+    content = json.loads(_byte_level().to_str())
+    content["model"]["vocab"]["zz"] = token_id
+    return json.dumps(content)
+
+
+def test_a_given_tokenizer_with_as_many_holes_as_tokens_is_adopted(tmp_path: Path) -> None:
+    assert _adopt(tmp_path, _with_id(2 * 260 - 1)).special.vocab_size == 2 * 260
+
+
+@pytest.mark.parametrize("token_id", [2 * 260, 3_000_000_000])
+def test_a_given_tokenizer_with_an_id_far_above_the_others_names_its_token(tmp_path: Path, token_id: int) -> None:
+    with pytest.raises(UserError, match=rf"'zz' the id {token_id:,} and has 260 tokens; .* {token_id + 1:,} rows"):
+        _adopt(tmp_path, _with_id(token_id))
 
 
 @pytest.mark.parametrize(("missing", "field"), [(0, "mask"), (1, "eos"), (2, "pad")])
@@ -150,7 +171,7 @@ def test_a_given_tokenizer_that_cuts_pads_and_frames_texts_does_none_of_it(tmp_p
         single="[CLS] $A <|endoftext|>", special_tokens=[("[CLS]", 259), (EOS_TOKEN, 257)]
     )
     found = _adopt(tmp_path, given_tokenizer)
-    encoded = found.encode_batch(["short", "a much longer text than five tokens"])
+    encoded = [_ids(found, text) for text in ("short", "a much longer text than five tokens")]
     assert [len(ids) for ids in encoded] == [5, 35]
     assert max(map(max, encoded)) < 256
 

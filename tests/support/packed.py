@@ -1,13 +1,15 @@
 """Packed rows written by hand: an artifact without the stages before it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import numpy as np
 
 from pipeline.artifact import MANIFEST, Manifest, record_files, write_json
 from pipeline.data.packing import PackingPolicy, plan_rows
 from pipeline.data.rows import INDEX_SUFFIX, PackedRows, ShardRecord, open_rows, write_index
-from pipeline.data.shards import ShardWriter, open_stream, write_shard
+from pipeline.data.shards import Segments, ShardWriter, open_stream
 from pipeline.packing.run import rows_in_order
 
 VOCAB_SIZE, PAD = 500, 499
@@ -18,6 +20,15 @@ Documents = Sequence[Sequence[int]]
 def numbered_documents(lengths: Sequence[int], first: int = 0) -> list[list[int]]:
     """Documents whose tokens tell them apart."""
     return [[(first + d * 37 + k) % PAD for k in range(length)] for d, length in enumerate(lengths)]
+
+
+def write_shard(path: Path, documents: Iterable[Sequence[int]], vocab_size: int) -> tuple[int, int]:
+    """Write whole documents (token ids); returns (number of documents, number of tokens)."""
+    with ShardWriter(path, vocab_size) as writer:
+        for document in documents:
+            values = np.asarray(document, dtype=np.int64)
+            writer.write(Segments(values, np.array([len(values)]), np.zeros(1, dtype=np.int64)))
+    return writer.num_docs, writer.num_tokens
 
 
 def write_rows(

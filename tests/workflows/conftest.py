@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cluster.executor import Executor
 from cluster.local import LocalExecutor
-from pipeline.data.vocabulary import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
+from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
 from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, Kept, ray_executor
 from tests.support.toy_workflow import toy_workflow
 from workflows import cli, coordinator
