@@ -23,6 +23,7 @@ def plan_shards(config: CorpusConfig) -> list[Shard]:
     shards: list[Shard] = []
     for name in sorted(config.source):
         how = {"source": name, **how_it_is_read(config, name)}
+        del how["filters"]["settings"]["drop_duplicates"]  # it changes no byte of a shard
         for number, piece in enumerate(_pieces(config, name)):
             if number == _MAX_PIECES:
                 raise UserError(

@@ -230,6 +230,14 @@ def test_identity_of_shards_follows_how_a_source_is_read(folder: Path, changes: 
     assert plain["identity"] != other["identity"]
 
 
+def test_identity_of_shards_does_not_follow_whether_duplicates_stay(folder: Path) -> None:
+    shards = [
+        planned({"a": {"paths": str(folder), "filters": {"min_chars": 2, "drop_duplicates": drop}}})
+        for drop in (True, False)
+    ]
+    assert [shard["identity"] for shard in shards[0]] == [shard["identity"] for shard in shards[1]]
+
+
 def test_sources_are_read_by_name(tmp_path: Path, folder: Path) -> None:
     other = str(write_jsonl(tmp_path / "o.jsonl", TEXTS))
     names = [shard["source"] for shard in planned({"zoo": other, "Ape": str(folder), "bee": other}, shard_bytes=400)]

@@ -107,7 +107,9 @@ def _others(kind: Any, value: Any) -> list[Any]:
     return []
 
 
-NOT_ALONE = {f"pretrain.architecture.{name}" for name in ("moe", "time_conditioning", "head_bias")}
+NOT_ALONE = {f"pretrain.architecture.{name}" for name in ("moe", "time_conditioning", "head_bias")} | {
+    f"corpus.hub_{name}" for name in ("split", "revision")
+}
 """Settings that change only together with others, or that the stage refuses."""
 
 
