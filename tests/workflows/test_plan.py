@@ -108,8 +108,8 @@ def _others(kind: Any, value: Any) -> list[Any]:
 
 
 NOT_ALONE = {f"pretrain.architecture.{name}" for name in ("moe", "time_conditioning", "head_bias")} | {
-    f"corpus.hub_{name}" for name in ("split", "revision")
-}
+    "corpus.hub_split", "corpus.hub_revision", "pretrain.short_step_min",
+}  # fmt: skip
 """Settings that change only together with others, or that the stage refuses."""
 
 
