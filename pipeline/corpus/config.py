@@ -3,8 +3,9 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator
 
@@ -17,6 +18,9 @@ HUB_PREFIX = "hf:"
 DEFAULT_NAME = "text"
 """The name of a source that was given without one."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+_DATASET = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:.+)?")
+_TEXT_FIELD, _HUB_SPLIT, _HUB_REVISION = "text", "train", ""
+"""Defaults: a setting with another value that no source heeds is refused."""
 
 
 def is_url(item: str) -> bool:
@@ -37,9 +41,37 @@ def _absolute(item: str) -> str:
         raise ValueError("an entry is empty; name a file, a folder, a glob, a URL or a dataset")
     if item.startswith("file://"):
         item = item.removeprefix("file://")
-    if item == STDLIB or item.startswith(HUB_PREFIX) or is_url(item):
+    if item.startswith(HUB_PREFIX):
+        return _dataset(item)
+    if is_url(item):
+        return _url(item)
+    if item == STDLIB:
         return item
     return os.path.abspath(os.path.expanduser(item))
+
+
+def _dataset(item: str) -> str:
+    if not _DATASET.fullmatch(item.removeprefix(HUB_PREFIX)):
+        raise ValueError(
+            f"{item!r} names no dataset of the hub; write {HUB_PREFIX}NAME, {HUB_PREFIX}OWNER/NAME or "
+            f"{HUB_PREFIX}OWNER/NAME:SUBSET. Name the files or the folder of a local dataset without {HUB_PREFIX}"
+        )
+    return item
+
+
+def _url(item: str) -> str:
+    try:
+        has_password = urlsplit(item).password is not None
+    except ValueError as error:
+        raise ValueError(f"{item!r} is no URL: {error}") from None
+    if has_password:
+        raise ValueError(
+            f"the URL of {urlsplit(item).hostname!r} holds a password, which plans and manifests would show; "
+            "give it to fsspec by its configuration files or by environment variables"
+        )
+    if "::" in item:
+        raise ValueError(f"{item!r} is a chain of file systems, which cannot be checked for changes; unpack or copy it")
+    return item
 
 
 @dataclass(frozen=True)
@@ -48,8 +80,8 @@ class Source:
 
     paths: Annotated[tuple[str, ...], BeforeValidator(_paths)] = field(metadata={"execution": True})
     """Files, folders or globs of .txt .md .py .jsonl(.gz/.zst) .parquet .arrow, local or as fsspec URLs
-    (s3://bucket/x/*.jsonl.gz); "stdlib", the sources of Python's own standard library; or "hf:NAME",
-    "hf:NAME:SUBSET", any name that datasets.load_dataset takes."""
+    (s3://bucket/x/*.jsonl.gz); "stdlib", the sources of Python's own standard library; or "hf:NAME" and
+    "hf:NAME:SUBSET", datasets of the Hugging Face hub."""
     text_field: str = ""
     """Field with the text, in .jsonl, .parquet, .arrow and datasets; empty: corpus.text_field."""
     filters: Filters | None = None
@@ -83,13 +115,13 @@ class CorpusConfig:
     )
     """Name -> source; a path or a list of paths is the source "text".  It is identified by ``external_data`` and
     not with the fields here, so that the shards of a source stay good when another is added beside it."""
-    text_field: str = "text"
+    text_field: str = _TEXT_FIELD
     """Field with the text, in .jsonl, .parquet, .arrow and datasets."""
     filters: Filters = field(default_factory=Filters)
     """What is left out of the sources that have no filters of their own."""
-    hub_split: str = "train"
-    hub_revision: str = ""
-    """Commit of the dataset on the hub; pin it to make the corpus reproducible."""
+    hub_split: str = _HUB_SPLIT
+    hub_revision: str = _HUB_REVISION
+    """Commit of the dataset on the hub, as its 40 hexadecimal digits: a branch moves on, and the plan cannot see it."""
     undecodable: Literal["strict", "replace", "skip"] = "strict"
     """What happens to a document that is not UTF-8: stop, replace the bad bytes, or leave it out."""
     max_bad_ratio: float = 0.01
@@ -97,7 +129,8 @@ class CorpusConfig:
     max_line_bytes: int = 64_000_000
     """A longer line of a .jsonl file is broken; it bounds the memory that a line can take."""
     max_decompression_ratio: float = execution(200.0)
-    """A compressed file that gives more bytes than this for each of its own is refused, past the first megabyte."""
+    """A .jsonl.gz, a .jsonl.zst, or a row group of a .parquet that gives more bytes than this for each of its own is
+    refused, past the first megabyte.  An .arrow file is not guarded: its batches are decompressed whole."""
     txt_document_chars: int = 4096
     """A .txt file is cut at blank lines into documents of about this length; 0 keeps each file whole."""
     held_out_fraction: float = 0.02
@@ -126,14 +159,50 @@ class CorpusConfig:
             raise ValueError(f"max_decompression_ratio is {self.max_decompression_ratio}; it must be at least 1")
         if self.txt_document_chars < 0:
             raise ValueError(f"txt_document_chars is {self.txt_document_chars}; it must be 0 or more")
+        if not 0 <= self.split_seed < 2**63:
+            raise ValueError(f"split_seed is {self.split_seed}; it must lie in [0, 2**63)")
         if self.shard_bytes < 1:
             raise ValueError(f"shard_bytes is {self.shard_bytes}; it must be at least 1")
+        _refuse_unheeded(self)
 
 
-def for_source(config: CorpusConfig, name: str) -> CorpusConfig:
-    """The configuration with the text field and the filters that one source has."""
-    source = config.source[name]
-    return replace(config, text_field=source.text_field or config.text_field, filters=source.filters or config.filters)
+def _refuse_unheeded(config: CorpusConfig) -> None:
+    """ValueError for a setting of the whole corpus that no source heeds."""
+    sources = config.source.values()
+    if config.text_field != _TEXT_FIELD and all(source.text_field for source in sources):
+        raise ValueError("text_field does nothing, since every source has its own; leave it out, or theirs")
+    if config.filters != Filters() and all(source.filters for source in sources):
+        raise ValueError("filters do nothing, since every source has its own; leave them out, or theirs")
+    if any(path.startswith(HUB_PREFIX) for source in sources for path in source.paths):
+        return
+    for key, default in (("hub_split", _HUB_SPLIT), ("hub_revision", _HUB_REVISION)):
+        if getattr(config, key) != default:
+            raise ValueError(
+                f"{key} does nothing, since no source is a dataset of the hub ({HUB_PREFIX}NAME); leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class SourceConfig(CorpusConfig):
+    """The configuration with the text field and the filters that one source has, and where these are set."""
+
+    text_field_setting: str = ""
+    filters_setting: str = ""
+
+    def __post_init__(self) -> None:
+        """It was checked as that of the corpus."""
+
+
+def for_source(config: CorpusConfig, name: str) -> SourceConfig:
+    """How one source is read."""
+    source, corpus = config.source[name], "corpus"
+    own = f"corpus.source.{name}"
+    return SourceConfig(
+        **{item.name: getattr(config, item.name) for item in fields(config)}
+        | {"text_field": source.text_field or config.text_field, "filters": source.filters or config.filters},
+        text_field_setting=f"{own if source.text_field else corpus}.text_field",
+        filters_setting=f"{own if source.filters else corpus}.filters",
+    )
 
 
 def filters_of(config: CorpusConfig) -> Mapping[str, Filters]:
@@ -146,6 +215,6 @@ STAGE = Stage(
     kind="map",
     config=CorpusConfig,
     module="pipeline.corpus.run",
-    code_version=2,
+    code_version=3,
     external="pipeline.corpus.identity:external_data",
 )

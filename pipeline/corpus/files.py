@@ -1,9 +1,11 @@
 """The files of a source: found, named, identified, and opened only if they are still what was found."""
 
+import fnmatch
 import io
 import os
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -89,15 +91,53 @@ def _find(path: Path) -> tuple[Path, list[Path]]:
             f"{HUB_PREFIX}NAME for a dataset of the Hugging Face hub"
         )
     base = Path(*path.parts[: patterned[0]])
-    found = [p for p in base.glob(str(Path(*path.parts[patterned[0] :]))) if p.is_file()]
+    found = {p for p in _matches(base, path.parts[patterned[0] :]) if p.is_file()}
     for file in found:
         _refuse_outside(base, file)
-    return base, found
+    return base, list(found)
+
+
+def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """What ``Path.glob`` finds, but for folders that cannot be read: it leaves them out and says nothing."""
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        if rest:
+            yield from _matches(folder, rest)
+        for inner in _entries(folder):
+            if inner.is_dir() and not inner.is_symlink():
+                yield from _matches(inner, parts)
+        return
+    if set(part) & set("*?["):
+        found = [inner for inner in _entries(folder) if fnmatch.fnmatchcase(inner.name, part)]
+    else:
+        found = [folder / part]
+    for inner in found:
+        if not rest:
+            yield inner
+        elif inner.is_dir():
+            yield from _matches(inner, rest)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        _refuse_unreadable(error)
+        raise
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise UserError(
+        f"corpus.source: the folder {error.filename} cannot be read: {error.strerror}. Without it the corpus would be "
+        "incomplete: give the right to read it, or name the folders beside it"
+    ) from None
 
 
 def _walk(root: Path) -> Iterator[Path]:
     """Files of a known kind below a folder; hidden folders, and stores of runs and artifacts, are left out."""
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_refuse_unreadable):
         here = Path(folder)
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and not _is_store(here / name)]
         for link in [here / name for name in subfolders if (here / name).is_symlink()]:
@@ -135,10 +175,9 @@ def _stdlib() -> Path:
 
 
 def _stdlib_files() -> Iterator[Path]:
-    root = _stdlib()
-    for path in root.rglob("*.py"):
-        if not {"site-packages", "dist-packages", "__pycache__"} & set(path.relative_to(root).parts):
-            yield path
+    for folder, subfolders, names in os.walk(_stdlib(), onerror=_refuse_unreadable):
+        subfolders[:] = [name for name in subfolders if name not in ("site-packages", "dist-packages", "__pycache__")]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 # Remote files
@@ -154,8 +193,8 @@ def _open_file_system(url: str) -> tuple[Any, str]:
 
 
 def _list_remote(url: str) -> list[SourceFile]:
-    fs, path = _open_file_system(url)
     try:
+        fs, path = _open_file_system(url)
         if set(path) & set("*?["):
             parts = path.split("/")
             base = "/".join(parts[: next(i for i, part in enumerate(parts) if set(part) & set("*?["))])
@@ -165,18 +204,33 @@ def _list_remote(url: str) -> list[SourceFile]:
             found = {key: info for key, info in found.items() if _is_shown(key.removeprefix(base))}
         else:
             base, found = path.rpartition("/")[0], {path: fs.info(path)}
-    except FileNotFoundError:
+        files = [
+            _remote_file(key.removeprefix(base).lstrip("/"), fs.unstrip_protocol(key), fs, key, info)
+            for key, info in found.items()
+            if info["type"] == "file"
+        ]
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        why = f" ({error.__cause__})" if error.__cause__ else ""
         raise UserError(
-            f"corpus.source: there is no file or folder {url!r}. Check the URL and who may read it"
+            f"corpus.source: there is no file or folder {url!r}{why}. Check the URL and who may read it"
         ) from None
-    except (PermissionError, ValueError) as error:
-        raise UserError(f"corpus.source: {url!r} cannot be read: {error}") from None
-    files = [
-        SourceFile(key.removeprefix(base).lstrip("/"), fs.unstrip_protocol(key), info["size"], _tag(fs, key, info))
-        for key, info in found.items()
-        if info["type"] == "file"
-    ]
+    except Exception as error:  # noqa: BLE001 - the errors of the many file systems have no class in common
+        raise UserError(
+            f"corpus.source: {url!r} cannot be read: {type(error).__name__}: {error}. Check the URL, the network and "
+            "who may read it"
+        ) from None
     return _known_only(url, files)
+
+
+def _remote_file(name: str, url: str, fs: Any, path: str, info: Mapping[str, Any]) -> SourceFile:
+    if info["size"] is None:
+        raise UserError(
+            f"corpus.source: {url} has no known size, so that it could not be seen whether it is whole. "
+            "Download it and name the file"
+        )
+    return SourceFile(name, url, info["size"], _tag(fs, path, info))
 
 
 def _is_shown(relative: str) -> bool:
@@ -205,15 +259,9 @@ def content_of(file: SourceFile) -> str:
 
 
 def refuse_changed(file: SourceFile) -> None:
-    """UserError if a file is no longer what it was when it was listed."""
+    """UserError if a file is no longer what it was when it was listed; ConnectionError if its host does not answer."""
     try:
-        if is_url(file.url):
-            fs, path = _open_file_system(file.url)
-            fs.invalidate_cache(path)
-            info = fs.info(path)
-            now = SourceFile(file.name, file.url, info["size"], _tag(fs, path, info))
-        else:
-            now = _local_file(file.name, Path(file.url))
+        now = _remote_now(file) if is_url(file.url) else _local_file(file.name, Path(file.url))
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"{file.url} cannot be read any more: {error}") from None
     if now != file:
@@ -223,10 +271,39 @@ def refuse_changed(file: SourceFile) -> None:
         )
 
 
+def _remote_now(file: SourceFile) -> SourceFile:
+    with _passing(file):
+        fs, path = _open_file_system(file.url)
+        fs.invalidate_cache(path)
+        return _remote_file(file.name, file.url, fs, path, fs.info(path))
+
+
+@contextmanager
+def _passing(file: SourceFile) -> Iterator[None]:
+    """Turns what a remote file system raises into ConnectionError, which may pass: the file was there when the run was
+    planned.  A file that is gone or closed stays FileNotFoundError or PermissionError.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        if error.__cause__ is None or 400 <= getattr(error.__cause__, "status", 0) < 500:
+            raise
+        raise _no_answer(file, error.__cause__) from error
+    except (UserError, PermissionError):
+        raise
+    except Exception as error:
+        raise _no_answer(file, error) from error
+
+
+def _no_answer(file: SourceFile, error: BaseException) -> ConnectionError:
+    return ConnectionError(f"{file.url} cannot be reached: {type(error).__name__}: {error}")
+
+
 def open_source(file: SourceFile) -> BinaryIO:
     """The bytes of a file that is unchanged; buffered."""
     refuse_changed(file)
     if not is_url(file.url):
         return Path(file.url).open("rb", buffering=_BUFFER_BYTES)
-    fs, path = _open_file_system(file.url)
-    return io.BufferedReader(fs.open(path, "rb"), _BUFFER_BYTES)
+    with _passing(file):
+        fs, path = _open_file_system(file.url)
+        return io.BufferedReader(fs.open(path, "rb"), _BUFFER_BYTES)

@@ -3,10 +3,14 @@
 A hook is named "module:function" and maps the text of a document to the reason to leave it out, or to None.
 The hooks here know no language; the limits are where ordinary prose, code and tables of a dozen languages
 stay inside.
+
+A hook is identified by the bytes of the file that names it and of the file that defines it; what these import in
+turn is not looked at.  Whoever changes that changes a comment in the hook too.
 """
 
 import importlib
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -74,32 +78,41 @@ def control_characters(text: str) -> str | None:
     return "control characters" if len(_CONTROL.findall(text)) > _MAX_CONTROL_SHARE * len(text) else None
 
 
-def _load_hook(name: str) -> Hook:
+def _load_hook(name: str, setting: str) -> Hook:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"corpus.filters.quality: the hook {name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        kind = "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
+        raise UserError(f"{setting}.quality: the hook {name!r} cannot be imported: {kind}{error}") from error
     if not callable(found):
-        raise UserError(f"corpus.filters.quality: {name!r} is a {type(found).__name__}, a function is needed")
+        raise UserError(f"{setting}.quality: {name!r} is a {type(found).__name__}, a function is needed")
     return cast(Hook, found)
 
 
-def filters_identity(filters: Filters) -> Any:
-    """What identifies filters: their settings, and the SHA-256 of the file that each hook is in."""
-    hooks: dict[str, str] = {}
+def filters_identity(filters: Filters, setting: str = "corpus.filters") -> Any:
+    """What identifies filters: their settings, and for each hook the SHA-256 of the file that names it and of the one
+    that defines it.
+
+    Raises UserError, which names the ``setting``, for a hook that is none or is in no file.
+    """
+    hooks: dict[str, list[str]] = {}
     for name in filters.quality:
-        _load_hook(name)
-        file = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
-        if file is None:
-            raise UserError(f"corpus.filters.quality: {name!r} is in no file; put the hook into a module of its own")
-        hooks[name] = file_sha256(Path(file))
+        defined_in = getattr(_load_hook(name, setting), "__module__", "")
+        hooks[name] = []
+        for module in dict.fromkeys((name.partition(":")[0], defined_in)):
+            try:
+                hooks[name].append(file_sha256(Path(sys.modules[module].__file__ or "")))
+            except (AttributeError, KeyError, OSError, TypeError):
+                raise UserError(
+                    f"{setting}.quality: {name!r} is in no file; put the hook into a module of its own"
+                ) from None
     return {"settings": identity(filters), "hooks": hooks}
 
 
-def build_judge(filters: Filters) -> Callable[[int, str], str | None]:
+def build_judge(filters: Filters, setting: str = "corpus.filters") -> Callable[[int, str], str | None]:
     """A function of (number of characters, text) that gives the first reason to leave a document out."""
-    hooks = [(name, _load_hook(name)) for name in filters.quality]
+    hooks = [(name, _load_hook(name, setting)) for name in filters.quality]
     min_chars, max_chars = filters.min_chars, filters.max_chars or float("inf")
 
     def judge(num_chars: int, text: str) -> str | None:
@@ -111,7 +124,7 @@ def build_judge(filters: Filters) -> Callable[[int, str], str | None]:
             try:
                 reason = hook(text)
             except Exception as error:
-                raise UserError(f"the hook {name!r} of corpus.filters.quality failed: {error!r}") from error
+                raise UserError(f"the hook {name!r} of {setting}.quality failed: {error!r}") from error
             if reason is not None and not (isinstance(reason, str) and reason):
                 raise UserError(f"the hook {name!r} gave {reason!r}; it must give the reason as text, or None")
             if reason:

@@ -3,20 +3,23 @@
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.artifact import link_or_copy, read_json
+from pipeline.artifact import link_or_copy, load_manifest
 from pipeline.corpus.config import CorpusConfig, filters_of
-from pipeline.corpus.split import INDEX
+from pipeline.corpus.ledger import tally
+from pipeline.corpus.split import INDEX, SPLITS
 from pipeline.data.documents import duplicates_file
 
-COUNTS = "counts.json"
 REJECTS = "rejects.jsonl"
+_NUMBERS = ("files", "records", "broken")
+_TABLES = ("dropped", "replaced_by_file", "skipped_by_file")
 _HASHES_AT_ONCE = 1 << 24
 """Hashes that are compared in one go, of 24 bytes each."""
 
@@ -32,14 +35,14 @@ class ShardOutput:
     counts: dict[str, Any]
 
     def index(self, split: str) -> np.ndarray:
-        """Hash and size of each document of a split."""
+        """Hash and size of each document of a split, in memory: a mapped file would stay open, one for each shard."""
         path = self.directory / f"{split}.index.npy"
-        return np.load(path, mmap_mode="r") if path.exists() else np.empty(0, INDEX)
+        return np.load(path) if path.exists() else np.empty(0, INDEX)
 
 
 def open_shards(directories: Sequence[Path]) -> list[ShardOutput]:
     """The shards in the order of the plan."""
-    all_counts = [read_json(directory / COUNTS) for directory in directories]
+    all_counts = [load_manifest(directory).stats for directory in directories]
     numbers: Counter[str] = Counter()
     found: list[ShardOutput] = []
     for directory, counts in zip(directories, all_counts, strict=True):
@@ -55,7 +58,7 @@ def gather_split(
 
     Documents, bytes and duplicates are added to the counts of their source.
     """
-    repeated = _find_duplicates([shard.index(split) for shard in shards])
+    repeated = find_duplicates([partial(shard.index, split) for shard in shards])
     drops = {name: filters.drop_duplicates for name, filters in filters_of(config).items()}
     total_docs = total_bytes = 0
     for shard, numbers in zip(shards, repeated, strict=True):
@@ -73,25 +76,31 @@ def gather_split(
         counts["docs"] += num_docs
         counts["bytes"] += num_bytes
         if len(left_out):
-            counts["dropped"]["duplicate"] += len(left_out)
+            tally(counts["dropped"], "duplicate", len(left_out))
+        counts[f"{split}_docs"] += num_docs
         total_docs += num_docs
         total_bytes += num_bytes
     return total_docs, total_bytes
 
 
-def _find_duplicates(indices: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For each list of hashes, the places whose hash stands earlier in it or in a list before it.
+def find_duplicates(indices: Sequence[Callable[[], np.ndarray]]) -> list[np.ndarray]:
+    """For each index, the places whose hash stands earlier in it or in an index before it.
 
-    The hashes are compared in classes of their lowest bits, so many that a class fits into memory.
+    An index is loaded, once a class and once before, and let go.  The hashes are compared in classes of their lowest
+    bits, so many that a class fits into memory.
     """
     if not indices:
         return []
-    num_classes = 1 + sum(map(len, indices)) // _HASHES_AT_ONCE
+    num_classes = 1 + sum(len(load()) for load in indices) // _HASHES_AT_ONCE
     found: list[list[np.ndarray]] = [[] for _ in indices]
     for number in range(num_classes):
-        places = [np.flatnonzero(index["hash_low"] % num_classes == number) for index in indices]
-        low = np.concatenate([index["hash_low"][place] for index, place in zip(indices, places, strict=True)])
-        high = np.concatenate([index["hash_high"][place] for index, place in zip(indices, places, strict=True)])
+        places: list[np.ndarray] = []
+        hashes: list[np.ndarray] = []
+        for load in indices:
+            index = load()
+            places.append(np.flatnonzero(index["hash_low"] % num_classes == number))
+            hashes.append(index[["hash_low", "hash_high"]][places[-1]])
+        low, high = (np.concatenate([one[half] for one in hashes]) for half in ("hash_low", "hash_high"))
         order = np.lexsort((low, high))  # stable: equal hashes stay in the order of the plan
         same = (low[order][1:] == low[order][:-1]) & (high[order][1:] == high[order][:-1])
         is_repeated = np.zeros(len(low), bool)
@@ -103,16 +112,19 @@ def _find_duplicates(indices: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def add_counts(names: Iterable[str], shards: Sequence[ShardOutput]) -> dict[str, dict[str, Any]]:
-    """The counts of each source over all its shards."""
-    sources: dict[str, dict[str, Any]] = {}
-    for name in sorted(names):
-        own = [shard.counts for shard in shards if shard.source == name]
-        numbers = {key: sum(counts[key] for counts in own) for key in ("files", "records", "broken")}
-        tables = {
-            key: sum((Counter[str](counts[key]) for counts in own), Counter[str]())
-            for key in ("dropped", "replaced_by_file", "skipped_by_file")
-        }
-        sources[name] = {**numbers, **tables, "docs": 0, "bytes": 0}
+    """The counts of each source over all its shards; the documents and bytes of its splits are 0 as yet."""
+    sources: dict[str, dict[str, Any]] = {
+        name: dict.fromkeys((*_NUMBERS, "docs", "bytes", *(f"{split}_docs" for split in SPLITS)), 0)
+        | {key: Counter[str]() for key in _TABLES}
+        for name in sorted(names)
+    }
+    for shard in shards:
+        total = sources[shard.source]
+        for key in _NUMBERS:
+            total[key] += shard.counts[key]
+        for key in _TABLES:
+            for entry, number in shard.counts[key].items():
+                tally(total[key], entry, number)
     return sources
 
 

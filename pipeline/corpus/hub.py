@@ -1,11 +1,20 @@
 """Datasets of the Hugging Face hub, streamed: nothing is downloaded but what is read."""
 
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from pipeline.corpus.config import HUB_PREFIX, CorpusConfig
 from pipeline.corpus.pieces import Piece
 from pipeline.errors import UserError
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_pinned(config: CorpusConfig) -> bool:
+    """Whether the revision is a commit and not a branch or a tag, which may lead elsewhere tomorrow."""
+    return _COMMIT.fullmatch(config.hub_revision) is not None
 
 
 def _open(item: str, config: CorpusConfig) -> Any:
@@ -15,6 +24,11 @@ def _open(item: str, config: CorpusConfig) -> Any:
         raise UserError(f"corpus.source {item} needs the package datasets: pip install 'dlm[hub]'") from None
     name = item.removeprefix(HUB_PREFIX)
     path, _, subset = name.partition(":")
+    if os.path.exists(path):
+        raise UserError(
+            f"corpus.source: for {item!r} datasets would open {os.path.abspath(path)}, since it is there, and not the "
+            "hub. Name its files or the folder without hf:, or start from another folder"
+        )
     try:
         return datasets.load_dataset(
             path, subset or None, split=config.hub_split, revision=config.hub_revision or None, streaming=True

@@ -31,7 +31,7 @@ def _source_identity(config: CorpusConfig, name: str) -> dict[str, Any]:
 def how_it_is_read(config: CorpusConfig, name: str) -> dict[str, Any]:
     """What changes the documents of a source besides its bytes."""
     own = for_source(config, name)
-    return {"text_field": own.text_field, "filters": filters_identity(own.filters)}
+    return {"text_field": own.text_field, "filters": filters_identity(own.filters, own.filters_setting)}
 
 
 def datasets_of(config: CorpusConfig, name: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 
-from pipeline.corpus.config import CorpusConfig
+from pipeline.corpus.config import SourceConfig
 from pipeline.corpus.files import SourceFile, open_source
 from pipeline.corpus.ledger import Ledger
 from pipeline.corpus.pieces import Piece
@@ -39,6 +39,17 @@ def readable(file: SourceFile, items: Iterator[T]) -> Iterator[T]:
         yield item
 
 
+def refuse_bomb(file: SourceFile, max_ratio: float, given: int, taken: int) -> None:
+    """UserError if far more bytes are given by a file than were taken from it."""
+    ratio = given / max(1, taken)
+    if given > _FREE_BYTES and ratio > max_ratio:
+        raise UserError(
+            f"{file.url} decompresses to more than {ratio:.0f} times its size, above "
+            f"corpus.max_decompression_ratio {max_ratio:g}: a decompression bomb, or very repetitive text. "
+            "Raise the setting if the file is meant to be so"
+        )
+
+
 class _Inflated(io.RawIOBase):
     """A compressed file read as what it holds; UserError once it gives far more than it has."""
 
@@ -56,13 +67,7 @@ class _Inflated(io.RawIOBase):
         data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
         self._given += len(data)
-        ratio = self._given / max(1, self._raw.tell())
-        if self._given > _FREE_BYTES and ratio > self._max_ratio:
-            raise UserError(
-                f"{self._file.url} decompresses to more than {ratio:.0f} times its size, above "
-                f"corpus.max_decompression_ratio {self._max_ratio:g}: a decompression bomb, or very repetitive text. "
-                "Raise the setting if the file is meant to be so"
-            )
+        refuse_bomb(self._file, self._max_ratio, self._given, self._raw.tell())
         return len(data)
 
     def close(self) -> None:
@@ -70,13 +75,13 @@ class _Inflated(io.RawIOBase):
         super().close()
 
 
-def _open_lines(file: SourceFile, config: CorpusConfig) -> BinaryIO:
+def _open_lines(file: SourceFile, config: SourceConfig) -> BinaryIO:
     if file.name.endswith((".gz", ".zst")):
         return io.BufferedReader(_Inflated(file, config.max_decompression_ratio), _BUFFER_BYTES)
     return open_source(file)
 
 
-def _lines(file: SourceFile, piece: Piece, config: CorpusConfig) -> Iterator[bytes | None]:
+def _lines(file: SourceFile, piece: Piece, config: SourceConfig) -> Iterator[bytes | None]:
     """The lines that start in the range of a piece; None for one that is too long."""
     limit = config.max_line_bytes
     with _open_lines(file, config) as handle:
@@ -106,10 +111,11 @@ def _skip_line(handle: BinaryIO) -> int:
     return skipped
 
 
-def read_jsonl(file: SourceFile, piece: Piece, config: CorpusConfig, ledger: Ledger, is_first: bool) -> Iterator[str]:
+def read_jsonl(file: SourceFile, piece: Piece, config: SourceConfig, ledger: Ledger, is_first: bool) -> Iterator[str]:
     """The documents of the lines of JSON that start in the range of a piece."""
     ledger.files += not piece.start
     for number, line in enumerate(readable(file, _lines(file, piece, config)), 1):
+        ledger.go_on()
         ledger.lines += 1
         if line is None:
             ledger.records += 1
@@ -136,7 +142,7 @@ def read_jsonl(file: SourceFile, piece: Piece, config: CorpusConfig, ledger: Led
             yield text
 
 
-def text_of(record: Any, file: str, line: int, config: CorpusConfig, ledger: Ledger, is_first: bool) -> str | None:
+def text_of(record: Any, file: str, line: int, config: SourceConfig, ledger: Ledger, is_first: bool) -> str | None:
     """The text of a record; None for one that is set aside."""
     if not isinstance(record, dict):
         ledger.reject(file, line, f"a JSON object is needed, found {type(record).__name__}")
@@ -153,7 +159,7 @@ def text_of(record: Any, file: str, line: int, config: CorpusConfig, ledger: Led
     return text
 
 
-def missing_field(file: str, config: CorpusConfig, fields: list[str]) -> UserError:
+def missing_field(file: str, config: SourceConfig, fields: list[str]) -> UserError:
     """The error for a source whose text is in another field."""
     listed = ", ".join(fields[:_LISTED_FIELDS])
-    return UserError(f"{file} has no field {config.text_field!r}; set corpus.text_field to one of: {listed}")
+    return UserError(f"{file} has no field {config.text_field!r}; set {config.text_field_setting} to one of: {listed}")

@@ -8,7 +8,7 @@ from pipeline.config import to_json
 from pipeline.corpus.columns import open_parquet
 from pipeline.corpus.config import CorpusConfig
 from pipeline.corpus.files import SourceFile, content_of, list_source, open_source
-from pipeline.corpus.hub import hub_pieces
+from pipeline.corpus.hub import hub_pieces, is_pinned
 from pipeline.corpus.identity import datasets_of, how_it_is_read
 from pipeline.corpus.pieces import Piece, cut_bytes, cut_row_groups, cut_runs
 from pipeline.errors import UserError
@@ -23,6 +23,7 @@ def plan_shards(config: CorpusConfig) -> list[Shard]:
     shards: list[Shard] = []
     for name in sorted(config.source):
         how = {"source": name, **how_it_is_read(config, name)}
+        del how["filters"]["settings"]["drop_duplicates"]  # it changes no byte of a shard
         for number, piece in enumerate(_pieces(config, name)):
             if number == _MAX_PIECES:
                 raise UserError(
@@ -30,7 +31,7 @@ def plan_shards(config: CorpusConfig) -> list[Shard]:
                     "raise corpus.shard_bytes"
                 )
             shard = {"name": f"{name}-{number:05d}", "source": name, "is_first": not number, "piece": to_json(piece)}
-            if not piece.dataset or config.hub_revision:
+            if not piece.dataset or is_pinned(config):
                 shard["identity"] = how | _piece_identity(piece)
             shards.append(shard)
     return shards
@@ -64,7 +65,10 @@ def _is_cut(file: SourceFile, shard_bytes: int) -> bool:
 
 
 def _row_group_bytes(file: SourceFile) -> list[int]:
-    with open_source(file) as handle:
-        metadata = open_parquet(file, handle).metadata
+    try:
+        with open_source(file) as handle:
+            metadata = open_parquet(file, handle).metadata
+    except ConnectionError as error:
+        raise UserError(f"corpus.source: {error}. Check the URL, the network and who may read it") from None
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     return [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from pipeline.corpus.columns import read_arrow, read_parquet
-from pipeline.corpus.config import CorpusConfig
+from pipeline.corpus.config import SourceConfig
 from pipeline.corpus.files import TEXT_SUFFIXES, refuse_changed
 from pipeline.corpus.hub import read_hub
 from pipeline.corpus.ledger import Ledger
@@ -12,7 +12,7 @@ from pipeline.corpus.pieces import Piece
 from pipeline.corpus.text import Document, read_text
 
 
-def read_piece(piece: Piece, config: CorpusConfig, ledger: Ledger, is_first: bool) -> Iterator[Document]:
+def read_piece(piece: Piece, config: SourceConfig, ledger: Ledger, is_first: bool) -> Iterator[Document]:
     """All documents of a piece.
 
     Raises UserError for a file that cannot be read or has changed, and where ``is_first`` (the beginning of a
@@ -21,6 +21,7 @@ def read_piece(piece: Piece, config: CorpusConfig, ledger: Ledger, is_first: boo
     if piece.dataset:
         ledger.files += 1
         for number, record in enumerate(read_hub(piece, config), 1):
+            ledger.go_on()
             ledger.records += 1
             if (text := text_of(record, piece.dataset, number, config, ledger, is_first)) is not None:
                 yield text

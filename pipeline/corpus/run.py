@@ -1,14 +1,14 @@
 """Read the sources piece by piece, split off held-out documents, write both as Arrow files of text."""
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import from_json
 from pipeline.corpus.config import CorpusConfig, for_source
-from pipeline.corpus.gather import COUNTS, REJECTS, add_counts, gather_split, join_rejects, open_shards
+from pipeline.corpus.gather import REJECTS, add_counts, gather_split, join_rejects, open_shards
 from pipeline.corpus.ledger import Ledger
 from pipeline.corpus.pieces import Piece
 from pipeline.corpus.plan import plan_shards
@@ -17,8 +17,6 @@ from pipeline.corpus.split import SPLITS, ShardWriter
 from pipeline.errors import UserError
 from pipeline.stage import Shard, StageContext, Stats, Stopped
 
-_STOP_CHECK_DOCS = 4096
-
 
 def list_shards(config: CorpusConfig, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
     """Runs of small files and ranges of large ones."""
@@ -26,20 +24,21 @@ def list_shards(config: CorpusConfig, inputs: Mapping[str, Path], context: Stage
 
 
 def run_shard(config: CorpusConfig, inputs: Mapping[str, Path], shard: Shard, context: StageContext) -> Stats:
-    """Write the documents of one piece with their hashes, its rejects and its counts."""
+    """Write the documents of one piece with their hashes, and its rejects; its counts."""
     own = for_source(config, shard["source"])
     piece = from_json(Piece, shard["piece"], where=shard["name"])
     with (context.out / REJECTS).open("w") as rejects:
-        ledger = Ledger(rejects)
+        ledger = Ledger(rejects, partial(_stop_if_asked, context, shard["name"]))
         with ShardWriter(context.out, own, ledger) as writer:
-            for number, document in enumerate(read_piece(piece, own, ledger, shard["is_first"])):
-                if number % _STOP_CHECK_DOCS == 0 and context.should_stop():
-                    raise Stopped(f"stopped while reading {shard['name']}")
+            for document in read_piece(piece, own, ledger, shard["is_first"]):
                 writer.write(document)
     start = 0 if piece.dataset else piece.start
-    counts = {"source": shard["source"], "start": start, **ledger.counts()}
-    (context.out / COUNTS).write_text(json.dumps(counts))
-    return counts
+    return {"source": shard["source"], "start": start, **ledger.counts()}
+
+
+def _stop_if_asked(context: StageContext, name: str) -> None:
+    if context.should_stop():
+        raise Stopped(f"stopped while reading {name}")
 
 
 def finish(
@@ -56,6 +55,8 @@ def finish(
     for name, counts in sources.items():
         _check_not_broken(config, name, counts, first_broken.get(name, {}))
     _check_not_empty(config, totals, sources)
+    for name, counts in sources.items():
+        _check_can_be_trained_on(name, counts)
     return {**totals, "sources": {name: _plain(counts) for name, counts in sources.items()}}
 
 
@@ -72,15 +73,28 @@ def _check_not_broken(config: CorpusConfig, name: str, counts: Mapping[str, Any]
         )
 
 
+def _check_can_be_trained_on(name: str, counts: Mapping[str, Any]) -> None:
+    if counts["train_docs"] == 0:
+        raise UserError(
+            f"corpus.source.{name} has no document left for training (of {counts['records']} records: "
+            f"{_left_out([counts], counts['held_out_docs'])}). Add documents, or take the source out; copies of "
+            f"documents of an earlier source are kept under corpus.source.{name}.filters.drop_duplicates=false"
+        )
+
+
+def _left_out(sources: Collection[Mapping[str, Any]], num_held_out: int = 0) -> str:
+    """What became of the documents that are not trained on, in words."""
+    dropped = sum((counts["dropped"] for counts in sources), Counter[str]())
+    numbers = {**dropped, "broken": sum(counts["broken"] for counts in sources), "held out": num_held_out}
+    return ", ".join(f"{number} {what}" for what, number in numbers.items() if number) or "none"
+
+
 def _check_not_empty(config: CorpusConfig, totals: Mapping[str, int], sources: Mapping[str, dict[str, Any]]) -> None:
     num_train, num_held = totals["train_docs"], totals["held_out_docs"]
     if num_train + num_held == 0:
-        left_out = sum((counts["dropped"] for counts in sources.values()), Counter[str]())
-        broken = sum(counts["broken"] for counts in sources.values())
-        why = [f"{number} {reason}" for reason, number in left_out.items()] + ([f"{broken} broken"] if broken else [])
         paths = [path for source in config.source.values() for path in source.paths]
         raise UserError(
-            f"corpus.source {paths} holds no document with text (left out: {', '.join(why) or 'none'}). "
+            f"corpus.source {paths} holds no document with text (left out: {_left_out(sources.values())}). "
             "Text that is not UTF-8 is left out under corpus.undecodable=skip (convert it, or set =replace), other "
             "documents by corpus.filters"
         )

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline.corpus.config import CorpusConfig
+from pipeline.corpus.config import SourceConfig
 from pipeline.corpus.filters import build_judge
 from pipeline.corpus.ledger import Ledger
 from pipeline.corpus.text import Document
@@ -68,9 +68,9 @@ class _Side:
 class ShardWriter:
     """Takes the documents of a shard."""
 
-    def __init__(self, out: Path, config: CorpusConfig, ledger: Ledger) -> None:
+    def __init__(self, out: Path, config: SourceConfig, ledger: Ledger) -> None:
         self._out, self._config, self._ledger = out, config, ledger
-        self._judge = build_judge(config.filters)
+        self._judge = build_judge(config.filters, config.filters_setting)
         self._sides = {name: _Side(out, name) for name in SPLITS}
 
     def __enter__(self) -> Self:
@@ -104,7 +104,7 @@ class ShardWriter:
         return self._sides["held_out" if hashed.is_held_out(self._config.held_out_fraction) else "train"]
 
     def _drop(self, reason: str) -> None:
-        self._ledger.dropped[reason] += 1
+        self._ledger.drop(reason)
 
     def _write_giant(self, parts: Iterator[str]) -> None:
         """Which side it goes to is known at its end only: until then it waits in a file without a name."""
@@ -113,6 +113,7 @@ class ShardWriter:
         is_empty, head = True, ""
         with tempfile.TemporaryFile(dir=self._out) as waiting:
             for part in parts:
+                self._ledger.go_on()
                 data = part.encode()
                 hashed.update(data)
                 waiting.write(data)

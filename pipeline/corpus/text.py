@@ -38,7 +38,7 @@ def _errors_for(byte: int, file: str, line: int, config: CorpusConfig, ledger: L
     if config.undecodable == "skip":
         ledger.skip_undecodable(file, line, f"byte 0x{byte:02x} is not UTF-8")
         return None
-    ledger.replaced_by_file[file] += 1
+    ledger.replace_undecodable(file)
     return "replace"
 
 
@@ -46,6 +46,7 @@ def read_text(file: SourceFile, config: CorpusConfig, ledger: Ledger) -> Iterato
     """The documents of a text file: the whole, or with ``txt_document_chars`` the pieces of a .txt."""
     ledger.files += 1
     ledger.records += 1
+    ledger.go_on()
     is_cut = file.name.endswith(".txt") and config.txt_document_chars
     with open_source(file) as handle:
         first = handle.read(CHUNK_BYTES)
@@ -55,7 +56,7 @@ def read_text(file: SourceFile, config: CorpusConfig, ledger: Ledger) -> Iterato
                 yield from cut_at_blank_lines([text], config.txt_document_chars) if is_cut else [text]
             return
         errors: str | None = "strict"
-        if bad := _first_bad_byte(handle, first):
+        if bad := _first_bad_byte(handle, first, ledger):
             errors = _errors_for(bad[1], file.name, bad[0], config, ledger)
         if errors is not None:
             handle.seek(0)
@@ -63,12 +64,13 @@ def read_text(file: SourceFile, config: CorpusConfig, ledger: Ledger) -> Iterato
             yield from cut_at_blank_lines(chunks, config.txt_document_chars) if is_cut else [chunks]
 
 
-def _first_bad_byte(handle: BinaryIO, first: bytes) -> tuple[int, int] | None:
+def _first_bad_byte(handle: BinaryIO, first: bytes, ledger: Ledger) -> tuple[int, int] | None:
     """Line and value of the first byte that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     line, block = 1, first
     try:
         while block:
+            ledger.go_on()
             line += decoder.decode(block).count("\n")
             block = handle.read(CHUNK_BYTES)
         decoder.decode(b"", final=True)

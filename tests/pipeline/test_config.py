@@ -40,7 +40,7 @@ ALL_CONFIGS = (
 
 CHANGED: dict[type, dict[str, Any]] = {
     CorpusConfig: {
-        "text_field": "body", "hub_split": "test", "hub_revision": "abc", "undecodable": "skip",
+        "text_field": "body", "undecodable": "skip",
         "max_bad_ratio": 0.5, "txt_document_chars": 10, "held_out_fraction": 0.5, "split_seed": 1, "shard_bytes": 9,
         "max_line_bytes": 99, "filters.min_chars": 5, "filters.max_chars": 99, "filters.drop_duplicates": False,
         "filters.quality": ["pipeline.corpus.filters:repeated_lines"],
@@ -69,7 +69,13 @@ CHANGED: dict[type, dict[str, Any]] = {
 }  # fmt: skip
 """Another valid value for every field that changes the expected result."""
 
+_HUB = {"text": Source(("hf:x",))}
+
 NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
+    CorpusConfig: {
+        "hub_split": (CorpusConfig(source=_HUB), CorpusConfig(source=_HUB, hub_split="test")),
+        "hub_revision": (CorpusConfig(source=_HUB), CorpusConfig(source=_HUB, hub_revision="abc")),
+    },
     PretrainConfig: {
         "short_step_min": (
             PretrainConfig(short_step_share=0.5),

@@ -295,6 +295,12 @@ def test_a_missing_field_names_those_there_are(tmp_path: Path) -> None:
         make_corpus(tmp_path, _arrow(tmp_path / "a.arrow", pa.array(TEXTS)), text_field="body")
 
 
+def test_a_missing_field_names_the_setting_of_the_source_that_has_one(tmp_path: Path) -> None:
+    for path in (write_jsonl(tmp_path / "a.jsonl", TEXTS), _parquet(tmp_path / "a.parquet", TEXTS)):
+        with pytest.raises(UserError, match=r"no field 'body'; set corpus\.source\.own\.text_field to one of: "):
+            make_corpus(tmp_path, {"own": {"paths": str(path), "text_field": "body"}})
+
+
 def test_another_field_can_hold_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": 1, "body": t}) + "\n" for t in TEXTS))
     assert sorted(make_corpus(tmp_path, tmp_path / "a.jsonl", text_field="body").texts()) == sorted(TEXTS)
@@ -372,6 +378,11 @@ def test_a_decompression_bomb_is_refused_with_its_ratio(tmp_path: Path, name: st
     (tmp_path / name).write_bytes(gzip.compress(bomb) if name.endswith("gz") else zstandard.compress(bomb))
     with pytest.raises(UserError, match=rf"{re.escape(name)} decompresses to more than \d+ times .*max_decompression"):
         make_corpus(tmp_path, tmp_path / name)
+    values = ["x" * 3_000_000, *TEXTS]
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet", compression="zstd")
+    with pytest.raises(UserError, match=r"a\.parquet decompresses to more than \d+ times .*max_decompression"):
+        make_corpus(tmp_path, tmp_path / "a.parquet")
+    assert len(make_corpus(tmp_path, tmp_path / "a.parquet", max_decompression_ratio=1e5).texts()) == 41
     short = gzip.compress(jsonl(["x" * 500_000, *TEXTS]))
     (tmp_path / "short.jsonl.gz").write_bytes(short)
     assert len(make_corpus(tmp_path, tmp_path / "short.jsonl.gz").texts()) == 41

@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import stage
+from pipeline.artifact import load_manifest
 from pipeline.config import from_json
 from pipeline.corpus import plan
-from pipeline.corpus.config import CorpusConfig
+from pipeline.corpus.config import STAGE, CorpusConfig, for_source
 from pipeline.corpus.files import SourceFile
 from pipeline.corpus.identity import external_data
 from pipeline.corpus.pieces import Piece, cut_row_groups, cut_runs
@@ -148,7 +150,7 @@ def _run(config: CorpusConfig, shards: Sequence[dict[str, Any]], root: Path) -> 
     directories = [root / shard["name"] for shard in shards]
     for shard, directory in zip(shards, directories, strict=True):
         directory.mkdir(parents=True, exist_ok=True)
-        run_shard(config, {}, shard, StageContext(directory, root, "f"))
+        stage.run_shard(STAGE, config, {}, shard, StageContext(directory, root, "f"))
     return directories
 
 
@@ -181,8 +183,8 @@ def test_the_order_of_a_directory_listing_does_not_matter(
     before = planned(folder, shard_bytes=400)
     walk = os.walk
 
-    def reversed_walk(root: Any) -> Iterator[tuple[str, list[str], list[str]]]:
-        for here, folders, names in walk(root):
+    def reversed_walk(root: Any, onerror: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for here, folders, names in walk(root, onerror=onerror):
             yield here, folders, sorted(names, reverse=True)
 
     monkeypatch.setattr(os, "walk", reversed_walk)
@@ -192,7 +194,10 @@ def test_the_order_of_a_directory_listing_does_not_matter(
 def _by_identity(config: CorpusConfig, shards: Sequence[dict[str, Any]], root: Path) -> dict[str, dict[str, bytes]]:
     directories = _run(config, shards, root)
     return {
-        json.dumps(shard["identity"], sort_keys=True): {path.name: path.read_bytes() for path in directory.iterdir()}
+        json.dumps(shard["identity"], sort_keys=True): {
+            record.path: (directory / record.path).read_bytes() for record in load_manifest(directory).files
+        }
+        | {"stats": json.dumps(load_manifest(directory).stats).encode()}
         for shard, directory in zip(shards, directories, strict=True)
     }
 
@@ -225,6 +230,14 @@ def test_identity_of_shards_follows_how_a_source_is_read(folder: Path, changes: 
     assert plain["identity"] != other["identity"]
 
 
+def test_identity_of_shards_does_not_follow_whether_duplicates_stay(folder: Path) -> None:
+    shards = [
+        planned({"a": {"paths": str(folder), "filters": {"min_chars": 2, "drop_duplicates": drop}}})
+        for drop in (True, False)
+    ]
+    assert [shard["identity"] for shard in shards[0]] == [shard["identity"] for shard in shards[1]]
+
+
 def test_sources_are_read_by_name(tmp_path: Path, folder: Path) -> None:
     other = str(write_jsonl(tmp_path / "o.jsonl", TEXTS))
     names = [shard["source"] for shard in planned({"zoo": other, "Ape": str(folder), "bee": other}, shard_bytes=400)]
@@ -255,18 +268,39 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
     (shard,) = planned(path)
     with (tmp_path / "rejects").open("w") as rejects:
         piece = from_json(Piece, shard["piece"])
-        documents = read_piece(piece, corpus_config(str(path)), Ledger(rejects), True)
+        documents = read_piece(piece, for_source(corpus_config(str(path)), "text"), Ledger(rejects), True)
         assert next(documents) == TEXTS[0]
         os.utime(path, ns=(0, 0))
         with pytest.raises(UserError, match=r"a\.jsonl has changed since the run was planned"):
             list(documents)
 
 
+def _stopped_after(root: Path, source: str, asked: int) -> bool:
+    """Whether a shard stops when it is asked for the given time, and is asked so often at all."""
+    answers = iter([False] * (asked - 1))
+    context = StageContext(root, root, "f", should_stop=lambda: next(answers, True))
+    try:
+        run_shard(corpus_config(source, max_bad_ratio=1.0), {}, planned(source)[0], context)
+    except Stopped:
+        return True
+    return False
+
+
 def test_a_shard_that_is_asked_to_stop_stops(tmp_path: Path, folder: Path) -> None:
-    shard = planned(folder)[0]
-    context = StageContext(tmp_path, tmp_path, "f", should_stop=lambda: True)
-    with pytest.raises(Stopped):
-        run_shard(_config(folder), {}, shard, context)
+    assert _stopped_after(tmp_path, str(folder), 1)
+
+
+@pytest.mark.parametrize("name", ["broken.jsonl", "broken.parquet", "giant.md", "bad_giant.md"])
+def test_a_shard_stops_where_no_document_comes(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "broken.jsonl":
+        path.write_text('{"text": 5}\n' * 10)
+    elif name == "broken.parquet":
+        pq.write_table(pa.table({"text": pa.nulls(2000)}), path)
+    else:
+        path.write_bytes(b"a giant line\n" * 2_000_000 + b"\xff" * name.startswith("bad"))
+    for asked in (1, 2, 4):
+        assert _stopped_after(tmp_path, str(path), asked)
 
 
 def test_a_source_of_too_many_shards_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

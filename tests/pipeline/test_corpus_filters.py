@@ -1,7 +1,10 @@
 import base64
 import hashlib
+import os
 import random
+import resource
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.corpus import gather, text
-from pipeline.corpus.filters import compressibility, control_characters, repeated_lines
+from pipeline.corpus.filters import Filters, compressibility, control_characters, filters_identity, repeated_lines
 from pipeline.corpus.identity import external_data
+from pipeline.corpus.ledger import OTHERS, tally
 from pipeline.corpus.split import INDEX, SplitHash
 from pipeline.corpus.text import cut_at_blank_lines
 from pipeline.errors import UserError
@@ -83,9 +87,19 @@ def test_duplicates_stay_where_they_are_wanted(tmp_path: Path, twice: dict[str, 
 
 def test_a_file_of_duplicates_alone_is_left_with_no_document(tmp_path: Path) -> None:
     a, b = (write_jsonl(tmp_path / f"{name}.jsonl", TEXTS) for name in "ab")
-    made = make_corpus(tmp_path, {"a": str(a), "b": str(b)})
+    made = make_corpus(tmp_path, [str(a), str(b)], shard_bytes=a.stat().st_size)
     assert sorted(made.texts()) == sorted(TEXTS)
-    assert {"train-b-00000.arrow", "train-b-00000.duplicates.npy"} <= set(made.files())
+    assert {"train-text-00001.arrow", "train-text-00001.duplicates.npy"} <= set(made.files())
+
+
+def test_a_source_of_duplicates_alone_is_refused_and_says_why(tmp_path: Path) -> None:
+    a, b = (str(write_jsonl(tmp_path / f"{name}.jsonl", [*TEXTS, ""])) for name in "ab")
+    with pytest.raises(
+        UserError, match=r"corpus\.source\.b has no document .*\(of 41 records: .*40 duplicate.*\)\. Add"
+    ):
+        make_corpus(tmp_path, {"a": a, "b": b})
+    made = make_corpus(tmp_path, {"a": a, "b": {"paths": b, "filters": {"drop_duplicates": False}}})
+    assert made.stats["sources"]["b"]["docs"] == 40
 
 
 @settings(deadline=None)
@@ -105,7 +119,58 @@ def test_duplicates_are_those_that_a_set_finds(hashes: list[list[tuple[int, int]
             seen.add(found)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "_HASHES_AT_ONCE", at_once)
-        assert [one.tolist() for one in gather._find_duplicates(indices)] == wanted
+        loads = [lambda index=index: index for index in indices]
+        assert [one.tolist() for one in gather.find_duplicates(loads)] == wanted
+
+
+def test_many_shards_are_gathered_with_few_open_files(tmp_path: Path) -> None:
+    index = np.zeros(1, INDEX)
+    shards = []
+    for number in range(100):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        index["hash_low"] = number % 7
+        np.save(directory / "train.index.npy", index)
+        (directory / "train.arrow").touch()
+        shards.append(gather.ShardOutput(directory, "text", number, {}))
+    counts = {"text": dict.fromkeys(("docs", "bytes", "train_docs"), 0) | {"dropped": Counter[str]()}}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
+    try:
+        gather.gather_split(shards, "train", corpus_config("a"), tmp_path, counts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (counts["text"]["docs"], counts["text"]["dropped"]) == (7, {"duplicate": 93})
+
+
+@settings(deadline=None)
+@given(
+    names=st.lists(st.integers(0, 300).map(str), max_size=600),
+    cut=st.integers(0, 600),
+)
+def test_a_table_lists_the_first_hundred_names_in_whatever_order_and_shards_they_come(
+    names: list[str], cut: int
+) -> None:
+    whole, parts = Counter[str](), Counter[str]()
+    for name in names:
+        tally(whole, name)
+    for part in (names[cut:], names[:cut]):
+        own = Counter[str]()
+        for name in part:
+            tally(own, name)
+        for name, number in own.items():
+            tally(parts, name, number)
+    listed = sorted(set(names))[:100]
+    wanted = {name: names.count(name) for name in listed}
+    others = len(names) - sum(wanted.values())
+    assert whole == parts == wanted | ({OTHERS: others} if others else {})
+
+
+def test_a_reason_for_each_document_does_not_fill_the_stats(tmp_path: Path, module: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [*TEXTS, *(f"own {i}" for i in range(150))])
+    made = make_corpus(tmp_path, source, filters={"quality": ["own_hooks_of_a_test:own_reason"]})
+    dropped = made.source["dropped"]
+    assert (len(dropped), dropped["(others)"], sum(dropped.values())) == (101, 50, 150)
 
 
 # Quality hooks
@@ -162,6 +227,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "def truth(text):\n    return True\n"
         "def empty(text):\n    return ''\n"
         "def crash(text):\n    return 1 / 0\n"
+        "def own_reason(text):\n    return text if text.startswith('own') else None\n"
         "number = 3\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -191,12 +257,33 @@ def test_a_hook_of_the_user_is_asked_and_its_file_is_identity(tmp_path: Path, mo
         ("own_hooks_of_a_test:empty", "gave ''; it must give the reason"),
         ("own_hooks_of_a_test:crash", r"failed: ZeroDivisionError\('division by zero'\)"),
         ("sys:intern", "is in no file"),
+        ("zlib_of_a_test:crc32", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("syntax_of_a_test:f", "cannot be imported: SyntaxError: invalid syntax"),
+        ("..own_hooks_of_a_test:odd", "cannot be imported: TypeError"),
     ],
 )
 def test_a_hook_that_is_none_is_named(tmp_path: Path, module: Path, hook: str, message: str) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "zlib_of_a_test.py").write_text("1 / 0\n")
+    (tmp_path / "syntax_of_a_test.py").write_text("def x(:\n")
+    source = str(write_jsonl(tmp_path / "a.jsonl", TEXTS))
     with pytest.raises(UserError, match=f"'{hook}'.*{message}"):
         make_corpus(tmp_path, source, filters={"quality": [hook]})
+    with pytest.raises(
+        UserError, match=r"^(corpus\.source\.a\.filters\.quality|the hook .* gave|.* of corpus\.source\.a\.)"
+    ):
+        make_corpus(tmp_path, {"a": {"paths": source, "filters": {"quality": [hook]}}})
+
+
+def test_a_hook_that_is_named_elsewhere_than_it_is_defined_is_both_files(tmp_path: Path, module: Path) -> None:
+    outer = tmp_path / "outer_hooks_of_a_test.py"
+    outer.write_text("from own_hooks_of_a_test import odd\n")
+    found = []
+    for path in (None, outer, module):
+        if path:
+            path.write_text(path.read_text() + "# changed\n")
+        found.append(filters_identity(Filters(quality=("outer_hooks_of_a_test:odd",))))
+    sys.modules.pop("outer_hooks_of_a_test")
+    assert found[0] != found[1] != found[2] != found[0]
 
 
 def test_hooks_see_the_beginning_of_a_giant_document(tmp_path: Path, module: Path) -> None:

@@ -1,21 +1,22 @@
+import errno
 import gzip
 import json
 import os
 import shutil
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.corpus.config import STDLIB, CorpusConfig, Source
-from pipeline.corpus.files import list_source
+from pipeline.corpus.files import _matches, list_source
 from pipeline.corpus.identity import external_data
 from pipeline.errors import UserError
 from tests.pipeline.conftest import write_jsonl
@@ -155,6 +156,26 @@ def test_a_source_without_usable_files_is_named(tmp_path: Path, source: str, mes
         make_corpus(tmp_path, tmp_path / source)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"filters": {"min_chars": 9}}, "filters do nothing, since every source has its own"),
+        ({"text_field": "body"}, "text_field does nothing, since every source has its own"),
+        ({"hub_split": "test"}, "hub_split does nothing, since no source is a dataset"),
+        ({"hub_revision": "abc"}, "hub_revision does nothing, since no source is a dataset"),
+        ({"split_seed": -1}, r"split_seed is -1; it must lie in \[0, 2\*\*63\)"),
+        ({"split_seed": 2**63}, "split_seed is 9223372036854775808"),
+    ],
+)
+def test_a_setting_that_no_source_heeds_is_refused(settings: dict[str, Any], message: str) -> None:
+    own = {"a": {"paths": "a", "text_field": "t", "filters": {"max_chars": 5}}}
+    with pytest.raises(UserError, match=rf"^corpus: {message}"):
+        corpus_config(own, **settings)
+    if "split_seed" not in settings:
+        corpus_config({**own, "b": "hf:some/set"}, **settings)
+        corpus_config(own, **{name: getattr(CorpusConfig(), name) for name in settings})
+
+
 # Links, and the same file twice
 
 
@@ -209,151 +230,51 @@ def test_two_files_of_one_name_in_a_source_are_refused(folder: Path) -> None:
     assert len(planned({"in": str(folder), "other": str(other)})) == 2
 
 
-# Remote files
+# Folders that cannot be read
 
 
-@pytest.fixture
-def memory(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A folder of an fsspec file system in memory, gone after the test."""
-    url = f"memory://{request.node.name}"
-    fs, path = fsspec.core.url_to_fs(url)
-    fs.makedirs(path)
-    yield url
-    fs.rm(path, recursive=True)
+@pytest.mark.parametrize("pattern", ["", "*/*/*.jsonl", "**/*.jsonl", "d*p/**/*.jsonl", "*/deeper/a*"])
+def test_a_folder_that_cannot_be_read_is_named(folder: Path, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = folder / "deep" / "deeper"
+    closed.mkdir()
+    write_jsonl(closed / "a2.jsonl", TEXTS)
+    planned(folder / pattern)
+    _close(closed, monkeypatch)
+    with pytest.raises(UserError, match=rf"corpus\.source: the folder {closed} cannot be read: Permission denied"):
+        planned(folder / pattern)
+    assert len(planned(folder / "*.jsonl")) == 1
 
 
-def _put(url: str, data: bytes) -> None:
-    with fsspec.open(url, "wb") as handle:
-        handle.write(data)  # pyright: ignore[reportAttributeAccessIssue]
+def _close(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deny a folder to whoever runs the tests, be it root."""
+
+    def read(real: Callable[[Any], Any], path: Any) -> Any:
+        if Path(path) == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, partial(read, getattr(os, name)))
 
 
-def test_every_kind_is_read_through_fsspec(tmp_path: Path, memory: str) -> None:
-    parts = [TEXTS[i::7] for i in range(7)]
-    table = [pa.table({"text": part}) for part in parts]
-    pq.write_table(table[0], tmp_path / "x.parquet")
-    for name, write in (("x.arrow", pa.ipc.new_file), ("y.arrow", pa.ipc.new_stream)):
-        with write(str(tmp_path / name), table[0].schema) as writer:
-            writer.write_table(table[1 if name[0] == "x" else 2])
-    for name in ("x.parquet", "x.arrow", "y.arrow"):
-        _put(f"{memory}/in/{name}", (tmp_path / name).read_bytes())
-    _put(f"{memory}/in/deep/a.jsonl", jsonl(parts[3]))
-    _put(f"{memory}/in/a.jsonl.gz", gzip.compress(jsonl(parts[4])))
-    _put(f"{memory}/in/a.jsonl.zst", zstandard.compress(jsonl(parts[5])))
-    for number, text in enumerate(parts[6]):
-        _put(f"{memory}/in/{number}.txt", text.encode())
-    _put(f"{memory}/in/.hidden/a.jsonl", jsonl(["hidden"]))
-    _put(f"{memory}/in/notes.csv", b"of no known kind")
-    for shard_bytes in (64_000_000, 100):
-        assert sorted(make_corpus(tmp_path, f"{memory}/in", shard_bytes=shard_bytes).texts()) == sorted(TEXTS)
-    names = [file.name for file in list_source("text", Source((f"{memory}/in/d*/*.jsonl",)))]
-    assert names == ["deep/a.jsonl"]
-    assert [file.name for file in list_source("text", Source((f"{memory}/in/x.arrow",)))] == ["x.arrow"]
+def test_a_closed_folder_of_the_standard_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _close(Path(json.__file__).parent, monkeypatch)
+    with pytest.raises(UserError, match=r"the folder .*json cannot be read"):
+        list_source("text", Source((STDLIB,)))
 
 
-def test_a_remote_file_that_changes_is_another_and_is_not_read(tmp_path: Path, memory: str) -> None:
-    from pipeline.corpus.run import run_shard
-    from pipeline.stage import StageContext
-
-    _put(f"{memory}/a.jsonl", jsonl(TEXTS))
-    config = corpus_config(f"{memory}/a.jsonl")
-    before = external_data(config)
-    assert before == external_data(config)
-    (shard,) = planned(f"{memory}/a.jsonl")
-    _put(f"{memory}/a.jsonl", jsonl(TEXTS[::-1]))
-    assert external_data(config) != before
-    with pytest.raises(UserError, match=r"a\.jsonl has changed since the run was planned"):
-        run_shard(config, {}, shard, StageContext(tmp_path, tmp_path, "f"))
+@settings(deadline=None, max_examples=60)
+@given(parts=st.lists(st.sampled_from(["**", "*", "a", "b", "?", "[ab]*", "*.txt", "c.txt"]), min_size=1, max_size=4))
+def test_a_pattern_finds_what_pathlib_finds(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> None:
+    root = tmp_path_factory.getbasetemp() / "globbed"
+    for name in ("a/b/c.txt", "a/c.txt", "b/a/b/d.txt", ".hidden/c.txt", "c.txt", "a/.x.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("text")
+    assert _files(_matches(root, parts)) == _files(root.glob("/".join(parts)))
 
 
-def test_a_url_that_leads_nowhere_is_named(memory: str) -> None:
-    with pytest.raises(UserError, match=r"no file or folder 'memory://.*absent\.jsonl'"):
-        planned(f"{memory}/absent.jsonl")
-    with pytest.raises(UserError, match="holds no file of a known kind"):
-        planned(f"{memory}/*.jsonl")
-    with pytest.raises(UserError, match=r"nonsense://x/y\.jsonl cannot be opened: Protocol not known: nonsense"):
-        planned("nonsense://x/y.jsonl")
-
-
-def test_a_url_of_a_local_file_is_that_file(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    assert corpus_config(f"file://{path}") == corpus_config(str(path))
-
-
-# The hub
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> str:
-    """What ``datasets`` opens without a network: a folder with three shards."""
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    for number in range(3):
-        write_jsonl(folder / f"train-{number}.jsonl", TEXTS[number::3])
-    return f"hf:{folder}"
-
-
-def test_a_dataset_is_streamed_with_a_shard_for_each_of_its_own(
-    tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    made = make_corpus(tmp_path, {"hub": dataset, "local": str(write_jsonl(tmp_path / "l.jsonl", ["one more"]))})
-    assert sorted(made.texts()) == sorted([*TEXTS, "one more"])
-    assert {"train-hub-00002.arrow", "held_out-hub-00000.arrow"} <= set(made.files())
-    assert made.stats["sources"]["hub"]["records"] == len(TEXTS)
-    shards = planned(dataset)
-    assert [shard["piece"]["start"] for shard in shards] == [0, 1, 2]
-    assert not any("identity" in shard for shard in shards)
-
-
-def test_a_dataset_of_a_pinned_revision_has_shards_of_known_identity(
-    dataset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    shards = planned(dataset, hub_revision="abc")
-    assert len({json.dumps(shard["identity"]) for shard in shards}) == 3
-
-
-def test_a_dataset_with_other_shards_than_planned_is_refused(
-    tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pipeline.corpus.run import run_shard
-    from pipeline.stage import StageContext
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    shard = planned(dataset)[0]
-    os.unlink(tmp_path / "dataset" / "train-0.jsonl")
-    with pytest.raises(UserError, match="has 2 shards, 3 when the run was planned"):
-        run_shard(corpus_config(dataset), {}, shard, StageContext(tmp_path, tmp_path, "f"))
-
-
-def test_hub_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"hf:some/set needs the package datasets: pip install"):
-        planned("hf:some/set")
-
-
-@pytest.mark.parametrize(
-    "error", [ConnectionError("Couldn't reach the Hub"), FileNotFoundError("no such set"), ValueError("no such subset")]
-)
-def test_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fail))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=rf"cannot open 'some/set:part': {error}"):
-        planned("hf:some/set:part")
-
-
-def test_hub_is_asked_for_name_subset_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def load_dataset(*names: Any, **settings: Any) -> Any:
-        asked.append((names, settings))
-        return types.SimpleNamespace(num_shards=2)
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))  # type: ignore[arg-type]
-    assert len(planned("hf:some/set:part", hub_split="test", hub_revision="abc")) == 2
-    assert asked == [(("some/set", "part"), {"split": "test", "revision": "abc", "streaming": True})]
+def _files(paths: Iterable[Path]) -> set[Path]:
+    return {path for path in paths if path.is_file()}
 
 
 # Identity

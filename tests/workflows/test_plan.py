@@ -108,7 +108,9 @@ def _others(kind: Any, value: Any) -> list[Any]:
     return []
 
 
-NOT_ALONE = {f"pretrain.architecture.{name}" for name in ("moe", "time_conditioning", "head_bias")}
+NOT_ALONE = {f"pretrain.architecture.{name}" for name in ("moe", "time_conditioning", "head_bias")} | {
+    "corpus.hub_split", "corpus.hub_revision", "pretrain.short_step_min",
+}  # fmt: skip
 """Settings that change only together with others, or that the stage refuses."""
 
 
