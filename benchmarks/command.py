@@ -90,7 +90,7 @@ def _report(
     _refuse_if(machine.doubts(probes), options)
     measured = measure(options)
     probes.append(probe())
-    _refuse_if(machine.doubts(probes), options)
+    _refuse_if(machine.doubts(probes), options, measured.table)
     report = {
         "benchmark": name,
         "ratios": {key: round(ratio, 3) for key, ratio in measured.ratios.items()},
@@ -106,6 +106,9 @@ def _report(
     return report, measured.table
 
 
-def _refuse_if(found: list[str], options: Options) -> None:
+def _refuse_if(found: list[str], options: Options, measured: str = "") -> None:
     if found and not options.quick:
-        raise RefusedError("\n  ".join(["the machine is not fit to measure on now:", *found]))
+        doubts = "\n  ".join(["the machine is not fit to measure on now:", *found])
+        raise RefusedError(
+            f"{doubts}\nmeasured all the same, and not to be reported:\n{measured}" if measured else doubts
+        )

@@ -89,7 +89,7 @@ class _Pool:
 class _OpenShard(NamedTuple):
     """What the loop over rows touches, as memory views where single numbers are wanted: NumPy's scalars cost more."""
 
-    tokens: np.ndarray | FlatTokens
+    tokens: memoryview | FlatTokens
     starts: memoryview
     firsts: memoryview
     lengths: memoryview
@@ -118,7 +118,7 @@ class Loader:
         self._padding = np.full(rows.seq_len, pad_token_id, dtype=token_type(rows.vocab_size).to_pandas_dtype())
         self._pools, self._schedule = _pools(rows, mixture or {})
         self._open: dict[int, _OpenShard] = {}
-        self._blocks: dict[int, list[tuple[int, int]]] = {}
+        self._blocks: dict[int, tuple[list[int], list[int]]] = {}
 
     def batch(self, sample_ids: np.ndarray) -> RowBatch:
         """The rows of some global sample ids, int64 [rows].
@@ -127,10 +127,10 @@ class Loader:
         """
         if not len(sample_ids) or sample_ids.min() < 0:
             raise ValueError(f"sample_ids are {sample_ids.tolist()}; they must be at least one, and none below 0")
-        seq_len, padding = self._rows.seq_len, self._padding
+        seq_len, padding = self._rows.seq_len, self._padding.data
         tokens: list[Any] = []
         segments: list[Any] = []
-        for number, row in self._places(sample_ids):
+        for number, row in zip(*self._places(sample_ids), strict=True):
             values, starts, firsts, lengths, shard_segments = self._open.get(number) or self._open_shard(number)
             start, stop = starts[row], firsts[row + 1]
             last = lengths[stop - 1]
@@ -140,7 +140,8 @@ class Loader:
             else:
                 tokens.append(values[start : start + seq_len])
             segments.append((shard_segments, firsts[row], stop))
-        flat = np.frombuffer(b"".join(tokens), dtype=padding.dtype)  # the quickest way to put many slices together
+        # Joined as bytes, and slices of memory views rather than arrays: the quickest way to put many together.
+        flat = np.frombuffer(b"".join(tokens), dtype=self._padding.dtype)
         return RowBatch(sample_ids, flat.astype(np.int64).reshape(-1, seq_len), segments)
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -152,21 +153,24 @@ class Loader:
             shard[here], row[here] = pool.locate(self._data_seed, index[here])
         return shard, row
 
-    def _places(self, sample_ids: np.ndarray) -> list[tuple[int, int]]:
-        """``locate`` as pairs; consecutive ids, which training asks for, are worked out many at a time."""
-        if (np.diff(sample_ids) != 1).any():
-            return _pairs(self.locate(sample_ids))
-        places: list[tuple[int, int]] = []
+    def _places(self, sample_ids: np.ndarray) -> tuple[list[int], list[int]]:
+        """``locate`` as lists; consecutive ids, which training asks for, are worked out many at a time."""
         first, end = int(sample_ids[0]), int(sample_ids[-1]) + 1
+        if end - first != len(sample_ids) or (np.diff(sample_ids) != 1).any():
+            return _lists(self.locate(sample_ids))
+        shards: list[int] = []
+        rows: list[int] = []
         while first < end:
             number, place = divmod(first, _BLOCK)
             if number not in self._blocks:
                 block = np.arange(number * _BLOCK, (number + 1) * _BLOCK)
-                self._blocks = {**dict(list(self._blocks.items())[-1:]), number: _pairs(self.locate(block))}
-            part = self._blocks[number][place : place + end - first]
-            places += part
-            first += len(part)
-        return places
+                self._blocks = {**dict(list(self._blocks.items())[-1:]), number: _lists(self.locate(block))}
+            stop = min(_BLOCK, place + end - first)
+            block_shards, block_rows = self._blocks[number]
+            shards += block_shards[place:stop]
+            rows += block_rows[place:stop]
+            first += stop - place
+        return shards, rows
 
     def epochs(self, sample_id: int) -> dict[str, float]:
         """Times that each source has been shown by the samples before this one (EVERYTHING without a mixture)."""
@@ -180,7 +184,7 @@ class Loader:
         whole = len(shard.tokens.pieces) == 1
         plan = shard.plan
         self._open[number] = _OpenShard(
-            shard.tokens.pieces[0] if whole else shard.tokens,
+            shard.tokens.pieces[0].data if whole else shard.tokens,
             shard.start.data,
             plan.row_starts.data,
             plan.length.data,
@@ -189,8 +193,8 @@ class Loader:
         return self._open[number]
 
 
-def _pairs(columns: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
-    return list(zip(*(column.tolist() for column in columns), strict=True))
+def _lists(columns: tuple[np.ndarray, np.ndarray]) -> tuple[list[int], list[int]]:
+    return columns[0].tolist(), columns[1].tolist()
 
 
 def _pools(rows: PackedRows, mixture: Mapping[str, float]) -> tuple[list[_Pool], MixtureSchedule]:
