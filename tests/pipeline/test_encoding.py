@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from pipeline.data.backends import PROBES, StandardBackend
 from pipeline.data.encoding import EncodedBatch, Encoder, EncodingLimits, build_encoder, encode_documents
 from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, SpecialTokens
+from pipeline.data.splitting import CutRule
 from pipeline.data.vocabulary import Vocabulary, find_special_tokens, load_vocabulary, take_literally
 from pipeline.errors import UserError
 from tests.pipeline.conftest import AWKWARD
@@ -89,7 +91,7 @@ def test_no_limit_and_no_division_into_parts_changes_an_id(encoder: Encoder, dat
     text = st.text(alphabet="ab 1\n.'s\u00e9\u4e2d\u0301<|endoftext|>", max_size=120)
     texts = data.draw(st.lists(text, max_size=6))
     piece_chars = data.draw(st.integers(1, 50))
-    limits = EncodingLimits(data.draw(st.integers(1, 200)), piece_chars, 500)
+    limits = EncodingLimits(data.draw(st.integers(1, 200)), piece_chars, 500, data.draw(st.integers(1, 50)))
     parts = []
     for one in texts:
         cuts = sorted(data.draw(st.lists(st.integers(0, len(one)), max_size=5)))
@@ -114,6 +116,22 @@ def test_a_document_is_given_out_while_it_is_read(encoder: Encoder) -> None:
         num_given += len(encoder.vocabulary.decode(batch.ids.tolist()))
         assert num_read - num_given <= 6000
     assert num_read == num_given
+
+
+def test_a_rule_that_cuts_where_ids_change_is_an_error_and_not_other_ids(vocabulary: Vocabulary) -> None:
+    encoder = build_encoder(vocabulary, "tokenizers")
+
+    class CutsAnywhere(CutRule):
+        def last_cut(self, text: str, low: int, high: int) -> int | None:
+            return high
+
+    fields = {field.name: getattr(encoder.cut_rule, field.name) for field in dataclasses.fields(CutRule)}
+    careless = dataclasses.replace(encoder, cut_rule=CutsAnywhere(**fields))
+    limits = EncodingLimits(chunk_chars=7)
+    text = "the same words the same words the same words"
+    assert _documents(encode_documents(encoder, [[text]], limits)) == [_expected(vocabulary, text)]
+    with pytest.raises(UserError, match="document 0: tokenizers gives other ids for the text in chunks"):
+        list(encode_documents(careless, [[text]], limits))
 
 
 def test_a_stretch_without_a_place_to_cut_is_refused_with_its_document(encoder: Encoder) -> None:
