@@ -14,8 +14,8 @@ import numpy as np
 from pipeline.artifact import link_or_copy, load_manifest
 from pipeline.corpus.config import CorpusConfig, filters_of
 from pipeline.corpus.ledger import tally
-from pipeline.corpus.split import INDEX, SPLITS
-from pipeline.data.documents import duplicates_file
+from pipeline.corpus.split import INDEX
+from pipeline.data.documents import SPLITS, duplicates_file
 
 REJECTS = "rejects.jsonl"
 _NUMBERS = ("files", "records", "broken")

@@ -13,7 +13,8 @@ from pipeline.corpus.ledger import Ledger
 from pipeline.corpus.pieces import Piece
 from pipeline.corpus.plan import plan_shards
 from pipeline.corpus.read import read_piece
-from pipeline.corpus.split import SPLITS, ShardWriter
+from pipeline.corpus.split import ShardWriter
+from pipeline.data.documents import SPLITS
 from pipeline.errors import UserError
 from pipeline.stage import Shard, StageContext, Stats, Stopped
 

@@ -13,9 +13,8 @@ from pipeline.corpus.config import SourceConfig
 from pipeline.corpus.filters import build_judge
 from pipeline.corpus.ledger import Ledger
 from pipeline.corpus.text import Document
-from pipeline.data.documents import DocumentWriter
+from pipeline.data.documents import SPLITS, DocumentWriter
 
-SPLITS = ("train", "held_out")
 INDEX = np.dtype([("hash_low", "<u8"), ("hash_high", "<u8"), ("num_bytes", "<u8")])
 """One entry a document: 128 bits of a hash of its text, by which duplicates are found, and its size."""
 _INDEX_HASH_BYTES = 16

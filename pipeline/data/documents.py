@@ -22,6 +22,7 @@ from pipeline.data.arrays import binary_to_arrow, to_arrow, to_numpy
 from pipeline.errors import CorruptionError
 
 SCHEMA = pa.schema([("text", pa.large_string()), ("starts_document", pa.bool_())])
+SPLITS = ("train", "held_out")
 PART_BYTES = 1 << 20
 _BATCH_BYTES = 1 << 20
 _SUFFIX = ".arrow"

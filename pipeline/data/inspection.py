@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.artifact import checked, checked_files, open_artifact
-from pipeline.data.documents import read_rows, text_files
+from pipeline.data.documents import SPLITS, read_rows, text_files
 from pipeline.data.loader import Loader
 from pipeline.data.mixture import whole_weights
 from pipeline.data.rows import PackedRows, open_rows
@@ -123,7 +123,7 @@ def _agree(what: str, found: Any, stated: Any) -> None:
 def _verify_corpus(corpus: Path) -> str:
     stats = open_artifact(corpus).stats
     said: list[str] = []
-    for split in ("train", "held_out"):
+    for split in SPLITS:
         num_docs = num_bytes = 0
         for name in itertools.chain.from_iterable(text_files(corpus, split).values()):
             for rows in read_rows(corpus, name):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.artifact import link_or_copy, load_manifest
-from pipeline.data.documents import read_documents, text_files, text_hashes
+from pipeline.data.documents import SPLITS, read_documents, text_files, text_hashes
 from pipeline.data.encoding import EncodedBatch, EncodingLimits, build_encoder, encode_documents
 from pipeline.data.shards import Segments, ShardWriter
 from pipeline.data.special_tokens import load_special_tokens
@@ -18,7 +18,6 @@ from pipeline.errors import UserError
 from pipeline.stage import Shard, StageContext, Stats, Stopped
 from pipeline.tokenization.config import TokenizationConfig
 
-SPLITS = ("train", "held_out")
 _TOKENS = "tokens.arrow"
 _SAMPLE_DOCS, _SAMPLE_CHARS = 32, 8192
 """What a fast backend must prove itself on in each shard: so much of its first documents."""

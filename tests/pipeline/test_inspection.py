@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,28 +94,35 @@ def test_a_flipped_bit_anywhere_is_found(made: Artifacts, vocabulary: Vocabulary
         sentences(own, vocabulary)
 
 
-def test_the_mask_id_in_a_shard_is_found(made: Artifacts, vocabulary: Vocabulary, tmp_path: Path) -> None:
-    own = copied(made, tmp_path)
-    path = sorted(own.tokens.glob("train-*.arrow"))[0]
+def rewrite(directory: Path, pattern: str, change: Callable[[list[list[int]]], None]) -> None:
+    """Change the documents of the first shard of a pattern, and have the manifest agree."""
+    path = sorted(directory.glob(pattern))[0]
     stream = open_stream([path])
     documents = [part.tolist() for part in np.split(stream[:], stream.doc_starts[1:-1])]
-    documents[0][0] = vocabulary.special.mask_token_id
-    path.unlink()  # rows are another name of the same file
+    change(documents)
+    path.unlink()  # it may be one of two names of the same file
     write_shard(path, documents, stream.vocab_size)
-    forge(own.tokens, path.name)
+    forge(directory, path.name)
+
+
+def test_the_mask_id_in_a_shard_is_found(made: Artifacts, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    own = copied(made, tmp_path)
+
+    def put_mask(documents: list[list[int]]) -> None:
+        documents[0][0] = vocabulary.special.mask_token_id
+
+    rewrite(own.tokens, "train-*.arrow", put_mask)
     with pytest.raises(CorruptionError, match="holds the mask id"):
         sentences(own, vocabulary)
 
 
 def test_rows_that_hold_another_document_are_found(made: Artifacts, vocabulary: Vocabulary, tmp_path: Path) -> None:
     own = copied(made, tmp_path)
-    path = sorted(own.rows.glob("train-*[0-9].arrow"))[0]
-    stream = open_stream([path])
-    documents = [part.tolist() for part in np.split(stream[:], stream.doc_starts[1:-1])]
-    documents[1][0] = (documents[1][0] + 1) % 100 + 100
-    path.unlink()
-    write_shard(path, documents, stream.vocab_size)
-    forge(own.rows, path.name)
+
+    def change_a_token(documents: list[list[int]]) -> None:
+        documents[1][0] = (documents[1][0] + 1) % 100 + 100
+
+    rewrite(own.rows, "train-*[0-9].arrow", change_a_token)
     with pytest.raises(CorruptionError, match="do not hold document 1 of"):
         sentences(own, vocabulary)
 
