@@ -9,7 +9,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from pipeline.data.splitting import CutRule
 from pipeline.data.vocabulary import Vocabulary
+from pipeline.data.words import WordBackend, encode_whole
 from pipeline.errors import UserError
 
 BackendName = Literal["auto", "tokenizers", "fast"]
@@ -34,29 +36,16 @@ _RENEW_CHARS = 1 << 26
 
 
 class Backend(Protocol):
-    """Ids of texts that need no cut, in order, as uint32; texts that spell a special token are ordinary."""
+    """Ids of texts that need no cut; texts that spell a special token are ordinary."""
 
     @property
     def name(self) -> str:
         """The package behind it."""
         ...
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text; TypeError for a string that is not Unicode text."""
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts, flat (uint32), and the number of each text's (int64); TypeError for what is not Unicode."""
         ...
-
-
-@dataclass(frozen=True)
-class StandardBackend:
-    """The tokenizers library, one text at a time: a batch gains nothing on one core, and would start threads."""
-
-    vocabulary: Vocabulary
-    name: str = "tokenizers"
-
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text."""
-        encode = self.vocabulary.tokenizer.encode_batch_fast
-        return [np.array(encode([text], add_special_tokens=False)[0].ids, dtype=np.uint32) for text in texts]
 
 
 class FastBackend:
@@ -76,14 +65,15 @@ class FastBackend:
         self._tokenizer = self._tokenizer_type.from_json(self._content)
         self._num_chars = 0
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text."""
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts, flat, and the number of each text's."""
         self._num_chars += sum(map(len, texts))
         if self._num_chars > _RENEW_CHARS:
             # It remembers every word for good, some ten bytes for a character of text without repetitions.
             self._renew()
         # Its encode_batch returns awkward arrays, for which that package would be imported; the speed is the same.
-        return [self._tokenizer.encode(text) for text in texts]
+        ids = [self._tokenizer.encode(text) for text in texts]
+        return np.concatenate([np.zeros(0, np.uint32), *ids]), np.array([len(one) for one in ids], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -94,18 +84,18 @@ class Choice:
     reason: str
 
 
-def choose_backend(vocabulary: Vocabulary, setting: BackendName, sample: Iterable[str]) -> Choice:
+def choose_backend(vocabulary: Vocabulary, rule: CutRule, setting: BackendName, sample: Iterable[str]) -> Choice:
     """The backend for a setting; gigatoken only if it gives the ids of tokenizers on the sample and on PROBES.
 
     ``auto`` falls back to tokenizers and gives the reason; ``fast`` raises UserError with it.
     """
-    standard = StandardBackend(vocabulary)
+    standard = WordBackend(vocabulary, rule)
     if setting == "tokenizers":
         return Choice(standard, "asked for")
     texts = [*PROBES, *_own_probes(vocabulary), *sample]
     try:
         fast = FastBackend(vocabulary)
-        found = fast.encode(texts)
+        found = [fast.encode([text])[0] for text in texts]
     except ModuleNotFoundError as error:
         reason = f"{error.name} is not installed (pip install 'dlm[fast]')"
     except (KeyboardInterrupt, SystemExit):
@@ -114,8 +104,8 @@ def choose_backend(vocabulary: Vocabulary, setting: BackendName, sample: Iterabl
         told = traceback.format_exception_only(error)[0].strip().splitlines()[0]
         reason = f"gigatoken cannot load or use this tokenizer: {told}"
     else:
-        pairs = zip(texts, standard.encode(texts), found, strict=True)
-        differing = next((text for text, ours, theirs in pairs if not np.array_equal(ours, theirs)), None)
+        pairs = zip(texts, found, strict=True)
+        differing = next((t for t, ids in pairs if not np.array_equal(ids, encode_whole(vocabulary, t))), None)
         if differing is None:
             return Choice(fast, f"gave the ids of tokenizers on {len(texts)} texts")
         reason = f"gigatoken gives other ids than tokenizers for {differing[:60]!r}"

@@ -1,15 +1,15 @@
 """Documents into flat arrays of token ids: the ids of each whole text, however long, in bounded memory."""
 
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.backends import Backend, BackendName, StandardBackend, choose_backend
+from pipeline.data.backends import Backend, BackendName, choose_backend
 from pipeline.data.shards import token_type
 from pipeline.data.splitting import CutRule, cut_document, find_cut_rule
 from pipeline.data.vocabulary import Vocabulary
+from pipeline.data.words import WordBackend, encode_whole
 from pipeline.errors import UserError
 
 
@@ -23,10 +23,8 @@ class EncodingLimits:
     """A longer document is cut into pieces of at most this, where the tokenizer allows it."""
     max_uncut_chars: int = 1 << 22
     """The longest text that is encoded at once where there is no place to cut; tokenizers takes some 90 bytes each."""
-    chunk_chars: int = 1 << 12
-    """What tokenizers is given at once, where it may be cut: it is a fifth quicker on texts that fit into a cache."""
     verify_every: int = 1000
-    """One in so many pieces is encoded by tokenizers as a whole and compared; the first always is."""
+    """One in so many pieces is encoded by tokenizers at once and compared; the first always is."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -67,8 +65,9 @@ class EncodedBatch:
 def build_encoder(vocabulary: Vocabulary, backend: BackendName = "auto", sample: Iterable[str] = ()) -> Encoder:
     """Choose what encodes; ``sample`` are texts of the corpus on which a fast backend must prove itself."""
     assert vocabulary.tokenizer.encode_special_tokens, "text that spells a special token must stay text"
-    choice = choose_backend(vocabulary, backend, sample)
-    return Encoder(vocabulary, choice.backend, choice.reason, find_cut_rule(vocabulary.tokenizer))
+    rule = find_cut_rule(vocabulary.tokenizer)
+    choice = choose_backend(vocabulary, rule, backend, sample)
+    return Encoder(vocabulary, choice.backend, choice.reason, rule)
 
 
 def encode_documents(
@@ -104,15 +103,14 @@ def _encode(
 ) -> EncodedBatch:
     numbers = first + np.cumsum(ends) - ends
     try:
-        is_standard = isinstance(encoder.backend, StandardBackend)
-        encoded = _encode_in_chunks(encoder, texts, limits) if is_standard else encoder.backend.encode(texts)
+        flat, text_lengths = encoder.backend.encode(texts)
     except TypeError:
         _refuse_surrogates(texts, numbers)
         raise
-    chosen = range(-num_pieces % limits.verify_every, len(texts), limits.verify_every)
-    _verify(encoder, texts, encoded, numbers, chosen)
-    text_lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
-    flat = np.concatenate(encoded)
+    starts = np.cumsum(text_lengths) - text_lengths
+    for place in range(-num_pieces % limits.verify_every, len(texts), limits.verify_every):
+        found = flat[starts[place] : starts[place] + text_lengths[place]]
+        _verify(encoder, texts[place], found, numbers[place])
     _check_ids(encoder.vocabulary, flat, text_lengths, numbers)
     special = encoder.vocabulary.special
     lengths = text_lengths + ends
@@ -123,18 +121,6 @@ def _encode(
     ids[is_text] = flat
     ids[last] = special.eos_token_id
     return EncodedBatch(ids, lengths, ends, first)
-
-
-def _encode_in_chunks(encoder: Encoder, texts: list[str], limits: EncodingLimits) -> list[np.ndarray]:
-    """Ids of each text, put together from those of its chunks."""
-    chunks: list[str] = []
-    ends: list[int] = []
-    for text in texts:
-        cut = cut_document([text], encoder.cut_rule, limits.chunk_chars, max(len(text), limits.chunk_chars), "")
-        chunks += [chunk for chunk, _ in cut]
-        ends.append(len(chunks))
-    encoded = encoder.backend.encode(chunks)
-    return [np.concatenate(encoded[first:end]) for first, end in itertools.pairwise([0, *ends])]
 
 
 def _refuse_surrogates(texts: list[str], numbers: np.ndarray) -> None:
@@ -148,19 +134,18 @@ def _refuse_surrogates(texts: list[str], numbers: np.ndarray) -> None:
             ) from None
 
 
-def _verify(encoder: Encoder, texts: list[str], found: list[np.ndarray], numbers: np.ndarray, chosen: range) -> None:
-    expected = StandardBackend(encoder.vocabulary).encode([texts[place] for place in chosen])
-    for place, ids in zip(chosen, expected, strict=True):
-        if not np.array_equal(ids, found[place]):
-            which = f"{encoder.backend.name} gives other ids than tokenizers"
-            remedy = "Set the backend to 'tokenizers'"
-            if isinstance(encoder.backend, StandardBackend):
-                which = "tokenizers gives other ids for the text in chunks than for the whole"
-                remedy = "This is a fault in the rule of data/splitting.py for this tokenizer; please report it"
-            raise UserError(
-                f"document {numbers[place]}: {which} ({len(found[place]):,} and {len(ids):,}); the text begins "
-                f"{texts[place][:60]!r}. {remedy}"
-            )
+def _verify(encoder: Encoder, text: str, found: np.ndarray, number: int) -> None:
+    expected = encode_whole(encoder.vocabulary, text)
+    if np.array_equal(expected, found):
+        return
+    which = f"{encoder.backend.name} gives other ids than tokenizers"
+    remedy = "Set the backend to 'tokenizers'"
+    if isinstance(encoder.backend, WordBackend):
+        which = "tokenizers gives other ids for the text in words than for the whole"
+        remedy = "This is a fault in the rule of data/splitting.py for this tokenizer; please report it"
+    raise UserError(
+        f"document {number}: {which} ({len(found):,} and {len(expected):,}); the text begins {text[:60]!r}. {remedy}"
+    )
 
 
 def _check_ids(vocabulary: Vocabulary, flat: np.ndarray, lengths: np.ndarray, numbers: np.ndarray) -> None:

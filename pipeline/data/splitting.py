@@ -14,15 +14,17 @@ A regex with look-behind, anchors or back-references is not read, and such a tok
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
-from tokenizers import Regex, Tokenizer
+import numpy as np
+from tokenizers import Tokenizer
 from tokenizers.normalizers import Normalizer
-from tokenizers.pre_tokenizers import Digits, Split
+from tokenizers.pre_tokenizers import Digits
 
+from pipeline.data.glushkov import Edges, Stage, UnreadableError, read_regex
 from pipeline.errors import UserError
 
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -31,161 +33,8 @@ _UNICODE_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}
 _INERT = " \t\n\r\u3001\u3002"
 """Characters that no Unicode form changes, composes with a neighbour, or moves anything across."""
 _TAIL_CHARS = 64
-
-Accepts = Callable[[str], bool]
-Edges = frozenset[tuple[int, int]]
-
-
-class _UnreadableError(Exception):
-    """Why no place for a cut can be proven safe."""
-
-
-@dataclass(frozen=True)
-class _Node:
-    """Part of a regex, by the numbers of its atoms."""
-
-    first: frozenset[int] = frozenset()
-    last: frozenset[int] = frozenset()
-    follow: Edges = frozenset()
-    alone: frozenset[int] = frozenset()
-    """Atoms that match the part with one character."""
-    nullable: bool = True
-    skippable: bool = True
-    """Matches nothing anywhere; a look-ahead is nullable, yet can fail."""
-
-
-def _either(a: _Node, b: _Node) -> _Node:
-    nullable, skippable = a.nullable or b.nullable, a.skippable or b.skippable
-    return _Node(a.first | b.first, a.last | b.last, a.follow | b.follow, a.alone | b.alone, nullable, skippable)
-
-
-def _then(a: _Node, b: _Node) -> _Node:
-    return _Node(
-        first=a.first | b.first if a.nullable else a.first,
-        last=a.last | b.last if b.nullable else b.last,
-        follow=a.follow | b.follow | _pairs(a.last, b.first),
-        alone=(a.alone if b.skippable else frozenset()) | (b.alone if a.skippable else frozenset()),
-        nullable=a.nullable and b.nullable,
-        skippable=a.skippable and b.skippable,
-    )
-
-
-def _pairs(left: frozenset[int], right: frozenset[int]) -> Edges:
-    return frozenset((p, q) for p in left for q in right)
-
-
-def _repeat(a: _Node, least: int, is_loop: bool) -> _Node:
-    """An upper limit above one counts as none, which only adds pairs."""
-    alone = a.alone if least < 2 else frozenset[int]()
-    follow = a.follow | _pairs(a.last, a.first) if is_loop else a.follow
-    return _Node(a.first, a.last, follow, alone, a.nullable or least == 0, a.skippable or least == 0)
-
-
-_CLASS = r"\[\^?+(?:[^\[\]\\]|\\[pP]\{\^?\w+\}|\\.|\[\^?(?:[^\[\]\\]|\\.)+\])+\]"
-_ATOM = re.compile(
-    rf"{_CLASS}|\\[pP]\{{\^?\w+\}}|\\[sSdDwWrnt]|\\u[0-9A-Fa-f]{{4}}|\\x[0-7][0-9A-Fa-f]|\\[^\w]|[^\\\[\](){{}}|?*+^$]",
-    re.DOTALL | re.ASCII,
-)
-_QUANTIFIER = re.compile(r"(?:([?*+])|\{(\d+)(?:,\d*)?\})([?+]?)")
-_GROUP = re.compile(r"\((\?:|\?i:|\?!|\?=|(?!\?))")
-
-
-@dataclass
-class _Reader:
-    """Reads one regex; ``atoms`` are patterns of one character each."""
-
-    pattern: str
-    place: int = 0
-    atoms: list[str] = field(default_factory=list)
-    is_possessive: bool = False
-
-    def alternatives(self, ignore_case: bool = False) -> list[_Node]:
-        found = [self._sequence(ignore_case)]
-        while self.pattern.startswith("|", self.place):
-            self.place += 1
-            found.append(self._sequence(ignore_case))
-        return found
-
-    def _sequence(self, ignore_case: bool) -> _Node:
-        node = _Node()
-        while self.place < len(self.pattern) and self.pattern[self.place] not in "|)":
-            node = _then(node, self._quantified(ignore_case))
-        return node
-
-    def _quantified(self, ignore_case: bool) -> _Node:
-        node = self._item(ignore_case)
-        while match := _QUANTIFIER.match(self.pattern, self.place):
-            sign, least, manner = match.groups()
-            self.is_possessive |= manner == "+"
-            node = _repeat(node, int(least) if least is not None else 0 if sign in "?*" else 1, sign != "?")
-            self.place = match.end()
-        return node
-
-    def _item(self, ignore_case: bool) -> _Node:
-        if match := _GROUP.match(self.pattern, self.place):
-            self.place = match.end()
-            kind = match.group(1)
-            node = _Node(frozenset(), frozenset(), frozenset(), frozenset(), nullable=False, skippable=False)
-            for alternative in self.alternatives(ignore_case or kind == "?i:"):
-                node = _either(node, alternative)
-            if not self.pattern.startswith(")", self.place):
-                raise self._unreadable()
-            self.place += 1
-            if kind in ("?!", "?="):
-                node = _Node(node.first, node.last, node.follow, frozenset(), nullable=True, skippable=False)
-            return node
-        match = _ATOM.match(self.pattern, self.place)
-        # An atom beyond ASCII may match several characters of another case; one for two ASCII letters, see _judge.
-        if not match or (ignore_case and not (match.group().isascii() and len(match.group()) == 1)):
-            raise self._unreadable()
-        self.place = match.end()
-        self.atoms.append(f"(?i:{match.group()})" if ignore_case else match.group())
-        own = frozenset([len(self.atoms) - 1])
-        return _Node(own, own, frozenset(), own, nullable=False, skippable=False)
-
-    def _unreadable(self) -> _UnreadableError:
-        return _UnreadableError(
-            f"its regex has {self.pattern[self.place : self.place + 12]!r}, whose reach is not known"
-        )
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """One step of a pre-tokenizer."""
-
-    accepts: tuple[Accepts, ...]
-    """One test of a character for each atom."""
-    follow: Edges
-    alone: tuple[tuple[frozenset[int], frozenset[int]], ...]
-    """For each alternative, the atoms that match it with one character, and those that must not accept it."""
-
-    def verdict(self, x: str, y: str) -> tuple[bool, bool]:
-        """Whether a match may go from x on to y, and whether x is always inside a match."""
-        before = {atom for atom, accepts in enumerate(self.accepts) if accepts(x)}
-        after = {atom for atom, accepts in enumerate(self.accepts) if accepts(y)}
-        is_joined = any(p in before and q in after for p, q in self.follow)
-        is_covered = any(atoms & before and not rivals & before for atoms, rivals in self.alone)
-        return is_joined, is_covered
-
-
-def _regex_stage(pattern: str) -> _Stage:
-    reader = _Reader(pattern)
-    nodes = reader.alternatives()
-    if reader.place < len(pattern) or any(node.nullable for node in nodes):
-        raise _UnreadableError(f"its regex {pattern!r} matches without a character, or is not well formed")
-    follow = frozenset[tuple[int, int]]().union(*(node.follow for node in nodes))
-    alone: list[tuple[frozenset[int], frozenset[int]]] = []
-    for node in nodes:
-        # A possessive part does not give back what it took, so no other atom may be able to take x first.
-        members = node.first | node.last | frozenset(atom for pair in node.follow for atom in pair)
-        alone += [(frozenset([a]), members - {a} if reader.is_possessive else frozenset()) for a in node.alone]
-    return _Stage(tuple(map(_one_character, reader.atoms)), follow, tuple(alone))
-
-
-def _one_character(atom: str) -> Accepts:
-    """Ask the engine of the tokenizer itself, whose Unicode tables decide."""
-    removal = Split(Regex(atom), "removed")
-    return lambda character: not removal.pre_tokenize_str(character)
+_WINDOW_CHARS = 1 << 12
+_NUM_ASCII, _NUM_CODES = 0x80, 0x110000
 
 
 def _is_digit(character: str) -> bool:
@@ -200,20 +49,20 @@ def _flatten(spec: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [spec]
 
 
-def _stages(spec: dict[str, Any]) -> Iterator[_Stage]:
+def _stages(spec: dict[str, Any]) -> Iterator[Stage]:
     match spec:
         case {"type": "ByteLevel"}:
             if spec.get("use_regex", True):
-                yield _regex_stage(_BYTE_LEVEL)
+                yield read_regex(_BYTE_LEVEL)
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated" | "Removed"}:
-            yield _regex_stage(pattern)
+            yield read_regex(pattern)
         case {"type": "Split", "pattern": {"String": str(literal)}, "behavior": "Isolated" | "Removed"}:
-            yield _regex_stage(re.escape(literal))
+            yield read_regex(re.escape(literal))
         case {"type": "Digits", "individual_digits": bool(is_single)}:
             loop: Edges = frozenset() if is_single else frozenset([(0, 0)])
-            yield _Stage((_is_digit,), loop, ((frozenset([0]), frozenset()),))
+            yield Stage((_is_digit,), loop, ((frozenset([0]), frozenset()),))
         case _:
-            raise _UnreadableError(f"its pre-tokenizer {spec['type']} is not one whose words are known to end")
+            raise UnreadableError(f"its pre-tokenizer {spec['type']} is not one whose words are known to end")
 
 
 def _spec(component: Any) -> dict[str, Any] | None:
@@ -225,14 +74,65 @@ def _check_normalizer(spec: dict[str, Any] | None) -> None:
         for part in spec["normalizers"]:
             _check_normalizer(part)
     elif spec and spec["type"] not in _UNICODE_FORMS:
-        raise _UnreadableError(f"its normalizer {spec['type']} may change text across a cut")
+        raise UnreadableError(f"its normalizer {spec['type']} may change text across a cut")
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """All that the rule sees of a character."""
+
+    accepting: tuple[frozenset[int], ...]
+    """The atoms of each stage that match it."""
+    spelled: str
+    """Itself, if an added token or the prefix has it."""
+    is_unsure: bool
+    """Half of a surrogate pair, or one that may match two letters of a regex that ignores case."""
+
+
+class _Kinds:
+    """Which characters may be parted; it learns each when it is first met, and alike characters are judged once."""
+
+    def __init__(self, look: Callable[[str], _Kind], judge: Callable[[_Kind, _Kind], bool]) -> None:
+        self._look, self._judge = look, judge
+        self._numbers: dict[_Kind, int] = {}
+        self._of_code = np.full(_NUM_CODES, -1, np.int32)
+        self._may_part = np.zeros((0, 0), bool)
+
+    def may_part(self, text: str) -> np.ndarray:
+        """Whether each character of a text may be parted from the one before it (bool, [len(text)])."""
+        codes = _codes(text)
+        kinds = self._of_code[codes]
+        if (kinds < 0).any():
+            self._learn(np.unique(codes[kinds < 0]).tolist())
+            kinds = self._of_code[codes]
+        found = np.zeros(len(text), bool)
+        found[1:] = self._may_part[kinds[:-1], kinds[1:]]
+        return found
+
+    def _learn(self, codes: list[int]) -> None:
+        for code in codes:
+            kind = self._look(chr(code))
+            self._of_code[code] = self._numbers.setdefault(kind, len(self._numbers))
+        kinds, num_known = list(self._numbers), len(self._may_part)
+        if len(kinds) == num_known:
+            return
+        table = np.zeros((len(kinds), len(kinds)), bool)
+        table[:num_known, :num_known] = self._may_part
+        for a, b in product(range(len(kinds)), repeat=2):
+            if max(a, b) >= num_known:
+                table[a, b] = self._judge(kinds[a], kinds[b])
+        self._may_part = table
 
 
 @dataclass(frozen=True)
 class CutRule:
     """Where one tokenizer lets a text be cut."""
 
-    stages: tuple[_Stage, ...] = ()
+    stages: tuple[Stage, ...] = ()
     normalizer: Normalizer | None = None
     words: tuple[str, ...] = ()
     """Added tokens, which are looked for in a text before anything else."""
@@ -240,7 +140,6 @@ class CutRule:
     """A space is put in front of a text that has none."""
     obstacle: str = ""
     """Why there is no safe place at all; empty if there are."""
-    _known: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)
 
     def is_safe(self, text: str, place: int) -> bool:
         """Whether text[:place] and text[place:] have the ids of text, whatever comes before and after text."""
@@ -257,17 +156,35 @@ class CutRule:
                 return False
             x = self.normalizer.normalize_str(text[start:place])[-1]
             # After a word the text is normalized by itself, so that x would be another character than here.
-            return self._may_part(x, y) and not self._ends_word(text, start + 1, place - 1)
-        return self._may_part(x, y)
+            if self._ends_word(text, start + 1, place - 1):
+                return False
+        return bool(self._kinds.may_part(x + y)[1])
+
+    def safe_places(self, text: str) -> np.ndarray:
+        """Of each place of a text that is encoded by itself, whether it is safe to cut there too (bool, [len(text)]).
+
+        Nowhere, if the normalizer changes the text.  If not, it changes no piece either: the Unicode forms are closed
+        under substrings (Unicode Standard Annex 15, section 3).
+        """
+        is_changed = self.normalizer and not text.isascii() and self.normalizer.normalize_str(text) != text
+        if self.obstacle or is_changed:
+            return np.zeros(len(text), bool)
+        return self._kinds.may_part(text)
 
     def last_cut(self, text: str, low: int, high: int) -> int | None:
         """The last safe place in (low, high], or None."""
-        if self.obstacle:
-            return None
-        known = self._known
-        for place in range(min(high, len(text) - 1), low, -1):
-            if known.get(text[place - 1 : place + 1], True) and self.is_safe(text, place):
-                return place
+        high = min(high, len(text) - 1)
+        while high > low and not self.obstacle:
+            start = max(low, high - _WINDOW_CHARS)
+            window = text[start : high + 1]
+            is_candidate = self._kinds.may_part(window)
+            if self.normalizer:
+                # It may make another character of one beyond ASCII, about which its pair then says nothing.
+                is_candidate[1:] |= _codes(window)[:-1] >= _NUM_ASCII
+            for place in (np.flatnonzero(is_candidate)[::-1] + start).tolist():
+                if self.is_safe(text, place):
+                    return place
+            high = start
         return None
 
     def _is_inert(self, text: str, place: int) -> bool:
@@ -285,20 +202,25 @@ class CutRule:
         """All that stands side by side in a word: no cut there."""
         return frozenset(x + y for word in self.words for x, y in pairwise(word))
 
-    def _may_part(self, x: str, y: str) -> bool:
-        known = self._known.get(x + y)
-        if known is None:
-            known = self._known[x + y] = self._judge(x, y)
-        return known
+    @cached_property
+    def _kinds(self) -> _Kinds:
+        spelled = frozenset("".join(self.words) + " ")
 
-    def _judge(self, x: str, y: str) -> bool:
-        if self.is_prefixed and y != " ":
+        def look(character: str) -> _Kind:
+            if 0xD800 <= ord(character) < 0xE000:
+                return _Kind((), "", is_unsure=True)
+            accepting = tuple(stage.accepting(character) for stage in self.stages)
+            return _Kind(accepting, character if character in spelled else "", len(character.casefold()) > 1)
+
+        return _Kinds(look, self._judge)
+
+    def _judge(self, x: _Kind, y: _Kind) -> bool:
+        if x.is_unsure or y.is_unsure or x.spelled + y.spelled in self._word_pairs:
             return False
-        # Such a character may match two letters of a regex that ignores case.
-        if len(x.casefold()) > 1 or len(y.casefold()) > 1 or x + y in self._word_pairs:
+        if self.is_prefixed and y.spelled != " ":
             return False
-        for stage in self.stages:
-            is_joined, is_covered = stage.verdict(x, y)
+        for stage, before, after in zip(self.stages, x.accepting, y.accepting, strict=True):
+            is_joined, is_covered = stage.verdict(before, after)
             if is_joined or is_covered:
                 return not is_joined
         return False
@@ -310,20 +232,20 @@ def find_cut_rule(tokenizer: Tokenizer) -> CutRule:
         _check_normalizer(_spec(tokenizer.normalizer))
         steps = _flatten(_spec(tokenizer.pre_tokenizer))
         if not steps:
-            raise _UnreadableError("it has no pre-tokenizer, so a whole text is one word")
+            raise UnreadableError("it has no pre-tokenizer, so a whole text is one word")
         if any(step["type"] == "ByteLevel" for step in steps[:-1]):
-            raise _UnreadableError("its pre-tokenizer splits by the characters that ByteLevel makes")
+            raise UnreadableError("its pre-tokenizer splits by the characters that ByteLevel makes")
         stages = tuple(stage for step in steps for stage in _stages(step))
         is_prefixed = any(step.get("add_prefix_space") for step in steps)
         words: list[str] = []
         for token in tokenizer.get_added_tokens_decoder().values():
             # The spelling of a special token is text, but it hides the ordinary added tokens that are found within it.
             if not token.special and (token.lstrip or token.rstrip or token.single_word):
-                raise _UnreadableError(f"its added token {token.content!r} looks at the characters around it")
+                raise UnreadableError(f"its added token {token.content!r} looks at the characters around it")
             words.append(token.content)
             if tokenizer.normalizer:
                 words.append(tokenizer.normalizer.normalize_str(token.content))
-    except _UnreadableError as error:
+    except UnreadableError as error:
         return CutRule(obstacle=str(error))
     return CutRule(stages, tokenizer.normalizer, tuple(words), is_prefixed)
 

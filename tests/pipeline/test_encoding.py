@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from pipeline.data.backends import PROBES, StandardBackend
+from pipeline.data.backends import PROBES
 from pipeline.data.encoding import EncodedBatch, Encoder, EncodingLimits, build_encoder, encode_documents
 from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, SpecialTokens
 from pipeline.data.splitting import CutRule
 from pipeline.data.vocabulary import Vocabulary, find_special_tokens, load_vocabulary, take_literally
+from pipeline.data.words import WordBackend
 from pipeline.errors import UserError
 from tests.pipeline.conftest import AWKWARD
 
@@ -122,16 +123,15 @@ def test_a_rule_that_cuts_where_ids_change_is_an_error_and_not_other_ids(vocabul
     encoder = build_encoder(vocabulary, "tokenizers")
 
     class CutsAnywhere(CutRule):
-        def last_cut(self, text: str, low: int, high: int) -> int | None:
-            return high
+        def safe_places(self, text: str) -> np.ndarray:
+            return np.ones(len(text), bool)
 
     fields = {field.name: getattr(encoder.cut_rule, field.name) for field in dataclasses.fields(CutRule)}
-    careless = dataclasses.replace(encoder, cut_rule=CutsAnywhere(**fields))
-    limits = EncodingLimits(chunk_chars=7)
+    careless = dataclasses.replace(encoder, backend=WordBackend(vocabulary, CutsAnywhere(**fields)))
     text = "the same words the same words the same words"
-    assert _documents(encode_documents(encoder, [[text]], limits)) == [_expected(vocabulary, text)]
-    with pytest.raises(UserError, match="document 0: tokenizers gives other ids for the text in chunks"):
-        list(encode_documents(careless, [[text]], limits))
+    assert _documents(encode_documents(encoder, [[text]])) == [_expected(vocabulary, text)]
+    with pytest.raises(UserError, match="document 0: tokenizers gives other ids for the text in words"):
+        list(encode_documents(careless, [[text]]))
 
 
 def test_a_stretch_without_a_place_to_cut_is_refused_with_its_document(encoder: Encoder) -> None:
@@ -284,7 +284,7 @@ def test_a_fast_backend_that_agrees_is_taken_and_gives_the_same_arrays(vocabular
 @pytest.mark.usefixtures("fake_gigatoken")
 def test_a_fast_backend_that_differs_on_the_sample_is_not_taken(vocabulary: Vocabulary) -> None:
     encoder = build_encoder(vocabulary, "auto", ["good", "some poison"])
-    assert isinstance(encoder.backend, StandardBackend)
+    assert isinstance(encoder.backend, WordBackend)
     assert encoder.reason == "gigatoken gives other ids than tokenizers for 'some poison'"
     with pytest.raises(UserError, match=r"'fast' cannot be used: .*'some poison'.*'auto' or 'tokenizers'"):
         build_encoder(vocabulary, "fast", ["good", "some poison"])
@@ -305,7 +305,7 @@ def test_a_fast_backend_that_differs_later_is_an_error_that_names_the_document(v
 def test_a_fast_backend_that_cannot_load_the_tokenizer_gives_way(vocabulary: Vocabulary, fake_gigatoken: Path) -> None:
     fake_gigatoken.write_text(FAKE.format(load='raise RuntimeError("Unsupported model type\\nLocation: x")'))
     encoder = build_encoder(vocabulary, "auto")
-    assert isinstance(encoder.backend, StandardBackend)
+    assert isinstance(encoder.backend, WordBackend)
     assert encoder.reason == "gigatoken cannot load or use this tokenizer: RuntimeError: Unsupported model type"
 
 
@@ -325,7 +325,7 @@ def test_whatever_a_fast_backend_fails_of_it_gives_way_with_the_reason(
 ) -> None:
     fake_gigatoken.write_text(FAKE.format(load=load))
     encoder = build_encoder(vocabulary, "auto")
-    assert isinstance(encoder.backend, StandardBackend)
+    assert isinstance(encoder.backend, WordBackend)
     assert encoder.reason.startswith("gigatoken cannot load or use this tokenizer: ")
     assert encoder.reason.endswith(reason)
     with pytest.raises(UserError, match="'fast' cannot be used: gigatoken cannot load"):
@@ -346,7 +346,7 @@ def test_without_the_package_auto_gives_way_and_fast_is_refused(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     encoder = build_encoder(vocabulary, "auto")
-    assert isinstance(encoder.backend, StandardBackend)
+    assert isinstance(encoder.backend, WordBackend)
     assert encoder.reason == "gigatoken is not installed (pip install 'dlm[fast]')"
     with pytest.raises(UserError, match=r"gigatoken is not installed \(pip install 'dlm\[fast\]'\)"):
         build_encoder(vocabulary, "fast")
@@ -380,7 +380,7 @@ def test_gigatoken_gives_way_for_a_tokenizer_that_it_does_not_know() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(SPECIAL)
     encoder = build_encoder(_vocabulary(tokenizer), "auto")
-    assert isinstance(encoder.backend, StandardBackend)
+    assert isinstance(encoder.backend, WordBackend)
     assert encoder.reason.startswith("gigatoken cannot load or use this tokenizer: RuntimeError: Unsupported")
 
 
