@@ -53,8 +53,8 @@ class Size:
 FULL = Size(
     text_bytes=256_000_000,
     shard_bytes=64_000_000,
-    part_bytes=96_000_000,
-    part_shard_bytes=6_000_000,
+    part_bytes=192_000_000,
+    part_shard_bytes=12_000_000,
     train_bytes=16_000_000,
     vocab_size=16_384,
     num_rounds=3,

@@ -5,6 +5,7 @@ goes on.
 """
 
 import dataclasses
+import math
 import shutil
 import time
 from collections import deque
@@ -259,7 +260,8 @@ class Coordinator:
             started_at=state.started_at,
         )
         gang_size = step_config(step).workers if stage.kind == "gang" else 0
-        call = Call(f"{name}@{turn}", _WORKER, to_json(piece), work_dir, stage.cpus, gang_size)
+        env = {"OMP_NUM_THREADS": str(math.ceil(stage.cpus))} if shard else {}
+        call = Call(f"{name}@{turn}", _WORKER, to_json(piece), work_dir, stage.cpus, gang_size, env)
         state.pieces[call.key] = piece
         self._executor.start(call)
 

@@ -125,8 +125,8 @@ class _Reader:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step of a pre-tokenizer."""
+class Automaton:
+    """What one step of a pre-tokenizer splits by."""
 
     accepts: tuple[Accepts, ...]
     """One test of a character for each atom."""
@@ -145,7 +145,7 @@ class Stage:
         return is_joined, is_covered
 
 
-def read_regex(pattern: str) -> Stage:
+def read_regex(pattern: str) -> Automaton:
     """The automaton of a regex as tokenizers takes it; UnreadableError if some part has a reach that is not known."""
     reader = _Reader(pattern)
     nodes = reader.alternatives()
@@ -157,7 +157,7 @@ def read_regex(pattern: str) -> Stage:
         # A possessive part does not give back what it took, so no other atom may be able to take x first.
         members = node.first | node.last | frozenset(atom for pair in node.follow for atom in pair)
         alone += [(frozenset([a]), members - {a} if reader.is_possessive else frozenset()) for a in node.alone]
-    return Stage(tuple(map(_one_character, reader.atoms)), follow, tuple(alone))
+    return Automaton(tuple(map(_one_character, reader.atoms)), follow, tuple(alone))
 
 
 def _one_character(atom: str) -> Accepts:

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import Digits
 
-from pipeline.data.glushkov import Edges, Stage, UnreadableError, read_regex
+from pipeline.data.glushkov import Automaton, Edges, UnreadableError, read_regex
 from pipeline.errors import UserError
 
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -49,7 +49,7 @@ def _flatten(spec: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [spec]
 
 
-def _stages(spec: dict[str, Any]) -> Iterator[Stage]:
+def _automata(spec: dict[str, Any]) -> Iterator[Automaton]:
     match spec:
         case {"type": "ByteLevel"}:
             if spec.get("use_regex", True):
@@ -60,7 +60,7 @@ def _stages(spec: dict[str, Any]) -> Iterator[Stage]:
             yield read_regex(re.escape(literal))
         case {"type": "Digits", "individual_digits": bool(is_single)}:
             loop: Edges = frozenset() if is_single else frozenset([(0, 0)])
-            yield Stage((_is_digit,), loop, ((frozenset([0]), frozenset()),))
+            yield Automaton((_is_digit,), loop, ((frozenset([0]), frozenset()),))
         case _:
             raise UnreadableError(f"its pre-tokenizer {spec['type']} is not one whose words are known to end")
 
@@ -86,7 +86,7 @@ class _Kind:
     """All that the rule sees of a character."""
 
     accepting: tuple[frozenset[int], ...]
-    """The atoms of each stage that match it."""
+    """The atoms of each automaton that match it."""
     spelled: str
     """Itself, if an added token or the prefix has it."""
     is_unsure: bool
@@ -132,7 +132,7 @@ class _Kinds:
 class CutRule:
     """Where one tokenizer lets a text be cut."""
 
-    stages: tuple[Stage, ...] = ()
+    automata: tuple[Automaton, ...] = ()
     normalizer: Normalizer | None = None
     words: tuple[str, ...] = ()
     """Added tokens, which are looked for in a text before anything else."""
@@ -209,7 +209,7 @@ class CutRule:
         def look(character: str) -> _Kind:
             if 0xD800 <= ord(character) < 0xE000:
                 return _Kind((), "", is_unsure=True)
-            accepting = tuple(stage.accepting(character) for stage in self.stages)
+            accepting = tuple(automaton.accepting(character) for automaton in self.automata)
             return _Kind(accepting, character if character in spelled else "", len(character.casefold()) > 1)
 
         return _Kinds(look, self._judge)
@@ -219,8 +219,8 @@ class CutRule:
             return False
         if self.is_prefixed and y.spelled != " ":
             return False
-        for stage, before, after in zip(self.stages, x.accepting, y.accepting, strict=True):
-            is_joined, is_covered = stage.verdict(before, after)
+        for automaton, before, after in zip(self.automata, x.accepting, y.accepting, strict=True):
+            is_joined, is_covered = automaton.verdict(before, after)
             if is_joined or is_covered:
                 return not is_joined
         return False
@@ -235,7 +235,7 @@ def find_cut_rule(tokenizer: Tokenizer) -> CutRule:
             raise UnreadableError("it has no pre-tokenizer, so a whole text is one word")
         if any(step["type"] == "ByteLevel" for step in steps[:-1]):
             raise UnreadableError("its pre-tokenizer splits by the characters that ByteLevel makes")
-        stages = tuple(stage for step in steps for stage in _stages(step))
+        automata = tuple(automaton for step in steps for automaton in _automata(step))
         is_prefixed = any(step.get("add_prefix_space") for step in steps)
         words: list[str] = []
         for token in tokenizer.get_added_tokens_decoder().values():
@@ -247,7 +247,7 @@ def find_cut_rule(tokenizer: Tokenizer) -> CutRule:
                 words.append(tokenizer.normalizer.normalize_str(token.content))
     except UnreadableError as error:
         return CutRule(obstacle=str(error))
-    return CutRule(stages, tokenizer.normalizer, tuple(words), is_prefixed)
+    return CutRule(automata, tokenizer.normalizer, tuple(words), is_prefixed)
 
 
 def cut_document(
