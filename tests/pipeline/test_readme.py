@@ -1,4 +1,4 @@
-"""The example of the README runs as it stands there."""
+"""The README's example runs as it stands there, and the files and tests that it names exist."""
 
 import re
 import shutil
@@ -29,8 +29,24 @@ def test_rows_are_read_from_python_as_the_readme_says(
     assert "(8, 32)" in capsys.readouterr().out
 
 
+def _section(begin: str, end: str) -> str:
+    return README[README.index(begin) : README.index(end)]
+
+
 def test_every_file_of_data_is_in_the_table() -> None:
     files = {path.name for path in (Path(pipeline.__file__ or "").parent / "data").glob("[!_]*.py")}
-    assert files == set(
-        re.findall(r"`(\w+\.py)`", README[README.index("| file of `data/`") : README.index("## To add")])
-    )
+    assert files == set(re.findall(r"`(\w+\.py)`", _section("| file of `data/`", "## What bad input gets")))
+
+
+def test_every_test_of_bad_input_exists() -> None:
+    tests = {path.name: path.read_text(encoding="utf-8") for path in Path(__file__).parents[1].rglob("test_*.py")}
+    rows = _section("## What bad input gets", "## To add a stage").splitlines()[4:-1]
+    for row in rows:
+        cited = [part.partition("`:")[::2] for part in re.split(r"(?<=\W)`(?=test_\w+\.py)", row)[1:]]
+        assert cited
+        for file, names in cited:
+            found = re.findall(r"`(test_\w+)`", names)
+            assert found
+            for name in found:
+                assert f"def {name}(" in tests[file], (file, name)
+    assert len(rows) == 11
