@@ -46,6 +46,8 @@ class Size:
     """Text that the vocabulary is learned from."""
     vocab_size: int
     num_rounds: int
+    num_worker_rounds: int
+    """Of the gain from a second worker, two wall clocks of a machine that others use too."""
     seq_len: int = 1024
     num_workers: int = 2
 
@@ -53,11 +55,12 @@ class Size:
 FULL = Size(
     text_bytes=256_000_000,
     shard_bytes=64_000_000,
-    part_bytes=192_000_000,
+    part_bytes=96_000_000,
     part_shard_bytes=12_000_000,
     train_bytes=16_000_000,
     vocab_size=16_384,
     num_rounds=3,
+    num_worker_rounds=7,
 )
 QUICK = Size(
     text_bytes=4_000_000,
@@ -67,6 +70,7 @@ QUICK = Size(
     train_bytes=1_000_000,
     vocab_size=2_048,
     num_rounds=1,
+    num_worker_rounds=1,
 )
 
 
@@ -231,7 +235,9 @@ def _measure(size: Size, given: Prepared, root: Path) -> Measurements:
             if name == side:
                 rates[num_workers].append(tokens_per_s(ours.read_output(outs[name]).commits, num_workers))
 
-    interleave({name: lambda _, name=name: once(name) for name in sides}, size.num_rounds)
+    runs = {name: lambda _, name=name: once(name) for name in sides}
+    interleave({name: run for name, run in runs.items() if name not in WORKERS.values()}, size.num_rounds)
+    interleave({name: runs[name] for name in WORKERS.values()}, size.num_worker_rounds)
     found = {name: ours.read_output(out) for name, out in outs.items() if name != DATASETS}
     (num_tokens,) = {
         check_agreement(outs[DATASETS], found[name], size.seq_len) for name in found if name not in WORKERS.values()

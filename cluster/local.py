@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster.child import PARENT_PIPE_ENV
 from cluster.executor import Call, Ended, Executor
 
-_POLL_S = 0.05
+_POLL_S = 0.01
 _KILL_AFTER_S = 10.0
 
 
