@@ -72,7 +72,7 @@ def test_sizes_are_those_that_are_asked_for():
     assert 16_000 <= size.vocab_size <= 32_768
     assert (size.seq_len, size.num_workers) == (1024, 2)
     assert size.num_rounds >= 3
-    assert size.part_bytes / size.part_shard_bytes >= 16
+    assert size.part_bytes / size.part_shard_bytes >= 8
 
 
 def test_text_is_the_documents_that_spell_no_special_token(given):
