@@ -76,7 +76,7 @@ def write_rows(directory: Path, documents: Documents, seq_len: int, policy: Pack
             link_or_copy(documents.path(number), tokens)
         else:
             with ShardWriter(tokens, documents.vocab_size) as writer:
-                for segments in rows_in_order(stream, plan, documents.vocab_size - 1):
+                for segments in rows_in_order(stream, plan, seq_len, documents.vocab_size - 1):
                     writer.write(segments)
         write_index(directory / f"{name}{INDEX_SUFFIX}", plan)
         records.append(ShardRecord(name, source, plan.num_rows, len(stream.doc_starts) - 1, stream.num_tokens))

@@ -61,7 +61,7 @@ _ATOM = re.compile(
     rf"{_CLASS}|\\[pP]\{{\^?\w+\}}|\\[sSdDwWrnt]|\\u[0-9A-Fa-f]{{4}}|\\x[0-7][0-9A-Fa-f]|\\[^\w]|[^\\\[\](){{}}|?*+^$]",
     re.DOTALL | re.ASCII,
 )
-_QUANTIFIER = re.compile(r"(?:([?*+])|\{(\d+)(?:,\d*)?\})([?+]?)")
+_QUANTIFIER = re.compile(r"(?:([?*+])|\{(\d+)(,\d*)?\})([?+]?)")
 _GROUP = re.compile(r"\((\?:|\?i:|\?!|\?=|(?!\?))")
 
 
@@ -90,7 +90,12 @@ class _Reader:
     def _quantified(self, ignore_case: bool) -> _Node:
         node = self._item(ignore_case)
         while match := _QUANTIFIER.match(self.pattern, self.place):
-            sign, least, manner = match.groups()
+            sign, least, upper, manner = match.groups()
+            # Oniguruma reads {n}? as "n times, or not at all", and {n,m} with n > m as something else again.
+            if least is not None and (
+                int((upper or "")[1:] or least) < int(least) or (upper is None and manner == "?")
+            ):
+                raise self._unreadable()
             self.is_possessive |= manner == "+"
             node = _repeat(node, int(least) if least is not None else 0 if sign in "?*" else 1, sign != "?")
             self.place = match.end()

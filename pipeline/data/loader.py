@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.data.mixture import MixtureSchedule, whole_weights
 from pipeline.data.order import row_at, stream_number
@@ -120,17 +121,18 @@ class Loader:
         self._open: dict[int, _OpenShard] = {}
         self._blocks: dict[int, tuple[list[int], list[int]]] = {}
 
-    def batch(self, sample_ids: np.ndarray) -> RowBatch:
-        """The rows of some global sample ids, int64 [rows].
+    def batch(self, sample_ids: npt.ArrayLike) -> RowBatch:
+        """The rows of some global sample ids, integers [rows].
 
-        Raises ValueError for no ids or negative ones, CorruptionError for a damaged shard.
+        Raises ValueError for none, negative ones and what is no array of integers, CorruptionError for a damaged shard.
         """
-        if not len(sample_ids) or sample_ids.min() < 0:
-            raise ValueError(f"sample_ids are {sample_ids.tolist()}; they must be at least one, and none below 0")
+        ids = np.asarray(sample_ids)
+        if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0:
+            raise ValueError(f"sample_ids are {sample_ids!r}; one or more integers are needed, none below 0")
         seq_len, padding = self._rows.seq_len, self._padding.data
         tokens: list[Any] = []
         segments: list[Any] = []
-        for number, row in zip(*self._places(sample_ids), strict=True):
+        for number, row in zip(*self._places(ids), strict=True):
             values, starts, firsts, lengths, shard_segments = self._open.get(number) or self._open_shard(number)
             start, stop = starts[row], firsts[row + 1]
             last = lengths[stop - 1]
@@ -142,7 +144,7 @@ class Loader:
             segments.append((shard_segments, firsts[row], stop))
         # Joined as bytes, and slices of memory views rather than arrays: the quickest way to put many together.
         flat = np.frombuffer(b"".join(tokens), dtype=self._padding.dtype)
-        return RowBatch(sample_ids, flat.astype(np.int64).reshape(-1, seq_len), segments)
+        return RowBatch(ids, flat.astype(np.int64).reshape(-1, seq_len), segments)
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard, and row in it, of each global sample id."""

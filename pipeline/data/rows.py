@@ -20,7 +20,7 @@ from pipeline.data.arrays import to_arrow, to_numpy
 from pipeline.data.packing import PADDING, RowPlan
 from pipeline.data.shards import FlatTokens, map_batches, open_tokens
 from pipeline.data.verified import Verified
-from pipeline.errors import CorruptionError, is_bad_format
+from pipeline.errors import CorruptionError, UserError, is_bad_format
 
 INDEX_SUFFIX = ".rows.arrow"
 _SEGMENT = pa.struct([("length", pa.int32()), ("document", pa.int32()), ("offset", pa.int64())])
@@ -179,6 +179,10 @@ def open_rows(directory: Path | str) -> PackedRows:
     directory = Path(directory)
     manifest = open_artifact(directory)
     stats = manifest.stats
+    if manifest.stage != "packing":
+        raise UserError(
+            f"{directory} is an output of the stage {manifest.stage}; rows are what the stage packing makes"
+        )
     try:
         shards = tuple(ShardRecord(**record) for record in stats["shards"])
         files = {record.path: record for record in manifest.files}

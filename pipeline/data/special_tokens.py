@@ -22,6 +22,6 @@ class SpecialTokens:
     """Rows that an embedding needs: the highest id plus one."""
 
 
-def load_special_tokens(artifact: Path) -> SpecialTokens:
+def load_special_tokens(artifact: Path | str) -> SpecialTokens:
     """The special ids in a committed tokenizer, their file verified first.  Raises UserError, CorruptionError."""
-    return SpecialTokens(**json.loads(checked(artifact, SPECIAL_FILE).read_text()))
+    return SpecialTokens(**json.loads(checked(Path(artifact), SPECIAL_FILE).read_text()))

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,14 +81,18 @@ def _codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
+def _pair_numbers(codes: np.ndarray) -> np.ndarray:
+    """One number for each two neighbours."""
+    return codes[:-1].astype(np.int64) * _NUM_CODES + codes[1:]
+
+
 @dataclass(frozen=True)
 class _Kind:
-    """All that the rule sees of a character."""
+    """All that the rule sees of a character but which one it is."""
 
     accepting: tuple[frozenset[int], ...]
     """The atoms of each automaton that match it."""
-    spelled: str
-    """Itself, if an added token or the prefix has it."""
+    is_space: bool
     is_unsure: bool
     """Half of a surrogate pair, or one that may match two letters of a regex that ignores case."""
 
@@ -96,11 +100,17 @@ class _Kind:
 class _Kinds:
     """Which characters may be parted; it learns each when it is first met, and alike characters are judged once."""
 
-    def __init__(self, look: Callable[[str], _Kind], judge: Callable[[_Kind, _Kind], bool]) -> None:
+    def __init__(
+        self, look: Callable[[str], _Kind], judge: Callable[[_Kind, _Kind], bool], inseparable: Iterable[str]
+    ) -> None:
         self._look, self._judge = look, judge
         self._numbers: dict[_Kind, int] = {}
         self._of_code = np.full(_NUM_CODES, -1, np.int32)
         self._may_part = np.zeros((0, 0), bool)
+        self._inseparable = np.sort(_pair_numbers(_codes("".join(inseparable)))[::2])
+        self._leads = np.zeros(_NUM_CODES, bool)
+        """Whether a character is the first of such a pair."""
+        self._leads[self._inseparable // _NUM_CODES] = True
 
     def may_part(self, text: str) -> np.ndarray:
         """Whether each character of a text may be parted from the one before it (bool, [len(text)])."""
@@ -111,21 +121,18 @@ class _Kinds:
             kinds = self._of_code[codes]
         found = np.zeros(len(text), bool)
         found[1:] = self._may_part[kinds[:-1], kinds[1:]]
+        if len(self._inseparable):
+            doubtful = np.flatnonzero(found[1:] & self._leads[codes[:-1]])
+            pairs = codes[doubtful].astype(np.int64) * _NUM_CODES + codes[doubtful + 1]
+            found[doubtful[np.isin(pairs, self._inseparable)] + 1] = False
         return found
 
     def _learn(self, codes: list[int]) -> None:
         for code in codes:
             kind = self._look(chr(code))
             self._of_code[code] = self._numbers.setdefault(kind, len(self._numbers))
-        kinds, num_known = list(self._numbers), len(self._may_part)
-        if len(kinds) == num_known:
-            return
-        table = np.zeros((len(kinds), len(kinds)), bool)
-        table[:num_known, :num_known] = self._may_part
-        for a, b in product(range(len(kinds)), repeat=2):
-            if max(a, b) >= num_known:
-                table[a, b] = self._judge(kinds[a], kinds[b])
-        self._may_part = table
+        if len(self._numbers) > len(self._may_part):
+            self._may_part = np.array([[self._judge(x, y) for y in self._numbers] for x in self._numbers])
 
 
 @dataclass(frozen=True)
@@ -204,20 +211,16 @@ class CutRule:
 
     @cached_property
     def _kinds(self) -> _Kinds:
-        spelled = frozenset("".join(self.words) + " ")
-
         def look(character: str) -> _Kind:
             if 0xD800 <= ord(character) < 0xE000:
-                return _Kind((), "", is_unsure=True)
+                return _Kind((frozenset(),) * len(self.automata), is_space=False, is_unsure=True)
             accepting = tuple(automaton.accepting(character) for automaton in self.automata)
-            return _Kind(accepting, character if character in spelled else "", len(character.casefold()) > 1)
+            return _Kind(accepting, character == " ", len(character.casefold()) > 1)
 
-        return _Kinds(look, self._judge)
+        return _Kinds(look, self._judge, self._word_pairs)
 
     def _judge(self, x: _Kind, y: _Kind) -> bool:
-        if x.is_unsure or y.is_unsure or x.spelled + y.spelled in self._word_pairs:
-            return False
-        if self.is_prefixed and y.spelled != " ":
+        if x.is_unsure or y.is_unsure or (self.is_prefixed and not y.is_space):
             return False
         for automaton, before, after in zip(self.automata, x.accepting, y.accepting, strict=True):
             is_joined, is_covered = automaton.verdict(before, after)

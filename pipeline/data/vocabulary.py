@@ -29,8 +29,10 @@ class Vocabulary:
 
 
 def take_literally(tokenizer: Tokenizer) -> Tokenizer:
-    """Make encoding treat the spelling of a special token as text; the setting is not stored in the file."""
-    tokenizer.encode_special_tokens = True
+    """Make encoding treat the spelling of a special token as text, and cut or pad nothing."""
+    tokenizer.encode_special_tokens = True  # not stored in the file
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 

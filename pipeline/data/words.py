@@ -4,6 +4,7 @@ Between two neighbouring safe places of a text (splitting.py) stands a word whos
 words of a corpus were met before, and to look one up costs a twentieth of what it costs to encode it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -11,21 +12,32 @@ import numpy as np
 
 from pipeline.data.splitting import CutRule
 from pipeline.data.vocabulary import Vocabulary
+from pipeline.errors import UserError
 
 _MAX_WORDS = 1 << 18
 _MAX_CHARS = 1 << 22
-"""Of the words remembered when a batch begins: with both, some 50 MB of English, and never more than 150 MB."""
-_MAX_UNKNOWN_SHARE = 0.5
-"""Where more words are new, as in a language without spaces, to take each by itself costs more than it saves."""
+"""Of the words remembered when a batch begins: with both, some 50 MB of English, and never more than 200 MB."""
+_MAX_UNKNOWN_SHARE = 0.15
+"""Where more of the words are new (numbers, a language without spaces), to take each alone costs more than it saves."""
+_FREQUENT = 3
+"""Of such a batch the words that come so often are remembered all the same, so that the next one has fewer new ones."""
 _ID_BYTES = np.dtype(np.uint32).itemsize
 
 
 def encode_whole(vocabulary: Vocabulary, text: str) -> np.ndarray:
     """What tokenizers gives for a text (uint32); TypeError for a string that is not Unicode text.
 
-    A batch would gain nothing on one core, and would start threads.
+    A batch would gain nothing on one core, and would start threads.  UserError where the tokenizer's regex gives up.
     """
-    (encoding,) = vocabulary.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    try:
+        (encoding,) = vocabulary.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, no Exception, and not to be imported
+            raise
+        raise UserError(
+            f"the tokenizer fails on the text {text[:60]!r}... of {len(text):,} characters: {error}. Leave that "
+            "document out, or take a tokenizer whose regex does not backtrack"
+        ) from None
     return np.array(encoding.ids, dtype=np.uint32)
 
 
@@ -45,6 +57,8 @@ class WordBackend:
         words, num_words = self._words(texts)
         unknown = set(words).difference(self._ids_of_word)
         if len(unknown) > _MAX_UNKNOWN_SHARE * len(words):
+            counts = Counter(words)
+            self._learn(word for word in unknown if counts[word] >= _FREQUENT)
             ids = [encode_whole(self._vocabulary, text).tobytes() for text in texts]
             num_words = np.ones(len(texts), np.int64)
         else:

@@ -16,7 +16,7 @@ from pipeline.packing.config import PackingConfig
 from pipeline.stage import Shard, StageContext, Stats
 
 _TOKENS, _INDEX = "tokens.arrow", "index.arrow"
-_ROWS_AT_ONCE = 4096
+_TOKENS_AT_ONCE = 1 << 22
 
 
 def list_shards(config: PackingConfig, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
@@ -50,7 +50,7 @@ def run_shard(config: PackingConfig, inputs: Mapping[str, Path], shard: Shard, c
     write_index(context.out / _INDEX, plan)
     if not keeps_order(config):
         with ShardWriter(context.out / _TOKENS, stream.vocab_size) as writer:
-            for segments in rows_in_order(stream, plan, shard["identity"]["pad_token_id"]):
+            for segments in rows_in_order(stream, plan, config.seq_len, shard["identity"]["pad_token_id"]):
                 writer.write(segments)
     docs = len(stream.doc_starts) - 1
     return {"rows": plan.num_rows, "docs": docs, "tokens": stream.num_tokens, "vocab_size": stream.vocab_size}
@@ -61,13 +61,14 @@ def keeps_order(config: PackingConfig) -> bool:
     return config.policy == "concatenate" and config.block_size == 1
 
 
-def rows_in_order(stream: TokenStream, plan: RowPlan, pad_token_id: int) -> Iterator[Segments]:
+def rows_in_order(stream: TokenStream, plan: RowPlan, seq_len: int, pad_token_id: int) -> Iterator[Segments]:
     """The stored tokens of each row as one segment."""
     stored = stored_tokens(plan)
     padding = np.full(int(np.abs(plan.length).max(initial=0)), pad_token_id, dtype=stream[:0].dtype)
     place = stream.doc_starts[plan.document] + plan.offset
-    for first in range(0, plan.num_rows, _ROWS_AT_ONCE):
-        rows = slice(first, min(first + _ROWS_AT_ONCE, plan.num_rows))
+    at_once = max(1, _TOKENS_AT_ONCE // seq_len)
+    for first in range(0, plan.num_rows, at_once):
+        rows = slice(first, min(first + at_once, plan.num_rows))
         parts: list[np.ndarray] = []
         for row in range(rows.start, rows.stop):
             segments = slice(plan.row_starts[row], plan.row_starts[row + 1])

@@ -15,7 +15,7 @@ from pipeline.data.shards import Segments, ShardWriter
 from pipeline.data.special_tokens import load_special_tokens
 from pipeline.data.vocabulary import Vocabulary, load_vocabulary
 from pipeline.errors import UserError
-from pipeline.stage import Shard, StageContext, Stats, Stopped
+from pipeline.stage import Shard, StageContext, Stats, Stopped, environment
 from pipeline.tokenization.config import TokenizationConfig
 
 _TOKENS = "tokens.arrow"
@@ -26,13 +26,13 @@ _SAMPLE_DOCS, _SAMPLE_CHARS = 32, 8192
 def list_shards(config: TokenizationConfig, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
     """One shard of tokens for each file of text."""
     tokenizer = {record.path: record.sha256 for record in load_manifest(inputs["tokenizer"]).files}
-    texts = text_hashes(inputs["corpus"])
+    texts, version = text_hashes(inputs["corpus"]), environment()["tokenizers"]
     shards: list[Shard] = []
     for split in SPLITS:
         for source, names in text_files(inputs["corpus"], split).items():
             for name in names:
                 # Keyed by what the files are, not by what they are called: numbers shift when a file is added before.
-                identity = {"text": texts[name], "tokenizer": tokenizer, "split": split}
+                identity = {"text": texts[name], "tokenizer": tokenizer, "split": split, "tokenizers": version}
                 stem = name.removesuffix(".arrow")
                 shards.append({"name": stem, "file": name, "split": split, "source": source, "identity": identity})
     return shards
@@ -87,12 +87,16 @@ def _segments(batches: Iterable[EncodedBatch]) -> Iterator[Segments]:
     """Encoded pieces with the number of tokens of their documents before them."""
     carried = 0
     for batch in batches:
-        begins = np.concatenate([[carried == 0], batch.ends_document[:-1]])
-        before = np.cumsum(batch.lengths) - batch.lengths
+        # A piece without ids would be a document of its own: nothing but its offset says where one begins.
+        lengths, ends = batch.lengths[batch.lengths > 0], batch.ends_document[batch.lengths > 0]
+        if not len(lengths):
+            continue
+        begins = np.concatenate([[carried == 0], ends[:-1]])
+        before = np.cumsum(lengths) - lengths
         document = np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
         offsets = before - before[document] + np.where(np.cumsum(begins) == 0, carried, 0)
-        yield Segments(batch.ids, batch.lengths, offsets)
-        carried = 0 if batch.ends_document[-1] else int(offsets[-1] + batch.lengths[-1])
+        yield Segments(batch.ids, lengths, offsets)
+        carried = 0 if ends[-1] else int(offsets[-1] + lengths[-1])
 
 
 def _reversible(
@@ -103,13 +107,13 @@ def _reversible(
     for batch in batches:
         for ids in np.split(batch.ids, np.cumsum(batch.lengths)[:-1]):
             found = vocabulary.decode(ids.tolist())
-            while len(text) < len(found) and (part := next(parts, "")):
+            while len(text) < len(found) and (part := next(parts, None)) is not None:
                 text += part
             if not text.startswith(found):
                 raise UserError(_NOT_REVERSIBLE)
             text = text[len(found) :]
         yield batch
-    if text or next(parts, ""):
+    if text or any(parts):
         raise UserError(_NOT_REVERSIBLE)
 
 

@@ -49,8 +49,6 @@ def _load(path: str) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(Path(path).expanduser()))
     except Exception as error:  # noqa: BLE001 - the Rust parser raises plain Exception
         raise UserError(f"tokenizer.file {path!r} is not a tokenizer.json: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer
 
 

@@ -149,6 +149,17 @@ def test_a_mixture_that_cannot_be_is_refused(rows: PackedRows, mixture: dict[str
         Loader(rows, 0, PAD, mixture)
 
 
+@pytest.mark.parametrize("ids", [[], [0.5], 3, [[0, 1]], ["0"], [-1]])
+def test_ids_that_are_no_samples_are_refused(rows: PackedRows, ids: object) -> None:
+    with pytest.raises(ValueError, match="sample_ids are"):
+        Loader(rows, 0, PAD).batch(np.array(ids))
+
+
+def test_ids_in_a_list_are_those_in_an_array(rows: PackedRows) -> None:
+    loader = Loader(rows, 0, PAD)
+    assert (loader.batch([3, 1]).x0 == loader.batch(np.array([3, 1])).x0).all()
+
+
 def test_a_source_without_rows_is_refused_by_name(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows", {"empty": [[]], "text": [numbered_documents([9])]}, SEQ_LEN)
     with pytest.raises(UserError, match="no rows of the source empty"):

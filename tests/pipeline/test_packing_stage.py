@@ -10,12 +10,13 @@ import pytest
 
 from pipeline.artifact import load_manifest
 from pipeline.config import from_json
-from pipeline.data.packing import PackingPolicy
+from pipeline.data.packing import PackingPolicy, plan_rows
 from pipeline.data.rows import INDEX_SUFFIX, open_rows
 from pipeline.data.shards import open_stream
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import CorruptionError, UserError
 from pipeline.packing.config import STAGE, PackingConfig
+from pipeline.packing.run import rows_in_order
 from tests.pipeline.conftest import flip_bit
 from tests.support.tiny_run import Artifacts, make_artifacts, run_stage
 
@@ -108,3 +109,18 @@ def test_a_damaged_token_shard_is_refused_by_name(made: Artifacts, tmp_path: Pat
 def test_a_setting_that_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         from_json(PackingConfig, settings, where="packing")
+
+
+def test_rows_of_any_length_are_written_a_bounded_number_of_tokens_at_a_time(
+    made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = open_stream([made.tokens / f"{open_rows(made.rows).shards[0].name}.arrow"])
+    plan = plan_rows(stream.doc_lengths, 32, "best_fit")
+    (whole,) = rows_in_order(stream, plan, 32, 0)
+    monkeypatch.setattr("pipeline.packing.run._TOKENS_AT_ONCE", 100)
+    parts = list(rows_in_order(stream, plan, 32, 0))
+    assert max(len(part.values) for part in parts) <= 100
+    assert np.array_equal(np.concatenate([part.values for part in parts]), whole.values)
+    assert np.array_equal(np.concatenate([part.lengths for part in parts]), whole.lengths)
+    monkeypatch.setattr("pipeline.packing.run._TOKENS_AT_ONCE", 1)
+    assert len(list(rows_in_order(stream, plan, 32, 0))) == plan.num_rows

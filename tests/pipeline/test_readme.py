@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,9 @@ def test_every_file_of_data_is_in_the_table() -> None:
 
 
 def test_every_test_of_bad_input_exists() -> None:
-    tests = {path.name: path.read_text(encoding="utf-8") for path in Path(__file__).parents[1].rglob("test_*.py")}
+    tests: dict[str, str] = defaultdict(str)
+    for path in Path(__file__).parents[1].rglob("test_*.py"):
+        tests[path.name] += path.read_text(encoding="utf-8")
     rows = _section("## What bad input gets", "## To add a stage").splitlines()[4:-1]
     for row in rows:
         cited = [part.partition("`:")[::2] for part in re.split(r"(?<=\W)`(?=test_\w+\.py)", row)[1:]]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import pipeline.data.rows as rows_module
 import pipeline.data.shards as shards
-from pipeline.artifact import MANIFEST, read_json, write_json
+from pipeline.artifact import MANIFEST, Manifest, read_json, write_json
 from pipeline.data.packing import PackingPolicy, RowPlan, plan_rows
 from pipeline.data.rows import INDEX_SUFFIX, open_row_shard, open_rows, write_index
 from pipeline.data.verified import Verified
@@ -146,6 +146,9 @@ def test_a_manifest_that_does_not_fit_its_files_is_corruption(
 
 def test_something_else_than_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a finished artifact"):
+        open_rows(tmp_path)
+    write_json(tmp_path / MANIFEST, Manifest("tokenization", "f" * 64, 1, {}, {}, [], {"shards": []}))
+    with pytest.raises(UserError, match="an output of the stage tokenization; rows are what the stage packing makes"):
         open_rows(tmp_path)
 
 

@@ -1,7 +1,9 @@
+import time
 import unicodedata
 from collections.abc import Iterable
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -177,6 +179,8 @@ def _byte_level(**changes: object) -> Tokenizer:
         (_byte_level(pre_tokenizer=pre_tokenizers.Split(Regex(r"\w\b|."), "isolated")), r"\\b"),
         (_byte_level(pre_tokenizer=pre_tokenizers.Split(Regex(r"(a)\1|."), "isolated")), r"\\1"),
         (_byte_level(pre_tokenizer=pre_tokenizers.Split(Regex(r"a*"), "isolated")), "without a character"),
+        (_byte_level(pre_tokenizer=pre_tokenizers.Split(Regex(r"ax{2}?b|[\s\S]"), "isolated")), r"\{2\}\?b"),
+        (_byte_level(pre_tokenizer=pre_tokenizers.Split(Regex(r"ax{3,0}b|[\s\S]"), "isolated")), r"\{3,0\}b"),
         (_byte_level(pre_tokenizer=pre_tokenizers.Split(Regex(r"(?i:\u00df)|."), "isolated")), r"u00df|\u00df"),
         (_byte_level(normalizer=normalizers.Lowercase()), "Lowercase"),
         (_byte_level(normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])), "Strip"),
@@ -193,6 +197,30 @@ def test_a_tokenizer_that_cannot_be_read_cuts_nowhere_and_says_why(tokenizer: To
     assert not any(rule.is_safe(MIXED, place) for place in range(len(MIXED)))
     with pytest.raises(UserError, match=rf"document 7: 21 characters .* limit is 20\b.*({why})"):
         list(cut_document(["a b c d e f g h i j k"], rule, 10, 20, "document 7"))
+
+
+@pytest.mark.parametrize(
+    "quantifier", ["{2}", "{2,}", "{2,3}", "{2,3}?", "{0,2}", "?", "??", "*?", "+?", "{2}?", "{3,0}"]
+)
+def test_the_reach_of_a_quantifier_is_that_of_the_engine(quantifier: str) -> None:
+    tokenizer = _byte_level(pre_tokenizer=pre_tokenizers.Split(Regex(rf"ax{quantifier}b|[\s\S]"), "isolated"))
+    rule = find_cut_rule(tokenizer)
+    for text in ("abab", "axbaxb", "axxbxab", "axxxbaxxab"):
+        whole = _words(tokenizer, text)
+        for place in range(len(text)):
+            if rule.is_safe(text, place):
+                assert _words(tokenizer, text[:place]) + _words(tokenizer, text[place:]) == whole
+
+
+def test_thousands_of_characters_in_added_tokens_are_learnt_in_no_time() -> None:
+    tokenizer = _byte_level()
+    letters = "".join(chr(0x4E00 + number) for number in range(6000))
+    tokenizer.add_tokens([letters[place : place + 3] for place in range(0, len(letters), 3)])
+    rule = find_cut_rule(tokenizer)
+    start = time.process_time()
+    safe = rule.safe_places(letters + ". " + letters)
+    assert time.process_time() - start < 5.0
+    assert set(np.flatnonzero(safe)) == {len(letters), len(letters) + 1}
 
 
 def test_words_without_any_sure_end_are_never_parted() -> None:

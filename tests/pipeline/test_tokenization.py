@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from pipeline.artifact import checked_files, load_manifest, open_artifact
 from pipeline.corpus.config import STAGE as CORPUS
 from pipeline.corpus.config import CorpusConfig, Source
+from pipeline.data.encoding import EncodedBatch, build_encoder, encode_documents
 from pipeline.data.loader import Loader
 from pipeline.data.rows import open_rows
 from pipeline.data.shards import open_stream
@@ -19,6 +20,7 @@ from pipeline.packing.config import STAGE as PACKING
 from pipeline.packing.config import PackingConfig
 from pipeline.stage import Shard, StageContext, Stopped, list_shards, run_here, run_shard, shard_fingerprint
 from pipeline.tokenization.config import STAGE, TokenizationConfig
+from pipeline.tokenization.run import _reversible, _segments
 from pipeline.tokenizer.config import STAGE as TOKENIZER
 from pipeline.tokenizer.config import TokenizerConfig
 from tests.pipeline.conftest import flip_bit, make_artifact, write_jsonl
@@ -253,3 +255,23 @@ def test_an_error_of_a_document_names_its_file(tmp_path: Path, tokenizer: Path) 
     corpus = make_artifact(CORPUS, config, {}, tmp_path / "corpus")
     with pytest.raises(UserError, match=r"^(train|held_out)-text-00000\.arrow: document [1-9]: 4,194,305 char"):
         make_artifact(STAGE, TokenizationConfig(), {"corpus": corpus, "tokenizer": tokenizer}, tmp_path / "t")
+
+
+def test_a_piece_without_ids_begins_no_document() -> None:
+    """As a pre-tokenizer that removes spaces gives for a long stretch of them."""
+    ends = np.array([False, True, False, False, True])
+    batch = EncodedBatch(np.arange(9, dtype=np.uint16), np.array([0, 3, 2, 0, 4]), ends, 0)
+    nothing = EncodedBatch(np.zeros(0, np.uint16), np.array([0]), np.array([False]), 2)
+    (segments,) = _segments([batch, nothing])
+    assert segments.lengths.tolist() == [3, 2, 4]
+    assert segments.offsets.tolist() == [0, 0, 2]
+
+
+def test_an_empty_document_between_others_comes_back_too(tokenizer: Path) -> None:
+    texts = ["a b", "", "c"]
+    vocabulary = load_vocabulary(tokenizer)
+    batches = list(encode_documents(build_encoder(vocabulary, "tokenizers"), ([text] for text in texts)))
+    assert list(_reversible(batches, vocabulary, iter(texts))) == batches
+    for lost in (["a b", "", "d"], ["a b", "", "c", "", "d"]):
+        with pytest.raises(UserError, match="does not give back the text"):
+            list(_reversible(batches, vocabulary, iter(lost)))

@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from pipeline.data import words
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.data.splitting import CutRule, find_cut_rule
 from pipeline.data.vocabulary import Vocabulary, take_literally
 from pipeline.data.words import WordBackend, encode_whole
+from pipeline.errors import UserError
 from tests.pipeline.test_splitting import ALPHABET, MIXED, WORDS
 
 HIDDEN = "<think> x"
 """A special token; its spelling is text, and hides the added token in it."""
-REPEATED = 3
+REPEATED = 12
 """Times that texts are given, so that their words come again."""
 
 
@@ -105,22 +106,27 @@ def test_the_tokenizer_is_asked_once_for_a_word(monkeypatch: pytest.MonkeyPatch)
     vocabulary = _trained("gpt2")
     asked = _count_calls(monkeypatch)
     backend = _backend(vocabulary)
-    texts = ["one two one two", "two, one", " one one one"]
+    texts = REPEATED * ["one two one two", "two, one", " one one one"]
     assert _encode(backend, texts) == _whole(vocabulary, texts)
     assert sorted(asked) == sorted({"one", " two", " one", "two", ","})
     assert _encode(backend, [*texts, " three"]) == _whole(vocabulary, [*texts, " three"])
     assert asked[5:] == [" three"]
 
 
-def test_texts_whose_words_hardly_come_again_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_of_many_new_words_are_taken_at_once_and_teach_their_frequent_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     vocabulary = _trained("gpt2")
     asked = _count_calls(monkeypatch)
     backend = _backend(vocabulary)
-    texts = ["one two", "", "three four two"]
+    texts = ["one two", "", "three two two four"]
     assert _encode(backend, texts) == _whole(vocabulary, texts)
-    assert asked == texts
-    assert _encode(backend, [*texts, *texts]) == _whole(vocabulary, [*texts, *texts])
-    assert sorted(asked[3:]) == sorted({"one", " two", "three", " four"})
+    assert asked == [" two", *texts]
+    again = 3 * texts
+    assert _encode(backend, again) == _whole(vocabulary, again)
+    assert sorted(asked[4:]) == sorted(["one", "three", " four", *again])
+    assert _encode(backend, again) == _whole(vocabulary, again)
+    assert len(asked) == 4 + 3 + len(again)
 
 
 @pytest.mark.parametrize("limit", ["_MAX_WORDS", "_MAX_CHARS"])
@@ -131,8 +137,8 @@ def test_what_is_remembered_is_bounded_and_changes_no_id(monkeypatch: pytest.Mon
     for number in range(20):
         texts = REPEATED * [f"word {number}, and {number + 1} more"]
         assert _encode(backend, texts) == _whole(vocabulary, texts)
-        assert len(backend._ids_of_word) <= 8 + 6
-        assert len("".join(backend._ids_of_word)) <= 60
+        assert len(backend._ids_of_word) <= 8 + 7
+        assert len("".join(backend._ids_of_word)) <= 8 + 40
         assert backend._num_chars == len("".join(backend._ids_of_word))
 
 
@@ -150,3 +156,20 @@ def test_a_tokenizer_without_safe_places_takes_each_text_at_once(monkeypatch: py
     texts = ["one two one two one", "", "three"]
     assert _encode(WordBackend(vocabulary, CutRule(obstacle="of the test")), texts) == _whole(vocabulary, texts)
     assert asked == texts
+
+
+def test_a_regex_that_gives_up_is_a_user_error_with_the_text() -> None:
+    vocabulary = _trained("gpt2")
+    vocabulary.tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?:a+a+)+b|[\s\S]"), "isolated")
+    with pytest.raises(UserError, match=r"fails on the text 'aaaa.*of 40 characters: .*retry-limit"):
+        _backend(vocabulary).encode(["a" * 40])
+
+
+def test_a_tokenizer_that_cuts_or_pads_texts_does_neither() -> None:
+    vocabulary = _trained("gpt2")
+    vocabulary.tokenizer.enable_truncation(3)
+    vocabulary.tokenizer.enable_padding(length=100)
+    take_literally(vocabulary.tokenizer)
+    assert len(encode_whole(vocabulary, MIXED)) > 100
+    assert len(encode_whole(vocabulary, "one")) < 100
+    assert _encode(_backend(vocabulary), REPEATED * [MIXED]) == _whole(vocabulary, REPEATED * [MIXED])

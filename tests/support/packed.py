@@ -50,7 +50,7 @@ def write_rows(
             plan = plan_rows(stream.doc_lengths, seq_len, policy, block_size)
             write_index(directory / f"{name}{INDEX_SUFFIX}", plan)
             if policy != "concatenate" or block_size > 1:
-                parts = list(rows_in_order(stream, plan, PAD))
+                parts = list(rows_in_order(stream, plan, seq_len, PAD))
                 path.unlink()
                 with ShardWriter(path, VOCAB_SIZE) as writer:
                     for part in parts:
