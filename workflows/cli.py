@@ -202,23 +202,23 @@ def run_command(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
     settings: SetOption = [],  # noqa: B006 - as above
     store: StoreOption = DEFAULT_STORE,
-    executor: ExecutorOption = "ray",
+    executor: ExecutorOption = runs.DEFAULT_EXECUTOR,
     run_id: Annotated[str, typer.Option("--run-id", help="Name of the run; made up by default.")] = "",
 ) -> None:
     """Run a recipe; steps whose output exists are not run again."""
     place = _writable_store(store)
     name = _executor_name(executor)
     plan = runs.plan_recipe(recipe, _settings(settings))
-    _drive(place, runs.create_run(place, plan, name, run_id), plan, name)
+    _drive(place, runs.create_run(place, plan, name, run_id, settings), plan, name)
 
 
 @app.command("resume")
 def resume_command(run_id: RunArgument, store: StoreOption = DEFAULT_STORE) -> None:
-    """Go on with a run that failed, was stopped or was killed."""
+    """Go on with a run that failed, was stopped or was killed, with the executor that it was started with."""
     place = _writable_store(store)
     run = place.run(run_id)
     plan = runs.frozen_plan(run)
-    runs.refuse_drift(plan)
+    runs.refuse_drift(run)
     _drive(place, run, plan, runs.frozen_executor(run))
 
 
@@ -266,9 +266,10 @@ def _print_outcome(store: Store, run: RunPlace, states: list[StepState], status:
             if state.failure.error_class == "code" and state.failure.type != CorruptionError.__name__:
                 _say(f"logs: {run.directory / 'work'}\n{state.failure.traceback}")
     if status == "failed":
-        again = f"dlm resume {run.run_id}{_store_option(store)}"
-        _say(f"\nwhat was finished is kept. After mending the data or the machine: {again}")
-        _say(f"to change a setting: dlm run {runs.frozen_plan(run).workflow}{_store_option(store)} --set PATH=VALUE")
+        where = _store_option(store)
+        _say("\nwhat was finished is kept")
+        _say(f"with the same data and settings: dlm resume {run.run_id}{where}")
+        _say(f"with other data or settings:     {runs.command_of(run)}{where} [--set PATH=VALUE]")
         raise typer.Exit(EXIT_FAILED)
     if status == "stopped":
         _say(f"stopped; go on with: dlm resume {run.run_id}{_store_option(store)}")

@@ -4,7 +4,8 @@ import datetime
 import importlib.util
 import os
 import secrets
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from workflows.step import Step, Workflow, load_stage
 from workflows.store import RunPlace, Store, lease_is_free
 
 ExecutorName = Literal["ray", "local"]
+DEFAULT_EXECUTOR: ExecutorName = "ray"
 RunStatus = Literal["running", "succeeded", "failed", "stopped", "interrupted", "submitted"]
 
 
@@ -56,15 +58,28 @@ def frozen_executor(run: RunPlace) -> ExecutorName:
     return run.plan()["executor"]
 
 
-def create_run(store: Store, plan: Plan, executor: ExecutorName, run_id: str = "") -> RunPlace:
-    """Freeze a plan as a new run."""
-    value = {"plan": to_json(plan), "executor": executor}
+def create_run(
+    store: Store, plan: Plan, executor: ExecutorName, run_id: str = "", settings: Sequence[str] = ()
+) -> RunPlace:
+    """Freeze a plan as a new run; ``settings`` are those given for it, as they were typed."""
+    value = {"plan": to_json(plan), "executor": executor, "settings": list(settings)}
     return store.create_run(run_id or new_run_id(plan.workflow), value)
 
 
-def refuse_drift(plan: Plan) -> None:
+def command_of(run: RunPlace) -> str:
+    """The command that a run was started with, for a new one like it; without the option for the store."""
+    frozen = run.plan()
+    words = ["dlm", "run", frozen_plan(run).workflow]
+    if frozen["executor"] != DEFAULT_EXECUTOR:
+        words += ["--executor", frozen["executor"]]
+    for setting in frozen.get("settings", ()):
+        words += ["--set", setting]
+    return shlex.join(words)
+
+
+def refuse_drift(run: RunPlace) -> None:
     """DriftError naming every field of the frozen plan that would come out otherwise now."""
-    drifted = check_drift(plan)
+    drifted = check_drift(frozen_plan(run))
     if drifted:
         lines = [
             f"  {step}: {field} was {old!r}, is now {new!r}"
@@ -73,7 +88,7 @@ def refuse_drift(plan: Plan) -> None:
         ]
         raise DriftError(
             "the run was planned for other data or code than there is now:\n" + "\n".join(lines) + "\n"
-            "Bring them back to resume it, or start a new run with: dlm run " + plan.workflow
+            "Bring them back to resume it, or start a new run, which makes again only what changes: " + command_of(run)
         )
 
 

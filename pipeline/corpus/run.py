@@ -103,7 +103,7 @@ def _check_not_empty(config: CorpusConfig, totals: Mapping[str, int], sources: M
         empty = "training" if num_train == 0 else "evaluation"
         raise UserError(
             f"nothing is left for {empty} after the split of {num_train + num_held} documents at "
-            f"corpus.held_out_fraction {config.held_out_fraction}. Add documents, or change the fraction (for example "
-            "--set corpus.held_out_fraction=0.1); a .txt file gives more documents with a lower "
-            "corpus.txt_document_chars"
+            f"corpus.held_out_fraction {config.held_out_fraction}: each goes to one side by a hash of its text. Add "
+            f"documents, {'lower' if num_train == 0 else 'raise'} the fraction or take another corpus.split_seed; a "
+            ".txt file gives more documents with a lower corpus.txt_document_chars"
         )
