@@ -195,3 +195,25 @@ def test_local_gang_seen_late_tells_the_rank_that_was_killed_not_the_one_that_co
     wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, "both ranks run")
     assert_gone(processes(tmp_path))
     assert local_executor.wait(0.0) == [Ended("be_killed", "rank 1 ended with signal 9", killed=True)]
+
+
+def test_local_call_whose_processes_cannot_be_started_ends_with_the_reason_and_the_next_one_runs(tmp_path):
+    executor = LocalExecutor(1)
+    (tmp_path / "second" / "log").mkdir(parents=True)
+    (tmp_path / "second" / "log" / "second").write_text("a file where a directory must be")
+    calls = [call("write_down", tmp_path / key, key=key, word="w") for key in ("first", "second", "third")]
+    found = collect(executor, *calls)
+    assert (found["first"], found["third"]) == (Ended("first"), Ended("third"))
+    assert "File exists" in found["second"].failure
+    assert not found["second"].killed
+    executor.close()
+
+
+def test_local_gang_of_which_a_rank_cannot_be_started_is_stopped_as_a_whole(local_executor, tmp_path):
+    item = call("sleep", tmp_path, gang_size=2, cpus=0.5)
+    (item.log_dir / "rank-1.log").mkdir(parents=True)
+    local_executor.start(item)
+    (ended,) = local_executor.wait(0.0)
+    assert "rank-1.log" in ended.failure
+    needle = str(item.log_dir)
+    assert not [p for p in psutil.Process().children(recursive=True) if needle in " ".join(p.cmdline())]
