@@ -20,8 +20,10 @@ from workflows.plan import step_config
 from workflows.store import RunPlace, Store
 
 _BAR_WIDTH = 40
-_VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-"""Control characters as pictures: what a text holds must not steer the terminal."""
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_REORDERING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_VISIBLE = _PICTURES | {code: f"\\u{code:04x}" for code in (*range(0x80, 0xA0), *_REORDERING)}
+"""What a text holds must not steer the terminal: control characters as pictures, or by number where there is none."""
 
 
 @dataclass(frozen=True)

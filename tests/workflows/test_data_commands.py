@@ -83,14 +83,29 @@ def test_data_commands_refuse_samples_that_are_no_number_of_one(dlm: Dlm, finish
         assert dlm("data", "show", "--store", str(finished), "--sample", sample).code == 2
 
 
-def test_control_characters_of_a_text_are_shown_as_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+def printed(text: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is printed of one document."""
     shown = {
         "sources": [], "seq_len": 4, "vocab_size": 9, "padding_share": 0.0,
         "lengths": {"edges": [1], "counts": [], "shards_read": 1, "shards": 1},
-        "samples": {0: [{"text": "a\x1b[2Jb\x07 :smile: [bold]\n\tc\x7f", "tokens": 4}]},
+        "samples": {0: [{"text": text, "tokens": 4}]},
     }  # fmt: skip
     print_shown(Console(width=80), shown)
-    out = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_control_characters_of_a_text_are_shown_as_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed("a\x1b[2Jb\x07 :smile: [bold]\n\tc\x7f", capsys)
     assert "a\u241b[2Jb\u2407 :smile: [bold]" in out
     assert "c\u2421" in out
     assert "\x1b" not in out
+
+
+def test_control_characters_without_a_picture_are_shown_by_number(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(
+        "red \x9b31m, \x80 and \x9f, gpj.\u202eexe\u202c, \u2066isolated\u2069, \u200djoined\u200c \xa0", capsys
+    )
+    assert (
+        "red \\u009b31m, \\u0080 and \\u009f, gpj.\\u202eexe\\u202c, \\u2066isolated\\u2069, \u200djoined\u200c \xa0"
+        in out
+    )
