@@ -8,13 +8,21 @@ import pytest
 from rich.console import Console
 
 from pipeline.artifact import load_manifest
+from pipeline.corpus.config import CorpusConfig, Source
+from pipeline.packing.config import PackingConfig
+from pipeline.pretrain.config import PretrainConfig
+from pipeline.stage import environment
+from pipeline.tokenization.config import TokenizationConfig
+from pipeline.tokenizer.config import TokenizerConfig
 from tests.pipeline.conftest import flip_bit
 from tests.support.executors import Inline
-from tests.support.toy_workflow import coordinate
+from tests.support.toy_workflow import coordinate, copies_plan
 from tests.workflows.conftest import Dlm
 from tests.workflows.test_data_stages import data_plan, write_sources
 from workflows import runs
-from workflows.data_commands import print_shown
+from workflows.data_commands import prepared_data, print_shown
+from workflows.plan import make_plan
+from workflows.step import Step, Workflow
 from workflows.store import Store
 
 
@@ -64,6 +72,64 @@ def test_data_verify_says_what_it_checked_and_ends_with_3_on_damage(dlm: Dlm, fi
     assert done.code == 3
     assert victim.name in done.stderr
     assert "SHA-256" in done.stderr
+
+
+def test_data_of_a_run_with_two_of_each_are_those_that_the_chosen_step_was_made_of(
+    dlm: Dlm, tmp_path: Path, tokenizer_file: Path
+) -> None:
+    """Two chains, x and y, whose steps of different stages come in different orders."""
+    folder, store = write_sources(tmp_path / "text"), Store(tmp_path / "store")
+    steps: dict[str, Step] = {}
+    for name, seed in (("x", 0), ("y", 1)):
+        corpus = CorpusConfig(
+            source={"books": Source((str(folder / "books"),))}, held_out_fraction=0.3, split_seed=seed
+        )
+        made_of = {"corpus": f"corpus-{name}", "tokenizer": f"tokenizer-{name}"}
+        packed = {"tokens": f"tokens-{name}", "tokenizer": f"tokenizer-{name}"}
+        trained = {"rows": f"rows-{name}", "tokenizer": f"tokenizer-{name}"}
+        tokenizer = TokenizerConfig(file=str(tokenizer_file))
+        training = PretrainConfig(num_steps=3 + seed, global_batch_seqs=8)
+        for step in (
+            Step(f"corpus-{name}", "pipeline.corpus", corpus),
+            Step(f"tokenizer-{name}", "pipeline.tokenizer", tokenizer, {"corpus": f"corpus-{name}"}),
+            Step(f"tokens-{name}", "pipeline.tokenization", TokenizationConfig(backend="tokenizers"), made_of),
+            Step(f"rows-{name}", "pipeline.packing", PackingConfig(seq_len=64), packed),
+            Step(f"train-{name}", "pipeline.pretrain", training, trained),
+        ):
+            steps[step.name] = step
+    order = [f"{stage}-{name}" for stage, names in (
+        ("corpus", "xy"), ("tokenizer", "yx"), ("tokens", "xy"), ("rows", "yx"), ("train", "xy")
+    ) for name in names]  # fmt: skip
+    for run_id, last in (("packed", "rows"), ("trained", "train")):
+        chosen = tuple(steps[name] for name in order if last == "train" or not name.startswith("train"))
+        runs.create_run(store, make_plan(Workflow("two", "of each", chosen), environment()), "local", run_id)
+    coordinate(store, store.run("packed"), Inline)
+    for run_id, step, num_samples in (
+        ("packed", "rows-x", None), ("packed", "rows-y", None), ("trained", "rows-x", None),
+        ("trained", "train-x", 24), ("trained", "train-y", 32),
+    ):  # fmt: skip
+        data = prepared_data(store, store.run(run_id), step)
+        assert load_manifest(data.corpus).config["split_seed"] == "xy".index(step[-1])
+        assert load_manifest(data.tokens).inputs["corpus"] == load_manifest(data.corpus).fingerprint
+        assert load_manifest(data.rows).inputs["tokens"] == load_manifest(data.tokens).fingerprint
+        assert data.num_samples == num_samples
+    assert dlm("data", "verify", "packed", "--store", str(store.root), "--step", "rows-x").code == 0
+    for command in ("show", "verify"):
+        done = dlm("data", command, "trained", "--store", str(store.root))
+        assert done.code == 2
+        assert "it has 2 pretrain steps; choose one with --step: train-x, train-y, rows-y, rows-x" in done.stderr
+        done = dlm("data", command, "packed", "--store", str(store.root), "--step", "corpus-x")
+        assert done.code == 2
+        assert "'corpus-x' is no training or packing; choose one with --step: rows-y, rows-x" in done.stderr
+
+
+def test_data_of_a_run_that_packs_nothing_is_exit_2(dlm: Dlm, tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    store = Store(tmp_path / "store")
+    runs.create_run(store, copies_plan(tmp_path / "log", "abc"), "local", "r1")
+    done = dlm("data", "show", "r1")
+    assert done.code == 2
+    assert "run r1 has no packing step" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["show", "verify"])
