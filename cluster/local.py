@@ -124,18 +124,17 @@ class LocalExecutor(Executor):
                 return ended
             time.sleep(_POLL_S)
 
-    def cancel(self, key: str) -> None:
-        """Stop the processes of a call."""
-        self._queue = [call for call in self._queue if call.key != key]
-        if running := self._running.pop(key, None):
-            _stop(running.processes)
-        self._ended.append(Ended(key, "cancelled"))
+    def cancel(self, *keys: str) -> None:
+        """Stop the processes of calls; they have at most twice _KILL_AFTER_S, however many they are."""
+        self._queue = [call for call in self._queue if call.key not in keys]
+        running = [self._running.pop(key) for key in keys if key in self._running]
+        _stop([process for call in running for process in call.processes])
+        self._ended += [Ended(key, "cancelled") for key in keys]
 
     def close(self) -> None:
         """Stop everything."""
         self._queue.clear()
-        for running in self._running.values():
-            _stop(running.processes)
+        _stop([process for call in self._running.values() for process in call.processes])
         self._running.clear()
         for fd in (self._pipe_write, self._pipe_read):
             os.close(fd)

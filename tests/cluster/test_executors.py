@@ -1,4 +1,5 @@
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,6 +156,24 @@ def test_local_cancel_kills_what_ignores_the_request_to_end(local_executor, tmp_
     found = processes(tmp_path)
     local_executor.cancel(item.key)
     assert_gone(found)
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_local_calls_that_ignore_the_request_to_end_are_waited_for_together(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(local, "_KILL_AFTER_S", 1.0)
+    executor = LocalExecutor(NUM_CPUS)
+    keys = ("a", "b", "c", "d")
+    for key in keys:
+        executor.start(call("ignore_requests_to_end", tmp_path / key, key=key))
+    wait_until(lambda: len(list(tmp_path.glob("*/*.pid"))) == len(keys), "the calls run")
+    found = [process for key in keys for process in processes(tmp_path / key)]
+    begun_s = time.monotonic()
+    executor.cancel(*keys) if how == "cancel" else executor.close()
+    assert time.monotonic() - begun_s < 2.5
+    assert_gone(found)
+    if how == "cancel":
+        assert executor.wait(0.0) == [Ended(key, "cancelled") for key in keys]
+        executor.close()
 
 
 def test_local_calls_beyond_the_cores_wait_their_turn(tmp_path):
