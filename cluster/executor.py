@@ -54,8 +54,8 @@ class Executor(Protocol):
         """Calls that have ended since the last time, waiting up to ``timeout_s`` for the first."""
         ...
 
-    def cancel(self, key: str) -> None:
-        """Stop the processes of a call; it is reported as ended with a failure."""
+    def cancel(self, *keys: str) -> None:
+        """Stop the processes of calls, all at the same time; each is reported as ended with a failure."""
         ...
 
     def close(self) -> None:

@@ -41,7 +41,8 @@ class LocalExecutor(Executor):
         self._num_cpus = float(num_cpus or os.cpu_count() or 1)
         self._queue: list[Call] = []
         self._running: dict[str, _Running] = {}
-        self._cancelled: list[Ended] = []
+        self._ended: list[Ended] = []
+        """Cancelled, or never begun; to be told by the next ``wait``."""
         self._pipe_read, self._pipe_write = os.pipe()
 
     @property
@@ -50,7 +51,7 @@ class LocalExecutor(Executor):
         return self._num_cpus
 
     def start(self, call: Call) -> None:
-        """Queue a call."""
+        """Queue a call.  What keeps its processes from being started is told by ``wait``."""
         assert call.key not in self._running, f"{call.key} is running already"
         self._queue.append(call)
         self._start_what_fits()
@@ -62,14 +63,25 @@ class LocalExecutor(Executor):
             if self._running and used + call.cpus * max(1, call.gang_size) > self._num_cpus:
                 return
             self._queue.pop(0)
-            self._running[call.key] = _Running(call, self._spawn(call))
+            try:
+                self._running[call.key] = _Running(call, self._spawn(call))
+            except OSError as error:
+                self._ended.append(Ended(call.key, str(error)))
 
     def _spawn(self, call: Call) -> list[subprocess.Popen[bytes]]:
+        """All processes of a call, or none and OSError."""
         call.log_dir.mkdir(parents=True, exist_ok=True)
         payload_path = call.log_dir / "payload.json"
         payload_path.write_text(json.dumps(call.payload))
         port = _free_port() if call.gang_size else 0
-        return [self._spawn_rank(call, rank, port, payload_path) for rank in range(max(1, call.gang_size))]
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(max(1, call.gang_size)):
+                processes.append(self._spawn_rank(call, rank, port, payload_path))
+        except OSError:
+            _stop(processes)
+            raise
+        return processes
 
     def _spawn_rank(self, call: Call, rank: int, port: int, payload: Path) -> subprocess.Popen[bytes]:
         env = {**os.environ, **call.env, PARENT_PIPE_ENV: str(self._pipe_read), "PYTHONUNBUFFERED": "1"}
@@ -92,7 +104,7 @@ class LocalExecutor(Executor):
         """Calls that have ended; the rest of a gang is killed with its first casualty."""
         deadline = time.monotonic() + timeout_s
         while True:
-            ended, self._cancelled = self._cancelled, []
+            ended, self._ended = self._ended, []
             for key, running in list(self._running.items()):
                 codes = [process.poll() for process in running.processes]
                 bad = [(code, rank) for rank, code in enumerate(codes) if code]
@@ -112,18 +124,17 @@ class LocalExecutor(Executor):
                 return ended
             time.sleep(_POLL_S)
 
-    def cancel(self, key: str) -> None:
-        """Stop the processes of a call."""
-        self._queue = [call for call in self._queue if call.key != key]
-        if running := self._running.pop(key, None):
-            _stop(running.processes)
-        self._cancelled.append(Ended(key, "cancelled"))
+    def cancel(self, *keys: str) -> None:
+        """Stop the processes of calls; they have at most twice _KILL_AFTER_S, however many they are."""
+        self._queue = [call for call in self._queue if call.key not in keys]
+        running = [self._running.pop(key) for key in keys if key in self._running]
+        _stop([process for call in running for process in call.processes])
+        self._ended += [Ended(key, "cancelled") for key in keys]
 
     def close(self) -> None:
         """Stop everything."""
         self._queue.clear()
-        for running in self._running.values():
-            _stop(running.processes)
+        _stop([process for call in self._running.values() for process in call.processes])
         self._running.clear()
         for fd in (self._pipe_write, self._pipe_read):
             os.close(fd)

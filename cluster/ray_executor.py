@@ -132,9 +132,9 @@ class RayExecutor(Executor):
             return Ended(key, f"{type(error).__name__}: {error}", _lost_process(error))
         return Ended(key)
 
-    def cancel(self, key: str) -> None:
-        """Cancel the task, and with it the workers that it started."""
-        for ref in [ref for ref, name in self._refs.items() if name == key]:
+    def cancel(self, *keys: str) -> None:
+        """Cancel tasks, and with them the workers that they started."""
+        for ref in [ref for ref, name in self._refs.items() if name in keys]:
             self._ray.cancel(ref, force=False, recursive=True)
             self._kill_at_s.setdefault(ref, time.monotonic() + _KILL_AFTER_S)
 
@@ -146,8 +146,7 @@ class RayExecutor(Executor):
 
     def close(self) -> None:
         """Cancel what runs, then stop this process's Ray."""
-        for key in set(self._refs.values()):
-            self.cancel(key)
+        self.cancel(*self._refs.values())
         if self._refs:
             self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=_CANCEL_WAIT_S)
         self._ray.shutdown()

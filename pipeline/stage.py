@@ -31,7 +31,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import MANIFEST, Manifest, checked_files, open_artifact, record_files, write_json
+from pipeline.artifact import MANIFEST, Manifest, checked_files, fsync_dir, open_artifact, record_files, write_json
 from pipeline.config import fingerprint, from_json, identity, parse_json, to_json
 from pipeline.errors import CorruptionError, UserError
 
@@ -306,11 +306,14 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
     out = Path(arguments.out).resolve()
     if _is_complete(stage, out, own):
         return
-    state = out.with_name(out.name + ".state")
-    if out.exists() and not (out.is_dir() and (state.is_dir() or not any(out.iterdir()))):
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} holds something else; choose a new or an empty directory")
+    state = out.with_name(out.name + ".state")
     state.mkdir(parents=True, exist_ok=True)
-    context = StageContext(out, state, own, progress=_print_progress)
+    if len({path.stat().st_dev for path in (out.parent, state, out) if path.exists()}) > 1:
+        raise UserError(f"--out {out} and {state} must lie on one file system; choose a directory below --out")
+    attempt = state / "attempt"
+    context = StageContext(attempt, state, own, progress=_print_progress)
     if not _is_first_rank():
         run_here(stage, config, inputs, context)
         check_external(stage, config, external)
@@ -318,14 +321,17 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
     with _nobody_else(out, state):
         if _is_complete(stage, out, own):  # by a call that held the lock until now
             return
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
+        # Whatever lies in --out may be somebody's: the artifact is made aside, and takes the place of nothing.
+        shutil.rmtree(attempt, ignore_errors=True)
+        attempt.mkdir()
         started_at, start_s = time.time(), time.monotonic()
         stats = run_here(stage, config, inputs, context)
         check_external(stage, config, external)
         elapsed_s = time.monotonic() - start_s
-        manifest = build_manifest(stage, config, own, inputs, out, stats, started_at, elapsed_s)
-        write_json(out / MANIFEST, manifest)
+        manifest = build_manifest(stage, config, own, inputs, attempt, stats, started_at, elapsed_s)
+        write_json(attempt / MANIFEST, manifest)
+        attempt.rename(out)
+        fsync_dir(out.parent)
         print(f"{stage.name}: {out} complete in {elapsed_s:.1f} s")  # noqa: T201
 
 

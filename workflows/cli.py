@@ -57,6 +57,9 @@ ExecutorOption = Annotated[
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id.")]
 OptionalRun = Annotated[str, typer.Argument(metavar="[RUN]", help="Run id; the newest by default.")]
+DataOfOption = Annotated[
+    str, typer.Option("--step", help="Training or packing whose data are meant; needed where a run has several.")
+]
 
 
 def _say(message: str) -> None:
@@ -368,13 +371,14 @@ def data_show_command(
         int, typer.Option(min=0, max=2**62, help="First global sample id whose row is shown as text.")
     ] = 0,
     number: Annotated[int, typer.Option(min=0, max=1000, help="How many rows are shown.")] = 1,
+    step: DataOfOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Show documents, tokens, lengths and shares by source, and rows as training sees them."""
     from workflows import data_commands
 
     place = _store(store)
-    data = data_commands.prepared_data(place, runs.require_run_id(place, run_id))
+    data = data_commands.prepared_data(place, runs.require_run_id(place, run_id), step)
     shown = data_commands.show(data, list(range(sample, sample + number)))
     if as_json:
         _print_json(shown)
@@ -383,12 +387,12 @@ def data_show_command(
 
 
 @data_app.command("verify")
-def data_verify_command(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE) -> None:
+def data_verify_command(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE, step: DataOfOption = "") -> None:
     """Check every byte, id and count of the data, and that the rows hold every document once; exit code 3 if not."""
     from workflows import data_commands
 
     place = _store(store)
-    for line in data_commands.verify(data_commands.prepared_data(place, runs.require_run_id(place, run_id))):
+    for line in data_commands.verify(data_commands.prepared_data(place, runs.require_run_id(place, run_id), step)):
         console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -436,8 +436,7 @@ class Coordinator:
     def _abandon(self, state: StepState) -> None:
         """Stop what is left of an attempt; the shards that it committed stay."""
         assert self._executor is not None
-        for key in list(state.pieces):
-            self._executor.cancel(key)
+        self._executor.cancel(*state.pieces)
         state.pieces.clear()
         if state.fan_out is not None:
             self._stop_adopting(state, state.fan_out)

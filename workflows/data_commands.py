@@ -16,12 +16,15 @@ from pipeline.data.rows import open_rows
 from pipeline.data.vocabulary import Vocabulary, load_vocabulary
 from pipeline.errors import UserError
 from workflows import runs
-from workflows.plan import step_config
+from workflows.plan import Plan, PlannedStep, step_config
 from workflows.store import RunPlace, Store
 
+_TRAINING, _PACKING = "pipeline.pretrain", "pipeline.packing"
 _BAR_WIDTH = 40
-_VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-"""Control characters as pictures: what a text holds must not steer the terminal."""
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_REORDERING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_VISIBLE = _PICTURES | {code: f"\\u{code:04x}" for code in (*range(0x80, 0xA0), *_REORDERING)}
+"""What a text holds must not steer the terminal: control characters as pictures, or by number where there is none."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +40,50 @@ class Prepared:
     num_samples: int | None
 
 
-def prepared_data(store: Store, run: RunPlace) -> Prepared:
-    """The data of a run; UserError if it has not come to packed rows yet."""
+def prepared_data(store: Store, run: RunPlace, step_name: str = "") -> Prepared:
+    """The data of the training or packing step of that name, or of the only one of a run.
+
+    UserError if there is none or more than one, or if the run has not come to packed rows yet.
+    """
     plan = runs.frozen_plan(run)
+    chosen = _chosen(plan, run.run_id, step_name)
+    is_training = chosen.stage == _TRAINING
+    packing = _source(plan, chosen, "rows") if is_training else chosen
+    tokenizer, tokenization = _source(plan, packing, "tokenizer"), _source(plan, packing, "tokens")
+    corpus = _source(plan, tokenization, "corpus")
     outputs = runs.committed_outputs(store, run)
-    by_stage = {step.stage: step for step in plan.steps}
-    places: dict[str, Path] = {}
-    for stage in ("pipeline.corpus", "pipeline.tokenizer", "pipeline.tokenization", "pipeline.packing"):
-        step = by_stage.get(stage)
-        if step is None or step.name not in outputs:
-            raise UserError(
-                f"run {run.run_id} has no finished {stage.partition('.')[2]} step; see dlm status {run.run_id}"
-            )
-        places[stage.partition(".")[2]] = outputs[step.name]
-    training = step_config(by_stage["pipeline.pretrain"]) if "pipeline.pretrain" in by_stage else None
+    for step in (corpus, tokenizer, tokenization, packing):
+        if step.name not in outputs:
+            raise UserError(f"run {run.run_id} has no finished {step.name} step; see dlm status {run.run_id}")
+    training = step_config(chosen) if is_training else None
     return Prepared(
-        places["corpus"],
-        places["tokenization"],
-        places["packing"],
-        load_vocabulary(places["tokenizer"]),
+        outputs[corpus.name],
+        outputs[tokenization.name],
+        outputs[packing.name],
+        load_vocabulary(outputs[tokenizer.name]),
         dict(training.mixture) if training else {},
         training.data_seed if training else 0,
         training.num_steps * training.global_batch_seqs if training else None,
     )
+
+
+def _chosen(plan: Plan, run_id: str, name: str) -> PlannedStep:
+    """The step whose data are meant; a training before a packing, since it says how rows are drawn."""
+    known = [step for stage in (_TRAINING, _PACKING) for step in plan.steps if step.stage == stage]
+    if not known:
+        raise UserError(f"run {run_id} has no packing step: its workflow neither packs rows nor trains")
+    found = [step for step in known if (step.name == name if name else step.stage == known[0].stage)]
+    if len(found) == 1:
+        return found[0]
+    several = f"it has {len(found)} {known[0].stage.partition('.')[2]} steps"
+    what = f"{name!r} is no training or packing" if name else several
+    raise UserError(f"run {run_id}: {what}; choose one with --step: {', '.join(step.name for step in known)}")
+
+
+def _source(plan: Plan, step: PlannedStep, name: str) -> PlannedStep:
+    if name not in step.inputs:
+        raise UserError(f"step {step.name} ({step.stage}) has no input {name!r}: its data cannot be traced")
+    return plan.step(step.inputs[name])
 
 
 def verify(data: Prepared) -> Iterator[str]:

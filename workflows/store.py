@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.artifact import create_exclusive, fsync_dir, open_artifact, read_json
+from pipeline.artifact import create_exclusive, fsync_dir, open_artifact, read_json, write_json
 from pipeline.errors import CorruptionError, LeaseLostError, UserError
 from pipeline.stage import Shard, is_same_shard
 
@@ -267,15 +267,24 @@ class ArtifactPlace:
         return self.directory / "shards" / f"{name}.json"
 
     def commit_shard(self, name: str, directory: Path, lease: Lease) -> Path:
-        """Publish one piece whose manifest is written; the first to be committed counts, and is returned."""
+        """Publish one piece whose manifest is written; the first of the same shard counts, and is returned.
+
+        Another shard under the name was published by a coordinator that had lost its lease and not noticed yet: it
+        gives way to the holder of the newest lease.
+        """
         lease.check()
-        open_artifact(directory)
+        shard = open_artifact(directory).shard
         (self.directory / "shards").mkdir(exist_ok=True)
         relative = directory.relative_to(self.directory / "attempts").as_posix()
         record = self._shard_record(name)
         if create_exclusive(record, {"directory": relative}):
             return directory
-        return self.attempt(_value(record, "directory"))
+        first = self.attempt(_value(record, "directory"))
+        if is_same_shard(open_artifact(first).shard, shard):
+            return first
+        lease.check()
+        write_json(record, {"directory": relative})
+        return directory
 
 
 def _value(record: Path, key: str) -> Any:

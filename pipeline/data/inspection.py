@@ -70,7 +70,7 @@ def length_histogram(tokens: Path) -> LengthHistogram:
     names = [shard["name"] for shard in open_artifact(tokens).stats["shards"] if shard["split"] == "train"]
     places = np.unique(np.linspace(0, len(names) - 1, min(len(names), MAX_SHARDS_READ)).astype(int))
     paths = [checked(tokens, f"{names[place]}.arrow") for place in places]
-    lengths = np.concatenate([open_stream([path]).doc_lengths for path in paths])
+    lengths = np.concatenate([np.zeros(0, dtype=np.int64), *(open_stream([path]).doc_lengths for path in paths)])
     if not len(lengths):
         return LengthHistogram([1], [], len(paths), len(names))
     exponents = np.frexp(lengths.astype(np.float64))[1] - 1
@@ -146,7 +146,7 @@ def _verify_tokens(tokens: Path, vocabulary: Vocabulary) -> str:
         _agree(
             f"(documents, tokens, vocabulary) of {path}", found, (record["docs"], record["tokens"], special.vocab_size)
         )
-        if (stream[:] == special.mask_token_id).any():
+        if any((piece == special.mask_token_id).any() for piece in stream.pieces):
             raise CorruptionError(f"{path} holds the mask id {special.mask_token_id}")
         num_docs, num_tokens = num_docs + found[0], num_tokens + found[1]
     stated = tuple(stats[f"train_{key}"] + stats[f"held_out_{key}"] for key in ("docs", "tokens"))
@@ -171,11 +171,13 @@ def _verify_rows(packed: Path, tokens: Path) -> str:
 
 
 def _compare(rows: PackedRows, number: int, path: Path) -> None:
+    """CorruptionError unless rows and tokens hold the same documents; one document is in memory at a time."""
+    name = rows.shards[number].name
     stream = open_stream([path])
-    unpacked = {document: ids for document, ids in rows.documents(number)}
-    for document, (start, stop) in enumerate(zip(stream.doc_starts[:-1], stream.doc_starts[1:], strict=True)):
-        wanted = stream[int(start) : int(stop)]
-        if len(wanted) and not np.array_equal(unpacked.pop(document, wanted[:0]), wanted):
-            raise CorruptionError(f"the rows of {rows.shards[number].name} do not hold document {document} of {path}")
-    if unpacked:
-        raise CorruptionError(f"the rows of {rows.shards[number].name} hold {len(unpacked)} documents more than {path}")
+    wanted = np.flatnonzero(stream.doc_lengths).tolist()
+    for document, held in itertools.zip_longest(wanted, rows.documents(number)):
+        if document is None:
+            raise CorruptionError(f"the rows of {name} hold a document {held[0]}, which {path} does not")
+        start, stop = stream.doc_starts[document : document + 2].tolist()
+        if held is None or held[0] != document or not np.array_equal(held[1], stream[start:stop]):
+            raise CorruptionError(f"the rows of {name} do not hold document {document} of {path}")

@@ -38,7 +38,11 @@ class Verified:
 
 
 def _is_fresh(record: Path) -> bool:
-    return record.exists() and time.time() - record.stat().st_mtime < MAX_AGE_S
+    try:
+        age_s = time.time() - record.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    return 0 <= age_s < MAX_AGE_S  # a record from the future would be believed for longer
 
 
 def _wait_for(lock: IO[str]) -> None:

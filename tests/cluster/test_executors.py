@@ -1,4 +1,5 @@
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,6 +158,24 @@ def test_local_cancel_kills_what_ignores_the_request_to_end(local_executor, tmp_
     assert_gone(found)
 
 
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_local_calls_that_ignore_the_request_to_end_are_waited_for_together(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(local, "_KILL_AFTER_S", 1.0)
+    executor = LocalExecutor(NUM_CPUS)
+    keys = ("a", "b", "c", "d")
+    for key in keys:
+        executor.start(call("ignore_requests_to_end", tmp_path / key, key=key))
+    wait_until(lambda: len(list(tmp_path.glob("*/*.pid"))) == len(keys), "the calls run")
+    found = [process for key in keys for process in processes(tmp_path / key)]
+    begun_s = time.monotonic()
+    executor.cancel(*keys) if how == "cancel" else executor.close()
+    assert time.monotonic() - begun_s < 2.5
+    assert_gone(found)
+    if how == "cancel":
+        assert executor.wait(0.0) == [Ended(key, "cancelled") for key in keys]
+        executor.close()
+
+
 def test_local_calls_beyond_the_cores_wait_their_turn(tmp_path):
     executor = LocalExecutor(1)
     first, second = (call("sleep", tmp_path / key, key=key) for key in ("first", "second"))
@@ -195,3 +214,25 @@ def test_local_gang_seen_late_tells_the_rank_that_was_killed_not_the_one_that_co
     wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, "both ranks run")
     assert_gone(processes(tmp_path))
     assert local_executor.wait(0.0) == [Ended("be_killed", "rank 1 ended with signal 9", killed=True)]
+
+
+def test_local_call_whose_processes_cannot_be_started_ends_with_the_reason_and_the_next_one_runs(tmp_path):
+    executor = LocalExecutor(1)
+    (tmp_path / "second" / "log").mkdir(parents=True)
+    (tmp_path / "second" / "log" / "second").write_text("a file where a directory must be")
+    calls = [call("write_down", tmp_path / key, key=key, word="w") for key in ("first", "second", "third")]
+    found = collect(executor, *calls)
+    assert (found["first"], found["third"]) == (Ended("first"), Ended("third"))
+    assert "File exists" in found["second"].failure
+    assert not found["second"].killed
+    executor.close()
+
+
+def test_local_gang_of_which_a_rank_cannot_be_started_is_stopped_as_a_whole(local_executor, tmp_path):
+    item = call("sleep", tmp_path, gang_size=2, cpus=0.5)
+    (item.log_dir / "rank-1.log").mkdir(parents=True)
+    local_executor.start(item)
+    (ended,) = local_executor.wait(0.0)
+    assert "rank-1.log" in ended.failure
+    needle = str(item.log_dir)
+    assert not [p for p in psutil.Process().children(recursive=True) if needle in " ".join(p.cmdline())]

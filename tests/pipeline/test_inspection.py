@@ -1,6 +1,7 @@
 """What is shown of the data is what is there, and verification finds each kind of damage."""
 
 import shutil
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +11,21 @@ import numpy as np
 import pytest
 
 from pipeline.artifact import MANIFEST, checked_files, load_manifest, read_json, write_json
-from pipeline.data.inspection import decode_row, length_histogram, summarise_sources, verify
+from pipeline.data.inspection import (
+    LengthHistogram,
+    _compare,
+    decode_row,
+    length_histogram,
+    summarise_sources,
+    verify,
+)
 from pipeline.data.loader import Loader
 from pipeline.data.rows import ShardRecord, open_rows
 from pipeline.data.shards import open_stream
 from pipeline.data.vocabulary import Vocabulary, load_vocabulary
 from pipeline.errors import CorruptionError
 from tests.pipeline.conftest import flip_bit
-from tests.support.packed import write_shard
+from tests.support.packed import numbered_documents, write_rows, write_shard
 from tests.support.tiny_run import Artifacts, forge
 
 
@@ -57,6 +65,14 @@ def test_histogram_counts_every_document_by_the_bits_of_its_length(made: Artifac
     assert {low + k: count for k, count in enumerate(found.counts) if count} == dict(naive)
     assert found.edges == [1 << (low + k) for k in range(len(found.counts) + 1)]
     assert (found.shards_read, found.shards) == (len(checked_files(made.tokens, "train-*.arrow")),) * 2
+
+
+def test_histogram_without_a_training_shard_is_empty(made: Artifacts, tmp_path: Path) -> None:
+    own = copied(made, tmp_path)
+    manifest = read_json(own.tokens / MANIFEST)
+    manifest["stats"]["shards"] = [s for s in manifest["stats"]["shards"] if s["split"] != "train"]
+    write_json(own.tokens / MANIFEST, manifest)
+    assert length_histogram(own.tokens) == LengthHistogram([1], [], 0, 0)
 
 
 def test_a_decoded_row_is_its_text_cut_where_documents_meet(made: Artifacts, vocabulary: Vocabulary) -> None:
@@ -125,6 +141,43 @@ def test_rows_that_hold_another_document_are_found(made: Artifacts, vocabulary: 
     rewrite(own.rows, "train-*[0-9].arrow", change_a_token)
     with pytest.raises(CorruptionError, match="do not hold document 1 of"):
         sentences(own, vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda documents: documents.pop(), "hold a document 3, which"),
+        (lambda documents: documents.append([7]), "do not hold document 4 of"),
+        (lambda documents: documents.insert(1, [7]), "do not hold document 1 of"),
+        (lambda documents: documents[3].pop(), "do not hold document 3 of"),
+    ],
+)
+def test_rows_of_more_or_fewer_documents_are_found(
+    change: Callable[[list[list[int]]], None], words: str, tmp_path: Path
+) -> None:
+    documents = numbered_documents([5, 0, 9, 3])
+    rows = write_rows(tmp_path / "rows", {"text": [documents]}, seq_len=4)
+    tokens = tmp_path / "train-text-00000.arrow"
+    write_shard(tokens, documents, rows.vocab_size)
+    _compare(rows, 0, tokens)
+    change(documents)
+    write_shard(tokens, documents, rows.vocab_size)
+    with pytest.raises(CorruptionError, match=words):
+        _compare(rows, 0, tokens)
+
+
+def test_comparison_of_rows_and_tokens_needs_the_memory_of_a_document(tmp_path: Path) -> None:
+    documents = numbered_documents([25_000] * 80)
+    rows = write_rows(tmp_path / "rows", {"text": [documents]}, seq_len=1000)
+    write_shard(tmp_path / "tokens.arrow", documents, rows.vocab_size)
+    shard_bytes = (tmp_path / "tokens.arrow").stat().st_size
+    tracemalloc.start()
+    try:
+        _compare(rows, 0, tmp_path / "tokens.arrow")
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < shard_bytes / 4
 
 
 @pytest.mark.parametrize(

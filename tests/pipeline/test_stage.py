@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,36 @@ def test_an_out_directory_with_something_else_in_it_is_refused_and_left_alone(co
     assert (tmp_path / "file").read_text() == "a file"
 
 
+def test_an_out_directory_that_somebody_else_fills_after_the_artifact_was_deleted_is_left_alone(
+    config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "corpus"
+    assert _run_corpus(config, out).returncode == 0
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert "holds something else" in _refused(_run_corpus(config, out))
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_out_directory_that_somebody_else_fills_meanwhile_is_left_alone(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "corpus"
+    fill = f"import pathlib; p = pathlib.Path({str(out)!r}); p.mkdir(); (p / 'thesis.txt').write_text('years of work')"
+    process = python("-c", _MEANWHILE, fill, "--config", str(config), "--out", str(out))
+    assert process.returncode == 3
+    assert "not empty" in process.stderr
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
+def test_state_on_another_file_system_is_refused_before_the_work(config: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert Path(other).stat().st_dev != tmp_path.stat().st_dev
+        (tmp_path / "corpus.state").symlink_to(other)
+        assert "must lie on one file system" in _refused(_run_corpus(config, tmp_path / "corpus"))
+        assert not any(Path(other).iterdir())
+
+
 def test_an_empty_out_directory_is_used(config: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert _run_corpus(config, tmp_path / "out").returncode == 0
@@ -191,10 +222,11 @@ def test_what_a_killed_attempt_left_is_not_trusted(config: Path, tmp_path: Path)
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    assert (out / "train-text-00000.arrow").exists()
-    assert not (out / MANIFEST).exists()
-    flip_bit(out / "train-text-00000.arrow", 300)
-    (out / "train-text-00007.arrow").write_bytes(b"stray")
+    left = tmp_path / "corpus.state" / "attempt"
+    assert not out.exists()
+    assert not (left / MANIFEST).exists()
+    flip_bit(left / "train-text-00000.arrow", 300)
+    (left / "train-text-00007.arrow").write_bytes(b"stray")
     assert _run_corpus(config, out).returncode == 0
     assert open_artifact(out).files == open_artifact(tmp_path / "clean").files
 
@@ -347,9 +379,9 @@ def test_a_second_call_for_the_same_directory_is_refused_while_the_first_is_at_w
     first = subprocess.Popen([sys.executable, *command], cwd=Path(__file__).parents[2])
     try:
         wait_until(lambda: (log / "copies-001").exists(), "the first call is at work")
-        (out / "witness").write_text("")
+        (witness := tmp_path / "out.state" / "attempt" / "witness").write_text("")
         assert f"is being made by process {first.pid} on {platform.node()}" in _refused(python(*command))
-        assert (out / "witness").exists()
+        assert witness.exists()
     finally:
         first.kill()
         first.wait()

@@ -40,12 +40,12 @@ def test_a_check_that_fails_is_made_again(tmp_path: Path, file: Path) -> None:
             Verified(tmp_path / "record").once([file], "a", fail)
 
 
-def test_a_record_of_more_than_a_day_is_not_believed(tmp_path: Path, file: Path) -> None:
+def test_a_record_of_more_than_a_day_or_of_the_future_is_not_believed(tmp_path: Path, file: Path) -> None:
     calls: list[int] = []
     verified = Verified(tmp_path / "record")
     verified.once([file], "a", lambda: calls.append(1))
     (record,) = [path for path in verified.directory.iterdir() if path.suffix != ".lock"]
-    for age_s, wanted in ((MAX_AGE_S - 60, 1), (MAX_AGE_S + 60, 2), (0.0, 2)):
+    for age_s, wanted in ((MAX_AGE_S - 60, 1), (MAX_AGE_S + 60, 2), (0.0, 2), (-60.0, 3), (0.0, 3)):
         if age_s:
             os.utime(record, (time.time() - age_s,) * 2)
         verified.once([file], "a", lambda: calls.append(1))

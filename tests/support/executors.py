@@ -35,12 +35,11 @@ class Kept(Executor):
         self._keys -= {e.key for e in ended}
         return ended
 
-    def cancel(self, key: str) -> None:
-        self._executor.cancel(key)
+    def cancel(self, *keys: str) -> None:
+        self._executor.cancel(*keys)
 
     def close(self) -> None:
-        for key in self._keys:
-            self._executor.cancel(key)
+        self._executor.cancel(*self._keys)
         for _ in range(int(_DRAIN_S)):
             if not self._keys:
                 return
@@ -80,8 +79,8 @@ class Inline(Executor):
             return [Ended(call.key, str(error))]
         return [Ended(call.key)]
 
-    def cancel(self, key: str) -> None:
-        self._calls = [call for call in self._calls if call.key != key]
+    def cancel(self, *keys: str) -> None:
+        self._calls = [call for call in self._calls if call.key not in keys]
 
     def close(self) -> None:
         self._calls.clear()

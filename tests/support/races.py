@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.artifact import MANIFEST, Manifest, open_artifact, record_files, write_json
 from pipeline.errors import LeaseLostError
+from pipeline.stage import Shard
 from workflows.store import ArtifactPlace, Lease, LeaseHeldError, acquire_lease
 
 NUM_ROUNDS = 15
@@ -29,13 +30,12 @@ def race_for_lease(directory: Path, barrier: Barrier, answers: Any) -> None:
         barrier.wait()
 
 
-def finished_attempt(place: ArtifactPlace, lease: Lease, text: str) -> Path:
+def finished_attempt(place: ArtifactPlace, lease: Lease, text: str, shard: Shard | None = None) -> Path:
     """An attempt that is ready to be committed."""
     attempt = place.new_attempt(lease)
     (attempt / "value.txt").write_text(text)
-    manifest = Manifest(
-        "toy", f"{place.directory.name}{64 * 'f'}"[:64], 1, {}, {}, record_files(attempt), {"text": text}
-    )
+    fingerprint = f"{place.directory.name}{64 * 'f'}"[:64]
+    manifest = Manifest("toy", fingerprint, 1, {}, {}, record_files(attempt), {"text": text}, shard=shard or {})
     write_json(attempt / MANIFEST, manifest)
     return attempt
 

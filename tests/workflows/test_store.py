@@ -13,11 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.artifact import read_json
+from pipeline.artifact import create_exclusive, read_json
 from pipeline.errors import CorruptionError, UserError
 from tests.support import races
 from tests.support.races import finished_attempt, is_fenced
 from tests.support.toy_workflow import wait_until
+from workflows import store as store_module
 from workflows.store import (
     STALE_AFTER_S,
     ArtifactPlace,
@@ -203,6 +204,49 @@ def test_commit_of_a_shard_counts_once(place: ArtifactPlace):
     assert place.commit_shard("0", first, lease) == first
     assert place.commit_shard("0", second, lease) == first
     assert place.committed_shards() == {"0": first}
+
+
+def test_commit_of_a_shard_by_a_coordinator_that_stalled_gives_way_to_the_newest(
+    place: ArtifactPlace, monkeypatch: pytest.MonkeyPatch
+):
+    stalled = acquire_lease(place.lease_dir, "stalled")
+    old = finished_attempt(place, stalled, "old", {"name": "0", "identity": "old"})
+    taken_over: list[Lease] = []
+
+    def wake_up_too_late(path: Path, value: Any) -> bool:
+        monkeypatch.setattr(store_module, "create_exclusive", create_exclusive)
+        silence(stalled, STALE_AFTER_S + 1.0)
+        taken_over.append(acquire_lease(place.lease_dir, "heir"))
+        return create_exclusive(path, value)
+
+    monkeypatch.setattr(store_module, "create_exclusive", wake_up_too_late)
+    place.commit_shard("0", old, stalled)
+    (heir,) = taken_over
+    shard = {"name": "0", "identity": "new"}
+    new, same = (finished_attempt(place, heir, "new", shard) for _ in range(2))
+    assert place.commit_shard("0", new, heir) == new
+    assert place.commit_shard("0", same, heir) == new
+    assert place.committed_shards() == {"0": new}
+
+
+def test_commit_of_a_shard_that_finds_another_of_a_newer_coordinator_is_refused(
+    place: ArtifactPlace, monkeypatch: pytest.MonkeyPatch
+):
+    stalled = acquire_lease(place.lease_dir, "stalled")
+    old = finished_attempt(place, stalled, "old", {"name": "0", "identity": "old"})
+    newer: list[Path] = []
+
+    def wake_up_too_late(path: Path, value: Any) -> bool:
+        monkeypatch.setattr(store_module, "create_exclusive", create_exclusive)
+        silence(stalled, STALE_AFTER_S + 1.0)
+        heir = acquire_lease(place.lease_dir, "heir")
+        newer.append(finished_attempt(place, heir, "new", {"name": "0", "identity": "new"}))
+        place.commit_shard("0", newer[0], heir)
+        return create_exclusive(path, value)
+
+    monkeypatch.setattr(store_module, "create_exclusive", wake_up_too_late)
+    assert is_fenced(lambda: place.commit_shard("0", old, stalled))
+    assert place.committed_shards() == {"0": newer[0]}
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"directory": 7}', '{"directory": "../../out"}', "null"])
