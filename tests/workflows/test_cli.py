@@ -211,13 +211,14 @@ def test_cli_resume_after_the_outside_data_changed_ends_with_code_4(dlm, store, 
     assert executions(log) == {}
 
 
-def test_cli_names_the_command_for_a_new_run_with_what_the_old_one_was_given(dlm, store, tmp_path):
+def test_cli_names_the_command_for_a_new_run_with_what_the_old_one_was_given(dlm, store, log, tmp_path):
     path = tmp_path / "a file"
     path.write_text("before")
-    given = ["--set", f"source.path={path}", "--set", "total.trouble=user", "--executor", "local"]
+    logs = [word for step in ("source", "double", "total") for word in ("--set", f"{step}.log={log}")]
+    given = ["--set", f"source.path={path}", "--set", "total.trouble=user", *logs, "--executor", "local"]
     failed = dlm("run", "toy", "--run-id", "r1", *given)
     assert failed.code == 3
-    again = f"dlm run toy --executor local --set 'source.path={path}' --set total.trouble=user"
+    again = f"dlm run toy --executor local --set 'source.path={path}' --set total.trouble=user {' '.join(logs)}"
     assert f"with the same data and settings: dlm resume r1 --store {store.root}" in failed.stderr
     assert f"with other data or settings:     {again} --store {store.root} [--set PATH=VALUE]" in failed.stderr
     path.write_text("afterwards")
