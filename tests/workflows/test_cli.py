@@ -214,7 +214,7 @@ def test_cli_resume_after_the_outside_data_changed_ends_with_code_4(dlm, store, 
 def test_cli_names_the_command_for_a_new_run_with_what_the_old_one_was_given(dlm, store, log, tmp_path):
     path = tmp_path / "a file"
     path.write_text("before")
-    logs = [word for step in ("source", "double", "total") for word in ("--set", f"{step}.log={log}")]
+    logs = [word for step in toy_workflow().steps for word in ("--set", f"{step.name}.log={log}")]
     given = ["--set", f"source.path={path}", "--set", "total.trouble=user", *logs, "--executor", "local"]
     failed = dlm("run", "toy", "--run-id", "r1", *given)
     assert failed.code == 3
