@@ -31,7 +31,8 @@ class SourceFile:
     """A local path, or a URL for fsspec."""
     size_bytes: int
     stamp: str
-    """Modification time in nanoseconds, or the tag of a remote file."""
+    """Times of modification and of change in nanoseconds and the inode (a copy may be given the first of them), or the
+    tag of a remote file."""
 
 
 def list_source(name: str, source: Source) -> list[SourceFile]:
@@ -75,7 +76,7 @@ def _known_only(item: str, files: list[SourceFile]) -> list[SourceFile]:
 
 def _local_file(name: str, path: Path) -> SourceFile:
     stat = path.stat()
-    return SourceFile(name, str(path), stat.st_size, str(stat.st_mtime_ns))
+    return SourceFile(name, str(path), stat.st_size, f"{stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}")
 
 
 def _find(path: Path) -> tuple[Path, list[Path]]:

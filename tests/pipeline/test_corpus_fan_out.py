@@ -245,7 +245,7 @@ def test_sources_are_read_by_name(tmp_path: Path, folder: Path) -> None:
     assert [names.count(name) > 1 for name in ("Ape", "bee", "zoo")] == [True, True, True]
 
 
-@pytest.mark.parametrize("change", ["touch", "grow", "remove"])
+@pytest.mark.parametrize("change", ["touch", "grow", "remove", "overwrite", "replace"])
 def test_a_file_that_changed_since_the_plan_is_refused(tmp_path: Path, folder: Path, change: str) -> None:
     config = _config(folder)
     shards = planned(folder, shard_bytes=400)
@@ -254,6 +254,11 @@ def test_a_file_that_changed_since_the_plan_is_refused(tmp_path: Path, folder: P
         os.utime(path, ns=(0, 0))
     elif change == "grow":
         path.write_text(path.read_text() + "more")
+    elif change in ("overwrite", "replace"):
+        before, other = path.stat(), path if change == "overwrite" else folder / "other"
+        other.write_text(path.read_text().swapcase())
+        os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+        other.rename(path)
     else:
         path.unlink()
     with pytest.raises(UserError, match=r"z\.txt (has changed since|cannot be read any more)"):
