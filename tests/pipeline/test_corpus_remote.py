@@ -254,6 +254,24 @@ def test_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch, er
         planned("hf:some/set:part")
 
 
+def test_hub_that_cannot_be_reached_any_more_may_be_tried_again(
+    tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    from pipeline.corpus.run import run_shard
+    from pipeline.stage import StageContext
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    shard = planned(dataset)[0]
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ConnectionError, match="Couldn't reach the Hub") as caught:
+        run_shard(corpus_config(dataset), {}, shard, StageContext(tmp_path, tmp_path, "f"))
+    assert classify(caught.value) == "transient"
+
+
 def test_hub_is_asked_for_name_subset_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
