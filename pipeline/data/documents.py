@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from pipeline.artifact import checked, load_manifest
 from pipeline.data.arrays import binary_to_arrow, to_arrow, to_numpy
-from pipeline.errors import CorruptionError
+from pipeline.errors import CorruptionError, is_bad_format
 
 SCHEMA = pa.schema([("text", pa.large_string()), ("starts_document", pa.bool_())])
 SPLITS = ("train", "held_out")
@@ -144,6 +144,8 @@ def _left_out(directory: Path, name: str) -> np.ndarray:
     try:
         found = np.load(path, allow_pickle=False)
     except (ValueError, OSError) as error:
+        if not is_bad_format(error):
+            raise
         raise CorruptionError(f"{path} is not a list of left-out documents: {error}") from error
     if found.dtype != np.int64 or found.ndim != 1:
         raise CorruptionError(f"{path} holds {found.dtype} of {found.ndim} dimensions, not a list of numbers")
@@ -163,6 +165,8 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
                     raise ValueError("it holds nulls")
                 yield batch
     except (ValueError, OSError, pa.ArrowException) as error:
+        if not is_bad_format(error):
+            raise
         raise CorruptionError(f"{path} is not a valid file of documents: {error}") from error
 
 

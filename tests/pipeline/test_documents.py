@@ -1,3 +1,4 @@
+import errno
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.data.documents import (
     text_files,
     text_hashes,
 )
-from pipeline.errors import CorruptionError
+from pipeline.errors import CorruptionError, classify
 from tests.pipeline.conftest import cut_end, flip_bit
 
 NAME = "train-text-00000.arrow"
@@ -172,3 +173,17 @@ def test_a_list_of_left_out_documents_of_another_type_is_refused(tmp_path: Path,
     np.save(tmp_path / duplicates_file(NAME), numbers, allow_pickle=True)
     with pytest.raises(CorruptionError, match=r"left-out|not a list of numbers"):
         _read(_commit(tmp_path))
+
+
+@pytest.mark.parametrize(("module", "function"), [(np, "load"), (pa, "memory_map")])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, function: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    out = _write(tmp_path, ["a", "b"], [1])
+    monkeypatch.setattr(module, function, fail)
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        _read(out)
+    assert classify(raised.value) == "transient"
