@@ -137,7 +137,7 @@ def _refuse_unreadable(error: OSError) -> None:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Files of a known kind below a folder; hidden folders, and stores of runs and artifacts, are left out."""
+    """Files of a known kind below a folder; hidden ones, and stores of runs and artifacts, are left out."""
     for folder, subfolders, names in os.walk(root, onerror=_refuse_unreadable):
         here = Path(folder)
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and not _is_store(here / name)]
@@ -147,7 +147,7 @@ def _walk(root: Path) -> Iterator[Path]:
                 f"corpus.source: the link {link} leads to {os.path.realpath(link)}, so that its files would be read "
                 "twice or for ever. Remove the link"
             )
-        for path in [here / name for name in names if name.endswith(SUFFIXES)]:
+        for path in [here / name for name in names if name.endswith(SUFFIXES) and not name.startswith(".")]:
             if path.is_symlink():
                 _refuse_outside(root, path)
             if path.is_file():
