@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import artifact
 from pipeline.artifact import MANIFEST, Manifest, record_files, write_json
 from pipeline.data import documents
 from pipeline.data.documents import (
@@ -187,3 +188,17 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(
     with pytest.raises(OSError, match="Input/output error") as raised:
         _read(out)
     assert classify(raised.value) == "transient"
+
+
+def test_a_reader_reads_the_manifest_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = _write(tmp_path, ["a", "b"], [1])
+    read: list[Path] = []
+    read_json = artifact.read_json
+
+    def counted(path: Path) -> Any:
+        read.append(path)
+        return read_json(path)
+
+    monkeypatch.setattr(artifact, "read_json", counted)
+    assert _read(out) == ["a"]
+    assert read == [out / MANIFEST]
