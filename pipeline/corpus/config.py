@@ -219,4 +219,5 @@ STAGE = Stage(
     module="pipeline.corpus.run",
     code_version=3,
     external="pipeline.corpus.identity:external_data",
+    not_of_shards=("text_field", "filters", "max_bad_ratio"),
 )
