@@ -199,9 +199,9 @@ def open_artifact(directory: Path) -> Manifest:
     return manifest
 
 
-def checked(directory: Path, relative: str) -> Path:
-    """Path of one file of an artifact, its bytes verified against the manifest."""
-    for record in load_manifest(directory).files:
+def checked(directory: Path, relative: str, manifest: Manifest | None = None) -> Path:
+    """Path of one file of an artifact, its bytes verified against the manifest (read, if it is not at hand)."""
+    for record in (manifest or load_manifest(directory)).files:
         if record.path == relative:
             return checked_record(directory, record)
     raise CorruptionError(f"{directory} has no file {relative} in its manifest")

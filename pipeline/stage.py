@@ -39,11 +39,12 @@ Shard = dict[str, Any]
 """One piece of a map stage, as JSON values, with a unique "name" that can name a directory.
 
 It may have an "identity": a JSON value that determines the files of the shard, together with the stage, its code
-version and the identity of its configuration, but whatever the inputs are.  The engine then takes the shard over from
-another artifact of the stage instead of running it; the other values (where something lies, when it was changed) may
-differ.  Counts in its stats follow from the files; others may tell how these were made, such as the name of a backend
-that gives the same files as any other, and are then those of the shard that was taken over.  A shard that reads data
-which may change meanwhile (outside the store) must check that what it read is what its identity says.
+version and the identity of its configuration (without ``Stage.not_of_shards``), but whatever the inputs are.  The
+engine then takes the shard over from another artifact of the stage instead of running it; the other values (where
+something lies, when it was changed) may differ.  Counts in its stats follow from the files; others may tell how these
+were made, such as the name of a backend that gives the same files as any other, and are then those of the shard that
+was taken over.  A shard that reads data which may change meanwhile (outside the store) must check that what it read is
+what its identity says.
 """
 
 Stats = dict[str, Any]
@@ -67,6 +68,8 @@ class Stage:
     """Raised when the same configuration would give another result."""
     external: str = ""
     """``module:function`` of (config) -> JSON that identifies data from outside the store, or empty."""
+    not_of_shards: tuple[str, ...] = ()
+    """Fields of the configuration that decide nothing of a shard but what its own "identity" says of them."""
     check: Callable[[Any, Mapping[str, Any], str], None] | None = None
     """check(config, upstream, step) raises UserError if the configuration does not fit those it depends on.
 
@@ -155,7 +158,7 @@ def shard_fingerprint(stage: Stage, config: Any, shard: Shard) -> str:
         {
             "stage": stage.name,
             "code_version": stage.code_version,
-            "config": identity(config),
+            "config": {name: value for name, value in identity(config).items() if name not in stage.not_of_shards},
             "shard": shard["identity"],
         }
     )

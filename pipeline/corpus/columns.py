@@ -25,6 +25,8 @@ _BUFFER_BYTES = 1 << 20
 _BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 """Types of text, and the same bytes unread."""
 
+_SIZED = (pa.binary(), pa.large_binary())
+
 Column = tuple[int, pa.Array]
 """Values, and the number of the first of them in the file."""
 
@@ -64,6 +66,7 @@ def _refuse_ambiguous(file: SourceFile, config: SourceConfig, schema: pa.Schema)
 def _row_groups(file: SourceFile, table: pq.ParquetFile, piece: Piece, config: SourceConfig) -> Iterator[Column]:
     field = config.text_field
     stop = table.num_row_groups if piece.stop < 0 else piece.stop
+    given = taken = 0
     number = 1 + sum(table.metadata.row_group(group).num_rows for group in range(piece.start))
     for group in range(piece.start, stop):
         about = table.metadata.row_group(group)
@@ -75,9 +78,13 @@ def _row_groups(file: SourceFile, table: pq.ParquetFile, piece: Piece, config: S
             sum(column.total_uncompressed_size for column in own),
             sum(column.total_compressed_size for column in own),
         )
+        taken += sum(column.total_compressed_size for column in own)
         rows = min(_ROWS, max(1, _VALUE_BYTES * about.num_rows // max(1, about.total_byte_size)))
         for batch in table.iter_batches(columns=[field], row_groups=[group], batch_size=rows):
-            yield number, batch.column(batch.schema.get_field_index(field))
+            column = _as_bytes(batch.column(batch.schema.get_field_index(field)))
+            given += _num_bytes(column)
+            refuse_bomb(file, config.max_decompression_ratio, given, taken)
+            yield number, column
             number += batch.num_rows
 
 
@@ -117,9 +124,27 @@ def _as_bytes(column: pa.Array) -> pa.Array:
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     if pa.types.is_dictionary(column.type):
-        column.validate(full=True)
-        column = column.dictionary_decode()
+        return pa.DictionaryArray.from_arrays(column.indices, _as_bytes(column.dictionary))
     return column.view(_BINARY[column.type]) if column.type in _BINARY else column
+
+
+def _num_bytes(column: pa.Array) -> int:
+    """Bytes of text in a column, each value of a dictionary as often as it is repeated."""
+    repeats = pa.types.is_dictionary(column.type)
+    values = column.dictionary if repeats else column
+    if values.type not in _SIZED:
+        return 0
+    lengths = pc.call_function("binary_length", [values])
+    return (pc.take(lengths, column.indices) if repeats else lengths).sum().as_py() or 0
+
+
+def _values(column: pa.Array) -> Iterator[bytes | None]:
+    """Text as Python has it; from a dictionary one by one, since all of a batch may be too many bytes for an array."""
+    if not pa.types.is_dictionary(column.type):
+        yield from column.to_pylist()
+        return
+    for index in column.indices.to_pylist():
+        yield None if index is None else column.dictionary[index].as_py()
 
 
 def _texts(file: SourceFile, columns: Iterator[Column], config: SourceConfig, ledger: Ledger) -> Iterator[str]:
@@ -128,8 +153,9 @@ def _texts(file: SourceFile, columns: Iterator[Column], config: SourceConfig, le
         if pa.types.is_run_end_encoded(column.type):
             column = pc.call_function("run_end_decode", [column])
         values = _as_bytes(column)
-        is_text = values.type in _BINARY.values()  # other values may have no counterpart in Python: a far-off time
-        for number, value in enumerate(values.to_pylist() if is_text else [None] * len(values), first):
+        value_type = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        is_text = value_type in _BINARY.values()  # other values may have no counterpart in Python: a far-off time
+        for number, value in enumerate(_values(values) if is_text else [None] * len(values), first):
             ledger.records += 1
             if value is None:
                 kind = "NoneType" if is_text or pa.types.is_null(values.type) else column.type

@@ -61,13 +61,15 @@ def _dataset(item: str) -> str:
 
 def _url(item: str) -> str:
     try:
-        has_password = urlsplit(item).password is not None
+        parts = urlsplit(item)
     except ValueError as error:
         raise ValueError(f"{item!r} is no URL: {error}") from None
-    if has_password:
+    is_web = parts.scheme in ("http", "https")  # what stands before the @ of others may be the name of a place
+    if parts.password is not None or (is_web and "@" in parts.netloc):
+        secret = "user name, token or password" if is_web else "password"
         raise ValueError(
-            f"the URL of {urlsplit(item).hostname!r} holds a password, which plans and manifests would show; "
-            "give it to fsspec by its configuration files or by environment variables"
+            f"the URL of {parts.hostname!r} holds a {secret}, which plans and manifests would show; give it to "
+            "fsspec by its configuration files or by environment variables"
         )
     if "::" in item:
         raise ValueError(f"{item!r} is a chain of file systems, which cannot be checked for changes; unpack or copy it")
@@ -217,4 +219,5 @@ STAGE = Stage(
     module="pipeline.corpus.run",
     code_version=3,
     external="pipeline.corpus.identity:external_data",
+    not_of_shards=("text_field", "filters", "max_bad_ratio"),
 )

@@ -31,7 +31,8 @@ class SourceFile:
     """A local path, or a URL for fsspec."""
     size_bytes: int
     stamp: str
-    """Modification time in nanoseconds, or the tag of a remote file."""
+    """Times of modification and of change in nanoseconds and the inode (a copy may be given the first of them), or the
+    tag of a remote file."""
 
 
 def list_source(name: str, source: Source) -> list[SourceFile]:
@@ -75,7 +76,7 @@ def _known_only(item: str, files: list[SourceFile]) -> list[SourceFile]:
 
 def _local_file(name: str, path: Path) -> SourceFile:
     stat = path.stat()
-    return SourceFile(name, str(path), stat.st_size, str(stat.st_mtime_ns))
+    return SourceFile(name, str(path), stat.st_size, f"{stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}")
 
 
 def _find(path: Path) -> tuple[Path, list[Path]]:
@@ -136,7 +137,7 @@ def _refuse_unreadable(error: OSError) -> None:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Files of a known kind below a folder; hidden folders, and stores of runs and artifacts, are left out."""
+    """Files of a known kind below a folder; hidden ones, and stores of runs and artifacts, are left out."""
     for folder, subfolders, names in os.walk(root, onerror=_refuse_unreadable):
         here = Path(folder)
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and not _is_store(here / name)]
@@ -146,7 +147,7 @@ def _walk(root: Path) -> Iterator[Path]:
                 f"corpus.source: the link {link} leads to {os.path.realpath(link)}, so that its files would be read "
                 "twice or for ever. Remove the link"
             )
-        for path in [here / name for name in names if name.endswith(SUFFIXES)]:
+        for path in [here / name for name in names if name.endswith(SUFFIXES) and not name.startswith(".")]:
             if path.is_symlink():
                 _refuse_outside(root, path)
             if path.is_file():

@@ -33,18 +33,25 @@ def _open(item: str, config: CorpusConfig) -> Any:
         return datasets.load_dataset(
             path, subset or None, split=config.hub_split, revision=config.hub_revision or None, streaming=True
         )
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
-        raise UserError(f"datasets.load_dataset cannot open {name!r}: {error}") from None
+    except (FileNotFoundError, ValueError) as error:
+        raise _cannot_open(item, error) from None
+
+
+def _cannot_open(item: str, error: Exception) -> UserError:
+    return UserError(f"datasets.load_dataset cannot open {item.removeprefix(HUB_PREFIX)!r}: {error}")
 
 
 def hub_pieces(item: str, config: CorpusConfig) -> list[Piece]:
-    """One piece for each of the dataset's own shards."""
-    num_shards = _open(item, config).num_shards
+    """One piece for each of the dataset's own shards; UserError if the hub cannot be reached."""
+    try:
+        num_shards = _open(item, config).num_shards
+    except ConnectionError as error:
+        raise _cannot_open(item, error) from None
     return [Piece(dataset=item, start=index, stop=num_shards) for index in range(num_shards)]
 
 
 def read_hub(piece: Piece, config: CorpusConfig) -> Iterator[Any]:
-    """The records of one shard of a dataset."""
+    """The records of one shard of a dataset; ConnectionError, which may pass, if the hub does not answer now."""
     dataset = _open(piece.dataset, config)
     if dataset.num_shards != piece.stop:
         raise UserError(

@@ -34,6 +34,16 @@ def how_it_is_read(config: CorpusConfig, name: str) -> dict[str, Any]:
     return {"text_field": own.text_field, "filters": filters_identity(own.filters, own.filters_setting)}
 
 
+def how_a_shard_is_read(config: CorpusConfig, name: str) -> dict[str, Any]:
+    """What changes the bytes of a source's shards besides those of its files.
+
+    Whether duplicates stay does not: they are found over all shards, and left out by number.
+    """
+    how = how_it_is_read(config, name)
+    del how["filters"]["settings"]["drop_duplicates"]
+    return {"source": name, **how}
+
+
 def datasets_of(config: CorpusConfig, name: str) -> list[str]:
     """The datasets of the hub in a source, by name."""
     return sorted(item for item in config.source[name].paths if item.startswith(HUB_PREFIX))

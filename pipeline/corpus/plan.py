@@ -9,7 +9,7 @@ from pipeline.corpus.columns import open_parquet
 from pipeline.corpus.config import CorpusConfig
 from pipeline.corpus.files import SourceFile, content_of, list_source, open_source
 from pipeline.corpus.hub import hub_pieces, is_pinned
-from pipeline.corpus.identity import datasets_of, how_it_is_read
+from pipeline.corpus.identity import datasets_of, how_a_shard_is_read
 from pipeline.corpus.pieces import Piece, cut_bytes, cut_row_groups, cut_runs
 from pipeline.errors import UserError
 from pipeline.stage import Shard
@@ -22,8 +22,7 @@ def plan_shards(config: CorpusConfig) -> list[Shard]:
     """All shards, by source, file and range: the order of the documents, whoever reads them and when."""
     shards: list[Shard] = []
     for name in sorted(config.source):
-        how = {"source": name, **how_it_is_read(config, name)}
-        del how["filters"]["settings"]["drop_duplicates"]  # it changes no byte of a shard
+        how = how_a_shard_is_read(config, name)
         for number, piece in enumerate(_pieces(config, name)):
             if number == _MAX_PIECES:
                 raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.config import from_json
 from pipeline.corpus.config import CorpusConfig, for_source
 from pipeline.corpus.gather import REJECTS, add_counts, gather_split, join_rejects, open_shards
+from pipeline.corpus.identity import how_a_shard_is_read
 from pipeline.corpus.ledger import Ledger
 from pipeline.corpus.pieces import Piece
 from pipeline.corpus.plan import plan_shards
@@ -33,8 +34,19 @@ def run_shard(config: CorpusConfig, inputs: Mapping[str, Path], shard: Shard, co
         with ShardWriter(context.out, own, ledger) as writer:
             for document in read_piece(piece, own, ledger, shard["is_first"]):
                 writer.write(document)
+    _refuse_changed_filters(config, shard)
     start = 0 if piece.dataset else piece.start
     return {"source": shard["source"], "start": start, **ledger.counts()}
+
+
+def _refuse_changed_filters(config: CorpusConfig, shard: Shard) -> None:
+    """UserError if the files of the hooks are no longer those that the shard would be shared under."""
+    own = shard.get("identity", {})
+    if own and own | how_a_shard_is_read(config, shard["source"]) != own:
+        raise UserError(
+            f"a hook of {for_source(config, shard['source']).filters_setting}.quality has changed since the run was "
+            "planned. Start a new run once it is complete"
+        )
 
 
 def _stop_if_asked(context: StageContext, name: str) -> None:

@@ -17,9 +17,9 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifact import checked, load_manifest
+from pipeline.artifact import Manifest, checked, load_manifest
 from pipeline.data.arrays import binary_to_arrow, to_arrow, to_numpy
-from pipeline.errors import CorruptionError
+from pipeline.errors import CorruptionError, is_bad_format
 
 SCHEMA = pa.schema([("text", pa.large_string()), ("starts_document", pa.bool_())])
 SPLITS = ("train", "held_out")
@@ -119,8 +119,9 @@ def read_rows(directory: Path, name: str) -> Iterator[Rows]:
 
     Raises CorruptionError if a file is damaged or is no file of documents.
     """
-    path = checked(directory, name)
-    left_out = _left_out(directory, name)
+    manifest = load_manifest(directory)
+    path = checked(directory, name, manifest)
+    left_out = _left_out(directory, name, manifest)
     num_docs = 0
     for batch in _batches(path):
         starts = batch.column(1)
@@ -136,14 +137,16 @@ def read_rows(directory: Path, name: str) -> Iterator[Rows]:
             yield Rows(batch.column(0).to_pylist(), batch.column(1).to_pylist())
 
 
-def _left_out(directory: Path, name: str) -> np.ndarray:
+def _left_out(directory: Path, name: str, manifest: Manifest) -> np.ndarray:
     duplicates = duplicates_file(name)
-    if not any(record.path == duplicates for record in load_manifest(directory).files):
+    if not any(record.path == duplicates for record in manifest.files):
         return np.empty(0, np.int64)
-    path = checked(directory, duplicates)
+    path = checked(directory, duplicates, manifest)
     try:
         found = np.load(path, allow_pickle=False)
     except (ValueError, OSError) as error:
+        if not is_bad_format(error):
+            raise
         raise CorruptionError(f"{path} is not a list of left-out documents: {error}") from error
     if found.dtype != np.int64 or found.ndim != 1:
         raise CorruptionError(f"{path} holds {found.dtype} of {found.ndim} dimensions, not a list of numbers")
@@ -163,6 +166,8 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
                     raise ValueError("it holds nulls")
                 yield batch
     except (ValueError, OSError, pa.ArrowException) as error:
+        if not is_bad_format(error):
+            raise
         raise CorruptionError(f"{path} is not a valid file of documents: {error}") from error
 
 

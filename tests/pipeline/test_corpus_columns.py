@@ -1,3 +1,4 @@
+import random
 import re
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def test_a_column_that_is_no_text_is_set_aside_unread(tmp_path: Path, column: pa
         UserError, match=r"40 of 40 records are broken.*line 1: 'text' holds " + re.escape(str(column.type))
     ):
         make_corpus(tmp_path, path)
+
+
+def test_a_dictionary_that_is_repeated_too_often_is_refused_in_parquet(tmp_path: Path) -> None:
+    long = random.Random(0).randbytes(1 << 15).hex()
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array([long]))
+    for column in (values, values.dictionary_decode()):
+        pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=r"a\.parquet decompresses to more than \d+ times .*max_decompression"):
+            make_corpus(tmp_path, tmp_path / "a.parquet")
 
 
 def test_text_in_columns_of_runs_and_of_json_is_read(tmp_path: Path) -> None:

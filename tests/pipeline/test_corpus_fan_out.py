@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from pipeline.corpus.config import STAGE, CorpusConfig, for_source
 from pipeline.corpus.files import SourceFile
 from pipeline.corpus.identity import external_data
 from pipeline.corpus.pieces import Piece, cut_row_groups, cut_runs
+from pipeline.corpus.plan import _piece_identity
 from pipeline.corpus.run import finish, list_shards, run_shard
 from pipeline.errors import UserError
-from pipeline.stage import StageContext, Stopped
+from pipeline.stage import StageContext, Stopped, shard_fingerprint, stage_fingerprint
 from tests.pipeline.conftest import write_jsonl
 from tests.support.corpus_runs import TEXTS, corpus_config, jsonl, make_corpus, planned
 
@@ -224,18 +226,82 @@ def test_identity_of_shards_follows_neither_place_nor_time_nor_other_sources(tmp
     assert str(tmp_path) not in json.dumps(before)
 
 
-@pytest.mark.parametrize("changes", [{"text_field": "body"}, {"filters": {"min_chars": 2}}])
-def test_identity_of_shards_follows_how_a_source_is_read(folder: Path, changes: dict[str, Any]) -> None:
-    (plain, *_), (other, *_) = planned({"a": str(folder)}), planned({"a": {"paths": str(folder), **changes}})
-    assert plain["identity"] != other["identity"]
+def _fingerprints(source: Any, settings: dict[str, Any]) -> tuple[str, list[str]]:
+    """That of the artifact, and those of its shards."""
+    config = corpus_config(source, **settings)
+    shards = [shard_fingerprint(STAGE, config, shard) for shard in planned(source, **settings)]
+    return stage_fingerprint(STAGE, config, {}, external_data(config)), shards
 
 
-def test_identity_of_shards_does_not_follow_whether_duplicates_stay(folder: Path) -> None:
-    shards = [
-        planned({"a": {"paths": str(folder), "filters": {"min_chars": 2, "drop_duplicates": drop}}})
-        for drop in (True, False)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"text_field": "body"},
+        {"filters": {"min_chars": 2}},
+        {"filters": {"max_chars": 99}},
+        {"filters": {"quality": ["pipeline.corpus.filters:compressibility"]}},
+        {"undecodable": "skip"},
+        {"max_line_bytes": 99},
+        {"txt_document_chars": 99},
+        {"held_out_fraction": 0.4},
+        {"split_seed": 1},
+        {"shard_bytes": 99_000_000},
+    ],
+    ids=str,
+)
+def test_what_changes_a_shard_is_in_its_identity(folder: Path, settings: dict[str, Any]) -> None:
+    before, after = (_fingerprints(str(folder), changed) for changed in ({}, settings))
+    assert before[0] != after[0]
+    assert set(before[1]).isdisjoint(after[1])
+    own = {key: value for key, value in settings.items() if key in ("text_field", "filters")}
+    if own:
+        in_source = _fingerprints({"text": {"paths": str(folder), **own}}, {})
+        assert in_source[1] == after[1]
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_what_changes_the_artifact_alone_is_not_in_the_identity_of_its_shards(folder: Path, drop: bool) -> None:
+    before = _fingerprints(str(folder), {"filters": {"min_chars": 2, "drop_duplicates": not drop}})
+    filters = {"min_chars": 2, "drop_duplicates": drop}
+    for source, own in (
+        (str(folder), {"filters": filters}),
+        ({"text": {"paths": str(folder), "filters": filters}}, {}),
+        (str(folder), {"filters": {**filters, "drop_duplicates": not drop}, "max_bad_ratio": 0.5}),
+    ):
+        after = _fingerprints(source, own)
+        assert before[0] != after[0]
+        assert before[1] == after[1]
+
+
+def test_how_much_a_file_may_decompress_to_is_in_no_identity(folder: Path) -> None:
+    assert _fingerprints(str(folder), {"max_decompression_ratio": 9.0}) == _fingerprints(str(folder), {})
+
+
+def test_every_part_of_a_piece_is_in_the_identity_of_its_shard(tmp_path: Path) -> None:
+    a, b = write_jsonl(tmp_path / "a.jsonl", TEXTS), write_jsonl(tmp_path / "b.jsonl", TEXTS[1:])
+    file = SourceFile("a.jsonl", str(a), 1, "")
+    pieces = [
+        Piece((file,)),
+        Piece((replace(file, name="c.jsonl"),)),
+        Piece((replace(file, url=str(b)),)),
+        Piece((file, replace(file, name="c.jsonl"))),
+        Piece((file,), start=1),
+        Piece((file,), stop=1),
+        Piece(dataset="hf:some/set"),
+        Piece(dataset="hf:other/set"),
     ]
-    assert [shard["identity"] for shard in shards[0]] == [shard["identity"] for shard in shards[1]]
+    config = corpus_config(str(a))
+    found = [shard_fingerprint(STAGE, config, {"name": "s", "identity": _piece_identity(piece)}) for piece in pieces]
+    assert len(set(found)) == len(pieces)
+    same = Piece((replace(file, size_bytes=2, stamp="later"),))
+    assert shard_fingerprint(STAGE, config, {"name": "t", "identity": _piece_identity(same)}) == found[0]
+
+
+def test_a_file_of_another_name_or_source_makes_another_shard(folder: Path) -> None:
+    before = set(_fingerprints(str(folder / "z.txt"), {})[1])
+    assert before.isdisjoint(_fingerprints({"a": str(folder / "z.txt")}, {})[1])
+    (folder / "z.txt").rename(folder / "y.txt")
+    assert before.isdisjoint(_fingerprints(str(folder / "y.txt"), {})[1])
 
 
 def test_sources_are_read_by_name(tmp_path: Path, folder: Path) -> None:
@@ -245,7 +311,7 @@ def test_sources_are_read_by_name(tmp_path: Path, folder: Path) -> None:
     assert [names.count(name) > 1 for name in ("Ape", "bee", "zoo")] == [True, True, True]
 
 
-@pytest.mark.parametrize("change", ["touch", "grow", "remove"])
+@pytest.mark.parametrize("change", ["touch", "grow", "remove", "overwrite", "replace"])
 def test_a_file_that_changed_since_the_plan_is_refused(tmp_path: Path, folder: Path, change: str) -> None:
     config = _config(folder)
     shards = planned(folder, shard_bytes=400)
@@ -254,6 +320,11 @@ def test_a_file_that_changed_since_the_plan_is_refused(tmp_path: Path, folder: P
         os.utime(path, ns=(0, 0))
     elif change == "grow":
         path.write_text(path.read_text() + "more")
+    elif change in ("overwrite", "replace"):
+        before, other = path.stat(), path if change == "overwrite" else folder / "other"
+        other.write_text(path.read_text().swapcase())
+        os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+        other.rename(path)
     else:
         path.unlink()
     with pytest.raises(UserError, match=r"z\.txt (has changed since|cannot be read any more)"):

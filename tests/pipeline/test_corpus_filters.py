@@ -18,11 +18,13 @@ from pipeline.corpus import gather, text
 from pipeline.corpus.filters import Filters, compressibility, control_characters, filters_identity, repeated_lines
 from pipeline.corpus.identity import external_data
 from pipeline.corpus.ledger import OTHERS, tally
+from pipeline.corpus.run import run_shard
 from pipeline.corpus.split import INDEX, SplitHash
 from pipeline.corpus.text import cut_at_blank_lines
 from pipeline.errors import UserError
+from pipeline.stage import StageContext
 from tests.pipeline.conftest import write_jsonl
-from tests.support.corpus_runs import TEXTS, corpus_config, make_corpus
+from tests.support.corpus_runs import TEXTS, corpus_config, make_corpus, planned
 
 BUILT_IN = "pipeline.corpus.filters:"
 
@@ -245,6 +247,19 @@ def test_a_hook_of_the_user_is_asked_and_its_file_is_identity(tmp_path: Path, mo
     before = external_data(config)
     module.write_text(module.read_text() + "# changed\n")
     assert external_data(config) != before
+
+
+@pytest.mark.parametrize("place", ["corpus", "source"])
+def test_a_hook_that_changes_after_the_plan_is_refused(tmp_path: Path, module: Path, place: str) -> None:
+    path, filters = str(write_jsonl(tmp_path / "a.jsonl", TEXTS)), {"quality": ["own_hooks_of_a_test:odd"]}
+    in_source = {"a": {"paths": path, "filters": filters}}
+    source, settings = (path, {"filters": filters}) if place == "corpus" else (in_source, {})
+    (shard,) = planned(source, **settings)
+    context = StageContext(tmp_path, tmp_path, "f")
+    run_shard(corpus_config(source, **settings), {}, shard, context)
+    module.write_text(module.read_text() + "# changed\n")
+    with pytest.raises(UserError, match=r"a hook of corpus\.(source\.a\.)?filters\.quality has changed since the run"):
+        run_shard(corpus_config(source, **settings), {}, shard, context)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,9 @@ def test_a_remote_file_without_a_size_is_refused(answers: tuple[str, dict[str, A
         ("zip://x.jsonl::/data/a.zip", "is a chain of file systems"),
         ("simplecache::s3://bucket/x.jsonl", "is a chain of file systems"),
         ("ftp://me:secret@host/x.jsonl", "the URL of 'host' holds a password"),
+        ("https://me:secret@host/x.jsonl", "the URL of 'host' holds a user name, token or password"),
+        ("https://secret@host/x.jsonl", "the URL of 'host' holds a user name, token or password"),
+        ("HTTP://secret@host:80/*.jsonl", "the URL of 'host' holds a user name, token or password"),
         ("http://[::1/x.jsonl", "is no URL"),
     ],
 )
@@ -157,6 +160,11 @@ def test_a_url_that_cannot_be_kept_is_refused(url: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"corpus\.source\.text\.paths: .*{message}") as caught:
         corpus_config(url)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["ssh://me@host/x.jsonl", "s3://bucket/a@b.jsonl", "https://host/a@b.jsonl?c@d"])
+def test_a_url_with_the_name_of_a_place_before_an_at_is_kept(url: str) -> None:
+    assert corpus_config(url).source["text"].paths == (url,)
 
 
 def test_a_url_of_a_local_file_is_that_file(tmp_path: Path) -> None:
@@ -252,6 +260,24 @@ def test_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch, er
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fail))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"cannot open 'some/set:part': {error}"):
         planned("hf:some/set:part")
+
+
+def test_hub_that_cannot_be_reached_any_more_may_be_tried_again(
+    tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    from pipeline.corpus.run import run_shard
+    from pipeline.stage import StageContext
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    shard = planned(dataset)[0]
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ConnectionError, match="Couldn't reach the Hub") as caught:
+        run_shard(corpus_config(dataset), {}, shard, StageContext(tmp_path, tmp_path, "f"))
+    assert classify(caught.value) == "transient"
 
 
 def test_hub_is_asked_for_name_subset_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:

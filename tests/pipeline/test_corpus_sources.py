@@ -230,6 +230,14 @@ def test_two_files_of_one_name_in_a_source_are_refused(folder: Path) -> None:
     assert len(planned({"in": str(folder), "other": str(other)})) == 2
 
 
+def test_hidden_files_of_a_folder_are_read_only_where_they_are_named(folder: Path) -> None:
+    hidden = write_jsonl(folder / ".draft.jsonl", ["draft"])
+    (folder / ".cache").mkdir()
+    write_jsonl(folder / ".cache" / "b.jsonl", ["cached"])
+    assert [file.name for file in list_source("text", Source((str(folder),)))] == ["a.jsonl"]
+    assert [file.name for file in list_source("text", Source((str(hidden),)))] == [".draft.jsonl"]
+
+
 # Folders that cannot be read
 
 

@@ -1,3 +1,4 @@
+import errno
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import artifact
 from pipeline.artifact import MANIFEST, Manifest, record_files, write_json
 from pipeline.data import documents
 from pipeline.data.documents import (
@@ -20,7 +22,7 @@ from pipeline.data.documents import (
     text_files,
     text_hashes,
 )
-from pipeline.errors import CorruptionError
+from pipeline.errors import CorruptionError, classify
 from tests.pipeline.conftest import cut_end, flip_bit
 
 NAME = "train-text-00000.arrow"
@@ -172,3 +174,31 @@ def test_a_list_of_left_out_documents_of_another_type_is_refused(tmp_path: Path,
     np.save(tmp_path / duplicates_file(NAME), numbers, allow_pickle=True)
     with pytest.raises(CorruptionError, match=r"left-out|not a list of numbers"):
         _read(_commit(tmp_path))
+
+
+@pytest.mark.parametrize(("module", "function"), [(np, "load"), (pa, "memory_map")])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, function: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    out = _write(tmp_path, ["a", "b"], [1])
+    monkeypatch.setattr(module, function, fail)
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        _read(out)
+    assert classify(raised.value) == "transient"
+
+
+def test_a_reader_reads_the_manifest_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = _write(tmp_path, ["a", "b"], [1])
+    read: list[Path] = []
+    read_json = artifact.read_json
+
+    def counted(path: Path) -> Any:
+        read.append(path)
+        return read_json(path)
+
+    monkeypatch.setattr(artifact, "read_json", counted)
+    assert _read(out) == ["a"]
+    assert read == [out / MANIFEST]
