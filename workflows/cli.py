@@ -221,7 +221,7 @@ def resume_command(run_id: RunArgument, store: StoreOption = DEFAULT_STORE) -> N
     place = _writable_store(store)
     run = place.run(run_id)
     plan = runs.frozen_plan(run)
-    runs.refuse_drift(run)
+    runs.refuse_drift(plan, runs.command_of(run) + _store_option(place))
     _drive(place, run, plan, runs.frozen_executor(run))
 
 

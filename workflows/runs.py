@@ -77,9 +77,9 @@ def command_of(run: RunPlace) -> str:
     return shlex.join(words)
 
 
-def refuse_drift(run: RunPlace) -> None:
-    """DriftError naming every field of the frozen plan that would come out otherwise now."""
-    drifted = check_drift(frozen_plan(run))
+def refuse_drift(plan: Plan, again: str) -> None:
+    """DriftError naming every field of a frozen plan that would come out otherwise now, and how to run ``again``."""
+    drifted = check_drift(plan)
     if drifted:
         lines = [
             f"  {step}: {field} was {old!r}, is now {new!r}"
@@ -88,7 +88,7 @@ def refuse_drift(run: RunPlace) -> None:
         ]
         raise DriftError(
             "the run was planned for other data or code than there is now:\n" + "\n".join(lines) + "\n"
-            "Bring them back to resume it, or start a new run, which makes again only what changes: " + command_of(run)
+            "Bring them back to resume it, or start a new run, which makes again only what changes: " + again
         )
 
 

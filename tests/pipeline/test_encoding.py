@@ -128,7 +128,7 @@ def test_a_rule_that_cuts_where_ids_change_is_an_error_and_not_other_ids(vocabul
 
     fields = {field.name: getattr(encoder.cut_rule, field.name) for field in dataclasses.fields(CutRule)}
     careless = dataclasses.replace(encoder, backend=WordBackend(vocabulary, CutsAnywhere(**fields)))
-    text = "the same words the same words the same words"
+    text = "the same words " * 20
     assert _documents(encode_documents(encoder, [[text]])) == [_expected(vocabulary, text)]
     with pytest.raises(UserError, match="document 0: tokenizers gives other ids for the text in words"):
         list(encode_documents(careless, [[text]]))

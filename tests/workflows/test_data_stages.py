@@ -147,7 +147,7 @@ def test_a_corpus_interrupted_after_its_list_is_built_from_the_same_bytes(
     assert coordinate(store, run, Inline, stop_once_listed)["corpus"].status == "stopped"
     if other == "touched":
         os.utime(file, (1, 1))
-        runs.refuse_drift(runs.frozen_plan(run))
+        runs.refuse_drift(runs.frozen_plan(run), "dlm run again")
         states = coordinate(store, run, Inline)
     else:
         moved = file.parent.rename(tmp_path / "moved")

@@ -322,6 +322,6 @@ def test_drift_is_refused_naming_step_field_and_both_values(text: Path):
     plan = toy_plan(source__path=str(text))
     text.write_text("short")
     with pytest.raises(runs.DriftError) as error:
-        runs.refuse_drift(plan)
+        runs.refuse_drift(plan, "dlm run toy")
     for word in ("source", "external.bytes", "18", "5", "dlm run toy"):
         assert word in str(error.value)
