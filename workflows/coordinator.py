@@ -260,6 +260,7 @@ class Coordinator:
             started_at=state.started_at,
         )
         gang_size = step_config(step).workers if stage.kind == "gang" else 0
+        # Shards fill all cores together; a step that runs as a whole may use those that nobody else does.
         env = {"OMP_NUM_THREADS": str(math.ceil(stage.cpus))} if shard else {}
         call = Call(f"{name}@{turn}", _WORKER, to_json(piece), work_dir, stage.cpus, gang_size, env)
         state.pieces[call.key] = piece

@@ -206,22 +206,31 @@ def test_commit_of_a_shard_counts_once(place: ArtifactPlace):
     assert place.committed_shards() == {"0": first}
 
 
+def taken_over(
+    place: ArtifactPlace, stalled: Lease, monkeypatch: pytest.MonkeyPatch, then: Callable[[Lease], object]
+) -> list[Lease]:
+    """Another coordinator takes over between the next commit's look at its lease and its link, and does something."""
+    heirs: list[Lease] = []
+
+    def wake_up_too_late(path: Path, value: Any) -> bool:
+        monkeypatch.setattr(store_module, "create_exclusive", create_exclusive)
+        silence(stalled, STALE_AFTER_S + 1.0)
+        heirs.append(acquire_lease(place.lease_dir, "heir"))
+        then(heirs[0])
+        return create_exclusive(path, value)
+
+    monkeypatch.setattr(store_module, "create_exclusive", wake_up_too_late)
+    return heirs
+
+
 def test_commit_of_a_shard_by_a_coordinator_that_stalled_gives_way_to_the_newest(
     place: ArtifactPlace, monkeypatch: pytest.MonkeyPatch
 ):
     stalled = acquire_lease(place.lease_dir, "stalled")
     old = finished_attempt(place, stalled, "old", {"name": "0", "identity": "old"})
-    taken_over: list[Lease] = []
-
-    def wake_up_too_late(path: Path, value: Any) -> bool:
-        monkeypatch.setattr(store_module, "create_exclusive", create_exclusive)
-        silence(stalled, STALE_AFTER_S + 1.0)
-        taken_over.append(acquire_lease(place.lease_dir, "heir"))
-        return create_exclusive(path, value)
-
-    monkeypatch.setattr(store_module, "create_exclusive", wake_up_too_late)
+    heirs = taken_over(place, stalled, monkeypatch, lambda heir: None)
     place.commit_shard("0", old, stalled)
-    (heir,) = taken_over
+    (heir,) = heirs
     shard = {"name": "0", "identity": "new"}
     new, same = (finished_attempt(place, heir, "new", shard) for _ in range(2))
     assert place.commit_shard("0", new, heir) == new
@@ -236,15 +245,11 @@ def test_commit_of_a_shard_that_finds_another_of_a_newer_coordinator_is_refused(
     old = finished_attempt(place, stalled, "old", {"name": "0", "identity": "old"})
     newer: list[Path] = []
 
-    def wake_up_too_late(path: Path, value: Any) -> bool:
-        monkeypatch.setattr(store_module, "create_exclusive", create_exclusive)
-        silence(stalled, STALE_AFTER_S + 1.0)
-        heir = acquire_lease(place.lease_dir, "heir")
+    def commit_newer(heir: Lease) -> None:
         newer.append(finished_attempt(place, heir, "new", {"name": "0", "identity": "new"}))
         place.commit_shard("0", newer[0], heir)
-        return create_exclusive(path, value)
 
-    monkeypatch.setattr(store_module, "create_exclusive", wake_up_too_late)
+    taken_over(place, stalled, monkeypatch, commit_newer)
     assert is_fenced(lambda: place.commit_shard("0", old, stalled))
     assert place.committed_shards() == {"0": newer[0]}
 
