@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class NumericsError(RuntimeError):
-    """Training diverged: a limit of non-finite steps was reached.  Never retried."""
+    """Training diverged, or its weights are not what they should be.  Never retried."""
 
 
 class CorruptionError(RuntimeError):
@@ -27,25 +27,24 @@ def is_bad_format(error: BaseException) -> bool:
     return not isinstance(error, OSError) or error.errno is None
 
 
+class HangError(RuntimeError):
+    """A process made no progress for longer than its watchdog allows."""
+
+
 class LeaseLostError(RuntimeError):
     """Another process took over this work; whatever this one still writes must not be published."""
 
 
-_PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ENETUNREACH, errno.EHOSTUNREACH}
-"""Errors of storage and network that may be gone at the next try."""
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRINUSE,
+}  # fmt: skip
+"""Errors of storage and network that may be gone at the next try, which takes another port too."""
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error means that no space was left.
-
-    torch.save reports it as a RuntimeError of its zip writer instead of an OSError.
-    """
-    if isinstance(error, OSError):
-        return error.errno in _DISK_FULL
-    return isinstance(error, RuntimeError) and bool(
-        re.search(r"inline_container\.cc.*(unexpected pos|write)|No space left", str(error), re.DOTALL)
-    )
+    """Whether the error means that no space was left."""
+    return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 
 _LOST_PEER = re.compile(
@@ -75,7 +74,7 @@ def classify(error: BaseException) -> ErrorClass:
         return "infra"
     if isinstance(error, OSError) and error.errno in _PASSING:
         return "transient"
-    if isinstance(error, ConnectionError | TimeoutError | InterruptedError):
+    if isinstance(error, HangError | ConnectionError | TimeoutError | InterruptedError):
         return "transient"
     if type(error).__name__ == "OutOfMemoryError":
         return "memory"

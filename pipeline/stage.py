@@ -21,10 +21,11 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -64,6 +65,8 @@ class Stage:
     module: str
     """Import path of the module with the work; imported only where it runs."""
     inputs: tuple[str, ...] = ()
+    optional_inputs: tuple[str, ...] = ()
+    """Inputs that some configurations need; ``check`` says which."""
     code_version: int = 1
     """Raised when the same configuration would give another result."""
     external: str = ""
@@ -78,6 +81,10 @@ class Stage:
     """
     cpus: float = 1.0
     """CPU cores of a task, of one shard, or of one rank."""
+
+    def takes(self, inputs: Collection[str]) -> bool:
+        """Whether these are all the inputs that the stage needs, and none that it does not know."""
+        return set(self.inputs) <= set(inputs) <= {*self.inputs, *self.optional_inputs}
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class StageContext:
     """True once the run was asked to stop: save and raise Stopped at the next boundary."""
     fence: Callable[[], None] = lambda: None
     """Raises once another attempt has taken over: called before anything is published in ``state``."""
+    failed: Callable[[BaseException], None] = lambda error: None
+    """Writes down why this process is about to end, for a watchdog that ends it without raising."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """``run_id`` and the like, for tracking."""
 
@@ -139,17 +148,20 @@ def check_external(stage: Stage, config: Any, planned: Any) -> None:
         )
 
 
+def stage_identity(stage: Stage, config: Any, inputs: Mapping[str, str], external: Any = None) -> dict[str, Any]:
+    """What determines a stage's output: code version, identity fields, input fingerprints, outside data."""
+    return {
+        "stage": stage.name,
+        "code_version": stage.code_version,
+        "config": identity(config),
+        "inputs": dict(inputs),
+        "external": external,
+    }
+
+
 def stage_fingerprint(stage: Stage, config: Any, inputs: Mapping[str, str], external: Any = None) -> str:
-    """Identity of a stage's output: code version, identity fields, input fingerprints, outside data."""
-    return fingerprint(
-        {
-            "stage": stage.name,
-            "code_version": stage.code_version,
-            "config": identity(config),
-            "inputs": dict(inputs),
-            "external": external,
-        }
-    )
+    """Hash of the identity of a stage's output."""
+    return fingerprint(stage_identity(stage, config, inputs, external))
 
 
 def shard_fingerprint(stage: Stage, config: Any, shard: Shard) -> str:
@@ -273,7 +285,8 @@ def shard_context(context: StageContext, out: Path) -> StageContext:
 def main(stage: Stage) -> None:
     """``python -m pipeline.STAGE --config c.json --input NAME=DIR --out DIR``: a stage without the engine.
 
-    A gang of several ranks is started with torchrun.  Exit code 2 for what the user did wrong.
+    A gang of several ranks is started with torchrun.  Exit code 2 for what the user did wrong, 75 for a gang that was
+    asked to stop (SIGTERM or Ctrl-C, which a second one does not wait for) and has saved its state.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {stage.module.rsplit('.', 1)[0]}")
     parser.add_argument("--config", help="JSON file with the configuration (default: all defaults)")
@@ -285,6 +298,9 @@ def main(stage: Stage) -> None:
     except (UserError, CorruptionError) as error:
         print(f"{stage.name}: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
+    except Stopped as stopped:
+        print(f"{stage.name}: {stopped}; the same command goes on from there", file=sys.stderr)  # noqa: T201
+        sys.exit(75)
     except Exception:  # noqa: BLE001 - the end of the program: any other failure is exit code 3
         traceback.print_exc()
         sys.exit(3)
@@ -300,8 +316,11 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
     config = from_json(stage.config, value, where=stage.name)
     pairs = [item.partition("=")[::2] for item in arguments.input]
     inputs = {name: Path(path) for name, path in pairs}
-    if len(pairs) != len(inputs) or set(inputs) != set(stage.inputs):
-        wanted = " ".join(f"--input {name}=DIR" for name in stage.inputs) or "no --input"
+    if len(pairs) != len(inputs) or not stage.takes(inputs):
+        wanted = " ".join(
+            [f"--input {name}=DIR" for name in stage.inputs] + [f"[--input {n}=DIR]" for n in stage.optional_inputs]
+        )
+        wanted = wanted or "no --input"
         raise UserError(f"this stage takes {wanted}; found {sorted(name for name, _ in pairs) or 'none'}")
     fingerprints = {name: open_artifact(path).fingerprint for name, path in inputs.items()}
     external = external_identity(stage, config)
@@ -316,7 +335,8 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
     if len({path.stat().st_dev for path in (out.parent, state, out) if path.exists()}) > 1:
         raise UserError(f"--out {out} and {state} must lie on one file system; choose a directory below --out")
     attempt = state / "attempt"
-    context = StageContext(attempt, state, own, progress=_print_progress)
+    should_stop = _stop_requests() if stage.kind == "gang" else (lambda: False)
+    context = StageContext(attempt, state, own, progress=_print_progress, should_stop=should_stop)
     if not _is_first_rank():
         run_here(stage, config, inputs, context)
         check_external(stage, config, external)
@@ -336,6 +356,23 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
         attempt.rename(out)
         fsync_dir(out.parent)
         print(f"{stage.name}: {out} complete in {elapsed_s:.1f} s")  # noqa: T201
+
+
+def _stop_requests() -> Callable[[], bool]:
+    """Whether this process was asked to end; asked again, it ends at once, whatever it waits for."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        for again in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(again, signal.SIG_DFL)
+        words = f"{signal.Signals(number).name}: ends after this step; once more ends at once\n"
+        os.write(2, words.encode())  # print may be what was interrupted
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+    return lambda: asked
 
 
 def _is_first_rank() -> bool:

@@ -1,22 +1,32 @@
 """Metrics of a training stage: a local JSONL file as the source of truth, Weights & Biases beside it.
 
 Weights & Biases may be absent, unreachable or broken; training never notices.
+
+Every row is sent as soon as it is written, and none twice: a resumed training goes on after the last row that Weights
+& Biases has of it, wherever its checkpoint stands.  Rows that a kill lost on their way are sent again from the local
+file; steps that are trained again after a kill give the rows that were sent.  (Holding rows back until a checkpoint
+makes them final would need no look at what arrived, but show a training live only once in a checkpoint interval, and
+still lose those that a killed process had not passed on.)
 """
 
 import json
 import netrc
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pipeline.artifact import write_atomic
+from pipeline.wandb_file import next_step
 
 _INIT_TIMEOUT_S = 20.0
 _FINISH_TIMEOUT_S = 20.0
+_FINISH_SLACK_S = 5.0
+"""Beyond what wandb promises for itself."""
 _WANDB_HOST = "api.wandb.ai"
+_AXIS = "train/step"
 
 
 class MetricsLog:
@@ -27,21 +37,32 @@ class MetricsLog:
         write_atomic(path, "".join(line + "\n" for line in kept).encode())
         self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         """Values of the last step before the one to resume from."""
+        self._path = path
         self._file = path.open("a")
+        self._closing = threading.Lock()
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append the values of one step."""
         self._file.write(json.dumps(dict(values), allow_nan=False) + "\n")
         self._file.flush()
 
+    def rows(self, first_step: int) -> Iterator[dict[str, Any]]:
+        """What was written of ``first_step`` and the steps after it."""
+        with self._path.open() as file:
+            rows = (json.loads(line) for line in file)
+            yield from (row for row in rows if row["step"] >= first_step)
+
     def sync(self) -> None:
-        """Bring what was written to the disk."""
-        os.fsync(self._file.fileno())
+        """Bring what was written to the disk, where a log that was closed is already; any thread may ask for it."""
+        with self._closing:
+            if not self._file.closed:
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush to disk and close."""
         self.sync()
-        self._file.close()
+        with self._closing:
+            self._file.close()
 
 
 def _complete_lines(path: Path) -> list[tuple[int, str]]:
@@ -85,13 +106,16 @@ class WandbRun:
         config: Mapping[str, Any],
         warn: Callable[[str], None],
     ) -> None:
-        self._warn = warn
+        self._warn_of = warn
         self._run: Any = None
+        self.next_step = 0
+        """The first step of which it has no row."""
         mode = os.environ.get("WANDB_MODE") or ("online" if is_logged_in() else "offline")
         details = {"id": run_id, "name": f"{group}/{run_id}", "group": group, "config": dict(config)}
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._run = self._start(mode, directory, details)
+            self.next_step = next_step(directory, run_id, _AXIS) if self._run.offline else self._run.starting_step
         except Exception as error:  # noqa: BLE001 - an outage of a tracker must never stop training
             self._give_up(error)
 
@@ -99,7 +123,14 @@ class WandbRun:
         """Open the run; offline if it cannot be opened online."""
         import wandb
 
-        settings = wandb.Settings(init_timeout=_INIT_TIMEOUT_S, console="off", silent=True, x_disable_stats=True)
+        settings = wandb.Settings(
+            init_timeout=_INIT_TIMEOUT_S,
+            finish_timeout=_FINISH_TIMEOUT_S,
+            finish_timeout_raises=True,
+            console="off",
+            silent=True,
+            x_disable_stats=True,
+        )
         try:
             run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "dlm"),
@@ -112,23 +143,30 @@ class WandbRun:
         except Exception as error:  # whatever it raises, the local files can still be written
             if mode == "offline":
                 raise
-            reason = " ".join(str(error).split())
-            self._warn(f"Weights & Biases cannot be reached, continuing offline: {type(error).__name__}: {reason}")
+            self._warn("Weights & Biases cannot be used online, continuing offline", error)
             wandb.teardown()  # it would go on holding the run's id
             return self._start("offline", directory, details)
-        run.define_metric("train/*", step_metric="train/step")
+        run.define_metric("train/*", step_metric=_AXIS)
         return run
 
     def _give_up(self, error: BaseException) -> None:
         self._run = None
-        self._warn(f"Weights & Biases is off for the rest of this stage: {type(error).__name__}: {error}")
+        self._warn("Weights & Biases is off for the rest of this stage", error)
+
+    def _warn(self, what: str, error: BaseException) -> None:
+        reason = " ".join(str(error).split())
+        if key := os.environ.get("WANDB_API_KEY"):
+            reason = reason.replace(key, "[the API key]")
+        self._warn_of(f"{what}: {type(error).__name__}: {reason}")
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Send the values of one step."""
-        if self._run is None:
+        """Send the values of one step, unless they were sent before a resume."""
+        step: int = values["step"]
+        if self._run is None or step < self.next_step:
             return
         try:
-            self._run.log({f"train/{key}": value for key, value in values.items()})
+            self._run.log({f"train/{key}": value for key, value in values.items()}, step=step, commit=True)
+            self.next_step = step + 1
         except Exception as error:  # noqa: BLE001 - as above
             self._give_up(error)
 
@@ -138,15 +176,18 @@ class WandbRun:
             return
         thread = threading.Thread(target=self._finish_quietly, daemon=True)
         thread.start()
-        thread.join(_FINISH_TIMEOUT_S)
+        thread.join(_FINISH_TIMEOUT_S + _FINISH_SLACK_S)
         if thread.is_alive():
-            self._warn("Weights & Biases did not finish in time; sync the offline run later with: wandb sync")
+            self._unfinished(TimeoutError(f"after {_FINISH_TIMEOUT_S + _FINISH_SLACK_S:.0f} s"))
 
     def _finish_quietly(self) -> None:
         try:
             self._run.finish()
         except Exception as error:  # noqa: BLE001 - as above
-            self._give_up(error)
+            self._unfinished(error)
+
+    def _unfinished(self, error: BaseException) -> None:
+        self._warn("Weights & Biases did not take everything; send it what is on the disk with: wandb sync", error)
 
 
 class Tracker:
@@ -155,6 +196,9 @@ class Tracker:
     def __init__(self, log: MetricsLog, wandb_run: WandbRun | None) -> None:
         self._log = log
         self._wandb_run = wandb_run
+        if wandb_run is not None:
+            for row in log.rows(wandb_run.next_step):
+                wandb_run.log(row)
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Record the values of one step."""

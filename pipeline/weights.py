@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dlm_core.models.config import ModelConfig
 from pipeline.artifact import checked, load_manifest, write_json
 from pipeline.config import from_json
 from pipeline.errors import CorruptionError, UserError
+from pipeline.scoring import Likelihood
 
 if TYPE_CHECKING:
     from dlm_core.models.transformer import Denoiser
@@ -23,7 +24,12 @@ class ModelRecord:
     model: ModelConfig
     seq_len: int
     """Length of the rows that the model was trained on."""
-    objective: str
+    objective: Likelihood
+    """How text is scored with it."""
+    block_size: int = 0
+    """Of a block_nelbo."""
+    target_offset: Literal[0, 1] = 0
+    """1: position l - 1 predicts token l."""
     tokenizer: str = ""
     """Fingerprint of the tokenizer artifact that its token ids belong to; empty if unknown."""
     format_version: int = 1

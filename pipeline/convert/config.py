@@ -1,13 +1,29 @@
 """Training checkpoint to portable weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
+from pipeline.errors import UserError
 from pipeline.stage import Stage
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Nothing to choose yet: float32 masters to safetensors."""
+    """Which of the weights that a training has kept."""
+
+    weights: Literal["last", "ema", "average"] = "last"
+    """last: the float32 masters after the last step.  ema: their running average, if the optimizer kept one.
+    average: the mean of the masters of the checkpoints that the training has kept for it (``pretrain.average``)."""
+
+
+def check_upstream(config: ConvertConfig, upstream: Mapping[str, Any], step: str) -> None:
+    """UserError for averages that the training before would not keep: said before it starts, not when it has ended."""
+    if config.weights == "ema" and not upstream["pretrain"]["optimizer"]["ema_decay"]:
+        raise UserError(
+            f'{step}.weights is "ema", but pretrain.optimizer.ema_decay is 0: the training keeps no running average. '
+            f"Set pretrain.optimizer.ema_decay, or {step}.weights=last"
+        )
 
 
 STAGE = Stage(
@@ -16,4 +32,5 @@ STAGE = Stage(
     config=ConvertConfig,
     module="pipeline.convert.run",
     inputs=("pretrain",),
+    check=check_upstream,
 )

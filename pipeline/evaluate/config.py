@@ -3,17 +3,15 @@
 from dataclasses import dataclass
 
 from pipeline.config import execution
+from pipeline.scoring import MIN_REPLICATES
 from pipeline.stage import Stage
-
-MIN_REPLICATES = 8
-"""Fewer give no usable standard error."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Exact-count Monte Carlo estimate of the NELBO of the held-out documents."""
 
-    num_replicates: int = 8
+    num_replicates: int = MIN_REPLICATES
     """Independent stratified draws of masks; the standard error comes from their spread."""
     noise_seed: int = 1_000
     num_shards: int = execution(8)

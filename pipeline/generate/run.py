@@ -21,6 +21,11 @@ def run(config: GenerateConfig, inputs: Mapping[str, Path], context: StageContex
 
     torch.set_num_threads(1)
     model, record = load_denoiser(inputs["weights"])
+    if record.objective != "masked_nelbo" or record.target_offset:
+        raise UserError(
+            f"the model was trained for {record.objective} with target_offset {record.target_offset}; samples are "
+            "drawn from models of masked diffusion over whole rows (masked_nelbo, 0) so far. Leave this stage out"
+        )
     if config.length > record.seq_len:
         raise UserError(
             f"generate.length is {config.length}, the model was trained on rows of {record.seq_len} tokens; "

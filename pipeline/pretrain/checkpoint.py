@@ -1,78 +1,28 @@
-"""Training checkpoints that are complete or absent.
+"""The checkpoints of one training: which of them counts, how one is published, and which are deleted.
 
-DeepSpeed names a checkpoint as the latest before all ranks have written it, and checksums nothing.  So every
-rank writes into a staging directory, reports the sizes and SHA-256 of its files, rank 0 compares them with the
-files that the topology demands, writes the manifest last and renames the directory into place.  Readers list
-``step-*`` directories, newest first, verify all hashes before anything is parsed, and set damaged ones aside.
+A checkpoint is complete or absent.  Every rank writes into a staging directory; when all files are on the disk, rank 0
+writes the manifest and renames the directory into place.  Readers list ``step-*`` directories, newest first, verify all
+hashes before anything is parsed, and set damaged ones aside.  What is in the files: pipeline/training_state.py.
 """
 
-import re
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import (
-    MANIFEST,
-    FileRecord,
-    file_sha256,
-    fsync_dir,
-    read_json,
-    remove_tree,
-    write_json,
-)
-from pipeline.config import diff, from_json
+from pipeline.artifact import MANIFEST, fsync_dir, remove_tree
+from pipeline.config import diff
 from pipeline.errors import CorruptionError, UserError
-
-DEEPSPEED_TAG = "ds"
-SCHEMA_VERSION = 1
-_NAME = re.compile(r"step-(\d{8})")
-
-
-@dataclass(frozen=True)
-class Topology:
-    """What the files of a DeepSpeed checkpoint are tied to."""
-
-    workers: int
-    zero_stage: int
-    precision: str
-
-
-@dataclass(frozen=True)
-class CheckpointManifest:
-    """The record that makes a directory a checkpoint."""
-
-    step: int
-    """Optimizer steps done."""
-    fingerprint: str
-    """Of the pretraining artifact that the checkpoint belongs to."""
-    topology: Topology
-    files: list[FileRecord]
-    versions: dict[str, str]
-    schema_version: int = SCHEMA_VERSION
-
-
-def expected_files(topology: Topology) -> set[str]:
-    """Names of the files that all ranks together must have written."""
-    bf16 = "bf16_" if topology.precision == "bf16" else ""
-    ranks = range(topology.workers)
-    optimizer = {f"{bf16}zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in ranks}
-    if topology.zero_stage == 3:
-        return optimizer | {f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in ranks}
-    return optimizer | {"mp_rank_00_model_states.pt"}
-
-
-def checkpoint_name(step: int) -> str:
-    """Directory of the checkpoint after ``step`` optimizer steps."""
-    return f"step-{step:08d}"
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Published checkpoints, newest first, none of them verified yet."""
-    found = [p for p in directory.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, reverse=True)
+from pipeline.training_state import (
+    CheckpointManifest,
+    check_file_set,
+    checkpoint_name,
+    list_checkpoints,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 
 
 def load_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
@@ -80,51 +30,29 @@ def load_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
 
     Raises CorruptionError naming the file.
     """
-    value = _read(checkpoint / MANIFEST)
-    version = value.get("schema_version") if isinstance(value, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise UserError(
-            f"{checkpoint} was written by a newer version of this program (schema version {version}, this one reads "
-            f"{SCHEMA_VERSION}); use that version to go on"
-        )
-    try:
-        manifest = from_json(CheckpointManifest, value)
-    except UserError as error:
-        raise CorruptionError(f"{checkpoint / MANIFEST} is not a checkpoint manifest: {error}") from None
-    if manifest.schema_version != SCHEMA_VERSION or checkpoint.name != checkpoint_name(manifest.step):
-        raise CorruptionError(
-            f"{checkpoint} says step {manifest.step} and schema version {manifest.schema_version}; this program wrote "
-            f"or reads neither (its schema version is {SCHEMA_VERSION})"
-        )
-    names = {Path(record.path).name for record in manifest.files}
-    missing = expected_files(manifest.topology) - names
-    if missing:
-        raise CorruptionError(f"{checkpoint} lacks {sorted(missing)}")
-    for record in manifest.files:
-        path = checkpoint / record.path
-        if not path.is_file() or path.stat().st_size != record.size_bytes:
-            raise CorruptionError(f"{path} is missing or has the wrong size")
-        if file_sha256(path) != record.sha256:
-            raise CorruptionError(f"{path} is damaged: its SHA-256 differs from the manifest")
+    manifest = read_manifest(checkpoint)
+    verify(checkpoint, manifest)
     return manifest
 
 
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise CorruptionError(f"{path} is missing")
-    return read_json(path)
-
-
-def newest_valid(directory: Path, warn: Callable[[str], None]) -> tuple[Path, CheckpointManifest] | None:
+def newest_valid(
+    directory: Path,
+    warn: Callable[[str], None],
+    accept: Callable[[Path, CheckpointManifest], None] = lambda checkpoint, manifest: None,
+) -> tuple[Path, CheckpointManifest] | None:
     """The newest checkpoint that verifies; damaged ones are renamed aside with a warning.
 
-    None if there never was one.  Raises CorruptionError if there were some and all are damaged: starting over
-    silently would throw away the run.
+    ``accept`` raises if a checkpoint is not to be continued at all: it is asked before any file but the manifest is
+    read.  None if there never was a checkpoint.  Raises CorruptionError if there were some and all are damaged:
+    starting over silently would throw away the run.
     """
     candidates = list_checkpoints(directory)
     for checkpoint in candidates:
         try:
-            return checkpoint, load_checkpoint_manifest(checkpoint)
+            manifest = read_manifest(checkpoint)
+            accept(checkpoint, manifest)
+            verify(checkpoint, manifest)
+            return checkpoint, manifest
         except CorruptionError as error:
             aside = checkpoint.with_name(f"corrupt-{checkpoint.name}-{time.time_ns()}")
             checkpoint.rename(aside)
@@ -136,15 +64,36 @@ def newest_valid(directory: Path, warn: Callable[[str], None]) -> tuple[Path, Ch
     return None
 
 
-def check_topology(found: Topology, wanted: Topology) -> None:
-    """UserError if a checkpoint was written by another number of workers, ZeRO stage or precision."""
-    differing = diff(asdict(found), asdict(wanted))
-    if differing:
-        changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in differing.items())
+def changes_of_identity(
+    checkpoint: Path,
+    found: CheckpointManifest,
+    fingerprint: str,
+    identity: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
+    is_accepted: bool,
+) -> dict[str, list[Any]]:
+    """What differs between the training that wrote a checkpoint and the one that is to go on: path -> [old, new].
+
+    Raises UserError with the differences unless they are none or were accepted.  Another shape of the model cannot be.
+    """
+    if found.fingerprint == fingerprint and found.shapes == shapes:
+        return {}
+    changes = {path: list(pair) for path, pair in diff(found.identity, identity).items()}
+    told = ", ".join(f"{path} {old!r} -> {new!r}" for path, (old, new) in changes.items()) or "nothing that it records"
+    if found.shapes != shapes:
+        reshaped = diff(found.shapes, shapes)
+        some = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in list(reshaped.items())[:3])
         raise UserError(
-            f"the unfinished training was started with another topology ({changes}), and its checkpoint can be "
-            "continued only with the same one. Set it back, or delete the checkpoints to start over"
+            f"{checkpoint} holds a model of another shape ({told}; {len(reshaped)} parameters differ, such as {some}). "
+            "Set it back, or choose another directory for the new model"
         )
+    if not is_accepted:
+        raise UserError(
+            f"{checkpoint} belongs to another training ({found.fingerprint[:12]}, this one is {fingerprint[:12]}), "
+            f"which differs in: {told}. Set it back, choose another directory, or continue all the same with "
+            "pretrain.accept_changed_identity=true, which the checkpoints will record"
+        )
+    return changes
 
 
 def free_bytes(directory: Path) -> int:
@@ -152,23 +101,15 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(directory).free
 
 
-def publish(
-    staging: Path,
-    final: Path,
-    step: int,
-    fingerprint: str,
-    topology: Topology,
-    records: list[FileRecord],
-    versions: dict[str, str],
-) -> None:
+def publish(staging: Path, manifest: CheckpointManifest) -> None:
     """Rank 0: check the file set, write the manifest, rename the staging directory into place."""
-    names = {Path(record.path).name for record in records}
-    missing = expected_files(topology) - names
-    if missing:
-        raise CorruptionError(f"the checkpoint of step {step} lacks {sorted(missing)}; nothing was published")
-    manifest = CheckpointManifest(step, fingerprint, topology, records, versions)
-    write_json(staging / MANIFEST, manifest)
-    fsync_dir(staging / DEEPSPEED_TAG)
+    final = staging.with_name(checkpoint_name(manifest.step))
+    check_file_set(staging, manifest.topology, manifest.files)
+    for record in manifest.files:
+        path = staging / record.path
+        if not path.is_file() or path.stat().st_size != record.size_bytes:
+            raise CorruptionError(f"{path} is not what its rank has written; nothing was published")
+    write_manifest(staging, manifest)
     if final.exists() and _is_whole(final):
         shutil.rmtree(staging)  # the same step of the same training, published by an attempt that was thought dead
         return
@@ -180,15 +121,28 @@ def publish(
 def _is_whole(checkpoint: Path) -> bool:
     try:
         load_checkpoint_manifest(checkpoint)
-    except CorruptionError:
+    except (CorruptionError, UserError):
         return False
     return True
 
 
-def retain(directory: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints."""
+def retain(
+    directory: Path, keep: int, warn: Callable[[str], None], *, verified: int, pinned: Collection[int] = ()
+) -> None:
+    """Delete all but the newest ``keep`` checkpoints, those of ``pinned`` steps, and the newest known to be whole.
+
+    The manifest goes first, so that no half of a checkpoint looks complete.  What cannot be deleted stays, with a
+    warning.
+    """
+    spared = {checkpoint_name(step) for step in (verified, *pinned)}
     for checkpoint in list_checkpoints(directory)[keep:]:
-        remove_tree(checkpoint)
+        if checkpoint.name in spared:
+            continue
+        try:
+            (checkpoint / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(checkpoint)
+        except OSError as error:
+            warn(f"the old checkpoint {checkpoint} could not be deleted ({error}); delete it by hand")
 
 
 def clear_staging(directory: Path) -> None:

@@ -1,54 +1,61 @@
 """What is trained, on how much, and how the work is spread."""
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from dlm_core.models.config import Architecture
 from pipeline.config import execution
 from pipeline.data.mixture import whole_weights
 from pipeline.errors import UserError
+from pipeline.pretrain.averaging import AverageConfig
+from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
+from pipeline.pretrain.optimizer_config import OptimizerConfig
+from pipeline.pretrain.phases import Phase, Span, spans
+from pipeline.pretrain.watchdog import WatchdogLimits
+from pipeline.scoring import MIN_REPLICATES
 from pipeline.stage import Stage
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) with linear warm-up, then linear decay towards zero."""
+class ValidationConfig:
+    """How held-out text is scored while training goes on: the input ``tokens`` has it."""
 
-    lr: float = 1e-3
-    warmup_steps: int = 50
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    """Applied to matrices, not to norms."""
-    max_grad_norm: float = 1.0
+    every_steps: int = 0
+    """0: never."""
+    num_rows: int = 64
+    """Rows scored, spread over the held-out text."""
+    num_replicates: int = MIN_REPLICATES
+    """Independent drawings of masks, from whose spread the standard error comes."""
+    noise_seed: int = 1_000
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        for name in ("warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-
-    def lr_at(self, step: int, num_steps: int) -> float:
-        """Learning rate of step 0..num_steps-1: up to ``lr`` over the warm-up, then linearly towards 0."""
-        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        decay = (num_steps - step) / max(1, num_steps - self.warmup_steps)
-        return self.lr * min(warmup, decay)
+        if self.every_steps < 0:
+            raise ValueError(f"every_steps is {self.every_steps}; it must be at least 1, or 0 for never")
+        if self.num_rows < 1:
+            raise ValueError(f"num_rows is {self.num_rows}; it must be at least 1")
+        if self.num_replicates < MIN_REPLICATES:
+            raise ValueError(
+                f"num_replicates is {self.num_replicates}; a standard error needs at least {MIN_REPLICATES}"
+            )
+        if not 0 <= self.noise_seed < 1 << 63:
+            raise ValueError(f"noise_seed is {self.noise_seed}; it must lie in [0, 2**63)")
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Masked-diffusion pretraining from scratch."""
+    """Pretraining from scratch: one architecture, one objective, one or several phases."""
 
     architecture: Architecture = field(default_factory=Architecture)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    router_loss: RouterLossConfig = field(default_factory=RouterLossConfig)
+    """Of an architecture with experts; without, it has no effect and must be left as it is."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    phases: dict[str, Phase] = field(default_factory=dict[str, Phase])
+    """In order; empty: one phase."""
     num_steps: int = 1000
     global_batch_seqs: int = 16
     mixture: dict[str, float] = field(default_factory=dict[str, float])
@@ -58,8 +65,13 @@ class PretrainConfig:
     """Share of steps whose rows are cut to a random length; LLaDA takes 0.01."""
     short_step_min: int = 1
     """Shortest of these lengths, in tokens."""
-    t_min: float = 1e-3
-    """Lowest sampled time; the weight 1/t grows without bound below it."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    spike_sigmas: float = 0.0
+    """Steps whose loss or gradient norm lies this many standard deviations above the mean of the last updates are
+    skipped; OLMo takes 6. 0 skips none."""
+    spike_window_steps: int = 128
+    """Updates of which that mean is taken."""
+    average: AverageConfig = field(default_factory=AverageConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 keeps float32 master weights."""
     init_seed: int = 0
@@ -67,21 +79,41 @@ class PretrainConfig:
     noise_seed: int = 0
     workers: int = execution(2)
     """Data-parallel ranks."""
-    zero_stage: Literal[1, 2, 3] = execution(1)
+    zero_stage: Literal[0, 1, 2, 3] = execution(1)
+    ep_size: int = execution(0)
+    """Workers that share the experts of a layer through DeepSpeed's AutoEP; 0: every worker holds all experts."""
+    offload_optimizer: bool = execution(False)
+    """Keep the optimizer's state in host memory and update there."""
+    activation_checkpointing: bool = execution(False)
+    """Compute the activations of every layer again in the backward pass instead of keeping them."""
+    compile: bool = execution(False)
+    """Compile the layers with torch.compile."""
     micro_batch_seqs: int = execution(0)
     """Rows of one forward pass on a rank; 0 takes the rank's whole share. Accumulation follows from it."""
     threads_per_worker: int = execution(1)
     checkpoint_every_steps: int = execution(100)
     keep_checkpoints: int = execution(2)
+    max_failed_saves: int = execution(3)
+    """Checkpoints in a row that may fail (but for a full disk, which stops at once) until training stops."""
+    accept_changed_identity: bool = execution(False)
+    """Continue a checkpoint although what is trained has changed meanwhile; checkpoints record what and when."""
     max_skipped_steps: int = execution(5)
-    """Consecutive steps with a non-finite gradient after which training stops."""
+    """Consecutive steps, skipped for a non-finite loss or gradient or as spikes, after which training stops."""
+    replica_check_every_steps: int = execution(500)
+    """Steps between comparisons of the weights that ranks hold alike; 0 compares never."""
+    watchdog: WatchdogLimits = execution(WatchdogLimits())
+    log_norms_every_steps: int = execution(50)
+    """Steps between two measurements of the weights' norm and of the memory; 0 for none."""
+    peak_tflops_per_worker: float = execution(0.0)
+    """What a worker can do at most, in 10^12 operations a second, to tell the model FLOPs utilisation (MFU) against;
+    0 takes that of a known GPU, and tells none elsewhere."""
     track: bool = execution(True)
     """Send metrics to Weights & Biases, offline unless logged in; the local log is written always."""
 
     def __post_init__(self) -> None:
         positive = (
             "num_steps", "global_batch_seqs", "short_step_min", "workers", "threads_per_worker",
-            "checkpoint_every_steps", "max_skipped_steps",
+            "checkpoint_every_steps", "max_skipped_steps", "max_failed_saves",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
@@ -89,6 +121,14 @@ class PretrainConfig:
         for name in ("init_seed", "data_seed", "noise_seed"):
             if not 0 <= getattr(self, name) < 1 << 63:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 2**63)")
+        for name in ("log_norms_every_steps", "peak_tflops_per_worker"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number that is not negative")
+        for name in ("spike_sigmas", "replica_check_every_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.spike_window_steps < 4:
+            raise ValueError(f"spike_window_steps is {self.spike_window_steps}; it must be at least 4")
         if self.keep_checkpoints < 2:
             raise ValueError(
                 f"keep_checkpoints is {self.keep_checkpoints}; at least 2, since the newest may turn out damaged"
@@ -102,10 +142,7 @@ class PretrainConfig:
                 f"short_step_min is {self.short_step_min}, but short_step_share is 0: no step is short. Set "
                 "short_step_share too, or leave both out"
             )
-        if not 0.0 < self.t_min < 1.0:
-            raise ValueError(f"t_min is {self.t_min}; it must lie between 0 and 1")
-        if self.architecture.moe is not None:
-            raise ValueError("architecture.moe is given, but training has no router losses yet; leave it out")
+        self.optimizer.check_fits(self.architecture)
         if self.architecture.time_conditioning:
             raise ValueError("architecture.time_conditioning is true, but training gives no time yet; set it to false")
         if self.global_batch_seqs % self.workers:
@@ -115,6 +152,66 @@ class PretrainConfig:
                 f"micro_batch_seqs {self.micro_batch_seqs} must divide global_batch_seqs / workers = "
                 f"{self.rank_batch_seqs}, or be 0"
             )
+        self._check_objective()
+        self._check_experts()
+        self._check_average()
+
+    def _check_objective(self) -> None:
+        o = self.objective
+        for span in self.spans:
+            if span.block_size and (o.kind == "autoregressive" or o.target_offset or o.weighting == "cart"):
+                raise ValueError(
+                    f"phase {span.name} has block_size {span.block_size}, which this objective has no blocks for; "
+                    "leave it out"
+                )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer is true with zero_stage 0, which keeps all state where the model is")
+        if self.objective.search_mask_rates and not any(span.block_size for span in self.spans):
+            raise ValueError("objective.search_mask_rates is true, but no phase has blocks; set a block_size")
+        if self.objective.search_mask_rates and not self.validation.every_steps:
+            raise ValueError(
+                "objective.search_mask_rates is true, but nothing is validated; set validation.every_steps"
+            )
+
+    def _check_average(self) -> None:
+        if self.average.keep == "best" and not self.validation.every_steps:
+            raise ValueError('average.keep is "best", but nothing is validated; set validation.every_steps')
+        if self.average.keep == "last" and self.average.count * self.average.every_steps > self.num_steps:
+            raise ValueError(
+                f"average.count {self.average.count} times every_steps {self.average.every_steps} is more than "
+                f"num_steps {self.num_steps}; lower one of them"
+            )
+
+    def _check_experts(self) -> None:
+        moe, losses = self.architecture.moe, self.router_loss
+        if moe is None:
+            if losses != RouterLossConfig():
+                raise ValueError("router_loss is set, but the architecture has no experts; leave it out")
+            if self.ep_size:
+                raise ValueError(f"ep_size is {self.ep_size}, but the architecture has no experts; leave it out")
+            return
+        if self.rows_per_pass % losses.group_seqs:
+            raise ValueError(
+                f"router_loss.group_seqs is {losses.group_seqs}; it must divide the {self.rows_per_pass} rows of a "
+                "forward pass (micro_batch_seqs)"
+            )
+        if self.ep_size < 0 or (self.ep_size and (moe.num_experts % self.ep_size or self.workers % self.ep_size)):
+            raise ValueError(
+                f"ep_size is {self.ep_size}; it must divide moe.num_experts {moe.num_experts} and workers "
+                f"{self.workers}, or be 0"
+            )
+        if self.ep_size and self.zero_stage == 0:
+            raise ValueError("ep_size is given with zero_stage 0; AutoEP needs zero_stage 1, 2 or 3")
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """The phases with their steps and values."""
+        base = self.architecture.rope_base
+        return spans(self.phases, self.num_steps, self.objective.block_size, base, self.mixture)
+
+    def span_at(self, step: int) -> Span:
+        """The phase of a step."""
+        return next(span for span in self.spans if step < span.stop_step)
 
     @property
     def rank_batch_seqs(self) -> int:
@@ -132,16 +229,30 @@ class PretrainConfig:
         return self.rank_batch_seqs // self.rows_per_pass
 
 
-def check_mixture(config: PretrainConfig, upstream: Mapping[str, Any], step: str) -> None:
-    """UserError if the mixture names a source that the corpus of the workflow does not have."""
+def check_validation(config: PretrainConfig, inputs: Collection[str], step: str) -> None:
+    """UserError if text is to be scored and the input that has it was not given."""
+    if config.validation.every_steps and "tokens" not in inputs:
+        raise UserError(
+            f"{step}.validation.every_steps is {config.validation.every_steps}, but the stage was not given the input "
+            "tokens, which has the held-out text; give it, or set validation.every_steps=0"
+        )
+
+
+def check_upstream(config: PretrainConfig, upstream: Mapping[str, Any], step: str) -> None:
+    """UserError for a mixture of sources that the corpus lacks, or a validation without held-out tokens."""
+    check_validation(config, upstream, step)
     sources: Mapping[str, Any] = upstream.get("rows.tokens.corpus", {}).get("source", {})
-    for name in config.mixture:
-        if sources and name not in sources:
-            close = difflib.get_close_matches(name, sources, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(
-                f"{step}.mixture.{name}: {name!r} is no source of the corpus; {hint}allowed here: {', '.join(sources)}"
-            )
+    places = {"mixture": config.mixture}
+    places |= {f"phases.{name}.mixture": phase.mixture or {} for name, phase in config.phases.items()}
+    for place, mixture in places.items():
+        for name in mixture:
+            if sources and name not in sources:
+                close = difflib.get_close_matches(name, sources, n=1)
+                hint = f"did you mean {close[0]}? " if close else ""
+                raise UserError(
+                    f"{step}.{place}.{name}: {name!r} is no source of the corpus; {hint}allowed here: "
+                    f"{', '.join(sources)}"
+                )
 
 
 STAGE = Stage(
@@ -150,6 +261,7 @@ STAGE = Stage(
     config=PretrainConfig,
     module="pipeline.pretrain.run",
     inputs=("rows", "tokenizer"),
-    check=check_mixture,
-    code_version=3,
+    optional_inputs=("tokens",),
+    check=check_upstream,
+    code_version=4,
 )

@@ -5,10 +5,15 @@ The only module of this stage that knows how DeepSpeed averages.
 
 import datetime
 import os
+import sys
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from dlm_core.models.config import ModelConfig
 from pipeline.errors import UserError
-from pipeline.pretrain.config import OptimizerConfig, PretrainConfig
+from pipeline.pretrain.config import PretrainConfig
+from pipeline.pretrain.expert_parallel import expert_parallel_section, route_in_float32
 
 _TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -16,11 +21,11 @@ _TIMEOUT = datetime.timedelta(minutes=10)
 def prepare_process(threads: int) -> None:
     """Settings that must be in place before torch and deepspeed start threads or load extensions.
 
-    Checkpoints are unpickled with torch's restricted loader only.  The CPU collectives that DeepSpeed would
-    compile at run time are switched off in ``start_process_group``.
+    The CPU collectives that DeepSpeed would compile at run time are switched off in ``start_process_group``.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    # By default all environments of a user share one, by the names of the extensions, and wait for each other's locks.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("LOCAL_SIZE", os.environ["WORLD_SIZE"])
@@ -47,13 +52,8 @@ def start_process_group() -> None:
     """Join the process group of the gang; a process started by itself makes one of size 1."""
     import deepspeed
     import torch.distributed as dist
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
     from torch._C._distributed_c10d import HashStore
-    from torch.serialization import add_safe_globals
 
-    add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if os.environ["DS_ACCELERATOR"] == "cuda" else "gloo"
     if not dist.is_initialized():
@@ -65,57 +65,84 @@ def start_process_group() -> None:
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=_TIMEOUT)
 
 
-def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
+def deepspeed_config(config: PretrainConfig, *, on_gpu: bool = False) -> dict[str, Any]:
     """The DeepSpeed configuration, generated whole: users never write one.
 
     Clipping is always explicit, since its default has changed between releases.
     """
-    return {
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    found: dict[str, Any] = {
         "train_batch_size": config.global_batch_seqs,
         "train_micro_batch_size_per_gpu": config.rows_per_pass,
         "gradient_accumulation_steps": config.grad_accum_steps,
         "gradient_clipping": config.optimizer.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "bf16": {"enabled": config.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if config.ep_size:
+        found["expert_parallel"] = expert_parallel_section(config.architecture, config.ep_size, on_gpu=on_gpu)
+    return found
 
 
 def build_engine(model: Any, config: PretrainConfig) -> Any:
-    """Wrap a model for ZeRO training with AdamW."""
+    """Wrap a model for ZeRO training, its experts spread by AutoEP if the configuration says so.
+
+    The optimizer is ``engine.basic_optimizer``, a ShardedOptimizer with its state made.
+    """
     import deepspeed
     from torch.distributed import get_world_size
 
-    from pipeline.pretrain.writer import install_writer
+    from pipeline.pretrain.fragments import Run, local_tensors
+    from pipeline.pretrain.optimizer import make_optimizer
 
     if get_world_size() != config.workers:
         raise UserError(
             f"pretrain.workers is {config.workers}, but {get_world_size()} process(es) were started. Start the "
             f"stage through dlm, or with: torchrun --nproc-per-node {config.workers} -m pipeline.pretrain"
         )
+    if config.activation_checkpointing:
+        _keep_no_activations(model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    d_model = config.architecture.d_model
+    mask_row = Run("embedding.weight", model.config.mask_token_id * d_model, d_model, 0)
+    engine: Any
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=_adamw(model, config.optimizer),
-        config=deepspeed_config(config),
+        # made once the layers of AutoEP are in their place
+        optimizer=lambda _: make_optimizer(config.optimizer, model.named_parameters(), mask_row),
+        config=deepspeed_config(config, on_gpu=os.environ["DS_ACCELERATOR"] == "cuda"),
         dist_init_required=False,
     )
-    install_writer(engine)
+    if config.ep_size:
+        route_in_float32(engine.module)
+    skips_nothing = config.zero_stage == 0 and config.precision == "fp32"
+    engine.basic_optimizer.prepare(local_tensors(engine), shapes, engine.device, check_gradients=skips_nothing)
     return engine
 
 
-def _adamw(model: Any, o: OptimizerConfig) -> Any:
-    import torch
+def _keep_no_activations(model: Any) -> None:
+    """Compute each layer again in the backward pass.  Reentrant checkpointing would lose the routers' gradients."""
+    from torch.utils.checkpoint import checkpoint
 
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    norms = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": o.weight_decay},
-        {"params": norms, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compile_blocks(engine: Any) -> None:
+    """Compile every layer, after whatever hooks into it has been put there."""
+    for block in engine.module.blocks:
+        block.compile()
+
+
+def with_rope_base(config: ModelConfig, rope_base: float) -> ModelConfig:
+    """The same model with another rotary base, which no weight depends on."""
+    return replace(config, architecture=replace(config.architecture, rope_base=rope_base))
 
 
 def loss_scale(config: PretrainConfig, global_num_tokens: int) -> float:
@@ -128,9 +155,8 @@ def loss_scale(config: PretrainConfig, global_num_tokens: int) -> float:
 
 
 def set_lr(engine: Any, lr: float) -> None:
-    """Set the learning rate of every parameter group for the coming step."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+    """Set the rate of the schedule for the coming step."""
+    engine.basic_optimizer.set_lr(lr)
 
 
 def leave_process_group() -> None:

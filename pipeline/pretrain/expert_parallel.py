@@ -1,11 +1,12 @@
-"""The section of the DeepSpeed configuration that spreads experts over workers, made from the architecture.
+"""Experts spread over workers by AutoEP: its section of the DeepSpeed configuration, and what becomes of the model.
 
 Everything that AutoEP would otherwise read from ``model.config`` or guess from a preset is spelled out: what it guesses
-wrong, it computes wrong without a word.  The training stage, which refuses experts, does not use it yet.
+wrong, it computes wrong without a word.
 """
 
+from collections.abc import Iterator
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dlm_core.models.config import Architecture
 from pipeline.errors import UserError
@@ -92,3 +93,48 @@ def with_experts_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found += [{**group, "params": shared}] if shared else []
         found += [{**group, "params": experts, "moe": True, "name": name} for name, experts in spread.items()]
     return found
+
+
+# Names of the plain model
+
+
+class Piece(NamedTuple):
+    """Consecutive elements of a flattened parameter of the plain model."""
+
+    name: str
+    start: int
+    numel: int
+
+
+def plain_pieces(model: "nn.Module") -> dict[int, tuple[Piece, ...]]:
+    """By id, which elements of the plain model each parameter of ``model`` holds, one piece behind the other.
+
+    A layer of AutoEP has those of its own experts, with gate and up apart.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        numel = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO 3 leaves an empty tensor behind
+        found[id(parameter)] = (Piece(plain_name(model, name), 0, numel),)
+    for prefix, layer in _replaced_layers(model):
+        first, num_experts = layer.ep_rank * layer.num_local_experts, layer.num_local_experts
+        gate, up, down = layer.experts.w1, layer.experts.w3, layer.experts.w2
+        size = found[id(gate)][0].numel // num_experts  # of one matrix of one expert, in all three
+        for half, parameter in enumerate((gate, up)):
+            starts = [(2 * expert + half) * size for expert in range(first, first + num_experts)]
+            found[id(parameter)] = tuple(Piece(f"{prefix}.experts.gate_up_proj", start, size) for start in starts)
+        found[id(down)] = (Piece(f"{prefix}.experts.down_proj", first * size, num_experts * size),)
+    return found
+
+
+def plain_name(model: "nn.Module", name: str) -> str:
+    """Name in the plain model of a parameter or a buffer that is no expert's; AutoEP has the gate in ``router``."""
+    for prefix, _ in _replaced_layers(model):
+        if name.startswith(f"{prefix}.router."):
+            return f"{prefix}.gate.{name.removeprefix(f'{prefix}.router.').removeprefix('gate.')}"
+    return name
+
+
+def _replaced_layers(model: "nn.Module") -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if getattr(module, "_is_autoep_layer", False):
+            yield name, module

@@ -1,0 +1,362 @@
+"""Checkpoints of a gang: restored by all ranks from one choice, saved by all of them or by none.
+
+A thread of each rank copies its state, while training goes on to the gradients of the next step, and writes its file;
+at a later step boundary, when all have ended, rank 0 publishes.
+"""
+
+import errno
+import json
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.artifact import FileRecord
+from pipeline.config import to_json
+from pipeline.errors import CorruptionError, is_disk_full
+from pipeline.pretrain.checkpoint import (
+    changes_of_identity,
+    clear_staging,
+    free_bytes,
+    newest_valid,
+    publish,
+    retain,
+)
+from pipeline.pretrain.config import PretrainConfig
+from pipeline.pretrain.ranks import Ranks
+from pipeline.pretrain.writer import Aside, Held, Snapshot, stretches_of, write_file
+from pipeline.stage import StageContext, environment
+from pipeline.tracking import MetricsLog
+from pipeline.training_state import (
+    CheckpointManifest,
+    StateFiles,
+    Topology,
+    check_coverage,
+    file_name,
+)
+
+_SPACE_FACTOR = 1.1
+"""Free space wanted before a save, in sizes of a checkpoint."""
+_WAIT_S = 0.05
+
+
+def warn(message: str) -> None:
+    """Say something on the stage's log that a person should read."""
+    print(f"warning: {message}", flush=True)  # noqa: T201
+
+
+def topology_of(config: PretrainConfig) -> Topology:
+    """How the ranks of a configuration share the work."""
+    return Topology(config.workers, config.zero_stage, max(1, config.ep_size), config.precision, config.rows_per_pass)
+
+
+@dataclass
+class _Saving:
+    """A checkpoint on its way: every rank writes its file, then rank 0 publishes."""
+
+    manifest: CheckpointManifest
+    """Complete but for the files."""
+    staging: Path
+    is_last: bool
+    begun_s: float
+    work: Aside | None
+    """What this rank does for it at present."""
+    is_copied: threading.Event
+    """Whether this rank's state may change again."""
+    is_written: bool = False
+    """Whether all ranks have written."""
+    stall_s: float = 0.0
+    """How long training has waited for it."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank has something to do still."""
+        return self.work is not None and self.work.is_alive()
+
+
+@dataclass(frozen=True)
+class Belonging:
+    """What a checkpoint has to agree with to be continued."""
+
+    fingerprint: str
+    identity: Mapping[str, Any]
+    """What the fingerprint was made of."""
+    shapes: Mapping[str, Sequence[int]]
+    """Of the plain model's ``state_dict()``."""
+
+
+class State(Protocol):
+    """What is saved and restored; of an engine: pipeline/pretrain/held.py."""
+
+    def held(self) -> list[Held]:
+        """All that this rank holds."""
+        ...
+
+    def written(self, rank: int) -> list[Held]:
+        """The part that this rank writes."""
+        ...
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the optimizer has applied."""
+        ...
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps without an update."""
+        ...
+
+    def go_on(self, step: int, optimizer_steps: int, skipped_steps: int) -> None:
+        """Take up what was filled into ``held``."""
+        ...
+
+
+class Checkpointer:
+    """Restores and saves the state of a gang; every method is called by all ranks alike."""
+
+    def __init__(
+        self, config: PretrainConfig, context: StageContext, state: State, ranks: Ranks, belonging: Belonging
+    ) -> None:
+        import torch
+
+        self.config, self.context, self.ranks, self.belonging = config, context, ranks, belonging
+        self._state = state
+        self.log: MetricsLog | None = None
+        """Brought to the disk before a checkpoint is published, which must not outlive the metrics of its steps."""
+        self.last_saved = -1
+        """Step of the newest checkpoint that is published."""
+        self.extras: dict[str, Any] = {}
+        """JSON values, the same on all ranks, that ``save`` keeps and ``restore`` gives back."""
+        self.pinned: frozenset[int] = frozenset()
+        """Steps whose checkpoints are never deleted."""
+        written = state.written(ranks.rank)
+        stretches = [stretch for of_rank in ranks.of_all(stretches_of(written)) for stretch in of_rank]
+        check_coverage(stretches, belonging.shapes, "what the ranks hold of the model")
+        self._snapshot = Snapshot(written)
+        self._size_bytes = int(ranks.sum(torch.tensor([self._snapshot.size_bytes], dtype=torch.float64)))
+        self._lineage: list[dict[str, Any]] = []
+        self._saving: _Saving | None = None
+        self._deletion: Aside | None = None
+        self._failures = 0
+        self._figures: dict[str, float] = {}
+
+    def restore(self) -> int:
+        """Load the newest valid checkpoint, chosen by rank 0 for all; returns the step to go on with.
+
+        Raises UserError if it is of another training, or if there is no room for a checkpoint at all.
+        """
+        choice = self.ranks.from_first(self._choose() if self.ranks.rank == 0 else None)
+        if isinstance(choice, Exception):
+            raise choice
+        if choice is None:
+            return 0
+        path, manifest, self._lineage = choice
+        problem: Exception | None = None
+        try:
+            self._fill(StateFiles(path, manifest))
+        except Exception as error:  # noqa: BLE001 - carried to every rank, raised there
+            problem = error
+        problems = [found for found in self.ranks.of_all(problem) if found is not None]
+        if problems:
+            raise problems[0]
+        self._state.go_on(manifest.step, manifest.optimizer_steps, manifest.skipped_steps)
+        self.extras, self.last_saved = manifest.extras, manifest.step
+        print(f"continuing after step {manifest.step} from {path.name}", flush=True)  # noqa: T201
+        return manifest.step
+
+    def _choose(self) -> Any:
+        """Path, manifest and lineage of the checkpoint to go on with, None if there is none, or what is wrong."""
+        changes: dict[str, Any] = {}
+
+        def accept(checkpoint: Path, manifest: CheckpointManifest) -> None:
+            nonlocal changes
+            own = self.belonging
+            changes = changes_of_identity(
+                checkpoint, manifest, own.fingerprint, own.identity, own.shapes, self.config.accept_changed_identity
+            )
+
+        try:
+            clear_staging(self.context.state)
+            found = newest_valid(self.context.state, warn, accept)
+            self._check_space()
+        except Exception as error:  # noqa: BLE001 - carried to every rank, raised there
+            return error
+        if found is None:
+            return None
+        path, manifest = found
+        if not changes:
+            return path, manifest, manifest.lineage
+        warn(f"{path.name} is continued although its identity has changed, as accepted: {json.dumps(changes)}")
+        entry = {"step": manifest.step, "fingerprint": manifest.fingerprint, "changed": changes}
+        return path, manifest, [*manifest.lineage, entry]
+
+    def _fill(self, files: StateFiles) -> None:
+        """Give this rank's tensors the numbers of a checkpoint."""
+        for held in self._state.held():
+            for which, tensor in held.tensors.items():
+                flat = tensor.detach().view(-1)
+                for run in held.runs:
+                    files.read(which, run.name, run.start, flat[run.offset : run.offset + run.numel])
+
+    def save(self, step: int, is_last: bool = False) -> None:
+        """Begin a checkpoint of the state after ``step`` steps; the last one is published before this returns.
+
+        Waits for the one before.  Call ``release_state`` before the state changes.  A save that fails costs its
+        checkpoint and a warning, unless it is the last, one too many in a row, or the disk is full.
+        """
+        begun_s = time.monotonic()
+        self.wait()
+        if step == self.last_saved:
+            return
+        name, problem = self.ranks.from_first(self._plan_save(step) if self.ranks.rank == 0 else None)
+        if problem is not None:
+            self._failed(step, problem, is_last)
+            return
+        staging = self.context.state / name
+        path, snapshot, is_copied = staging / file_name(self.ranks.rank), self._snapshot, threading.Event()
+        manifest = CheckpointManifest(
+            step=step,
+            fingerprint=self.belonging.fingerprint,
+            identity=dict(self.belonging.identity),
+            topology=topology_of(self.config),
+            shapes={name: list(shape) for name, shape in self.belonging.shapes.items()},
+            optimizer_steps=self._state.optimizer_steps,
+            skipped_steps=self._state.skipped_steps,
+            extras=to_json(self.extras),
+            lineage=self._lineage,
+            files=[],
+            versions=environment(),
+        )
+
+        def copy_and_write() -> FileRecord:
+            try:
+                snapshot.take()
+            finally:
+                is_copied.set()
+            return write_file(path, snapshot.header, snapshot.data)
+
+        self._saving = _Saving(manifest, staging, is_last, begun_s, Aside(copy_and_write), is_copied)
+        self._saving.stall_s = time.monotonic() - begun_s
+        if is_last:
+            self.wait()
+
+    def release_state(self) -> None:
+        """To be called before the state changes: waits until this rank has copied it."""
+        saving, begun_s = self._saving, time.monotonic()
+        if saving is not None:
+            saving.is_copied.wait()
+            saving.stall_s += time.monotonic() - begun_s
+
+    def poll(self) -> dict[str, float]:
+        """At each step boundary: bring the checkpoint under way on, if all ranks are ready for that.
+
+        Costs one small sum over the ranks while there is one.  Returns figures for the metrics after one was published:
+        "checkpoint_stall_s", for which training waited, and "checkpoint_s", from its begin to its publication.
+        """
+        saving, begun_s = self._saving, time.monotonic()
+        if saving is not None:
+            if not self.ranks.any(saving.is_busy):
+                self._bring_on(saving)
+            self._account(saving, begun_s)
+        figures, self._figures = self._figures, {}
+        return figures
+
+    def wait(self) -> None:
+        """Publish the checkpoint under way, if there is one, as soon as all ranks have written."""
+        saving, begun_s = self._saving, time.monotonic()
+        if saving is not None:
+            while self._saving is saving:
+                if not self.ranks.any(saving.is_busy):
+                    self._bring_on(saving)
+                elif saving.work is not None:  # many short sums over the ranks: one that waits long would time out
+                    saving.work.join(_WAIT_S)
+            self._account(saving, begun_s)
+        self._end_deletion()
+
+    def _bring_on(self, saving: _Saving) -> None:
+        """All have written: let rank 0 publish.  It has: the checkpoint is there.  If one has failed, it never is."""
+        outcomes = self.ranks.of_all(None if saving.work is None else saving.work.outcome)
+        saving.work = None
+        problem = next((found for found in outcomes if isinstance(found, Exception)), None)
+        step = saving.manifest.step
+        if problem is not None:
+            self._saving = None
+            if self.ranks.rank == 0:
+                shutil.rmtree(saving.staging, ignore_errors=True)
+            self._failed(step, problem, saving.is_last)
+        elif not saving.is_written:
+            saving.is_written = True
+            if self.ranks.rank == 0:
+                manifest = replace(saving.manifest, files=outcomes)
+                saving.work = Aside(lambda: self._publish(saving.staging, manifest))
+        else:
+            self._saving, self.last_saved, self._failures = None, step, 0
+            if self.ranks.rank == 0:
+                self._deletion = Aside(lambda: self._retain(step))
+
+    def _account(self, saving: _Saving, begun_s: float) -> None:
+        """Add to what a checkpoint has cost; tell it when it is published."""
+        now_s = time.monotonic()
+        saving.stall_s += now_s - begun_s
+        if self._saving is None and self.last_saved == saving.manifest.step:
+            total_s, stall_s = now_s - saving.begun_s, saving.stall_s
+            self._figures = {"checkpoint_stall_s": round(stall_s, 4), "checkpoint_s": round(total_s, 4)}
+            print(  # noqa: T201
+                f"checkpoint of step {self.last_saved} in {total_s:.2f} s, of which training waited {stall_s:.2f} s",
+                flush=True,
+            )
+
+    def _publish(self, staging: Path, manifest: CheckpointManifest) -> None:
+        self.context.fence()
+        if self.log is not None:
+            self.log.sync()
+        publish(staging, manifest)
+
+    def _retain(self, verified: int) -> None:
+        retain(self.context.state, self.config.keep_checkpoints, warn, verified=verified, pinned=self.pinned)
+
+    def _end_deletion(self) -> None:
+        if self._deletion is not None:
+            self._deletion.join()
+            if isinstance(self._deletion.outcome, Exception):
+                raise self._deletion.outcome
+            self._deletion = None
+
+    def _failed(self, step: int, problem: Exception, is_last: bool) -> None:
+        """Raise for the last save, a full disk, a lost lease, and one failure too many; after any other go on."""
+        self._failures += 1
+        if is_disk_full(problem):
+            raise OSError(
+                errno.ENOSPC,
+                f"the checkpoint of step {step} does not fit on the disk of {self.context.state} ({problem}); "
+                f"free some space and resume: training goes on after step {max(self.last_saved, 0)}",
+            ) from problem
+        if is_last or not isinstance(problem, OSError | MemoryError | CorruptionError):
+            raise problem
+        if self._failures >= self.config.max_failed_saves:
+            warn(
+                f"{self._failures} checkpoints in a row have failed (pretrain.max_failed_saves); the last one is of "
+                f"step {max(self.last_saved, 0)}"
+            )
+            raise problem
+        warn(f"the checkpoint of step {step} failed ({problem}); training goes on from memory")
+
+    def _plan_save(self, step: int) -> tuple[str, OSError | None]:
+        """Name of the staging directory, and what stands in the way of filling it."""
+        self._end_deletion()  # it may be what makes room
+        try:
+            self._check_space()
+        except OSError as problem:
+            return "", problem
+        return f"staging-{step:08d}-{time.time_ns()}", None
+
+    def _check_space(self) -> None:
+        wanted, free = _SPACE_FACTOR * self._size_bytes, free_bytes(self.context.state)
+        if free < wanted:
+            raise OSError(
+                errno.ENOSPC,
+                f"{free / 1e6:.1f} MB are free, {wanted / 1e6:.1f} MB are wanted for a checkpoint",
+            )

@@ -1,0 +1,264 @@
+"""The training state on disk: the format of a checkpoint, how it is verified, and how any part of it is read.
+
+Each rank wrote one safetensors file of float32 stretches: consecutive elements of one tensor of one parameter of the
+*plain* model, whatever ZeRO and AutoEP had made of it.  Their names say where they belong (``tensor_name``), so that
+ranks that hold other parts, or no rank at all, read what they need.  manifest.json has everything that is no tensor.
+Nothing is ever unpickled.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import MANIFEST, FileRecord, file_sha256, read_json, write_json
+from pipeline.config import fingerprint, from_json, to_json
+from pipeline.errors import CorruptionError, UserError
+
+SCHEMA_VERSION = 2
+"""Version 1 was DeepSpeed's own files."""
+MASTER, EMA = "master", "ema"
+"""Names of what a parameter has besides what its optimizer keeps: its float32 value, and the average of these."""
+_CHECKSUM = "sha256"
+_NAME = re.compile(r"step-(\d{8})")
+_HASHING_THREADS = 8
+_PATIENCE_S = (0.05, 0.2, 0.75, 3.0)
+"""Waits for a file that was committed by another machine and that this one does not see yet."""
+
+Stretch = tuple[str, str, int, int]
+"""(which tensor, parameter of the plain model, first element in the flattened parameter, number of elements)."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How the ranks that wrote a checkpoint shared the work; those that read it may share it otherwise."""
+
+    workers: int
+    zero_stage: int
+    ep_size: int
+    precision: str
+    micro_batch_seqs: int
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """The record that makes a directory a checkpoint."""
+
+    step: int
+    """Optimizer steps done, skipped ones included."""
+    fingerprint: str
+    """Of the pretraining artifact that the checkpoint belongs to."""
+    identity: dict[str, Any]
+    """What the fingerprint was made of: a refusal can say what differs."""
+    topology: Topology
+    shapes: dict[str, list[int]]
+    """Of every parameter and buffer of the plain model."""
+    optimizer_steps: int
+    """Updates that the optimizer has applied: Adam corrects its bias by it."""
+    skipped_steps: int
+    extras: dict[str, Any]
+    """What else the training wants back after a resume."""
+    lineage: list[dict[str, Any]]
+    """Changes of the identity that a user has accepted on the way, oldest first."""
+    files: list[FileRecord]
+    versions: dict[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory of the checkpoint after ``step`` optimizer steps."""
+    return f"step-{step:08d}"
+
+
+def file_name(rank: int) -> str:
+    """File of one rank."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def tensor_name(stretch: Stretch) -> str:
+    """Name of a stretch in its file."""
+    which, parameter, start, _ = stretch
+    return f"{which}:{parameter}:{start}"
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Published checkpoints, newest first, none of them verified yet."""
+    found = [p for p in directory.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+    return sorted(found, reverse=True)
+
+
+def write_manifest(directory: Path, manifest: CheckpointManifest) -> None:
+    """Write the record of a checkpoint, with a checksum of its own."""
+    value = to_json(manifest)
+    write_json(directory / MANIFEST, {**value, _CHECKSUM: fingerprint(value)})
+
+
+def read_manifest(checkpoint: Path) -> CheckpointManifest:
+    """The record of a checkpoint whose files are not looked at yet.
+
+    Raises CorruptionError, or UserError if another version of this program wrote it.
+    """
+    path = checkpoint / MANIFEST
+    if not path.is_file() or path.is_symlink():
+        raise CorruptionError(f"{path} is missing")
+    value = read_json(path)
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        age = "a newer" if version > SCHEMA_VERSION else "an older"
+        raise UserError(
+            f"{checkpoint} was written by {age} version of this program (schema version {version}, this one reads "
+            f"{SCHEMA_VERSION}); use that version to go on, or delete the checkpoints to start over"
+        )
+    if not isinstance(value, dict) or value.pop(_CHECKSUM, None) != _fingerprint(value):
+        raise CorruptionError(f"{path} is damaged: it does not have the checksum that it says it has")
+    try:
+        manifest = from_json(CheckpointManifest, value)
+    except UserError as error:
+        raise CorruptionError(f"{path} is not a checkpoint manifest: {error}") from None
+    if checkpoint.name != checkpoint_name(manifest.step):
+        raise CorruptionError(f"{checkpoint} says that it is of step {manifest.step}")
+    check_file_set(checkpoint, manifest.topology, manifest.files)
+    return manifest
+
+
+def _fingerprint(value: dict[str, Any]) -> str | None:
+    try:
+        return fingerprint(value)
+    except (UserError, UnicodeEncodeError):  # a number or a text that no manifest is written with
+        return None
+
+
+def check_file_set(checkpoint: Path, topology: Topology, records: Iterable[FileRecord]) -> None:
+    """CorruptionError unless there is exactly one file of each rank."""
+    wanted, found = {file_name(rank) for rank in range(topology.workers)}, [record.path for record in records]
+    if wanted != set(found) or len(found) != len(wanted):
+        lacking, foreign = sorted(wanted - set(found)), sorted(set(found) - wanted)
+        raise CorruptionError(
+            f"{checkpoint} does not have the files of its {topology.workers} ranks: it lacks {lacking or 'none'}, and "
+            f"{foreign or 'nothing'} does not belong to it"
+        )
+
+
+def verify(checkpoint: Path, manifest: CheckpointManifest) -> None:
+    """CorruptionError naming the file unless every byte is what was written, and no element is absent or double."""
+    for record in manifest.files:
+        path = checkpoint / record.path
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != record.size_bytes:
+            raise CorruptionError(f"{path} is missing or has the wrong size")
+    paths = [checkpoint / record.path for record in manifest.files]
+    threads = min(_HASHING_THREADS, os.cpu_count() or 1, len(paths))
+    with ThreadPoolExecutor(threads) as pool:
+        for record, digest in zip(manifest.files, pool.map(file_sha256, paths), strict=True):
+            if digest != record.sha256:
+                raise CorruptionError(f"{checkpoint / record.path} is damaged: its SHA-256 differs from the manifest")
+    StateFiles(checkpoint, manifest)
+
+
+def check_coverage(stretches: Iterable[Stretch], shapes: Mapping[str, Sequence[int]], name: str) -> None:
+    """CorruptionError unless the stretches hold every element of every parameter exactly once.
+
+    Of what an optimizer keeps, a parameter has all elements or none.
+    """
+    ends: dict[tuple[str, str], int] = {}
+    for which, parameter, start, numel in sorted(stretches):
+        end = ends.get((which, parameter), 0)
+        if parameter not in shapes:
+            raise CorruptionError(f"{name}: {parameter} is no parameter of the model")
+        if start != end:
+            state = "double" if start < end else "absent"
+            raise CorruptionError(f"{name}: elements of {which} of {parameter} are {state} at {min(start, end)}")
+        ends[which, parameter] = end + numel
+    missing = [parameter for parameter in shapes if (MASTER, parameter) not in ends]
+    if missing:
+        raise CorruptionError(f"{name} lacks the values of {', '.join(missing)}")
+    for (which, parameter), end in ends.items():
+        if end != _numel(shapes[parameter]):
+            raise CorruptionError(
+                f"{name}: {which} of {parameter} has {end} elements, the model wants {_numel(shapes[parameter])}"
+            )
+
+
+def _numel(shape: Sequence[int]) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel
+
+
+class StateFiles:
+    """Reads any part of the state from the files of all ranks, which are mapped into memory, not loaded."""
+
+    def __init__(self, checkpoint: Path, manifest: CheckpointManifest) -> None:
+        self.checkpoint = checkpoint
+        self.step = manifest.step
+        self.shapes = manifest.shapes
+        self._stretches: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}
+        found: list[Stretch] = []
+        for record in manifest.files:
+            for stretch, data in _stretches_of(checkpoint / record.path):
+                which, parameter, start, numel = stretch
+                found.append(stretch)
+                self._stretches.setdefault((which, parameter), []).append((start, numel, data))
+        check_coverage(found, manifest.shapes, str(checkpoint))
+        for parts in self._stretches.values():
+            parts.sort(key=lambda part: part[0])
+
+    def has(self, which: str, parameter: str) -> bool:
+        """Whether a parameter has it."""
+        return (which, parameter) in self._stretches
+
+    def read(self, which: str, parameter: str, start: int, target: Any) -> None:
+        """Fill a flat tensor with consecutive elements from ``start`` on.
+
+        Raises UserError if nothing of the kind was saved.
+        """
+        if (which, parameter) not in self._stretches:
+            raise UserError(
+                f"{self.checkpoint} has no {which!r} of {parameter}, which this training keeps: it was written with "
+                "another optimizer. Set the optimizer back, or start over"
+            )
+        for first, numel, data in self._stretches[which, parameter]:
+            low, high = max(start, first), min(start + target.numel(), first + numel)
+            if low < high:
+                target[low - start : high - start].copy_(data[low - first : high - first])
+
+    def whole(self, which: str, parameter: str) -> Any:
+        """A parameter's tensor in its shape."""
+        import torch
+
+        flat = torch.empty(_numel(self.shapes[parameter]))
+        self.read(which, parameter, 0, flat)
+        return flat.view(self.shapes[parameter])
+
+
+def _stretches_of(path: Path) -> list[tuple[Stretch, Any]]:
+    """The stretches of one file, each with what slices of its elements are taken from."""
+    from safetensors import SafetensorError
+
+    found: list[tuple[Stretch, Any]] = []
+    try:
+        handle = _open_patiently(path)
+        for name in handle.keys():  # noqa: SIM118 - it is no mapping
+            data = handle.get_slice(name)
+            which, parameter, start = name.split(":")
+            if data.get_dtype() != "F32" or len(data.get_shape()) != 1 or not start.isdecimal():
+                raise CorruptionError(f"{path} holds {name!r}, which is no stretch of float32 elements")
+            found.append(((which, parameter, int(start), data.get_shape()[0]), data))
+    except (SafetensorError, ValueError) as error:
+        raise CorruptionError(f"{path} is not a file of training state: {error}") from None
+    return found
+
+
+def _open_patiently(path: Path) -> Any:
+    from safetensors import safe_open
+
+    for wait_s in _PATIENCE_S:
+        try:
+            return safe_open(str(path), framework="pt")
+        except FileNotFoundError:
+            time.sleep(wait_s)
+    raise TimeoutError(f"{path} was committed, but this machine does not see it after {sum(_PATIENCE_S):.0f} s")
