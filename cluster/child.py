@@ -33,10 +33,17 @@ def call_function(function: str, payload: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """``python -m cluster.child MODULE:FUNCTION PAYLOAD.json``."""
+    """``python -m cluster.child MODULE:FUNCTION PAYLOAD.json``.
+
+    A function that returned has succeeded: the process leaves without the interpreter's farewell, in which libraries
+    of collectives have been seen to abort, and which would end the other ranks of a gang.
+    """
     die_with_parent(int(os.environ.pop(PARENT_PIPE_ENV)))
     function, payload_path = sys.argv[1:]
     call_function(function, json.loads(Path(payload_path).read_text()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

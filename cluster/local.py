@@ -15,6 +15,8 @@ from cluster.executor import Call, Ended, Executor
 
 _POLL_S = 0.01
 _KILL_AFTER_S = 10.0
+_CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+"""Signals that a process brings on itself; libraries of collectives abort ranks that have lost a peer."""
 
 
 @dataclass
@@ -109,8 +111,8 @@ class LocalExecutor(Executor):
                 codes = [process.poll() for process in running.processes]
                 bad = [(code, rank) for rank, code in enumerate(codes) if code]
                 if bad and not running.failure:
-                    code, rank = min(bad)  # a signal explains more than an exit code
-                    running.killed = code < 0
+                    code, rank = min(bad, key=_tells_later)
+                    running.killed = code < 0 and -code not in _CRASHES
                     how = f"signal {-code}" if code < 0 else f"exit code {code}"
                     running.failure = f"rank {rank} ended with {how}"
                     _stop(running.processes)
@@ -138,6 +140,12 @@ class LocalExecutor(Executor):
         self._running.clear()
         for fd in (self._pipe_write, self._pipe_read):
             os.close(fd)
+
+
+def _tells_later(bad: tuple[int, int]) -> tuple[int, int]:
+    """Order of (exit code, rank): a signal from outside explains more than an exit code, and this more than a crash."""
+    code, rank = bad
+    return (0 if code < 0 and -code not in _CRASHES else 1 if code > 0 else 2), rank
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -16,21 +16,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dlm_core.models.config import MaskFamily
-from dlm_core.models.presets import MEAN_MASKED_SHARE, PRESETS, Preset
+from dlm_core.models.presets import PRESETS
 from pipeline.artifact import read_json
 from pipeline.config import flatten, parse_value, to_json
 from pipeline.errors import CorruptionError, LeaseLostError, UserError, is_disk_full
-from workflows import runs
+from workflows import listings, runs
 from workflows.coordinator import Coordinator, StepState
 from workflows.display import Display, duration
 from workflows.plan import Plan, explain
 from workflows.recipes import RECIPES
 from workflows.report.text import scaled
+from workflows.step import load_stage
 from workflows.store import LeaseHeldError, RunPlace, Store
 
 EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED = 2, 3, 4, 5, 75
 _TYPER_INTERRUPTED = 130
+_WITH_TRACEBACK = ("code", "transient", "infra")
+"""Classes of errors that their message alone may not explain."""
 """What typer makes of a KeyboardInterrupt."""
 
 app = typer.Typer(
@@ -112,7 +114,7 @@ def recipes(as_json: JsonOption = False) -> None:
     """List the recipes."""
     workflows = [make() for make in RECIPES.values()]
     if as_json:
-        _print_json([{"name": w.name, "summary": w.summary, "steps": [s.name for s in w.steps]} for w in workflows])
+        _print_json([listings.recipe(workflow) for workflow in workflows])
         return
     for workflow in workflows:
         console.print(f"[bold]{workflow.name}[/bold]  {workflow.summary}", highlight=False)
@@ -124,7 +126,7 @@ def models(as_json: JsonOption = False) -> None:
 
     Active are the parameters that one token's logits pass through: some experts, the head, but no embedding.
     """
-    rows = [_model_row(name, preset) for name, preset in PRESETS.items()]
+    rows = [listings.model(name, preset) for name, preset in PRESETS.items()]
     if as_json:
         _print_json(rows)
         return
@@ -139,46 +141,40 @@ def models(as_json: JsonOption = False) -> None:
     console.print(table)
 
 
-def _model_row(name: str, preset: Preset) -> dict[str, Any]:
-    model, architecture = preset.model, preset.model.architecture
-    family, block_size = preset.mask_family, preset.block_size
-    decoding: MaskFamily = "block_causal" if family == "block_diffusion" else family
-    return {
-        "name": name,
-        "num_params": model.num_params(),
-        "num_active_params": model.num_active_params(),
-        "num_non_embedding_params": model.num_non_embedding_params(),
-        "training_flops_per_token": model.flops_per_token(
-            preset.seq_len, MEAN_MASKED_SHARE, family=family, block_size=block_size
-        ),
-        "inference_flops_per_token": model.flops_per_token(
-            preset.seq_len, family=decoding, block_size=block_size, training=False
-        ),
-        "masked_share": MEAN_MASKED_SHARE,
-        "mask_family": family,
-        "block_size": block_size,
-        "seq_len": preset.seq_len,
-        "num_layers": architecture.num_layers,
-        "d_model": architecture.d_model,
-        "num_experts": 0 if architecture.moe is None else architecture.moe.num_experts,
-        "top_k": 0 if architecture.moe is None else architecture.moe.top_k,
-        "vocab_size": model.vocab_size,
-        "mask_token_id": model.mask_token_id,
-        "target_offset": preset.target_offset,
-        "source": preset.source,
-    }
-
-
 @app.command("plan")
 def plan_command(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
     settings: SetOption = [],  # noqa: B006 - typer reads it, nobody changes it
     store: StoreOption = DEFAULT_STORE,
     show_settings: Annotated[bool, typer.Option("--settings", help="Print every setting and its value.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build the model without numbers; memory, operations and hours on GPUs.")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option(help="For --dry-run: kind of GPU; h100 by default.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="For --dry-run: share of the GPU's peak; 0.35 by default.")] = None,
+    deepspeed: Annotated[
+        bool, typer.Option("--deepspeed", help="Print the generated DeepSpeed configuration.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a run would do and why, without doing it."""
     plan = runs.plan_recipe(recipe, _settings(settings))
+    if dry_run + deepspeed + show_settings > 1:
+        raise UserError("--dry-run, --deepspeed and --settings each print something else; give one of them")
+    if not dry_run and (gpu is not None or mfu is not None):
+        raise UserError(f"{'--mfu' if gpu is None else '--gpu'} has no effect without --dry-run; give both, or neither")
+    if dry_run or deepspeed:
+        from workflows import sizing
+
+        if deepspeed:
+            _print_json(sizing.deepspeed_configs(plan))
+        else:
+            sized = sizing.dry_run(plan, gpu or sizing.DEFAULT_GPU, sizing.DEFAULT_MFU if mfu is None else mfu)
+            if as_json:
+                _print_json([sizing.as_json(one) for one in sized])
+            else:
+                sizing.print_sizings(console, sized)
+        return
     if show_settings:
         values = {f"{step.name}.{path}": value for step in plan.steps for path, value in flatten(step.config).items()}
         if as_json:
@@ -265,8 +261,10 @@ def _store_option(store: Store) -> str:
 def _print_outcome(store: Store, run: RunPlace, states: list[StepState], status: str) -> None:
     for state in states:
         if state.status == "failed" and state.failure is not None:
-            _say(f"\n{state.step.name} failed: {state.failure.message}")
-            if state.failure.error_class == "code" and state.failure.type != CorruptionError.__name__:
+            is_gang = load_stage(state.step.stage).kind == "gang"
+            where = f" on rank {state.failure.rank}" if is_gang and state.failure.traceback else ""
+            _say(f"\n{state.step.name} failed{where}: {state.failure.message}")
+            if state.failure.error_class in _WITH_TRACEBACK and state.failure.type != CorruptionError.__name__:
                 _say(f"logs: {run.directory / 'work'}\n{state.failure.traceback}")
     if status == "failed":
         where = _store_option(store)
@@ -286,10 +284,16 @@ def _print_figures(store: Store, run: RunPlace) -> None:
     figures: list[tuple[str, str]] = []
     if "evaluate" in outputs:
         r = read_json(outputs["evaluate"] / "results.json")
+        if "nll" in r:
+            nll = ("negative log-likelihood (exact)", f"{r['nll']:.4f} nats/token")
+            bits = ("bits a byte (exact)", f"{r['bpb']:.4f}")
+        else:
+            nll = ("NELBO (bound)", f"{r['nelbo']:.4f} ± {r['nelbo_mc_se']:.4f} nats/token")
+            bits = ("bits a byte (bound)", f"{r['bpb_bound']:.4f} ± {r['bpb_bound_mc_se']:.4f}")
         figures += [
-            ("NELBO (bound)", f"{r['nelbo']:.4f} ± {r['nelbo_mc_se']:.4f} nats/token"),
+            nll,
             ("unigram entropy", f"{r['unigram_entropy']:.4f} nats/token"),
-            ("bits a byte (bound)", f"{r['bpb_bound']:.4f} ± {r['bpb_bound_mc_se']:.4f}"),
+            bits,
             ("unigram, bits a byte", f"{r['unigram_bpb']:.4f}"),
             ("xz -9, bits a byte", f"{r['xz_bpb']:.4f}  ({r['xz_bytes']:,} of {r['num_bytes']:,} bytes)"),
         ]
@@ -359,7 +363,9 @@ def report_command(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE)
     from workflows.report.run import render_partial
 
     path = run.directory / "report.html"
-    render_partial(f"{run.run_id} (unfinished)", runs.report_inputs(run, outputs), path)
+    sources = runs.report_sources(run)
+    there = {name: outputs[source] for name, source in sources.items() if source in outputs}
+    render_partial(f"{run.run_id} (unfinished)", there, path, wanted=sources)
     print(path)
 
 
@@ -399,6 +405,7 @@ def data_verify_command(run_id: OptionalRun = "", store: StoreOption = DEFAULT_S
 _ENDINGS: dict[type[Exception], tuple[int, str, str]] = {
     UserError: (EXIT_USAGE, "", ""),
     runs.DriftError: (EXIT_DRIFT, "", ""),
+    runs.DoesNotFitError: (EXIT_UNSCHEDULABLE, "", ""),
     LeaseHeldError: (EXIT_UNSCHEDULABLE, "this run is being worked on: ", ""),
     LeaseLostError: (EXIT_INTERRUPTED, "another process took over, this one has stopped: ", ""),
     CorruptionError: (EXIT_FAILED, "", ""),

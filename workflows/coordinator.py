@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from cluster.executor import Call, Ended, Executor
 from pipeline.artifact import read_json
-from pipeline.config import from_json, to_json
+from pipeline.config import to_json
 from pipeline.errors import CorruptionError, ErrorClass, LeaseLostError, UserError, classify
 from pipeline.stage import Shard, fault_of_shards, shard_fingerprint
 from workflows.plan import Plan, PlannedStep, step_config
@@ -32,7 +32,7 @@ from workflows.store import (
     Store,
     acquire_lease,
 )
-from workflows.worker import Failure, Piece
+from workflows.worker import Failure, Piece, first_failure, last_words
 
 StepStatus = Literal["pending", "waiting", "running", "committed", "cached", "failed", "blocked", "stopped"]
 
@@ -53,15 +53,6 @@ _CALLS_PER_CORE = 2
 _SPARE_CALLS = 2
 """Shards of a step that the executor is given at a time: enough to keep it busy, few enough to be forgotten."""
 _WORKER = "workflows.worker:run_piece"
-_FAILURE_RANKING: tuple[ErrorClass, ...] = (
-    "stopped",
-    "user",
-    "numerics",
-    "memory",
-    "code",
-    "transient",
-    "infra",
-)
 
 
 @dataclass
@@ -350,6 +341,7 @@ class Coordinator:
         state = next((s for s in self.states.values() if ended.key in s.pieces), None)
         if state is None:
             return
+        self._read_progress(state)  # of a piece that died between two looks at it
         piece = state.pieces.pop(ended.key)
         if (Path(piece.work_dir) / "done.json").exists():
             self._or_fail(state, lambda: self._piece_done(state, piece, ended))
@@ -385,7 +377,7 @@ class Coordinator:
         if failure is None or (ended.killed and failure.error_class == "code"):
             # A rank that was killed leaves nothing; its peers then fail over a lost connection.
             message = ended.failure or "the worker left without a result"
-            failure = Failure("infra", "WorkerDied", message, "", 0, time.time())
+            failure = Failure("infra", "WorkerDied", message, last_words(Path(piece.work_dir)), 0, time.time())
         if piece.what == "shard" and failure.type != LeaseLostError.__name__:
             self._shard_failed(state, piece, failure)
         else:
@@ -459,6 +451,8 @@ class Coordinator:
         self.events.write("step_failed", state.step.name, failure=to_json(failure))
 
     def _read_progress(self, state: StepState) -> None:
+        if state.fan_out is not None:
+            return
         for piece in state.pieces.values():
             path = Path(piece.work_dir) / "progress.json"
             if path.exists():
@@ -482,11 +476,3 @@ def _read_shards(path: Path) -> list[Shard]:
 
 def _backoff_s(failures: int) -> float:
     return min(_MAX_BACKOFF_S, _BACKOFF_S * 2 ** (failures - 1))
-
-
-def first_failure(work_dir: Path) -> Failure | None:
-    """The failure that explains the others: ranks that lost a peer fail too, later and less tellingly."""
-    found = [from_json(Failure, read_json(path)) for path in sorted(work_dir.glob("failure-*.json"))]
-    if not found:
-        return None
-    return min(found, key=lambda f: (_FAILURE_RANKING.index(f.error_class), f.time))

@@ -32,6 +32,14 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
 
 
+def _scaled(value: float) -> str:
+    """A rate in few letters: 980, 12.3k, 4.56M."""
+    for factor, prefix in ((1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{prefix}" if value < 999.5 * factor else f"{value / factor:.0f}{prefix}"
+    return f"{value:.0f}"
+
+
 def _detail(state: StepState) -> str:
     if state.status != "running":
         return state.reason.splitlines()[0] if state.reason else ""
@@ -41,10 +49,9 @@ def _detail(state: StepState) -> str:
     done, total = progress.get("done", 0), progress.get("total", 0)
     figures = progress.get("figures", {})
     parts = [f"{done}/{total}"] if total else []
-    if "loss" in figures:
-        parts.append(f"loss {figures['loss']:.3f}")
-    if "tokens_per_s" in figures:
-        parts.append(f"{figures['tokens_per_s']:,.0f} tokens/s")
+    if "tokens_per_s" in figures:  # a training
+        parts = [f"step {done}/{total}", f"loss {figures['loss']:.3f}" if "loss" in figures else "loss not finite"]
+        parts.append(f"{_scaled(figures['tokens_per_s'])} tokens/s")
     if "documents" in figures:
         parts.append(f"{figures['documents']} documents, {figures['mb']:.1f} MB")
     if total and state.first_progress and done > state.first_progress[1]:

@@ -36,8 +36,11 @@ def ordered_steps(workflow: Workflow) -> list[Step]:
 def _check_step(workflow: Workflow, step: Step, by_name: dict[str, Step]) -> None:
     stage = load_stage(step.stage)
     where = f"workflow {workflow.name}, step {step.name}"
-    if set(step.inputs) != set(stage.inputs):
-        raise UserError(f"{where}: stage {stage.name} takes inputs {list(stage.inputs)}, found {list(step.inputs)}")
+    if not stage.takes(step.inputs):
+        optional = f" and, if wanted, {list(stage.optional_inputs)}" if stage.optional_inputs else ""
+        raise UserError(
+            f"{where}: stage {stage.name} takes inputs {list(stage.inputs)}{optional}, found {list(step.inputs)}"
+        )
     for source in step.inputs.values():
         if source not in by_name:
             raise UserError(f"{where}: there is no step {source!r}; the steps are {', '.join(by_name)}")

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import secrets
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,10 @@ RunStatus = Literal["running", "succeeded", "failed", "stopped", "interrupted", 
 
 class DriftError(RuntimeError):
     """A frozen plan no longer describes what would be done."""
+
+
+class DoesNotFitError(RuntimeError):
+    """A worker would need more memory than its GPU has."""
 
 
 def configured(recipe: str, settings: list[tuple[str, Any]]) -> Workflow:
@@ -227,9 +231,9 @@ def require_run_id(store: Store, run_id: str) -> RunPlace:
     return runs[0]
 
 
-def report_inputs(run: RunPlace, outputs: dict[str, Path]) -> dict[str, Path]:
-    """The committed inputs of the report step, by the names that the report stage gives them."""
+def report_sources(run: RunPlace) -> Mapping[str, str]:
+    """The steps that the report of a run is made from, by the names that the report stage gives its inputs."""
     for step in frozen_plan(run).steps:
         if load_stage(step.stage).name == "report":
-            return {name: outputs[source] for name, source in step.inputs.items() if source in outputs}
+            return step.inputs
     raise UserError(f"workflow {frozen_plan(run).workflow} has no report")

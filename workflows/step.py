@@ -1,10 +1,12 @@
 """The vocabulary of a workflow: steps, and the graph they form by naming each other's outputs."""
 
+import difflib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.config import flatten, to_json
 from pipeline.stage import Stage
 
 
@@ -23,11 +25,33 @@ class Step:
 
 @dataclass(frozen=True)
 class Workflow:
-    """A named graph of steps."""
+    """A named graph of steps.  Raises ValueError for an unpublished setting that no step has."""
 
     name: str
     summary: str
     steps: tuple[Step, ...]
+    unpublished: tuple[str, ...] = ()
+    """Settings such as "pretrain.optimizer.lr" whose values are ours because the work that the recipe follows does not
+    say them."""
+
+    def __post_init__(self) -> None:
+        settings = self._settings() if self.unpublished else {}
+        for path in self.unpublished:
+            if not any(name == path or name.startswith(f"{path}.") for name in settings):
+                close = difflib.get_close_matches(path, settings, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"workflow {self.name}: no step has the unpublished setting {path!r}{hint}")
+
+    def unpublished_settings(self) -> dict[str, Any]:
+        """Dotted path -> value of every setting that was not published, those of a nested object one by one."""
+        return {
+            name: value
+            for name, value in self._settings().items()
+            if any(name == path or name.startswith(f"{path}.") for path in self.unpublished)
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        return flatten({step.name: to_json(step.config) for step in self.steps})
 
 
 def load_stage(package: str) -> Stage:

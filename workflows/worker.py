@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import MANIFEST, checked_files, write_json
+from pipeline.artifact import MANIFEST, checked_files, read_json, write_json
 from pipeline.config import from_json
-from pipeline.errors import ErrorClass, classify, is_disk_full
+from pipeline.errors import ErrorClass, HangError, classify, is_disk_full
 from pipeline.stage import (
     StageContext,
     Stats,
@@ -35,7 +35,9 @@ from workflows.store import Lease
 _PROGRESS_EVERY_S = 0.5
 _STOP_CHECK_EVERY_S = 0.5
 
-
+_FAILURE_RANKING: tuple[ErrorClass, ...] = ("stopped", "user", "numerics", "memory", "code", "transient", "infra")
+"""Of the failures of several ranks, the first of the first class explains the others."""
+_LAST_BYTES = 4000
 _RESERVE_BYTES = 64 * 1024
 """Space set aside while a piece runs, so that a full disk leaves room to write down that it is full."""
 
@@ -132,6 +134,7 @@ def run_piece(payload: dict[str, Any]) -> None:
         progress=_ProgressFile(work_dir / "progress.json"),
         should_stop=_Throttled(cancel_file.exists, _STOP_CHECK_EVERY_S),
         fence=lease.check,
+        failed=lambda error: _write_failure(work_dir, error, rank),
         labels={"run_id": piece.run_id, "step": piece.step},
     )
     reserve = work_dir / _reserve_name(rank)
@@ -186,6 +189,37 @@ def _write_failure(work_dir: Path, error: BaseException, rank: int) -> None:
     message = str(error)
     if is_disk_full(error):
         message = f"no space is left on the disk of {work_dir}: {error}. Free some, then resume the run"
-    failure = Failure(error_class, type(error).__name__, message, traceback.format_exc(), rank, time.time())
+    elif error_class == "memory" and "RANK" in os.environ:
+        message = (
+            f"out of memory ({message or type(error).__name__}). Take fewer rows at a time "
+            "(pretrain.micro_batch_seqs), more workers, or a machine with more memory"
+        )
+    trace = "".join(traceback.format_exception(error))
+    failure = Failure(error_class, type(error).__name__, message, trace, rank, time.time())
     with contextlib.suppress(OSError):
         write_json(work_dir / f"failure-{rank}.json", failure)
+
+
+def first_failure(work_dir: Path) -> Failure | None:
+    """The failure that explains the others: ranks that lost a peer fail too, later and less tellingly.
+
+    One that came first and is a hang explains all others, whatever collectives make of it.
+    """
+    found = [from_json(Failure, read_json(path)) for path in sorted(work_dir.glob("failure-*.json"))]
+    if not found:
+        return None
+    earliest = min(found, key=lambda f: f.time)
+    if earliest.type == HangError.__name__:
+        return earliest
+    return min(found, key=lambda f: (_FAILURE_RANKING.index(f.error_class), f.time))
+
+
+def last_words(work_dir: Path) -> str:
+    """The ends of the logs of processes that left no failure behind: a crash shows its stack there, if anywhere."""
+    ends: list[str] = []
+    for path in sorted(work_dir.glob("*.log")):
+        with path.open("rb") as log:
+            log.seek(max(0, path.stat().st_size - _LAST_BYTES))
+            if end := log.read().decode(errors="replace").strip():
+                ends.append(f"the end of {path}:\n{end}\n")
+    return "\n".join(ends)

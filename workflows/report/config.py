@@ -21,5 +21,6 @@ STAGE = Stage(
     kind="task",
     config=ReportConfig,
     module="workflows.report.run",
-    inputs=("corpus", "tokenizer", "tokens", "rows", "pretrain", "weights", "evaluation", "samples"),
+    inputs=("corpus", "tokenizer", "tokens", "rows", "pretrain", "weights", "evaluation"),
+    optional_inputs=("samples",),
 )

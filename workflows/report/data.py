@@ -1,10 +1,10 @@
 """What a report is about, read from committed artifacts.  Rendering happens elsewhere."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.artifact import Manifest, checked, open_artifact, read_json
 from pipeline.errors import CorruptionError
@@ -32,12 +32,31 @@ class ReportData:
         return self.manifests[name].stats if name in self.manifests else {}
 
 
-def collect(title: str, artifacts: Mapping[str, Path]) -> ReportData:
-    """Read what the report needs, every file verified before it is parsed."""
+class LikelihoodFigures(NamedTuple):
+    """Names of an evaluation's figures: a bound is called one."""
+
+    nll: str
+    ppl: str
+    bpb: str
+    is_exact: bool
+
+
+def likelihood_figures(results: Mapping[str, Any]) -> LikelihoodFigures:
+    """Under which names an evaluation's results.json has its likelihood, a bound or exact."""
+    if "nll" in results:
+        return LikelihoodFigures("nll", "ppl", "bpb", True)
+    return LikelihoodFigures("nelbo", "ppl_bound", "bpb_bound", False)
+
+
+INPUTS = (*STAGE.inputs, *STAGE.optional_inputs)
+
+
+def collect(title: str, artifacts: Mapping[str, Path], wanted: Collection[str] = INPUTS) -> ReportData:
+    """Read what the report needs, every file verified before it is parsed; ``wanted`` is all that the run makes."""
     return ReportData(
         title=title,
         manifests={name: open_artifact(path) for name, path in artifacts.items()},
-        missing=tuple(name for name in STAGE.inputs if name not in artifacts),
+        missing=tuple(name for name in INPUTS if name in wanted and name not in artifacts),
         metrics=_lines(artifacts, "pretrain", "metrics.jsonl"),
         results=read_json(checked(artifacts["evaluation"], "results.json")) if "evaluation" in artifacts else {},
         samples=_lines(artifacts, "samples", "samples.jsonl"),

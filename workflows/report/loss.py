@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from workflows.report import svg
+from workflows.report.chart import Level, Line, line_chart, phase_bands, thin, visible_range
 
 _RAW_POINTS = 2000
 """Points of the faint line; a longer training is thinned to the extremes of each stretch."""
@@ -43,26 +44,18 @@ def loss_chart(metrics: Sequence[Mapping[str, Any]], unigram: float | None) -> L
         return None
     window = max(1, len(losses) // _SMOOTH_SHARE)
     smooth = trailing_mean(losses, window)
-    y_range = _visible_range(numbers, [y for y in smooth if y is not None], unigram)
-    lines = [svg.Line(svg.thin(list(zip(steps, smooth, strict=True)), _SMOOTH_POINTS), "loss", "smooth")]
+    whole = [y for y in smooth if y is not None] + ([] if unigram is None else [unigram])
+    y_range = visible_range(numbers, whole)
+    lines = [Line(thin(list(zip(steps, smooth, strict=True)), _SMOOTH_POINTS), "loss", "smooth")]
     if window > 1:
-        raw = svg.Line(svg.thin(list(zip(steps, losses, strict=True)), _RAW_POINTS), "each step", "raw")
+        raw = Line(thin(list(zip(steps, losses, strict=True)), _RAW_POINTS), "each step", "raw")
         lines = [raw, replace(lines[0], label=f"mean of the last {window} steps")]
-    drawing = svg.line_chart(
+    drawing = line_chart(
         lines,
-        [] if unigram is None else [svg.Level(unigram, f"unigram entropy of the held-out text, {unigram:.2f}")],
+        [] if unigram is None else [Level(unigram, f"unigram entropy of the held-out text, {unigram:.2f}")],
         x_label="optimizer step",
         y_label="training loss (nats/token)",
         y_range=y_range,
+        bands=phase_bands(metrics),
     )
     return LossChart(drawing, sum(not y_range[0] <= loss <= y_range[1] for loss in numbers))
-
-
-def _visible_range(numbers: Sequence[float], smooth: Sequence[float], unigram: float | None) -> tuple[float, float]:
-    """Range of the loss axis: the smooth line, the level, and all but a hundredth of the single steps."""
-    rare = len(numbers) // 200
-    shown = [numbers[rare], numbers[len(numbers) - 1 - rare], *smooth]
-    if unigram is not None:
-        shown.append(unigram)
-    margin = 0.05 * (max(shown) - min(shown))
-    return max(0.0, min(shown) - margin), max(shown) + margin

@@ -8,9 +8,10 @@ from typing import Any
 
 from pipeline.artifact import Manifest
 from workflows.report import svg
-from workflows.report.data import ReportData
+from workflows.report.data import ReportData, likelihood_figures
 from workflows.report.film import sample_strips
 from workflows.report.loss import loss_chart
+from workflows.report.panels import panels
 from workflows.report.style import page_style
 from workflows.report.text import (
     ABSENT,
@@ -76,19 +77,25 @@ def _missing(data: ReportData) -> str:
 def _tiles(data: ReportData) -> str:
     tiles: list[str] = []
     if r := data.results:
+        figures = likelihood_figures(r)
+        nll, bpb = r[figures.nll], r[figures.bpb]
+        if figures.is_exact:
+            tiles += [
+                _tile("Negative log-likelihood, held out", decimals(nll), "", "nats/token, exact for next tokens"),
+                _tile("Bits per byte", decimals(bpb), "", "bits/byte, held out; exact"),
+            ]
+        else:
+            noise, bits_noise = (f"± {decimals(r[f'{name}_mc_se'])}" for name in (figures.nll, figures.bpb))
+            tiles += [
+                _tile(
+                    "NELBO, held out (upper bound)",
+                    decimals(nll),
+                    noise,
+                    "nats/token; ± is mc_se, the noise of the drawn masks",
+                ),
+                _tile("Bits per byte (upper bound)", decimals(bpb), bits_noise, "bits/byte, held out; ± is mc_se"),
+            ]
         tiles += [
-            _tile(
-                "NELBO, held out (upper bound)",
-                decimals(r["nelbo"]),
-                f"± {decimals(r['nelbo_mc_se'])}",
-                "nats/token; ± is mc_se, the noise of the drawn masks",
-            ),
-            _tile(
-                "Bits per byte (upper bound)",
-                decimals(r["bpb_bound"]),
-                f"± {decimals(r['bpb_bound_mc_se'])}",
-                "bits/byte, held out; ± is mc_se",
-            ),
             _tile("xz -9, same text", decimals(r["xz_bpb"]), "", "bits/byte"),
             _tile("Unigram entropy", decimals(r["unigram_entropy"]), "", "nats/token of the same text"),
         ]
@@ -118,18 +125,20 @@ def _tile(name: str, value: str, error: str, detail: str) -> str:
 
 def unigram_verdict(results: Mapping[str, Any]) -> str:
     """Whether the model has learnt more than how frequent each token is."""
-    gap = results["unigram_entropy"] - results["nelbo"]
+    figures = likelihood_figures(results)
+    name, gap = "loss" if figures.is_exact else "bound", results["unigram_entropy"] - results[figures.nll]
     if gap <= 0:
-        return f"The bound is {-gap:.4f} nats/token above the unigram entropy: nothing is shown to be learnt yet."
-    return f"The bound is {gap:.4f} nats/token below the unigram entropy."
+        return f"The {name} is {-gap:.4f} nats/token above the unigram entropy: nothing is shown to be learnt yet."
+    return f"The {name} is {gap:.4f} nats/token below the unigram entropy."
 
 
 def xz_verdict(results: Mapping[str, Any]) -> str:
     """Whether the model is ahead of xz -9 or behind it, by how much, and whether the noise could turn it."""
-    bound, xz = results["bpb_bound"], results["xz_bpb"]
+    named = likelihood_figures(results)
+    bound, xz = results[named.bpb], results["xz_bpb"]
     gap = abs(bound - xz)
-    figures = f"at most {bound:.4f} bits/byte against {xz:.4f}"
-    noise = ", within twice the mc_se" if gap < 2 * results["bpb_bound_mc_se"] else ""
+    figures = f"{'' if named.is_exact else 'at most '}{bound:.4f} bits/byte against {xz:.4f}"
+    noise = ", within twice the mc_se" if gap < 2 * results[f"{named.bpb}_mc_se"] else ""
     if bound < xz:
         return (
             f"The model is ahead of xz -9 by {gap:.4f} bits/byte on the held-out text ({figures}{noise}); "
@@ -145,11 +154,27 @@ def _evaluation(data: ReportData) -> str:
     r = data.results
     if not r:
         return ""
-    se = {"nelbo": (r["nelbo_mc_se"], r["nelbo_doc_se"]), "bpb_bound": (r["bpb_bound_mc_se"], None)}
+    figures = likelihood_figures(r)
+    mc_se = {name: None if figures.is_exact else r[f"{name}_mc_se"] for name in (figures.nll, figures.bpb)}
+    se = {
+        figures.nll: (mc_se[figures.nll], r[f"{figures.nll}_doc_se"]),
+        figures.bpb: (mc_se[figures.bpb], None),
+    }
+    of_model = (
+        [
+            ("nll", "nats/token", "Negative log-likelihood, each token given those before it"),
+            ("ppl", "per token", "exp(nll), the perplexity"),
+            ("bpb", "bits/byte", "The same per byte of text, comparable between tokenizers"),
+        ]
+        if figures.is_exact
+        else [
+            ("nelbo", "nats/token", "Negative evidence lower bound: an upper bound of the negative log-likelihood"),
+            ("ppl_bound", "per token", "exp(nelbo), an upper bound of the perplexity"),
+            ("bpb_bound", "bits/byte", "The same bound per byte of text, comparable between tokenizers"),
+        ]
+    )
     quantities = [
-        ("nelbo", "nats/token", "Negative evidence lower bound: an upper bound of the negative log-likelihood"),
-        ("ppl_bound", "per token", "exp(nelbo), an upper bound of the perplexity"),
-        ("bpb_bound", "bits/byte", "The same bound per byte of text, comparable between tokenizers"),
+        *of_model,
         (
             "unigram_entropy",
             "nats/token",
@@ -208,7 +233,21 @@ def _training(data: ReportData) -> str:
     if unigram is None:
         remarks.append("The level of the unigram entropy comes with the evaluation.")
     figure = svg.embed(chart.drawing, "Training loss by step", "figure chart")
-    return section("Training", f'<div class="scroll">{figure}</div>', note(" ".join(remarks)))
+    return section("Training", f'<div class="scroll">{figure}</div>', note(" ".join(remarks)), _panels(data))
+
+
+def _panels(data: ReportData) -> str:
+    """What else was measured, by step."""
+    drawn = [
+        f"<figure><figcaption>{plain(panel.title)}</figcaption>"
+        f"{svg.embed(panel.drawing, panel.title + ' by step', 'figure')}</figure>"
+        for panel in panels(data.metrics)
+    ]
+    explanation = (
+        "Pale lines are single steps, of which up to a hundredth lie outside a frame; an error bar is one standard "
+        "error; phases are shaded in turn."
+    )
+    return f'<div class="panels">{"".join(drawn)}</div>{note(explanation)}' if drawn else ""
 
 
 # Samples

@@ -53,7 +53,9 @@ _BACKGROUND = "#f4f6f9"
 
 def picture_edges() -> set[svg.Edge]:
     """Which stage reads what which other stage made."""
-    return {(_MADE_BY.get(name, name), stage.name) for stage in STAGES for name in stage.inputs}
+    return {
+        (_MADE_BY.get(name, name), stage.name) for stage in STAGES for name in (*stage.inputs, *stage.optional_inputs)
+    }
 
 
 def draw_picture() -> str:

@@ -50,6 +50,10 @@ dl { margin: 0; }
 .figure { display: block; width: 100%; height: auto; margin: 12px 0 4px; }
 .figure.chart { min-width: 560px; }
 .figure.graph { min-width: 820px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 14px 24px; }
+.panels figure { margin: 8px 0 0; }
+.panels .figure { margin: 0; }
+figcaption { font-size: 13px; font-weight: 600; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; margin: 8px 0; }
 th, td { text-align: left; padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr > :last-child { padding-right: 0; }
@@ -88,7 +92,7 @@ details { margin-top: 10px; }
   .film { grid-template-columns: 1fr; gap: 0; }
   .film dt { text-align: left; }
 }
-@media print { body { background: none; } section, .tile { break-inside: avoid; } }
+@media print { body { background: none; } section, .tile, .panels figure { break-inside: avoid; } }
 """
 
 

@@ -1,4 +1,4 @@
-"""Line chart and layered graph as SVG strings.  Pure functions; what they show is the caller's affair.
+"""Layered graph as SVG strings, and what every drawing has.  Pure functions; what they show is the caller's affair.
 
 Colours come from one stylesheet with a palette filled in: CSS variables inside a page, fixed colours in a file.
 """
@@ -19,6 +19,11 @@ _STYLE = Template(
     ".grid{stroke:$line;stroke-width:1}"
     ".raw{fill:none;stroke:$accent;stroke-width:1;opacity:.35}"
     ".smooth{fill:none;stroke:$accent;stroke-width:2;stroke-linejoin:round}"
+    ".band{fill:$line;opacity:.45}.band-label{fill:$muted;font-size:11px}"
+    ".many{fill:none;stroke:$accent;stroke-width:1;opacity:.45}"
+    ".series0{stroke:$accent}.series1{stroke:$level}.series2{stroke:$map}.series3{stroke:$gang}.series4{stroke:$task}"
+    ".series5{stroke:$muted}.series{fill:none;stroke-width:1.6;stroke-linejoin:round}"
+    ".smooth,.series,.many{stroke-linecap:round}.dots{stroke-width:5}.bar{stroke-width:1.2}"
     ".level{stroke:$level;stroke-width:1.5;stroke-dasharray:5 4}"
     ".level-label{fill:$level;font-size:12px;font-weight:600;stroke:$card;stroke-width:4px;paint-order:stroke}"
     ".box{fill:$card;stroke:$line;stroke-width:1}"
@@ -64,151 +69,14 @@ def text(x: float, y: float, content: str, css_class: str, anchor: str = "start"
     return f'<text x="{x:g}" y="{y:g}" class="{css_class}"{place}>{escape(content)}</text>'
 
 
-# Line chart
-
-
-@dataclass(frozen=True)
-class Line:
-    """One series; a point whose y is None is a gap."""
-
-    points: Sequence[tuple[float, float | None]]
-    label: str
-    css_class: str
-
-
-@dataclass(frozen=True)
-class Level:
-    """A labelled horizontal line."""
-
-    y: float
-    label: str
-
-
-_CHART_WIDTH, _CHART_HEIGHT = 1070.0, 380.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 16.0, 34.0, 48.0
-_LABEL_CLEARANCE = 18.0
-
-
-def nice_ticks(low: float, high: float, target: int = 6) -> list[float]:
-    """Round numbers within [low, high], about ``target`` of them, 1, 2 or 5 times a power of ten apart."""
-    if high <= low:
-        return [low]
-    rough = (high - low) / target
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
-
-
-def _tick_label(value: float, ticks: Sequence[float]) -> str:
-    step = ticks[1] - ticks[0] if len(ticks) > 1 else abs(value) or 1.0
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return f"{value:,.{decimals}f}"
-
-
-def thin(points: Sequence[tuple[float, float | None]], limit: int) -> list[tuple[float, float | None]]:
-    """At most about ``limit`` points that keep the extremes of every stretch: lowest and highest of each bucket."""
-    if len(points) <= limit:
-        return list(points)
-    width = math.ceil(2 * len(points) / limit)
-    kept: list[tuple[float, float | None]] = []
-    for start in range(0, len(points), width):
-        bucket = range(start, min(start + width, len(points)))
-        drawn = [(y, i) for i in bucket if (y := points[i][1]) is not None]
-        kept += [points[i] for i in sorted({min(drawn)[1], max(drawn)[1]})] if drawn else [points[start]]
-    return kept
-
-
-def line_chart(
-    lines: Sequence[Line],
-    levels: Sequence[Level],
-    *,
-    x_label: str,
-    y_label: str,
-    y_range: tuple[float, float],
-) -> Drawing:
-    """Lines over a common x; what lies outside ``y_range`` is cut off at the frame."""
-    xs = [x for line in lines for x, _ in line.points]
-    x_low, x_high = min(xs, default=0.0), max(xs, default=1.0)
-    if x_high == x_low:
-        x_high = x_low + 1
-    y_low, y_high = y_range
-    if y_high == y_low:
-        y_low, y_high = y_low - 0.5, y_high + 0.5
-    inner_width, inner_height = _CHART_WIDTH - _LEFT - _RIGHT, _CHART_HEIGHT - _TOP - _BOTTOM
-    bottom, right = _TOP + inner_height, _LEFT + inner_width
-
-    def to_x(x: float) -> float:
-        return _LEFT + (x - x_low) / (x_high - x_low) * inner_width
-
-    def to_y(y: float) -> float:
-        return bottom - (y - y_low) / (y_high - y_low) * inner_height
-
-    parts: list[str] = []
-    y_ticks, x_ticks = nice_ticks(y_low, y_high, 5), nice_ticks(x_low, x_high, 8)
-    for tick in y_ticks:
-        y = to_y(tick)
-        parts.append(f'<line x1="{_LEFT:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(text(_LEFT - 8, round(y + 4, 1), _tick_label(tick, y_ticks), "tick", "end"))
-    for tick in x_ticks:
-        x = round(to_x(tick), 1)
-        parts.append(f'<line x1="{x}" x2="{x}" y1="{bottom:g}" y2="{bottom + 4:g}" class="grid"/>')
-        parts.append(text(x, bottom + 18, _tick_label(tick, x_ticks), "tick", "middle"))
-    parts.append(text(_LEFT + inner_width / 2, _CHART_HEIGHT - 8, x_label, "axis", "middle"))
-    middle = _TOP + inner_height / 2
-    parts.append(
-        f'<text class="axis" text-anchor="middle" transform="translate(14 {middle:g}) rotate(-90)">'
-        f"{escape(y_label)}</text>"
-    )
-    # A nested <svg> cuts off at its frame without needing an id that is unique in the page.
-    parts.append(
-        f'<svg x="{_LEFT:g}" y="{_TOP:g}" width="{inner_width:g}" height="{inner_height:g}" '
-        f'viewBox="{_LEFT:g} {_TOP:g} {inner_width:g} {inner_height:g}" overflow="hidden">'
-    )
-    for line in lines:
-        drawn = [(to_x(x), None if y is None else to_y(y)) for x, y in line.points]
-        parts.append(f'<path d="{_polyline(drawn)}" class="{line.css_class}"/>')
-    parts.append("</svg>")
-    for level in levels:
-        y = to_y(level.y)
-        above = y - 6 if y - _TOP > _LABEL_CLEARANCE else y + 16
-        parts.append(f'<line x1="{_LEFT:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}" class="level"/>')
-        parts.append(text(right - 4, round(above, 1), level.label, "level-label", "end"))
-    parts.append(_legend(lines))
-    return Drawing("".join(parts), _CHART_WIDTH, _CHART_HEIGHT)
-
-
-def _legend(lines: Sequence[Line]) -> str:
-    parts: list[str] = []
-    x = _LEFT
-    for line in lines:
-        parts.append(f'<path d="M{x:g} 16h22" class="{line.css_class}"/>')
-        parts.append(text(x + 28, 20, line.label, "legend"))
-        x += 28 + _text_width(line.label, 12) + 28
-    return "".join(parts)
-
-
-def _polyline(points: Sequence[tuple[float, float | None]]) -> str:
-    """Path data through points in pixels, interrupted where y is None."""
-    parts: list[str] = []
-    pen_down = False
-    for x, y in points:
-        if y is None:
-            pen_down = False
-            continue
-        parts.append(f"{'L' if pen_down else 'M'}{x:.1f} {y:.1f}")
-        pen_down = True
-    return "".join(parts)
-
-
-def _text_width(content: str, size_px: float) -> float:
+def text_width(content: str, size_px: float) -> float:
     """Rough width of a text, on the generous side."""
     return 0.58 * size_px * len(content)
 
 
-def _fit(content: str, width: float, size_px: float) -> str:
+def fit(content: str, width: float, size_px: float) -> str:
     """The text, shortened with an ellipsis if it would not fit."""
-    most = max(1, int(width / _text_width("x", size_px)))
+    most = max(1, int(width / text_width("x", size_px)))
     return content if len(content) <= most else content[: most - 1] + "…"
 
 
@@ -395,8 +263,8 @@ def _box(node: Node, x: float, y: float, layout: Layout) -> str:
     inside = width - 2 * _PADDING
     middle = y + height / 2
     parts = [f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="8" class="box"/>']
-    parts.append(text(x + _PADDING, middle - 5, _fit(node.name, inside, 14), "name"))
-    parts.append(text(x + _PADDING, middle + 14, _fit(node.subtitle, inside, 11), "sub"))
+    parts.append(text(x + _PADDING, middle - 5, fit(node.name, inside, 14), "name"))
+    parts.append(text(x + _PADDING, middle + 14, fit(node.subtitle, inside, 11), "sub"))
     if node.kind:
         pill = _kind_width(node.kind)
         parts.append(kind_label(x + width - _PADDING / 1.5 - pill, middle - 18, node.kind))
@@ -409,11 +277,11 @@ def _box(node: Node, x: float, y: float, layout: Layout) -> str:
 
 def kind_label(x: float, y: float, kind: str) -> str:
     """The coloured label of a kind of stage, its upper left corner at (x, y)."""
-    width = _text_width(kind, _KIND_SIZE_PX) + 14
+    width = text_width(kind, _KIND_SIZE_PX) + 14
     return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="17" rx="8.5" class="pill {escape(kind)}"/>' + text(
         x + width / 2, y + 12, kind, f"kind {escape(kind)}", "middle"
     )
 
 
 def _kind_width(kind: str) -> float:
-    return _text_width(kind, _KIND_SIZE_PX) + 18
+    return text_width(kind, _KIND_SIZE_PX) + 18

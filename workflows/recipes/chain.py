@@ -1,0 +1,98 @@
+"""The steps that all recipes share: text to tokens to a trained model to numbers about it."""
+
+from pipeline.convert.config import ConvertConfig
+from pipeline.corpus.config import CorpusConfig
+from pipeline.evaluate.config import EvaluateConfig
+from pipeline.generate.config import GenerateConfig
+from pipeline.packing.config import PackingConfig
+from pipeline.pretrain.config import PretrainConfig
+from pipeline.tokenization.config import TokenizationConfig
+from pipeline.tokenizer.config import TokenizerConfig
+from workflows.report.config import ReportConfig
+from workflows.step import Step, Workflow
+
+
+def chain(
+    name: str,
+    summary: str,
+    pretrain: PretrainConfig,
+    *,
+    corpus: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    packing: PackingConfig,
+    generate: GenerateConfig | None = None,
+    title: str = ReportConfig.title,
+    unpublished: tuple[str, ...] = (),
+) -> Workflow:
+    """A workflow of one training, with samples where they are asked for; ``unpublished`` are fields of ``pretrain``.
+
+    What is evaluated, and samples, are the averages of the weights where the optimizer keeps them, as in validation.
+    """
+    report = {
+        "corpus": "corpus",
+        "tokenizer": "tokenizer",
+        "tokens": "tokenization",
+        "rows": "packing",
+        "pretrain": "pretrain",
+        "weights": "convert",
+        "evaluation": "evaluate",
+    }
+    samples: tuple[Step, ...] = ()
+    if generate is not None:
+        report["samples"] = "generate"
+        inputs = {"weights": "convert", "tokenizer": "tokenizer"}
+        samples = (Step("generate", "pipeline.generate", generate, inputs),)
+    to_train = {"rows": "packing", "tokenizer": "tokenizer"}
+    if pretrain.validation.every_steps:
+        to_train["tokens"] = "tokenization"
+    weights = ConvertConfig("ema" if pretrain.optimizer.ema_decay else "last")
+    to_evaluate = {"weights": "convert", "tokens": "tokenization", "tokenizer": "tokenizer", "corpus": "corpus"}
+    both = {"corpus": "corpus", "tokenizer": "tokenizer"}
+    return Workflow(
+        name=name,
+        summary=summary,
+        steps=(
+            Step("corpus", "pipeline.corpus", corpus),
+            Step("tokenizer", "pipeline.tokenizer", tokenizer, {"corpus": "corpus"}),
+            Step("tokenization", "pipeline.tokenization", TokenizationConfig(), both),
+            Step("packing", "pipeline.packing", packing, {"tokens": "tokenization", "tokenizer": "tokenizer"}),
+            Step("pretrain", "pipeline.pretrain", pretrain, to_train),
+            Step("convert", "pipeline.convert", weights, {"pretrain": "pretrain"}),
+            Step("evaluate", "pipeline.evaluate", EvaluateConfig(), to_evaluate),
+            *samples,
+            Step("report", "workflows.report", ReportConfig(title), report),
+        ),
+        unpublished=tuple(f"pretrain.{field}" for field in unpublished),
+    )
+
+
+OPTIMIZER = (
+    "optimizer.kind",
+    "optimizer.lr",
+    "optimizer.lr_schedule.kind",
+    "optimizer.lr_schedule.warmup_steps",
+    "optimizer.lr_schedule.decay_share",
+    "optimizer.lr_schedule.final_scale",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.max_grad_norm",
+)
+"""Settings that work which says nothing of its optimizer leaves open."""
+
+SMALL_TEXT = CorpusConfig(undecodable="skip", held_out_fraction=0.01, shard_bytes=8_000_000)
+"""Python's standard library, or a text of that size."""
+
+
+def tiny_chain(name: str, summary: str, pretrain: PretrainConfig, *, samples: bool = True) -> Workflow:
+    """The same training for two CPU cores and a few minutes: vocabulary 2048, rows of 128 tokens."""
+    return chain(
+        name,
+        summary,
+        pretrain,
+        corpus=SMALL_TEXT,
+        tokenizer=TokenizerConfig(vocab_size=2048),
+        packing=PackingConfig(seq_len=128),
+        generate=GenerateConfig() if samples else None,
+    )
