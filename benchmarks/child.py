@@ -42,9 +42,9 @@ def peak_bytes(work: Callable[[], object]) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or work would find room in what is free but still resident
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     work()
-    return _resident_bytes("VmHWM") - before
+    return resident_bytes("VmHWM") - before
 
 
 def peak_anonymous_bytes(work: Callable[[], object]) -> int:
@@ -52,13 +52,13 @@ def peak_anonymous_bytes(work: Callable[[], object]) -> int:
     the kernel takes back at will, are left out.  Sampled, for the kernel keeps no peak of it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = peak = _resident_bytes("RssAnon")
+    before = peak = resident_bytes("RssAnon")
     is_over = threading.Event()
 
     def sample() -> None:
         nonlocal peak
         while not is_over.wait(_SAMPLE_S):
-            peak = max(peak, _resident_bytes("RssAnon"))
+            peak = max(peak, resident_bytes("RssAnon"))
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -67,10 +67,11 @@ def peak_anonymous_bytes(work: Callable[[], object]) -> int:
     finally:
         is_over.set()
         sampler.join()
-    return max(peak, _resident_bytes("RssAnon")) - before
+    return max(peak, resident_bytes("RssAnon")) - before
 
 
-def _resident_bytes(field: str) -> int:
+def resident_bytes(field: str) -> int:
+    """A size that the kernel keeps of this process, such as VmRSS or VmHWM."""
     found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found, field
     return int(found[1]) << 10

@@ -5,7 +5,7 @@ import datetime
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class Options:
     """A size that shows in seconds that the benchmark works; its numbers mean nothing."""
     text: tuple[Path, ...]
     """Files and folders; none for the standard library."""
+    own: argparse.Namespace = field(default_factory=argparse.Namespace)
+    """Options of this benchmark alone."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,21 @@ def run(
     measure: Callable[[Options], Measured],
     argv: Sequence[str] | None = None,
     probe: Callable[[], Probe] = machine.probe,
+    *,
+    is_timed: bool = True,
+    own: argparse.ArgumentParser | None = None,
 ) -> int:
     """Probe, measure, probe, print; the exit status is 1 if there is nothing to report.
 
+    What is no time can be measured on a busy machine: it is reported with the doubts.
+
     The last line printed is {"benchmark", "ratios", "figures", "machine"} as JSON.  A quick run is
     reported whatever the probes say, and cannot be saved.
+
+    Args:
+        own: options of this benchmark, made with add_help=False.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", parents=[own] if own else [])
     parser.add_argument("--quick", action="store_true", help="a small size, to see that it works; not a measurement")
     parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="PATH", help="default: standard library")
     parser.add_argument("--save", action="store_true", help=f"write the report to benchmarks/results/{name}.json")
@@ -58,7 +68,8 @@ def run(
     if args.save and args.quick:
         parser.error("--save: a quick run is not a measurement; leave out --quick")
     try:
-        report, table = _report(name, measure, Options(quick=args.quick, text=tuple(args.text)), probe)
+        options = Options(quick=args.quick, text=tuple(args.text), own=args)
+        report, table = _report(name, measure, options, probe, may_refuse=is_timed and not args.quick)
     except (RefusedError, ValueError) as error:
         print(f"benchmarks.{name}: {error}", file=sys.stderr)
         return 1
@@ -84,13 +95,13 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _report(
-    name: str, measure: Callable[[Options], Measured], options: Options, probe: Callable[[], Probe]
+    name: str, measure: Callable[[Options], Measured], options: Options, probe: Callable[[], Probe], *, may_refuse: bool
 ) -> tuple[dict[str, Any], str]:
     probes = [probe()]
-    _refuse_if(machine.doubts(probes), options)
+    _refuse_if(machine.doubts(probes) if may_refuse else [])
     measured = measure(options)
     probes.append(probe())
-    _refuse_if(machine.doubts(probes), options, measured.table)
+    _refuse_if(machine.doubts(probes) if may_refuse else [], measured.table)
     report = {
         "benchmark": name,
         "ratios": {key: round(ratio, 3) for key, ratio in measured.ratios.items()},
@@ -106,8 +117,8 @@ def _report(
     return report, measured.table
 
 
-def _refuse_if(found: list[str], options: Options, measured: str = "") -> None:
-    if found and not options.quick:
+def _refuse_if(found: list[str], measured: str = "") -> None:
+    if found:
         doubts = "\n  ".join(["the machine is not fit to measure on now:", *found])
         raise RefusedError(
             f"{doubts}\nmeasured all the same, and not to be reported:\n{measured}" if measured else doubts

@@ -82,11 +82,18 @@ class Output:
     """Shards by what encoded them."""
 
 
+def outputs_of(store: Path) -> dict[str, Path]:
+    """The artifacts of the one run in a store, by step."""
+    place = Store(store)
+    (run_place,) = place.runs()
+    return committed_outputs(place, run_place)
+
+
 def read_output(store: Path) -> Output:
     """Open the artifacts of the one run in a store."""
     place = Store(store)
     (run_place,) = place.runs()
-    outputs = committed_outputs(place, run_place)
+    outputs = outputs_of(store)
     tokens, packed = outputs["tokenization"], outputs["packing"]
     stats = load_manifest(tokens).stats
     split = {
