@@ -216,6 +216,13 @@ def test_local_gang_seen_late_tells_the_rank_that_was_killed_not_the_one_that_co
     assert local_executor.wait(0.0) == [Ended("be_killed", "rank 1 ended with signal 9", killed=True)]
 
 
+def test_local_gang_seen_late_tells_the_rank_that_raised_not_the_one_that_aborted_over_it(local_executor, tmp_path):
+    local_executor.start(call("raise_or_abort", tmp_path, gang_size=2, cpus=0.5, rank="1"))
+    wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, "both ranks run")
+    assert_gone(processes(tmp_path))
+    assert local_executor.wait(0.0) == [Ended("raise_or_abort", "rank 1 ended with exit code 1")]
+
+
 def test_local_call_whose_processes_cannot_be_started_ends_with_the_reason_and_the_next_one_runs(tmp_path):
     executor = LocalExecutor(1)
     (tmp_path / "second" / "log").mkdir(parents=True)

@@ -321,7 +321,6 @@ def test_file_record_of_a_relative_path_is_accepted() -> None:
         (MemoryError(), "memory"),
         (OSError(errno.ENOSPC, "full"), "memory"),
         (OSError(errno.EDQUOT, "quota"), "memory"),
-        (RuntimeError("[enforce fail at inline_container.cc:626] . unexpected pos 64 vs 0"), "memory"),
         (ConnectionResetError(), "transient"),
         (TimeoutError(), "transient"),
         (CorruptionError("x"), "code"),

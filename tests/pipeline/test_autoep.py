@@ -10,7 +10,8 @@ from dlm_core.models.config import Architecture, MoE
 from dlm_core.models.router_losses import RouterTap
 from pipeline.errors import UserError
 from pipeline.pretrain.expert_parallel import expert_parallel_section, route_in_float32, with_experts_apart
-from tests.support.autoep import CASES, ROUTERS, WORKERS, architecture, plain_gradients, run_ranks
+from tests.support.autoep import CASES, ROUTERS, WORKERS, architecture, gradients_of_cases, plain_gradients
+from tests.support.ranks import run_ranks
 
 FLOAT32 = 1e-5
 """Bar for other orders of float32 sums, relative to the largest entry; 1e-6 is found."""
@@ -18,7 +19,7 @@ FLOAT32 = 1e-5
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], dict[str, Any]]]:
-    return run_ranks(tmp_path_factory.mktemp("autoep"))
+    return run_ranks(gradients_of_cases, tmp_path_factory.mktemp("autoep"), WORKERS)
 
 
 def gathered(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

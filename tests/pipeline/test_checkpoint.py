@@ -1,91 +1,165 @@
+"""Which checkpoint counts, how one is published, and which are deleted."""
+
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.artifact import MANIFEST, record_files
+from pipeline.config import fingerprint
 from pipeline.errors import CorruptionError, UserError
+from pipeline.pretrain import checkpoint as checkpoint_module
 from pipeline.pretrain.checkpoint import (
-    DEEPSPEED_TAG,
-    Topology,
-    check_topology,
-    checkpoint_name,
+    changes_of_identity,
     clear_staging,
-    expected_files,
-    list_checkpoints,
     load_checkpoint_manifest,
     newest_valid,
     publish,
     retain,
 )
+from pipeline.pretrain.writer import Snapshot, write_file
+from pipeline.training_state import (
+    CheckpointManifest,
+    Topology,
+    checkpoint_name,
+    file_name,
+    list_checkpoints,
+    read_manifest,
+    write_manifest,
+)
 from tests.pipeline.conftest import cut_end, damage, flip_bit
+from tests.support.hand_state import CUTS, SHAPES, HandState, distinct
 
-TOPOLOGY = Topology(workers=2, zero_stage=1, precision="fp32")
+TOPOLOGY = Topology(workers=2, zero_stage=1, ep_size=1, precision="fp32", micro_batch_seqs=4)
+IDENTITY = {"config": {"precision": "fp32", "optimizer": {"lr": 0.1}}, "inputs": {"rows": "a", "tokenizer": "b"}}
 
 
-def _write_staging(directory: Path, step: int, topology: Topology = TOPOLOGY, without: str = "") -> Path:
+def _write_staging(directory: Path, step: int, without: str = "") -> tuple[Path, CheckpointManifest]:
     staging = directory / f"staging-{step}"
-    (staging / DEEPSPEED_TAG).mkdir(parents=True)
-    for name in expected_files(topology) - {without}:
-        (staging / DEEPSPEED_TAG / name).write_bytes(f"{step} {name} ".encode() * 50)
-    return staging
+    records = []
+    for rank in range(2):
+        snapshot = Snapshot(HandState(distinct(step), CUTS["1"], rank, 2, SHAPES).written(rank))
+        snapshot.take()
+        if file_name(rank) != without:
+            records.append(write_file(staging / file_name(rank), snapshot.header, snapshot.data))
+    shapes = {name: list(shape) for name, shape in SHAPES.items()}
+    own = fingerprint(IDENTITY)
+    return staging, CheckpointManifest(step, own, IDENTITY, TOPOLOGY, shapes, step, 0, {}, [], records, {"torch": "2"})
 
 
-def _publish(directory: Path, step: int, topology: Topology = TOPOLOGY) -> Path:
-    staging, final = _write_staging(directory, step, topology), directory / checkpoint_name(step)
-    publish(staging, final, step, "f" * 64, topology, record_files(staging), {"torch": "2"})
-    return final
+def _publish(directory: Path, step: int) -> Path:
+    publish(*_write_staging(directory, step))
+    return directory / checkpoint_name(step)
 
 
 def _some_file(checkpoint: Path) -> Path:
-    return checkpoint / DEEPSPEED_TAG / "mp_rank_00_model_states.pt"
+    return checkpoint / file_name(1)
 
 
 def _edit_manifest(checkpoint: Path, **changes: Any) -> None:
+    """Change a manifest as whoever wants to deceive would: its checksum is right."""
     value = json.loads((checkpoint / MANIFEST).read_text())
-    (checkpoint / MANIFEST).write_text(json.dumps({**value, **changes}))
+    del value["sha256"]
+    value |= changes
+    (checkpoint / MANIFEST).write_text(json.dumps({**value, "sha256": fingerprint(value)}))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_publish_of_a_complete_set_is_found_and_loaded(
-    tmp_path: Path, workers: int, precision: str, zero_stage: int
-) -> None:
-    topology = Topology(workers, zero_stage, precision)
-    final = _publish(tmp_path, 7, topology)
+def _files(checkpoint: Path) -> list[dict[str, Any]]:
+    return json.loads((checkpoint / MANIFEST).read_text())["files"]
+
+
+def test_publish_of_a_complete_set_is_found_and_loaded(tmp_path: Path) -> None:
+    final = _publish(tmp_path, 7)
     found = newest_valid(tmp_path, pytest.fail)
     assert found is not None
     checkpoint, manifest = found
     assert checkpoint == final == tmp_path / "step-00000007"
-    assert (manifest.step, manifest.fingerprint, manifest.topology) == (7, "f" * 64, topology)
-    assert len(manifest.files) == workers * (2 if zero_stage == 3 else 1) + (zero_stage != 3)
+    assert (manifest.step, manifest.identity, manifest.topology) == (7, IDENTITY, TOPOLOGY)
+    assert [record.path for record in manifest.files] == ["rank-00000.safetensors", "rank-00001.safetensors"]
     assert list(tmp_path.iterdir()) == [final]
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
-def test_publish_of_an_incomplete_set_names_the_file_and_publishes_nothing(tmp_path: Path, zero_stage: int) -> None:
-    topology = Topology(2, zero_stage, "bf16")
-    for name in expected_files(topology):
-        directory = tmp_path / name
-        staging, final = _write_staging(directory, 3, topology, without=name), directory / checkpoint_name(3)
-        with pytest.raises(CorruptionError) as error:
-            publish(staging, final, 3, "f" * 64, topology, record_files(staging), {})
-        assert name in str(error.value)
-        assert not final.exists()
-        assert newest_valid(directory, pytest.fail) is None
+@pytest.mark.parametrize("rank", [0, 1])
+def test_publish_of_an_incomplete_set_names_the_file_and_publishes_nothing(tmp_path: Path, rank: int) -> None:
+    staging, manifest = _write_staging(tmp_path, 3, without=file_name(rank))
+    with pytest.raises(CorruptionError, match=rf"lacks \['{file_name(rank)}'\]"):
+        publish(staging, manifest)
+    assert newest_valid(tmp_path, pytest.fail) is None
+    assert not list_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, cut_end])
+def test_publish_of_a_file_that_is_not_there_as_it_was_written_publishes_nothing(
+    tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    staging, manifest = _write_staging(tmp_path, 3)
+    change(staging / file_name(1))
+    with pytest.raises(CorruptionError, match=file_name(1)):
+        publish(staging, manifest)
+    assert not list_checkpoints(tmp_path)
 
 
 def test_publish_over_a_leftover_of_the_same_step_replaces_it(tmp_path: Path) -> None:
     leftover = tmp_path / checkpoint_name(4)
-    (leftover / DEEPSPEED_TAG).mkdir(parents=True)
-    (leftover / DEEPSPEED_TAG / "stray").write_text("old")
+    leftover.mkdir()
+    (leftover / "stray").write_text("old")
+    assert _publish(tmp_path, 4) == leftover
+    assert load_checkpoint_manifest(leftover).step == 4
+    assert not (leftover / "stray").exists()
+
+
+def test_publish_over_a_whole_checkpoint_of_the_same_step_leaves_that_one(tmp_path: Path) -> None:
     final = _publish(tmp_path, 4)
-    assert final == leftover
-    assert load_checkpoint_manifest(final).step == 4
-    assert not (final / DEEPSPEED_TAG / "stray").exists()
+    before = (final / MANIFEST).stat().st_ino
+    _publish(tmp_path, 4)
+    assert (final / MANIFEST).stat().st_ino == before
+    assert list(tmp_path.iterdir()) == [final]
+
+
+class Crash(BaseException):
+    """The end of the process."""
+
+
+@pytest.mark.parametrize("call", range(12))
+@pytest.mark.parametrize("leftover", [False, True])
+def test_a_crash_at_any_call_of_publish_leaves_the_checkpoint_before_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, leftover: bool
+) -> None:
+    _publish(tmp_path, 3)
+    if leftover:
+        cut_end(_some_file(_publish(tmp_path, 4)))
+    staging, manifest = _write_staging(tmp_path, 4)
+    calls = [0]
+
+    def crashing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*given: Any, **more: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > call:
+                raise Crash
+            return function(*given, **more)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        for where, name in [(checkpoint_module, "write_manifest"), (checkpoint_module, "remove_tree")]:
+            patch.setattr(where, name, crashing(getattr(where, name)))
+        for where, name in [(checkpoint_module, "fsync_dir"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")]:
+            patch.setattr(where, name, crashing(getattr(where, name)))
+        try:
+            publish(staging, manifest)
+        except Crash:
+            pass
+        else:
+            assert calls[0] <= call
+    found = newest_valid(tmp_path, lambda message: None)
+    assert found is not None
+    assert found[1].step == (4 if (tmp_path / checkpoint_name(4)).exists() else 3)
+    clear_staging(tmp_path)
+    assert not staging.exists()
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -93,23 +167,34 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "emptied file": lambda c: damage(_some_file(c), lambda data: data.clear()),
     "longer file": lambda c: damage(_some_file(c), lambda data: data.append(0)),
     "flipped bit": lambda c: flip_bit(_some_file(c), 10),
-    "missing model": lambda c: _some_file(c).unlink(),
-    "missing optimizer shard": lambda c: (c / DEEPSPEED_TAG / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink(),
+    "missing file": lambda c: _some_file(c).unlink(),
     "missing manifest": lambda c: (c / MANIFEST).unlink(),
     "empty manifest": lambda c: (c / MANIFEST).write_text(""),
     "half a manifest": lambda c: cut_end(c / MANIFEST, 100),
     "manifest of zeros": lambda c: (c / MANIFEST).write_bytes(bytes(400)),
     "manifest that is a list": lambda c: (c / MANIFEST).write_text("[]"),
     "manifest of another kind": lambda c: (c / MANIFEST).write_text('{"stage": "corpus"}'),
-    "manifest without a shard": lambda c: _edit_manifest(
-        c, files=[r for r in json.loads((c / MANIFEST).read_text())["files"] if "rank_1" not in r["path"]]
+    "manifest with a flipped digit": lambda c: (c / MANIFEST).write_text(
+        (c / MANIFEST).read_text().replace('"lr": 0.1', '"lr": 0.3')
     ),
-    "manifest of more workers": lambda c: _edit_manifest(
-        c, topology={"workers": 3, "zero_stage": 1, "precision": "fp32"}
+    "manifest without a checksum": lambda c: (c / MANIFEST).write_text(
+        json.dumps({k: v for k, v in json.loads((c / MANIFEST).read_text()).items() if k != "sha256"})
+    ),
+    "manifest without a file": lambda c: _edit_manifest(c, files=_files(c)[:1]),
+    "manifest with a file twice": lambda c: _edit_manifest(c, files=[*_files(c), _files(c)[0]]),
+    "manifest of more workers": lambda c: _edit_manifest(c, topology={**vars(TOPOLOGY), "workers": 3}),
+    "manifest of another step": lambda c: _edit_manifest(c, step=19),
+    "manifest of another model": lambda c: _edit_manifest(c, shapes={**SHAPES, "gate": [2]}),
+    "manifest of a larger model": lambda c: _edit_manifest(c, shapes={**SHAPES, "more": [2]}),
+    "manifest with a field too many": lambda c: _edit_manifest(c, surprise=1),
+    "manifest with NaN": lambda c: (c / MANIFEST).write_text(
+        (c / MANIFEST).read_text().replace('"lr": 0.1', '"lr": NaN')
     ),
     "manifest that leads outside": lambda c: _edit_manifest(
-        c,
-        files=[{**r, "path": f"../{c.name}/{r['path']}"} for r in json.loads((c / MANIFEST).read_text())["files"]],
+        c, files=[{**r, "path": f"../{c.name}/{r['path']}"} for r in _files(c)]
+    ),
+    "manifest that leads to the root": lambda c: _edit_manifest(
+        c, files=[{**r, "path": str(c / r["path"])} for r in _files(c)]
     ),
 }
 
@@ -154,7 +239,7 @@ def test_newest_valid_without_any_checkpoint_is_none(tmp_path: Path) -> None:
 
 def test_staging_beside_a_checkpoint_is_ignored_and_cleared(tmp_path: Path) -> None:
     final = _publish(tmp_path, 5)
-    staging = _write_staging(tmp_path, 6)
+    staging, _ = _write_staging(tmp_path, 6)
     found = newest_valid(tmp_path, pytest.fail)
     assert found is not None
     assert found[0] == final
@@ -169,31 +254,99 @@ def test_list_checkpoints_is_newest_first(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(s) for s in (100, 11, 9, 2)]
 
 
+@pytest.mark.parametrize("text", ["", "../../elsewhere", "/etc", "step-00000005"])
+def test_a_file_that_calls_itself_the_latest_is_not_asked(tmp_path: Path, text: str) -> None:
+    final = _publish(tmp_path, 9)
+    _publish(tmp_path, 5)
+    (tmp_path / "latest").write_text(text)
+    found = newest_valid(tmp_path, pytest.fail)
+    assert found is not None
+    assert found[0] == final
+
+
+def test_a_link_that_is_named_like_a_checkpoint_is_none(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = _publish(tmp_path / "elsewhere", 9)
+    final = _publish(tmp_path, 5)
+    (tmp_path / checkpoint_name(9)).symlink_to(elsewhere)
+    assert list_checkpoints(tmp_path) == [final]
+
+
+@pytest.mark.parametrize(("version", "age"), [(1, "an older"), (3, "a newer")])
+def test_a_checkpoint_of_another_version_of_the_program_is_refused_and_stays(
+    tmp_path: Path, version: int, age: str
+) -> None:
+    final = _publish(tmp_path, 9)
+    _publish(tmp_path, 5)
+    _edit_manifest(final, schema_version=version)
+    with pytest.raises(UserError, match=rf"{age} version of this program \(schema version {version}, this one reads 2"):
+        newest_valid(tmp_path, pytest.fail)
+    assert final.exists()
+
+
 @pytest.mark.parametrize("keep", [1, 2, 5])
 def test_retain_keeps_the_newest(tmp_path: Path, keep: int) -> None:
     steps = [5, 10, 15, 20]
     for step in steps:
         _publish(tmp_path, step)
-    retain(tmp_path, keep)
+    retain(tmp_path, keep, pytest.fail, verified=20)
     kept = list_checkpoints(tmp_path)
     assert [path.name for path in kept] == [checkpoint_name(step) for step in steps[::-1][:keep]]
     for path in kept:
         load_checkpoint_manifest(path)
 
 
+def test_retain_spares_what_is_pinned_and_the_newest_that_is_known_to_be_whole(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 25):
+        _publish(tmp_path, step)
+    retain(tmp_path, 2, pytest.fail, verified=10, pinned={5})
+    assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(step) for step in (25, 20, 10, 5)]
+
+
+MANIFEST_9 = CheckpointManifest(
+    9, fingerprint(IDENTITY), IDENTITY, TOPOLOGY, {"p": [2, 3]}, 9, 0, {}, [], [], {}
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("wanted", "change"),
+    ("other", "words"),
     [
-        (Topology(4, 1, "fp32"), "workers 2 -> 4"),
-        (Topology(2, 3, "fp32"), "zero_stage 1 -> 3"),
-        (Topology(2, 1, "bf16"), "precision fp32 -> bf16"),
+        ({"config": {"precision": "bf16", "optimizer": {"lr": 0.1}}}, "config.precision 'fp32' -> 'bf16'"),
+        ({"config": {"precision": "fp32", "optimizer": {"lr": 0.2}}}, "config.optimizer.lr 0.1 -> 0.2"),
+        ({"inputs": {"rows": "c", "tokenizer": "b"}}, "inputs.rows 'a' -> 'c'"),
+        ({"inputs": {"rows": "a", "tokenizer": "c"}}, "inputs.tokenizer 'b' -> 'c'"),
     ],
 )
-def test_check_topology_names_the_field_and_both_values(wanted: Topology, change: str) -> None:
+def test_a_changed_identity_is_refused_with_the_field_unless_it_is_accepted(other: dict[str, Any], words: str) -> None:
+    identity = {**IDENTITY, **other}
+    given = (Path("c"), MANIFEST_9, fingerprint(identity), identity, {"p": [2, 3]})
     with pytest.raises(UserError) as error:
-        check_topology(TOPOLOGY, wanted)
-    assert f"({change})" in str(error.value)
+        changes_of_identity(*given, is_accepted=False)
+    assert f"differs in: {words}. Set it back" in str(error.value)
+    ((field, (old, new)),) = changes_of_identity(*given, is_accepted=True).items()
+    assert f"{field} {old!r} -> {new!r}" == words
 
 
-def test_check_topology_of_the_same_is_accepted() -> None:
-    check_topology(TOPOLOGY, Topology(2, 1, "fp32"))
+def test_the_same_identity_changes_nothing_however_the_ranks_share_the_work() -> None:
+    moved = replace(MANIFEST_9, topology=replace(TOPOLOGY, workers=7, zero_stage=3))
+    assert changes_of_identity(Path("c"), moved, moved.fingerprint, IDENTITY, {"p": [2, 3]}, is_accepted=False) == {}
+
+
+@pytest.mark.parametrize("is_accepted", [False, True])
+def test_another_shape_is_refused_with_the_parameter_even_for_the_same_identity(is_accepted: bool) -> None:
+    with pytest.raises(UserError, match=r"1 parameters differ, such as p \[2, 3\] -> \[3, 2\]"):
+        changes_of_identity(Path("c"), MANIFEST_9, MANIFEST_9.fingerprint, IDENTITY, {"p": [3, 2]}, is_accepted)
+
+
+def test_the_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    directory = tmp_path / checkpoint_name(9)
+    directory.mkdir()
+    rich = replace(
+        MANIFEST_9,
+        topology=replace(TOPOLOGY, workers=0),
+        extras={"interval": [0.3, 0.8], "skips": 2, "word": "é"},
+        lineage=[{"step": 4, "changed": {"config.optimizer.lr": [0.1, 0.2]}}],
+    )
+    write_manifest(directory, rich)
+    assert read_manifest(directory) == rich
+    assert record_files(directory) == []

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlm_core.models.config import Architecture, MoE, RopeScaling
 from pipeline.config import (
     apply_settings,
     diff,
@@ -23,87 +22,15 @@ from pipeline.config import (
     parse_value,
     to_json,
 )
-from pipeline.convert.config import ConvertConfig
 from pipeline.corpus.config import CorpusConfig, Source
 from pipeline.corpus.filters import Filters
 from pipeline.errors import UserError
-from pipeline.evaluate.config import EvaluateConfig
-from pipeline.generate.config import GenerateConfig
-from pipeline.pretrain.config import OptimizerConfig, PretrainConfig
+from pipeline.pretrain.config import PretrainConfig
+from pipeline.pretrain.optimizer_config import OptimizerConfig
 from pipeline.tokenization.config import TokenizationConfig
 from pipeline.tokenizer.config import TokenizerConfig
 from tests.pipeline.conftest import python
-
-ALL_CONFIGS = (
-    CorpusConfig, TokenizerConfig, TokenizationConfig, PretrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig,
-)  # fmt: skip
-
-CHANGED: dict[type, dict[str, Any]] = {
-    CorpusConfig: {
-        "text_field": "body", "undecodable": "skip",
-        "max_bad_ratio": 0.5, "txt_document_chars": 10, "held_out_fraction": 0.5, "split_seed": 1, "shard_bytes": 9,
-        "max_line_bytes": 99, "filters.min_chars": 5, "filters.max_chars": 99, "filters.drop_duplicates": False,
-        "filters.quality": ["pipeline.corpus.filters:repeated_lines"],
-    },
-    TokenizerConfig: {
-        "vocab_size": 999, "max_train_bytes": 7, "mask_token": "<m>", "eos_token": "<e>",
-        "pad_token": "<p>",
-    },
-    PretrainConfig: {
-        "architecture.d_model": 64, "architecture.num_layers": 2, "architecture.num_heads": 2, "architecture.d_ff": 8,
-        "architecture.rope_base": 7.0, "architecture.norm_eps": 1e-3, "architecture.init_std": 0.5,
-        "architecture.qk_norm": True, "architecture.num_kv_heads": 2, "architecture.head_dim": 32,
-        "architecture.norm": "layer", "architecture.activation": "gelu", "architecture.qkv_bias": True,
-        "architecture.rope_fraction": 0.5,
-        "architecture.cond_dim": 8, "architecture.tied_head": False, "architecture.init": "normal",
-        "optimizer.lr": 0.5, "optimizer.warmup_steps": 1, "optimizer.beta1": 0.1, "optimizer.beta2": 0.1,
-        "optimizer.eps": 1e-3, "optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": 9.0,
-        "num_steps": 7, "global_batch_seqs": 4, "short_step_share": 0.5,
-        "t_min": 0.1, "precision": "bf16",
-        "init_seed": 1, "data_seed": 1, "noise_seed": 1,
-    },
-    EvaluateConfig: {"num_replicates": 9, "noise_seed": 1},
-    GenerateConfig: {
-        "num_samples": 5, "length": 5, "num_steps": 50, "temperature": 0.5, "noise_seed": 1, "num_frames": 3,
-    },
-}  # fmt: skip
-"""Another valid value for every field that changes the expected result."""
-
-_HUB = {"text": Source(("hf:x",))}
-
-NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
-    CorpusConfig: {
-        "hub_split": (CorpusConfig(source=_HUB), CorpusConfig(source=_HUB, hub_split="test")),
-        "hub_revision": (CorpusConfig(source=_HUB), CorpusConfig(source=_HUB, hub_revision="abc")),
-    },
-    PretrainConfig: {
-        "short_step_min": (
-            PretrainConfig(short_step_share=0.5),
-            PretrainConfig(short_step_share=0.5, short_step_min=2),
-        ),
-        "mixture": (PretrainConfig(), PretrainConfig(mixture={"a": 1.0})),
-        "architecture.head_bias": (Architecture(tied_head=False), Architecture(tied_head=False, head_bias=True)),
-        "architecture.time_conditioning": (Architecture(cond_dim=8), Architecture(cond_dim=8, time_conditioning=True)),
-        "architecture.rope_scaling": (Architecture(), Architecture(rope_scaling=RopeScaling("linear", 2.0))),
-        "architecture.moe": (Architecture(), Architecture(moe=MoE(num_experts=4, top_k=2, d_ff_expert=8), d_ff=None)),
-    },
-}
-"""Fields that change with others, hold a part of their own, or make a model that this stage refuses: before, after."""
-
-EXECUTION: dict[type, dict[str, Any]] = {
-    CorpusConfig: {
-        "source.text.paths": ["a", "b"], "source.text.text_field": "body", "source.text.filters": {"min_chars": 3},
-        "max_decompression_ratio": 9.0,
-    },
-    TokenizerConfig: {"file": "t.json"},
-    TokenizationConfig: {"backend": "tokenizers", "batch_chars": 3},
-    PretrainConfig: {
-        "workers": 4, "zero_stage": 3, "micro_batch_seqs": 1, "threads_per_worker": 3, "checkpoint_every_steps": 7,
-        "keep_checkpoints": 9, "max_skipped_steps": 2, "track": False,
-    },
-    EvaluateConfig: {"num_shards": 9, "batch_rows": 3},
-}  # fmt: skip
-"""Another valid value for every field that may change in a resume."""
+from tests.support.config_fields import ALL_CONFIGS, CHANGED, EXECUTION, EXECUTION_NOT_ALONE, NOT_ALONE
 
 
 def _with(kind: type, path: str, value: Any) -> Any:
@@ -171,7 +98,8 @@ def test_whole_numbers_in_float_fields_are_floats_as_after_a_round_trip() -> Non
 
 @pytest.mark.parametrize("kind", ALL_CONFIGS)
 def test_every_field_is_in_one_of_the_two_tables_here(kind: type) -> None:
-    listed = {**CHANGED.get(kind, {}), **EXECUTION.get(kind, {}), **NOT_ALONE.get(kind, {})}
+    tables: list[dict[type, dict[str, Any]]] = [CHANGED, EXECUTION, NOT_ALONE, EXECUTION_NOT_ALONE]
+    listed = {name: value for table in tables for name, value in table.get(kind, {}).items()}
     assert set(flatten(to_json(kind()))) - {""} == set(listed)
 
 
@@ -195,6 +123,14 @@ def test_fingerprint_with_an_execution_field_changed_stays(kind: type, path: str
     assert changed != kind()
     assert fingerprint(identity(changed)) == fingerprint(identity(kind()))
     assert path not in flatten(identity(kind()))
+
+
+@pytest.mark.parametrize(("kind", "path", "value"), _cases(EXECUTION_NOT_ALONE))
+def test_fingerprint_with_an_execution_field_that_needs_others_stays(kind: type, path: str, value: Any) -> None:
+    before, after = value
+    assert before != after
+    assert identity(before) == identity(after)
+    assert path not in flatten(identity(before))
 
 
 def test_fingerprint_is_the_hash_of_sorted_compact_ascii_json() -> None:
@@ -229,8 +165,12 @@ def test_fingerprint_of_a_number_that_is_not_finite_raises(value: float) -> None
     ("value", "path", "hint"),
     [
         ({"num_step": 3}, "pretrain.num_step", "did you mean num_steps?"),
-        ({"optimizer": {"learning_rate": 3}}, "pretrain.optimizer.learning_rate", "allowed here: lr"),
-        ({"optimizer": {"warmup_step": 3}}, "pretrain.optimizer.warmup_step", "did you mean warmup_steps?"),
+        ({"optimizer": {"learning_rate": 3}}, "pretrain.optimizer.learning_rate", "allowed here: kind, lr"),
+        (
+            {"optimizer": {"lr_schedule": {"warmup_step": 3}}},
+            "pretrain.optimizer.lr_schedule.warmup_step",
+            "warmup_steps?",
+        ),
         ({"architecture": {"n_layers": 3}}, "pretrain.architecture.n_layers", "did you mean num_layers?"),
     ],
 )
@@ -297,8 +237,8 @@ def test_from_json_converts_numbers_written_as_text() -> None:
 
 def test_from_json_with_several_mistakes_names_all() -> None:
     with pytest.raises(UserError) as error:
-        from_json(PretrainConfig, {"num_steps": "x", "t_min": "y", "sede": 1})
-    assert all(name in str(error.value) for name in ("num_steps", "t_min", "sede"))
+        from_json(PretrainConfig, {"num_steps": "x", "short_step_min": "y", "sede": 1})
+    assert all(name in str(error.value) for name in ("num_steps", "short_step_min", "sede"))
 
 
 @pytest.mark.parametrize(
@@ -359,10 +299,10 @@ def test_apply_settings_reaches_nested_fields_and_leaves_the_rest() -> None:
 
 
 def test_apply_settings_merges_objects_at_every_depth() -> None:
-    config = PretrainConfig(optimizer=OptimizerConfig(warmup_steps=7, beta1=0.5))
+    config = PretrainConfig(optimizer=OptimizerConfig(weight_decay=0.7, beta1=0.5))
     settings = [("pretrain", {"num_steps": 9, "optimizer": {"lr": 0.5}}), ("pretrain.optimizer", {"beta1": 0.25})]
     after = apply_settings({"pretrain": config}, settings)["pretrain"]
-    assert after == PretrainConfig(num_steps=9, optimizer=OptimizerConfig(lr=0.5, warmup_steps=7, beta1=0.25))
+    assert after == PretrainConfig(num_steps=9, optimizer=OptimizerConfig(lr=0.5, weight_decay=0.7, beta1=0.25))
 
 
 SOURCES = {"corpus": CorpusConfig(source={"books": Source(("/b",), "title"), "code": Source(("/c",))})}

@@ -1,44 +1,94 @@
 """The portable weights are the trained ones, and nothing damaged or foreign becomes weights."""
 
+import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dlm_core.models.transformer import Denoiser
-from pipeline.artifact import MANIFEST, load_manifest, read_json, write_json
+from pipeline.artifact import MANIFEST, load_manifest, read_json, record_files, write_json
 from pipeline.convert.config import STAGE, ConvertConfig
+from pipeline.training_state import file_name, read_manifest, write_manifest
 from pipeline.weights import WEIGHTS_FILE, load_denoiser
 from tests.support.tiny_run import Artifacts, Gang, Payload, convert, forge, pretrain, start_gang, tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
-MODEL_STATES = "checkpoint/ds/mp_rank_00_model_states.pt"
-OPTIMIZER_STATES = "checkpoint/ds/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+LAST = "checkpoints/step-00000020"
+FILE = f"{LAST}/{file_name(0)}"
 
 
-def trained_module(trained: Path) -> dict[str, Tensor]:
-    """The module as DeepSpeed saved it whole beside the shards: in fp32 it is what the shards add up to."""
-    return torch.load(trained / MODEL_STATES, weights_only=False)["module"]
+def trained_masters(trained: Path) -> dict[str, Tensor]:
+    """What stands in the ranks' files, put together by their names."""
+    shapes = read_json(trained / LAST / MANIFEST)["shapes"]
+    found = {name: torch.full((int(torch.Size(shape).numel()),), float("nan")) for name, shape in shapes.items()}
+    for path in sorted((trained / LAST).glob("*.safetensors")):
+        for key, tensor in load_file(path).items():
+            kind, name, start = key.split(":")
+            if kind == "master":
+                found[name][int(start) : int(start) + tensor.numel()] = tensor
+    return {name: tensor.view(shapes[name]) for name, tensor in found.items()}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_weights_from_the_shards_are_those_of_the_trained_module(
+def test_weights_are_the_masters_in_the_files_of_the_ranks(
     alone: Path, weights: Path, pair: Path, tmp_path: Path, workers: int
 ) -> None:
     trained = alone if workers == 1 else pair
     made = weights if workers == 1 else convert(pair, tmp_path / "weights")
-    found, wanted = load_file(made / WEIGHTS_FILE), trained_module(trained)
+    found, wanted = load_file(made / WEIGHTS_FILE), trained_masters(trained)
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, wanted[name]), name
-    manifest = load_manifest(made)
-    assert manifest.stats == {"num_params": sum(t.numel() for t in found.values()), "tensors": len(found)}
+    stats = load_manifest(made).stats
+    assert stats == {"num_params": sum(t.numel() for t in found.values()), "tensors": len(found), "steps": [20]}
+
+
+def convert_as(kind: Any, trained: Path) -> Gang:
+    """Convert with a choice of weights."""
+    return start_gang(STAGE, ConvertConfig(kind), {"pretrain": trained}, trained.with_name(f"weights-{kind}"))
+
+
+def grown(trained: Path, change: Callable[[Path], None]) -> None:
+    """Change the files of a training artifact; its manifest follows."""
+    change(trained)
+    manifest = load_manifest(trained)
+    write_json(trained / MANIFEST, replace(manifest, files=record_files(trained)))
+
+
+def test_the_running_average_is_taken_where_there_is_one(copy: Path) -> None:
+    def add_average(trained: Path) -> None:
+        path = trained / LAST / file_name(0)
+        tensors = load_file(path)
+        masters = {key: value for key, value in tensors.items() if key.startswith("master:")}
+        save_file({**tensors, **{key.replace("master:", "ema:"): 2 * v for key, v in masters.items()}}, path)
+        write_manifest(path.parent, replace(read_manifest(path.parent), files=record_files(path.parent)))
+
+    grown(copy, add_average)
+    gang = convert_as("ema", copy)
+    assert gang.wait() == [0], gang.log()
+    for name, tensor in trained_masters(copy).items():
+        assert torch.equal(load_file(gang.out / WEIGHTS_FILE)[name], 2 * tensor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("ema", "has kept no running average of its weights. Train with pretrain.optimizer.ema_decay"),
+        ("average", "has kept no checkpoints to be averaged. Train with pretrain.average"),
+    ],
+)
+def test_weights_that_were_not_kept_are_refused(copy: Path, kind: str, words: str) -> None:
+    gang = convert_as(kind, copy)
+    assert gang.wait() == [2]
+    assert words in gang.log()
 
 
 def test_converted_model_gives_the_logits_of_the_trained_one(alone: Path, weights: Path, made: Artifacts) -> None:
@@ -46,7 +96,7 @@ def test_converted_model_gives_the_logits_of_the_trained_one(alone: Path, weight
     assert record.seq_len == 32
     assert record.tokenizer == load_manifest(made.tokenizer).fingerprint
     trained = Denoiser(record.model)
-    trained.load_state_dict(trained_module(alone))
+    trained.load_state_dict(trained_masters(alone))
     fresh = Denoiser(record.model)
     fresh.init_weights(tiny().init_seed)
     xt = torch.arange(3 * 32).view(3, 32) * 7 % record.model.vocab_size
@@ -94,7 +144,7 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-@pytest.mark.parametrize("name", [OPTIMIZER_STATES, MODEL_STATES, "model_config.json"])
+@pytest.mark.parametrize("name", [FILE, f"{LAST}/{MANIFEST}", "model_config.json"])
 def test_a_damaged_training_is_refused_by_the_name_of_the_file(
     copy: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
@@ -104,14 +154,18 @@ def test_a_damaged_training_is_refused_by_the_name_of_the_file(
     assert "Traceback" not in gang.log()
 
 
-@pytest.mark.parametrize("name", [OPTIMIZER_STATES, MODEL_STATES])
-def test_a_pickle_that_runs_code_is_refused_although_its_hash_is_right(copy: Path, tmp_path: Path, name: str) -> None:
+def test_a_pickle_that_runs_code_is_refused_although_its_hash_is_right(copy: Path, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
-    value = torch.load(copy / name, weights_only=False)
-    torch.save({**value, "extra": Payload(marker)}, copy / name)
-    forge(copy, name)
-    assert "UnpicklingError" in refused(copy, code=3).log()
+    (copy / FILE).write_bytes(pickle.dumps({"master": Payload(marker)}))
+    forge(copy / LAST, file_name(0))
+    forge(copy, FILE, f"{LAST}/{MANIFEST}")
+    assert f"{copy / FILE} is not a file of training state" in refused(copy, code=2).log()
     assert not marker.exists()
+
+
+def test_a_training_without_a_checkpoint_is_refused(copy: Path) -> None:
+    grown(copy, lambda trained: shutil.rmtree(trained / "checkpoints"))
+    assert f"{copy} has no checkpoint" in refused(copy, code=2).log()
 
 
 @pytest.mark.parametrize(

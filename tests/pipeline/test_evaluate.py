@@ -14,14 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlm_core.corpus_bound import stratified_counts
 from pipeline.artifact import MANIFEST, Manifest, checked_files, load_manifest, record_files, write_json
 from pipeline.data.shards import open_stream
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluate.config import STAGE, EvaluateConfig
-from pipeline.evaluate.rows import HeldOutRows
-from pipeline.evaluate.run import _row_losses
+from pipeline.held_out import HeldOutRows, Questions
+from pipeline.scoring import Scoring
 from pipeline.weights import load_denoiser, save_weights
 from tests.support.tiny_run import Artifacts, make_artifacts, run_stage
 
@@ -170,15 +169,10 @@ def test_replicates_mask_other_places_not_only_other_numbers_of_them(made: Artif
     special = load_vocabulary(made.tokenizer).special
     masked: list[list[set[int]]] = []
 
-    def model(xt: Tensor, select: Tensor) -> Tensor:
-        masked.append([set(row.nonzero().flatten().tolist()) for row in xt == special.mask_token_id])
-        return torch.zeros(len(select), special.vocab_size)
-
+    questions = Questions(rows, Scoring("masked_nelbo", 0, 1_000), special)
     for replicate in range(2):
-        counts = stratified_counts(1_000, replicate, torch.full((rows.num_rows,), 32))
-        _row_losses(
-            model, rows, list(range(rows.stream.num_tokens // 32)), replicate, counts, EvaluateConfig(), special
-        )
+        xt = questions.ask(list(range(rows.stream.num_tokens // 32)), replicate).xt
+        masked.append([set(row.nonzero().flatten().tolist()) for row in xt == special.mask_token_id])
     telling = [(a, b) for a, b in zip(*masked, strict=True) if 4 <= len(a) <= 28 and 4 <= len(b) <= 28]
     nested = [(a, b) for a, b in telling if a <= b or b <= a]
     assert len(telling) > 20

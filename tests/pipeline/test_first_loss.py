@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dlm_core.models.config import ModelConfig, MoE
+from dlm_core.models.config import ModelConfig
 from pipeline.errors import NumericsError
-from pipeline.pretrain.run import check_first_loss
+from pipeline.pretrain.guards import check_first_loss
 from tests.support.tiny_run import TINY
 
 CONFIG = ModelConfig(TINY.architecture, vocab_size=300, mask_token_id=299)
@@ -52,7 +52,6 @@ def test_first_loss_without_a_masked_token_says_nothing():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"moe": MoE(num_experts=4, top_k=2, d_ff_expert=8), "d_ff": None}, "architecture.moe is given, but training"),
         ({"time_conditioning": True, "cond_dim": 8}, "architecture.time_conditioning is true, but training"),
     ],
 )

@@ -1,14 +1,19 @@
-"""Limits of the training configuration, the learning rate, and what is identity and what is execution."""
+"""Limits of the training configuration, and what is identity and what is execution."""
 
+import math
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from pipeline.config import identity
-from pipeline.pretrain.config import OptimizerConfig, PretrainConfig
+from dlm_core.models.config import MoE
+from pipeline.config import from_json, identity
+from pipeline.errors import UserError
+from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.engine import deepspeed_config, loss_scale
+from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
+from pipeline.pretrain.phases import Phase, Span
+from pipeline.pretrain.watchdog import WatchdogLimits
 from tests.support.tiny_run import tiny
 
 
@@ -16,26 +21,16 @@ from tests.support.tiny_run import tiny
     ("field", "value"),
     [
         ("num_steps", 0), ("global_batch_seqs", 0), ("workers", 0), ("threads_per_worker", 0),
-        ("checkpoint_every_steps", 0), ("max_skipped_steps", 0), ("keep_checkpoints", 1), ("t_min", 0.0),
-        ("t_min", 1.0), ("workers", 3), ("micro_batch_seqs", -1), ("micro_batch_seqs", 3),
+        ("checkpoint_every_steps", 0), ("max_skipped_steps", 0), ("spike_sigmas", -1.0), ("spike_window_steps", 3),
+        ("replica_check_every_steps", -1), ("keep_checkpoints", 1), ("workers", 3),
+        ("micro_batch_seqs", -1), ("micro_batch_seqs", 3),
         ("short_step_share", -0.1), ("short_step_share", 1.1), ("short_step_min", 0), ("short_step_min", 8),
+        ("log_norms_every_steps", -1), ("peak_tflops_per_worker", -1.0), ("peak_tflops_per_worker", math.inf),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_names_the_field_and_the_value(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{field}.* {value}"):
         tiny(**{field: value})
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("lr", 0.0), ("eps", 0.0), ("max_grad_norm", 0.0), ("beta1", 1.0), ("beta2", -0.1), ("warmup_steps", -1),
-        ("weight_decay", -0.1),
-    ],
-)  # fmt: skip
-def test_an_optimizer_setting_out_of_range_names_the_field_and_the_value(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{field} is {value}"):
-        OptimizerConfig(**{field: value})
 
 
 @pytest.mark.parametrize(("workers", "micro", "passes"), [(1, 0, 1), (2, 0, 1), (2, 2, 2), (2, 1, 4), (1, 2, 4)])
@@ -48,25 +43,101 @@ def test_accumulation_follows_from_the_batch(workers: int, micro: int, passes: i
     assert loss_scale(config, 100) == pytest.approx(workers * passes / 100)
 
 
-def test_lr_rises_over_the_warm_up_and_falls_to_almost_zero() -> None:
-    rates = [OptimizerConfig(lr=1.0, warmup_steps=4).lr_at(step, 20) for step in range(20)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert all(later < earlier for earlier, later in pairwise(rates[4:]))
-    assert rates[-1] == pytest.approx(1 / 16)
-
-
-@pytest.mark.parametrize("num_steps", [1, 3, 4, 5])
-def test_lr_with_a_warm_up_as_long_as_the_training_stays_in_range(num_steps: int) -> None:
-    rates = [OptimizerConfig(lr=1.0, warmup_steps=4).lr_at(step, num_steps) for step in range(num_steps)]
-    assert all(0.0 < rate <= 1.0 for rate in rates)
-
-
 def test_execution_settings_are_no_part_of_the_identity() -> None:
     base = PretrainConfig()
     execution = {
         "workers": 4, "zero_stage": 3, "micro_batch_seqs": 2, "threads_per_worker": 2, "checkpoint_every_steps": 7,
-        "keep_checkpoints": 5, "max_skipped_steps": 9, "track": False,
+        "keep_checkpoints": 5, "max_skipped_steps": 9, "track": False, "log_norms_every_steps": 3,
+        "peak_tflops_per_worker": 312.0, "replica_check_every_steps": 3, "watchdog": WatchdogLimits(step_s=9.0),
     }  # fmt: skip
     assert identity(replace(base, **execution)) == identity(base)
     for change in ({"num_steps": 7}, {"noise_seed": 1}, {"global_batch_seqs": 8}, {"precision": "bf16"}):
         assert identity(replace(base, **change)) != identity(base)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"t_min": 0.0}, r"t_min is 0\.0; it must lie between 0 and 1"),
+        ({"t_min": 1.0}, r"t_min is 1\.0"),
+        ({"kind": "gaussian"}, r"kind is 'gaussian'; it must be one of diffusion, autoregressive"),
+        ({"block_size": -4}, "block_size is -4; it must be at least 1, or 0 for whole rows"),
+        ({"target_offset": 2}, "target_offset is 2; it must be 0, or 1"),
+        ({"weighting": "cart"}, r"cart_p is 0\.0; it must lie in \(0, 1\]"),
+        ({"cart_p": 0.3}, r"cart_p is 0\.3"),
+        ({"weighting": "cart", "cart_p": 1.5}, r"cart_p is 1\.5"),
+        ({"kind": "autoregressive", "block_size": 4}, "block_size is 4, which kind autoregressive ignores"),
+        ({"kind": "autoregressive", "weighting": "uniform"}, "weighting is uniform, which kind autoregressive"),
+        ({"masking": "exact_count", "schedule": "cosine"}, "schedule is cosine, which masking exact_count ignores"),
+        ({"block_size": 4, "target_offset": 1}, "target_offset is 1 with a block_size"),
+        ({"block_size": 4, "weighting": "cart", "cart_p": 0.3}, 'weighting is "cart" with a block_size'),
+        ({"mask_rates": (0.5, 0.2)}, r"mask_rates are 0\.5, 0\.2; wanted 0 <= lowest"),
+        ({"mask_rates": (0.0, 0.0)}, r"mask_rates are 0\.0, 0\.0; .* nothing would be masked"),
+        ({"mask_rates": (0.2, 0.8)}, "defined for schedule linear and weighting inverse_mask_prob; found linear and"),
+        ({"search_mask_rates": True}, "found linear and nelbo"),
+    ],
+)  # fmt: skip
+def test_an_objective_that_means_nothing_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ObjectiveConfig(**given)
+
+
+MOE = replace(tiny().architecture, d_ff=None, moe=MoE(4, 2, 8))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"phases": {"a": Phase(share=0.001), "b": Phase()}}, r"phase a has 0\.001 of 1\.001 shares of 20 steps"),
+        ({"phases": {"a": Phase(block_size=4)}, "objective": ObjectiveConfig(target_offset=1)}, "phase a has bloc"),
+        ({"router_loss": RouterLossConfig(balance=0.1)}, "router_loss is set, but the architecture has no experts"),
+        ({"ep_size": 2, "workers": 2}, "ep_size is 2, but the architecture has no experts"),
+        ({"ep_size": 3, "workers": 2, "architecture": MOE}, "ep_size is 3; it must divide moe.num_experts 4 and work"),
+        ({"ep_size": 4, "workers": 2, "architecture": MOE}, "ep_size is 4; it must divide"),
+        ({"ep_size": 1, "zero_stage": 0, "architecture": MOE}, "ep_size is given with zero_stage 0"),
+        ({"offload_optimizer": True, "zero_stage": 0}, "offload_optimizer is true with zero_stage 0"),
+        (
+            {"architecture": MOE, "router_loss": RouterLossConfig(group_seqs=3)},
+            "router_loss.group_seqs is 3; it must divide the 8 rows",
+        ),
+        (
+            {"objective": ObjectiveConfig(weighting="inverse_mask_prob", search_mask_rates=True)},
+            "search_mask_rates is true, but no phase has blocks",
+        ),
+    ],
+)  # fmt: skip
+def test_a_training_that_means_nothing_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        (Phase, {"share": 0.0}), (Phase, {"block_size": -1}), (Phase, {"seq_len": 0}), (Phase, {"rope_base": 0.0}),
+        (RouterLossConfig, {"balance": -0.1}), (RouterLossConfig, {"z": -1.0}), (RouterLossConfig, {"group_seqs": 0}),
+    ],
+)  # fmt: skip
+def test_a_phase_or_router_loss_out_of_range_names_the_field_and_the_value(kind: Any, given: dict[str, Any]) -> None:
+    ((name, value),) = given.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        kind(**given)
+
+
+def test_phases_share_the_steps_and_take_what_they_leave_out_from_the_training() -> None:
+    phases = {"whole": Phase(0.85), "blocks": Phase(0.15, block_size=4, rope_base=7.0, mixture={"text": 1.0})}
+    config = tiny(phases=phases)
+    assert config.spans == (
+        Span("whole", 0, 17, 0, 0, 100.0, {}),
+        Span("blocks", 17, 20, 4, 0, 7.0, {"text": 1.0}),
+    )
+    assert [config.span_at(step).name for step in (0, 16, 17, 19)] == ["whole", "whole", "blocks", "blocks"]
+    assert tiny().spans == (Span("all", 0, 20, 0, 0, 100.0, {}),)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bfloat16"])
+def test_a_precision_that_is_not_offered_is_refused(precision: str) -> None:
+    with pytest.raises(UserError, match="precision") as raised:
+        from_json(PretrainConfig, {"precision": precision})
+    assert "fp32" in str(raised.value)
+    assert "bf16" in str(raised.value)

@@ -1,24 +1,20 @@
-"""Full disks, failing writes, lost leases, numbers that are none, and the wrong tokenizer."""
+"""Full disks, failing writes, lost leases, and the wrong tokenizer."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from pipeline.artifact import MANIFEST
-from pipeline.errors import NumericsError, classify
+from pipeline.errors import classify
 from pipeline.pretrain.checkpoint import load_checkpoint_manifest
 from pipeline.pretrain.config import STAGE
-from pipeline.pretrain.run import Training
-from pipeline.stage import StageContext
-from tests.support.tiny_run import TINY, Artifacts, copy_state, make_artifacts, metrics, pretrain, start_gang, tiny
+from tests.support.tiny_run import Artifacts, copy_state, make_artifacts, metrics, pretrain, start_gang, tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 EIGHT = tiny(num_steps=8, workers=2)
@@ -50,17 +46,6 @@ def disk_full(log: str, step: int, last: int) -> bool:
 
 def test_the_message_of_a_full_disk_is_of_the_memory_class() -> None:
     assert classify(OSError(errno.ENOSPC, "the checkpoint of step 4 does not fit")) == "memory"
-    assert classify(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4416 vs 4310")) == "memory"
-
-
-def test_a_write_that_is_cut_short_stops_all_ranks_with_the_message(made: Artifacts, tmp_path: Path) -> None:
-    gang = start_gang(
-        STAGE, EIGHT, made.inputs(), tmp_path / "out", workers=2, fault="limit_file_size", num_bytes=30_000
-    )
-    assert gang.wait() == [3, 3]
-    assert gang.log().count("OSError: [Errno 28]") == 2
-    assert disk_full(gang.log(), step=4, last=0)
-    assert checkpoints(gang.state) == []
 
 
 @pytest.fixture
@@ -103,63 +88,24 @@ def test_too_little_space_is_noticed_before_a_byte_is_written(made: Artifacts, s
     assert checkpoints(gang.state) == ["step-00000004"]
 
 
+def test_training_goes_on_while_a_slow_disk_takes_its_time(made: Artifacts, tmp_path: Path) -> None:
+    config = tiny(num_steps=150, workers=2, checkpoint_every_steps=50)
+    gang = start_gang(
+        STAGE, config, made.inputs(), tmp_path / "out", workers=2, fault="write_slowly", rank=1, until_step=60
+    )
+    assert gang.wait() == [0, 0], "the disk waits for training, and training for the disk"
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    told = [line for line in map(json.loads, lines) if "checkpoint_s" in line]
+    assert told[0]["step"] >= 60
+    assert 0 <= told[0]["checkpoint_stall_s"] < told[0]["checkpoint_s"]
+
+
 def test_a_lost_lease_stops_all_ranks_before_anything_is_published(made: Artifacts, tmp_path: Path) -> None:
     gang = start_gang(STAGE, EIGHT, made.inputs(), tmp_path / "out", workers=2, fault="lose_lease", step=4)
     assert gang.wait() == [3, 3]
     assert gang.log().count("LeaseLostError: attempt 2 has taken over") == 2
-    assert len(metrics(gang.state)) == 4
+    assert 4 <= len(metrics(gang.state)) < 8
     assert checkpoints(gang.state) == []
-
-
-def stub(skipped_steps: int = 0, **changes: Any) -> tuple[Training, Any]:
-    """The loop's helper with an engine that only counts skips."""
-    engine = SimpleNamespace(skipped_steps=skipped_steps)
-    return Training(tiny(**changes), StageContext(Path(), Path(), ""), engine, rank=0), engine
-
-
-@pytest.mark.parametrize("bad", [(float("nan"), 1.0), (1.0, float("inf")), (float("inf"), float("nan"))])
-def test_guard_stops_after_the_limit_of_non_finite_steps_in_a_row(bad: tuple[float, float]) -> None:
-    training, _ = stub(max_skipped_steps=3)
-    training.guard(0, *bad)
-    training.guard(1, *bad)
-    with pytest.raises(NumericsError, match=r"3 steps in a row up to step 2 .*pretrain\.optimizer\.lr"):
-        training.guard(2, *bad)
-
-
-def test_guard_counts_what_deepspeed_skipped_and_forgives_after_a_good_step() -> None:
-    training, engine = stub(max_skipped_steps=2)
-    for step in range(0, 10, 2):
-        engine.skipped_steps += 1
-        training.guard(step, 1.0, 1.0)
-        training.guard(step + 1, 1.0, 1.0)
-    engine.skipped_steps += 1
-    training.guard(10, 1.0, 1.0)
-    engine.skipped_steps += 1
-    with pytest.raises(NumericsError):
-        training.guard(11, 1.0, 1.0)
-
-
-def test_a_numerics_error_is_a_class_of_its_own() -> None:
-    assert classify(NumericsError("")) == "numerics"
-
-
-def test_two_nan_gradients_are_skipped_on_all_ranks_and_training_goes_on(made: Artifacts, tmp_path: Path) -> None:
-    gang = start_gang(
-        STAGE, EIGHT, made.inputs(), tmp_path / "out", workers=2, fault="make_gradients_nan", first=2, last=3
-    )
-    assert gang.wait() == [0, 0]
-    lines = metrics(tmp_path / "out")
-    assert [line["step"] for line in lines if line["grad_norm"] is None or line["grad_norm"] <= 0] == [2, 3]
-    assert gang.log().count("warning: step 2 had a non-finite loss or gradient") == 2
-    assert all(line["loss"] is not None for line in lines)
-
-
-def test_a_training_that_diverges_stops_with_advice(made: Artifacts, tmp_path: Path) -> None:
-    config = tiny(optimizer=replace(TINY.optimizer, lr=1e30, warmup_steps=0), max_skipped_steps=2)
-    gang = start_gang(STAGE, config, made.inputs(), tmp_path / "out")
-    assert gang.wait() == [3]
-    assert "NumericsError: 2 steps in a row" in gang.log()
-    assert "Lower pretrain.optimizer.lr" in gang.log()
 
 
 def test_the_tokenizer_of_another_run_is_refused_even_of_the_same_size(made: Artifacts, tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 
 from dlm_core.models.config import ModelConfig
 from dlm_core.models.transformer import Denoiser
-from pipeline.data.loader import Loader
 from pipeline.data.rows import open_rows
 from pipeline.data.vocabulary import load_vocabulary
-from pipeline.pretrain.batches import micro_batches, rank_rows
+from pipeline.pretrain.batches import PhasedLoader, micro_batches
 from pipeline.pretrain.config import STAGE, PretrainConfig
+from pipeline.pretrain.objective import ObjectiveConfig
+from pipeline.pretrain.phases import Phase
 from tests.support.tiny_run import Artifacts, arguments, losses, metrics, pretrain, start_gang, tiny
 
 pytestmark = pytest.mark.timeout(120)
@@ -33,6 +34,16 @@ def assert_same_training(found: Path, wanted: Path, tolerance: float) -> None:
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * tolerance)
         for exact in ("step", "lr", "tokens", "masked_fraction"):
             assert a[exact] == b[exact]
+
+
+def test_steps_without_a_token_to_predict_cost_nothing_and_change_nothing_but_by_decay(
+    made: Artifacts, tmp_path: Path
+) -> None:
+    phases = {"rows": Phase(), "single tokens": Phase(seq_len=1)}  # of which none has one before it
+    config = tiny(num_steps=6, objective=ObjectiveConfig(kind="autoregressive"), phases=phases)
+    lines = metrics(pretrain(config, made, tmp_path / "out"))[3:]
+    assert [(line["loss"], line["nelbo"], line["grad_norm"]) for line in lines] == [(0.0, 0.0, 0.0)] * 3
+    assert len({line["tokens"] for line in lines}) == 1
 
 
 def test_training_learns(alone: Path) -> None:
@@ -76,7 +87,7 @@ def test_bf16_gives_nearly_the_losses_of_fp32(alone: Path, made: Artifacts, tmp_
 def plain_training(config: PretrainConfig, made: Artifacts, num_steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of the first steps, with nothing but torch: one batch, one mean, AdamW, clipping."""
     special = load_vocabulary(made.tokenizer).special
-    loader = Loader(open_rows(made.rows), config.data_seed, special.pad_token_id)
+    loader = PhasedLoader(config, open_rows(made.rows), special.pad_token_id)
     model = Denoiser(ModelConfig(config.architecture, special.vocab_size, special.mask_token_id))
     model.init_weights(config.init_seed)
     o = config.optimizer
@@ -86,16 +97,17 @@ def plain_training(config: PretrainConfig, made: Artifacts, num_steps: int) -> l
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(o.beta1, o.beta2), eps=o.eps, foreach=False)
     found = []
     for step in range(num_steps):
-        (whole,) = micro_batches(config, rank_rows(config, loader, step, 0), special, step, rank=0)
-        batch = whole.noised
+        drawn = loader.rank_rows(step, 0)
+        (batch,) = micro_batches(config, drawn, special, step, rank=0)
         logits = model(batch.xt).view(*batch.xt.shape, -1)
-        cross_entropy = F.cross_entropy(logits.transpose(1, 2), batch.x0, reduction="none")
+        cross_entropy = F.cross_entropy(logits.transpose(1, 2), torch.from_numpy(drawn.x0), reduction="none")
         is_masked = (batch.xt == special.mask_token_id).float()
         loss = (cross_entropy * is_masked / batch.t.float()).sum() / batch.is_text.sum()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm, foreach=False)
-        warm, left = (step + 1) / (o.warmup_steps + 1), (config.num_steps - step) / (config.num_steps - o.warmup_steps)
+        warmup_steps = o.lr_schedule.warmup_steps
+        warm, left = (step + 1) / (warmup_steps + 1), (config.num_steps - step) / (config.num_steps - warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = o.lr * min(1.0, warm, left)
         optimizer.step()

@@ -1,5 +1,6 @@
 """A training that was killed, at any moment, goes on to the bits of one that was not."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 import pytest
 
 from pipeline.artifact import MANIFEST
-from pipeline.pretrain.config import STAGE
+from pipeline.pretrain.config import STAGE, PretrainConfig
+from pipeline.training_state import checkpoint_name, file_name, read_manifest
+from tests.support.resuming import assert_close, assert_same, differences, kill_paused, steps_of, train_in_parts
 from tests.support.tiny_run import (
     TINY,
     Artifacts,
     Gang,
     Payload,
-    convert,
     copy_state,
     forge,
     losses,
@@ -28,7 +30,6 @@ from tests.support.tiny_run import (
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 TWELVE = tiny(num_steps=12, workers=2)
-WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -38,81 +39,67 @@ def straight(tmp_path_factory: pytest.TempPathFactory, made: Artifacts) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight_weights(tmp_path_factory: pytest.TempPathFactory, straight: Path) -> str:
-    """SHA-256 of its float32 masters."""
-    return sha256(convert(straight, tmp_path_factory.mktemp("straight_weights") / "out") / WEIGHTS)
-
-
-@pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, made: Artifacts) -> Path:
     """State of a training whose ranks were both killed in step 10, with checkpoints of steps 4 and 8."""
     out = tmp_path_factory.mktemp("killed") / "out"
     gang = start_gang(STAGE, TWELVE, made.inputs(), out, workers=2, fault="pause_at_step", step=10)
-    gang.wait_for(lambda: len(metrics(gang.state)) == 10, "line of step 9")
-    gang.kill()
+    kill_paused(gang, 10)
     assert not (out / MANIFEST).exists()
     return gang.state
 
 
-def steps_of(state: Path) -> list[str]:
-    """Published checkpoints."""
-    return sorted(path.name for path in state.glob("step-*"))
+def test_a_slow_copy_is_of_the_step_that_was_saved(made: Artifacts, straight: Path, tmp_path: Path) -> None:
+    out = run_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2, fault="copy_slowly", seconds=0.3)
+    for rank in range(2):
+        name = f"{checkpoint_name(8)}/{file_name(rank)}"
+        assert sha256(out.with_name("out.state") / name) == sha256(straight.with_name("out.state") / name)
+    assert_same(out, straight)
 
 
-def assert_same(found: Path, straight: Path) -> None:
-    """Same metrics, digit for digit."""
-    assert metrics(found) == metrics(straight)
-
-
-def weights_of(out: Path) -> str:
-    """SHA-256 of the float32 masters of a finished training."""
-    return sha256(convert(out, out.with_name("weights")) / WEIGHTS)
-
-
-def test_resume_after_sigkill_is_bitwise(
-    made: Artifacts, straight: Path, straight_weights: str, tmp_path: Path
-) -> None:
+def test_resume_after_sigkill_is_bitwise(made: Artifacts, straight: Path, tmp_path: Path) -> None:
     gang = start_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2, fault="pause_at_step", step=6)
-    gang.wait_for(lambda: len(metrics(gang.state)) == 6, "line of step 5")
-    gang.kill()
+    kill_paused(gang, 6)
     assert steps_of(gang.state) == ["step-00000004"]
     again = start_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2)
     assert again.wait() == [0, 0]
     assert "continuing after step 4 from step-00000004" in again.log()
-    assert_same(tmp_path / "out", straight)
-    assert weights_of(tmp_path / "out") == straight_weights
+    assert differences(TWELVE, tmp_path / "out", straight) == []
 
 
-def test_a_rank_killed_in_the_middle_of_a_file_ends_the_gang_and_costs_nothing(
-    made: Artifacts, straight: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("phase", "rank", "step", "left"),
+    [
+        ("copying", 1, 8, [4]),
+        ("writing", 1, 8, [4]),
+        ("written", 1, 8, [4]),
+        ("publishing", 0, 8, [4]),
+        ("renaming", 0, 8, [4]),
+        ("published", 0, 8, [4, 8]),
+        ("deleting", 0, 12, [4, 8, 12]),
+    ],
+)
+def test_a_rank_killed_in_any_phase_of_a_save_ends_the_gang_and_costs_nothing(
+    made: Artifacts, straight: Path, tmp_path: Path, phase: str, rank: int, step: int, left: list[int]
 ) -> None:
+    out = tmp_path / "out"
     gang = start_gang(
-        STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2, fault="kill_while_writing", step=8, rank=1
+        STAGE, TWELVE, made.inputs(), out, workers=2, fault="die_in_save", step=step, rank=rank, phase=phase
     )
-    assert gang.wait() == [3, -9]  # the survivor notices by itself
-    assert steps_of(gang.state) == ["step-00000004"]
-    assert list(gang.state.glob("staging-*"))
-    assert_same(run_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2), straight)
+    codes = gang.wait()
+    assert codes[rank] == -9, gang.log()
+    assert codes[1 - rank] == 3, "the survivor did not notice by itself"
+    assert steps_of(gang.state) == [checkpoint_name(number) for number in left]
+    again = start_gang(STAGE, TWELVE, made.inputs(), out, workers=2)
+    assert again.wait() == [0, 0], again.log()
+    assert f"continuing after step {left[-1]} from {checkpoint_name(left[-1])}" in again.log()
+    assert_same(out, straight)
     assert not list(gang.state.glob("staging-*"))
-
-
-def test_a_kill_between_the_files_and_the_manifest_publishes_nothing(
-    made: Artifacts, straight: Path, straight_weights: str, tmp_path: Path
-) -> None:
-    gang = start_gang(
-        STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2, fault="pause_before_publishing", step=8
-    )
-    written = "ds/zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    gang.wait_for(lambda: any(gang.state.glob(f"staging-00000008-*/{written}")), "file of rank 1")
-    gang.kill()
-    assert steps_of(gang.state) == ["step-00000004"]
-    assert_same(run_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2), straight)
-    assert weights_of(tmp_path / "out") == straight_weights
+    assert steps_of(gang.state)[-2:] == steps_of(straight.with_name("out.state"))
 
 
 def flip_byte(checkpoint: Path) -> None:
     """Change one byte in the middle of a shard."""
-    path = checkpoint / "ds" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    path = checkpoint / file_name(1)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -120,7 +107,7 @@ def flip_byte(checkpoint: Path) -> None:
 
 def drop_shard(checkpoint: Path) -> None:
     """Lose a shard."""
-    (checkpoint / "ds" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
+    (checkpoint / file_name(0)).unlink()
 
 
 def cut_manifest(checkpoint: Path) -> None:
@@ -154,54 +141,84 @@ def test_all_checkpoints_damaged_is_refused_again_and_again(made: Artifacts, kil
         assert len(metrics(state)) == 10, "the metrics of the lost run were overwritten"
 
 
-@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
-def test_a_pickle_that_runs_code_is_refused_although_its_hash_is_right(
-    made: Artifacts, killed: Path, tmp_path: Path, name: str
+def test_a_pickle_that_runs_code_is_set_aside_unread_although_its_hash_is_right(
+    made: Artifacts, killed: Path, straight: Path, tmp_path: Path
 ) -> None:
-    import torch
-
     state, marker = copy_state(killed, tmp_path / "out"), tmp_path / "marker"
-    path = state / "step-00000008" / "ds" / name
-    value = torch.load(path, weights_only=False)
-    torch.save({**value, "extra": Payload(marker)}, path)
-    torch.load(path, weights_only=False)
+    path = state / "step-00000008" / file_name(1)
+    path.write_bytes(pickle.dumps({"master": Payload(marker)}))
+    pickle.loads(path.read_bytes())
     assert marker.exists(), "the payload does not work: a weak test"
     marker.unlink()
-    forge(state / "step-00000008", f"ds/{name}")
+    forge(state / "step-00000008", path.name)
     gang = start_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2)
-    assert 0 not in gang.wait()
-    assert "UnpicklingError" in gang.log()
+    assert gang.wait() == [0, 0]
+    assert f"{path} is not a file of training state" in gang.log()
+    assert "continuing after step 4" in gang.log()
+    assert_same(tmp_path / "out", straight)
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"workers": 1}, "workers 2 -> 1"),
-        ({"zero_stage": 2}, "zero_stage 1 -> 2"),
-        ({"micro_batch_seqs": 2}, ""),
-    ],
-)
-def test_another_topology_is_refused_with_the_field_and_another_micro_batch_is_not(
-    made: Artifacts, killed: Path, tmp_path: Path, change: dict[str, Any], words: str
+def test_another_micro_batch_goes_on_with_the_same_rows_and_noise(
+    made: Artifacts, killed: Path, straight: Path, tmp_path: Path
+) -> None:
+    copy_state(killed, tmp_path / "out")
+    run_gang(STAGE, replace(TWELVE, micro_batch_seqs=2), made.inputs(), tmp_path / "out", workers=2)
+    assert_close(tmp_path / "out", straight)
+
+
+def by(workers: int, zero_stage: Any, every: int) -> PretrainConfig:
+    """TWELVE by other ranks."""
+    return replace(TWELVE, workers=workers, zero_stage=zero_stage, checkpoint_every_steps=every)
+
+
+def test_two_ranks_one_and_two_again_with_other_zero_stages_go_on_with_the_same_curve(
+    made: Artifacts, straight: Path, tmp_path: Path
+) -> None:
+    configs = [by(2, 1, 4), by(1, 2, 4), by(2, 3, 4)]
+    train_in_parts(configs, made.inputs(), tmp_path / "out", [5, 9])
+    assert_close(tmp_path / "out", straight)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_change_of_zero_stage_goes_on_with_the_same_curve(
+    made: Artifacts, straight: Path, tmp_path: Path
+) -> None:
+    hops = [(2, 1), (2, 2), (1, 3), (2, 0), (1, 1), (2, 1)]
+    train_in_parts([by(*hop, 2) for hop in hops], made.inputs(), tmp_path / "out", [3, 5, 7, 9, 11])
+    assert_close(tmp_path / "out", straight)
+
+
+def test_a_checkpoint_of_another_training_is_refused_field_by_field(
+    made: Artifacts, killed: Path, tmp_path: Path
 ) -> None:
     state = copy_state(killed, tmp_path / "out")
-    config = replace(TWELVE, **change)
-    gang = start_gang(STAGE, config, made.inputs(), tmp_path / "out", workers=config.workers)
-    assert gang.wait() == [2 if words else 0] * config.workers, gang.log()
-    assert words in gang.log()
-    if words:
-        assert steps_of(state) == ["step-00000004", "step-00000008"]
-
-
-def test_a_checkpoint_of_another_training_is_refused(made: Artifacts, killed: Path, tmp_path: Path) -> None:
-    state = copy_state(killed, tmp_path / "out")
-    config = replace(TWELVE, optimizer=replace(TINY.optimizer, lr=1e-3))
+    config = replace(TWELVE, optimizer=replace(TINY.optimizer, lr=1e-3), precision="bf16")
     gang = start_gang(STAGE, config, made.inputs(), tmp_path / "out", workers=2)
     assert gang.wait() == [2, 2]
     assert "belongs to another training" in gang.log()
+    assert "differs in: config.optimizer.lr 0.003 -> 0.001, config.precision 'fp32' -> 'bf16'. Set" in gang.log()
     assert len(metrics(state)) == 10
     assert steps_of(state) == ["step-00000004", "step-00000008"]
+
+
+def test_a_change_that_was_accepted_goes_on_and_is_recorded(made: Artifacts, killed: Path, tmp_path: Path) -> None:
+    copy_state(killed, tmp_path / "out")
+    optimizer = replace(TINY.optimizer, lr=1e-3)
+    config = replace(TWELVE, optimizer=optimizer, accept_changed_identity=True)
+    run_gang(STAGE, config, made.inputs(), tmp_path / "out", workers=2)
+    (entry,) = read_manifest(tmp_path / "out" / "checkpoints" / "step-00000012").lineage
+    assert (entry["step"], entry["changed"]) == (8, {"config.optimizer.lr": [0.003, 0.001]})
+
+
+def test_a_model_of_another_shape_is_refused_by_parameter(made: Artifacts, killed: Path, tmp_path: Path) -> None:
+    copy_state(killed, tmp_path / "out")
+    config = replace(TWELVE, architecture=replace(TINY.architecture, d_ff=32), accept_changed_identity=True)
+    gang = start_gang(STAGE, config, made.inputs(), tmp_path / "out", workers=2)
+    assert gang.wait() == [2, 2]
+    assert "config.architecture.d_ff 64 -> 32" in gang.log()
+    assert "blocks.0.feed_forward.down.weight [32, 64] -> [32, 32]" in gang.log()
 
 
 def test_a_training_killed_after_its_last_step_only_writes_its_artifact(
@@ -213,7 +230,7 @@ def test_a_training_killed_after_its_last_step_only_writes_its_artifact(
     assert "continuing after step 12" in gang.log()
     assert "checkpoint of step 12 in" not in gang.log()
     assert_same(tmp_path / "out", straight)
-    for path in sorted(straight.rglob("*.pt")):
+    for path in sorted(straight.rglob("*.safetensors")):
         assert sha256(tmp_path / "out" / path.relative_to(straight)) == sha256(path)
 
 
@@ -241,8 +258,6 @@ def test_resume_is_bitwise_for_every_kind_of_state(made: Artifacts, tmp_path: Pa
     gang: Gang = start_gang(
         STAGE, config, made.inputs(), tmp_path / "cut" / "out", workers=2, fault="pause_at_step", step=6
     )
-    gang.wait_for(lambda: len(metrics(gang.state)) == 6, "line of step 5")
-    gang.kill()
+    kill_paused(gang, 6)
     found = run_gang(STAGE, config, made.inputs(), tmp_path / "cut" / "out", workers=2)
-    assert_same(found, wanted)
-    assert weights_of(found) == weights_of(wanted)
+    assert differences(config, found, wanted) == []

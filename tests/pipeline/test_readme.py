@@ -39,17 +39,29 @@ def test_every_file_of_data_is_in_the_table() -> None:
     assert files == set(re.findall(r"`(\w+\.py)`", _section("| file of `data/`", "## What bad input gets")))
 
 
-def test_every_test_of_bad_input_exists() -> None:
+def _tests_cited(rows: list[str]) -> None:
+    """Each row of a table names a file of tests, or several, and tests that stand in them."""
     tests: dict[str, str] = defaultdict(str)
     for path in Path(__file__).parents[1].rglob("test_*.py"):
         tests[path.name] += path.read_text(encoding="utf-8")
-    rows = _section("## What bad input gets", "## To add a stage").splitlines()[4:-1]
     for row in rows:
         cited = [part.partition("`:")[::2] for part in re.split(r"(?<=\W)`(?=test_\w+\.py)", row)[1:]]
-        assert cited
+        assert cited, row
         for file, names in cited:
             found = re.findall(r"`(test_\w+)`", names)
-            assert found
+            assert found, row
             for name in found:
                 assert f"def {name}(" in tests[file], (file, name)
+
+
+def test_every_test_of_bad_input_exists() -> None:
+    rows = _section("## What bad input gets", "## To add a stage").splitlines()[4:-1]
+    _tests_cited(rows)
     assert len(rows) == 11
+
+
+def test_every_test_of_what_goes_wrong_in_training_exists() -> None:
+    text = (Path(pipeline.__file__ or "").parent / "pretrain" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \|(.*)$", text[text.index("## What goes wrong") :], flags=re.MULTILINE)
+    _tests_cited([row for _, row in rows])
+    assert [int(number) for number, _ in rows] == [*range(1, 10), 13, 14, 15, 16, 22, 23, *range(25, 56)]

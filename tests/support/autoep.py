@@ -1,10 +1,5 @@
 """A tiny model of experts, trained for a step by one process or by ranks that share its experts through AutoEP."""
 
-import multiprocessing
-import os
-import socket
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +8,8 @@ from torch import Tensor, nn
 from dlm_core.models.config import Architecture, MoE
 from dlm_core.models.moe import SparseFeedForward
 from dlm_core.models.router_losses import RouterTap, balance_loss, z_loss
-from tests.support.tiny_run import _PRELOAD
 
 D_MODEL, NUM_ROWS, SEQ_LEN, WORKERS = 16, 4, 12, 2
-DEADLINE_S = 100.0
 
 ROUTERS = {
     "llada-moe": MoE(8, 2, 8, renormalise=False),
@@ -135,37 +128,6 @@ def shared_gradients(router: str, losses: str, rank: int) -> dict[str, Any]:
     return {"moved": moved, "routers": list(tap.logits), "difference": difference}
 
 
-def run_ranks(folder: Path) -> list[dict[tuple[str, str], dict[str, Any]]]:
-    """``shared_gradients`` of every case, for each rank; AssertionError with the ranks' words if one fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    ranks = [context.Process(target=_rank, args=(rank, port, folder), daemon=True) for rank in range(WORKERS)]
-    for process in ranks:
-        process.start()
-    deadline_s = time.monotonic() + DEADLINE_S
-    for process in ranks:
-        process.join(max(0.0, deadline_s - time.monotonic()))
-    for process in ranks:
-        process.kill()
-        process.join()
-    said = "\n".join(path.read_text() for path in sorted(folder.glob("*.log")))
-    assert [process.exitcode for process in ranks] == [0] * WORKERS, said
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORKERS)]
-
-
-def _rank(rank: int, port: int, folder: Path) -> None:
-    handle = (folder / f"{rank}.log").open("wb")
-    os.dup2(handle.fileno(), 1)
-    os.dup2(handle.fileno(), 2)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(WORKERS), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    from pipeline.pretrain.engine import leave_process_group, prepare_process, start_process_group
-
-    prepare_process(1)
-    start_process_group()
-    found = {case: shared_gradients(*case, rank) for case in CASES}
-    torch.save(found, folder / f"{rank}.pt")
-    leave_process_group()
+def gradients_of_cases(rank: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """``shared_gradients`` of every case, on one rank of a gang."""
+    return {case: shared_gradients(*case, rank) for case in CASES}

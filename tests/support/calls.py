@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -37,6 +38,15 @@ def be_killed(payload: dict[str, Any]) -> None:
     if payload.get("peers_raise"):
         raise RuntimeError("connection closed by peer")
     time.sleep(_LONG_S)
+
+
+def raise_or_abort(payload: dict[str, Any]) -> None:
+    """Raise on the rank of the payload; the others abort, as libraries of collectives do when they lose a peer."""
+    _start(payload)
+    if os.environ.get("RANK", "0") == payload["rank"]:
+        raise RuntimeError("no good")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.abort()
 
 
 def sleep(payload: dict[str, Any]) -> None:

@@ -25,11 +25,16 @@ from typing import Any
 
 from dlm_core.models.config import Architecture
 from pipeline.artifact import MANIFEST, read_json, write_json
+from pipeline.config import fingerprint
 from pipeline.corpus.config import STAGE as CORPUS
 from pipeline.corpus.config import CorpusConfig, Source
 from pipeline.packing.config import STAGE as PACKING
 from pipeline.packing.config import PackingConfig
-from pipeline.pretrain.config import OptimizerConfig, PretrainConfig
+from pipeline.pretrain.config import PretrainConfig
+from pipeline.pretrain.lr_schedule import LRSchedule
+from pipeline.pretrain.meter import MEASURED
+from pipeline.pretrain.objective import ObjectiveConfig
+from pipeline.pretrain.optimizer_config import OptimizerConfig
 from pipeline.stage import Stage, _run_alone
 from pipeline.tokenization.config import STAGE as TOKENIZATION
 from pipeline.tokenization.config import TokenizationConfig
@@ -43,7 +48,6 @@ _PRELOAD = [
     "torch._dynamo",
     "deepspeed.runtime.engine",
     "deepspeed.runtime.zero.muon.muon_optimizer",
-    "deepspeed.utils.zero_to_fp32",
     "safetensors.torch",
     "pydantic",
     "pytest",
@@ -57,11 +61,18 @@ TINY = PretrainConfig(
         d_model=32, num_layers=2, num_heads=2, d_ff=64, qk_norm=True, rope_base=100.0, norm_eps=1e-6, init_std=0.04
     ),
     optimizer=OptimizerConfig(
-        lr=3e-3, warmup_steps=4, beta1=0.9, beta2=0.98, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
+        kind="adamw",
+        lr=3e-3,
+        lr_schedule=LRSchedule("linear", warmup_steps=4, final_scale=0.0),
+        beta1=0.9,
+        beta2=0.98,
+        eps=1e-8,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
     ),
     num_steps=20,
     global_batch_seqs=8,
-    t_min=1e-3,
+    objective=ObjectiveConfig(t_min=1e-3),
     workers=1,
     checkpoint_every_steps=4,
     track=False,
@@ -82,6 +93,10 @@ class Artifacts:
         """Inputs of pretrain."""
         return {"rows": self.rows, "tokenizer": self.tokenizer}
 
+    def inputs_with_held_out(self) -> dict[str, Path]:
+        """Inputs of a pretrain that validates."""
+        return {**self.inputs(), "tokens": self.tokens}
+
 
 def write_text(path: Path, seed: int, num_docs: int) -> Path:
     """Documents of a random walk over made-up words: the same on every machine, and learnable."""
@@ -98,15 +113,17 @@ def write_text(path: Path, seed: int, num_docs: int) -> Path:
     return path
 
 
-def make_artifacts(root: Path, seed: int = 0, num_docs: int = 300, vocab_size: int = 300) -> Artifacts:
-    """Corpus, tokenizer, token shards and rows of 32 tokens."""
+def make_artifacts(
+    root: Path, seed: int = 0, num_docs: int = 300, vocab_size: int = 300, seq_len: int = 32
+) -> Artifacts:
+    """Corpus, tokenizer, token shards and rows."""
     source = write_text(root / "text.jsonl", seed, num_docs)
     made = Artifacts(root / "corpus", root / "tokenizer", root / "tokens", root / "rows")
     config = CorpusConfig(source={"text": Source((str(source),))}, held_out_fraction=0.025, shard_bytes=60_000)
     run_stage(CORPUS, config, {}, made.corpus)
     run_stage(TOKENIZER, TokenizerConfig(vocab_size=vocab_size), {"corpus": made.corpus}, made.tokenizer)
     run_stage(TOKENIZATION, TokenizationConfig(), {"corpus": made.corpus, "tokenizer": made.tokenizer}, made.tokens)
-    run_stage(PACKING, PackingConfig(seq_len=32), {"tokens": made.tokens, "tokenizer": made.tokenizer}, made.rows)
+    run_stage(PACKING, PackingConfig(seq_len=seq_len), {"tokens": made.tokens, "tokenizer": made.tokenizer}, made.rows)
     return made
 
 
@@ -134,9 +151,10 @@ class Gang:
         self.ranks, self._logs, self.out = ranks, logs, out
         self.state = out.with_name(out.name + ".state")
 
-    def log(self) -> str:
-        """What all ranks have printed."""
-        return "\n".join(path.read_text(errors="replace") for path in self._logs if path.exists())
+    def log(self, *which: int) -> str:
+        """What the given ranks have printed, by default all."""
+        logs = [self._logs[rank] for rank in which] or self._logs
+        return "\n".join(path.read_text(errors="replace") for path in logs if path.exists())
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         """Poll until something is so; AssertionError past the deadline or once no rank runs any more."""
@@ -230,19 +248,19 @@ def pretrain(config: PretrainConfig, made: Artifacts, out: Path) -> Path:
     return run_gang(STAGE, config, made.inputs(), out, workers=config.workers)
 
 
-def convert(trained: Path, out: Path) -> Path:
+def convert(trained: Path, out: Path, weights: Any = "last") -> Path:
     """Weights of a training."""
     from pipeline.convert.config import STAGE, ConvertConfig
 
-    return run_gang(STAGE, ConvertConfig(), {"pretrain": trained}, out)
+    return run_gang(STAGE, ConvertConfig(weights), {"pretrain": trained}, out)
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
-    """Complete lines of metrics.jsonl without the one figure that is a clock's."""
+    """Complete lines of metrics.jsonl without what is a clock's or a machine's."""
     path = directory / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [{key: value for key, value in line.items() if key != "step_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def losses(directory: Path) -> list[float]:
@@ -262,6 +280,8 @@ def forge(directory: Path, *names: str) -> None:
         if record["path"] in names:
             path = directory / record["path"]
             record |= {"size_bytes": path.stat().st_size, "sha256": sha256(path)}
+    if manifest.pop("sha256", None):  # that of a checkpoint has a checksum of its own
+        manifest["sha256"] = fingerprint(manifest)
     write_json(directory / MANIFEST, manifest)
 
 

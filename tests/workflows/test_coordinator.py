@@ -13,11 +13,11 @@ from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, Kept
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, coordinate, fabricate, is_gone, toy_plan, value_of, wait_until
 from workflows import runs
-from workflows.coordinator import Coordinator, first_failure
+from workflows.coordinator import Coordinator
 from workflows.plan import Plan
 from workflows.step import load_stage
 from workflows.store import LeaseHeldError, Store, acquire_lease
-from workflows.worker import Failure, Piece, run_piece
+from workflows.worker import Failure, Piece, first_failure, run_piece
 
 
 def local() -> Executor:

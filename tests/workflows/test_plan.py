@@ -109,7 +109,14 @@ def _others(kind: Any, value: Any) -> list[Any]:
 
 
 NOT_ALONE = {f"pretrain.architecture.{name}" for name in ("moe", "time_conditioning", "head_bias")} | {
-    "corpus.hub_split", "corpus.hub_revision", "pretrain.short_step_min",
+    "corpus.hub_split", "corpus.hub_revision", "pretrain.short_step_min", "pretrain.phases", "pretrain.ep_size",
+    "pretrain.objective.cart_p",
+    "pretrain.average.keep", "pretrain.average.count", "pretrain.average.every_steps", "pretrain.objective.mask_rates",
+    "pretrain.objective.search_mask_rates", "pretrain.router_loss.balance", "pretrain.router_loss.z",
+    "pretrain.router_loss.group_seqs", "pretrain.optimizer.lr_scale.experts", "pretrain.optimizer.muon_momentum",
+    "pretrain.optimizer.muon_iterations", "pretrain.optimizer.lr_schedule.decay_share",
+    "pretrain.optimizer.lr_schedule.decay", "pretrain.optimizer.lr_schedule.drop_share",
+    "pretrain.optimizer.lr_schedule.drop_scale",
 }  # fmt: skip
 """Settings that change only together with others, or that the stage refuses."""
 
@@ -119,6 +126,8 @@ def _changes(workflow: Workflow, other_text: str) -> Iterator[tuple[str, bool, W
     configs = {step.name: step.config for step in workflow.steps}
     for step in workflow.steps:
         for path, kind, value, is_execution in _fields(step.config, step.name):
+            if path == "convert.weights":  # any other is refused unless the training keeps an average
+                continue
             candidates = [other_text] if path in ("corpus.source", "tokenizer.file") else _others(kind, value)
             for candidate in candidates:
                 try:

@@ -14,6 +14,7 @@ from pipeline.errors import CorruptionError, UserError
 from pipeline.stage import StageContext
 from workflows.recipes.quickstart import quickstart
 from workflows.report import svg
+from workflows.report.chart import Line, line_chart, nice_ticks, thin
 from workflows.report.config import STAGE, ReportConfig
 from workflows.report.film import film_strip
 from workflows.report.loss import trailing_mean
@@ -329,7 +330,7 @@ def test_trailing_mean_skips_steps_without_a_number():
 def test_thin_keeps_the_extremes_and_stays_below_the_limit():
     points: list[tuple[float, float | None]] = [(float(i), 0.0) for i in range(10_000)]
     points[1234], points[7777], points[50] = (1234.0, 9.0), (7777.0, -9.0), (50.0, None)
-    kept = svg.thin(points, 200)
+    kept = thin(points, 200)
     assert len(kept) <= 200
     assert {(1234.0, 9.0), (7777.0, -9.0)} <= set(kept)
     assert kept == sorted(kept, key=lambda point: point[0])
@@ -340,20 +341,20 @@ def test_thin_keeps_the_extremes_and_stays_below_the_limit():
     [(0.0, 10.0, 5, [0, 2, 4, 6, 8, 10]), (2.9, 3.35, 5, [2.9, 3.0, 3.1, 3.2, 3.3]), (4.0, 4.0, 5, [4.0])],
 )
 def test_nice_ticks_are_round_and_inside_the_range(low: float, high: float, target: int, expected: list[float]):
-    assert svg.nice_ticks(low, high, target) == pytest.approx(expected)
+    assert nice_ticks(low, high, target) == pytest.approx(expected)
 
 
 def test_line_chart_interrupts_a_line_at_a_gap():
-    line = svg.Line([(0, 1.0), (1, None), (2, 2.0), (3, 3.0)], "loss", "raw")
-    chart = svg.line_chart([line], [], x_label="step", y_label="nats", y_range=(0, 4))
+    line = Line([(0, 1.0), (1, None), (2, 2.0), (3, 3.0)], "loss", "raw")
+    chart = line_chart([line], [], x_label="step", y_label="nats", y_range=(0, 4))
     root = ElementTree.fromstring(f"<svg>{chart.body}</svg>")
     drawn = [path.get("d", "") for path in root.iterfind("svg/path")]
-    assert [re.sub(r"[-\d. ]", "", path) for path in drawn] == ["MML"]
+    assert [re.sub(r"[-\d. ]", "", path) for path in drawn] == ["MhMhL"]
 
 
 @pytest.mark.parametrize("points", [[], [(5.0, 1.0)], [(0.0, 2.0), (1.0, 2.0)]])
 def test_line_chart_of_hardly_anything_is_well_formed(points: list[tuple[float, float | None]]):
-    chart = svg.line_chart([svg.Line(points, "x", "raw")], [], x_label="a", y_label="b", y_range=(2, 2))
+    chart = line_chart([Line(points, "x", "raw")], [], x_label="a", y_label="b", y_range=(2, 2))
     assert len(ElementTree.fromstring(f"<svg>{chart.body}</svg>")) > 0
     assert "nan" not in chart.body
 
@@ -409,7 +410,7 @@ def test_picture_shows_the_quickstart_recipe():
 
 
 def test_report_inputs_are_those_that_the_page_knows():
-    assert STAGE.inputs == tuple(INPUTS)
+    assert (*STAGE.inputs, *STAGE.optional_inputs) == tuple(INPUTS)
 
 
 def test_report_config_without_a_title_is_refused():
@@ -439,3 +440,16 @@ def test_plain_shows_control_characters_as_pictures():
 def test_unigram_verdict_follows_the_numbers():
     assert "0.5000 nats/token below" in unigram_verdict({"unigram_entropy": 6.0, "nelbo": 5.5})
     assert "nothing is shown to be learnt" in unigram_verdict({"unigram_entropy": 6.0, "nelbo": 6.5})
+
+
+def test_report_of_an_exact_likelihood_calls_nothing_a_bound(tmp_path: Path):
+    exact = {"nelbo": "nll", "ppl_bound": "ppl", "bpb_bound": "bpb"}
+    results: dict[str, Any] = {}
+    for name, value in RESULTS.items():
+        word = next((word for word in sorted(exact, key=len, reverse=True) if name.startswith(word)), "")
+        results[exact.get(word, "") + name.removeprefix(word)] = value
+    artifacts = {"evaluation": make_artifact(tmp_path, "evaluation", results=results)}
+    _, page = render(artifacts, tmp_path / "report.html")
+    assert {"nll", "ppl", "bpb"} <= set(page.texts)
+    assert "Negative log-likelihood, held out" in page.texts
+    assert not any("bound" in text.lower() for text in page.texts)

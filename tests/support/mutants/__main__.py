@@ -1,4 +1,4 @@
-"""Do the tests of the mathematical core catch faults?  python -m tests.support.mutants (make mutants).
+"""Do the tests of the mathematics, and of its sums over ranks, catch faults?  python -m tests.support.mutants.
 
 Faults planted by hand and faults drawn from the syntax trees, each run against the fast tests of its module.
 """

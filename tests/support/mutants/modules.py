@@ -1,5 +1,11 @@
 """Which modules are mutated, and the tests that have to notice."""
 
+GRADIENTS_OF_TWO_RANKS = [
+    f"tests/pipeline/test_pretrain_gradients.py::test_gradients_over_ranks_are_those_of_one_process[{case}]"
+    for case in ("dense, ZeRO 1", "experts, ZeRO 2, ep_size 2")
+]
+"""Two ranks of two micro batches: whatever is scaled by the number of one of them, or of those that share experts."""
+
 MODULES: dict[str, list[str]] = {
     "schedules": ["tests/dlm_core/test_schedules.py", "tests/dlm_core/test_schedules_chain.py"],
     "noise": ["tests/dlm_core/test_noise.py"],
@@ -41,8 +47,14 @@ MODULES: dict[str, list[str]] = {
         "tests/dlm_core/test_block_pass.py",
         "tests/dlm_core/test_transformer.py",
     ],
+    "pipeline/pretrain/engine": GRADIENTS_OF_TWO_RANKS,
+    "pipeline/pretrain/routers": GRADIENTS_OF_TWO_RANKS,
 }
-"""A module of dlm_core -> the test files whose fast tests are run against each of its mutants."""
+"""A module of dlm_core, or of another package by its path -> what is run against each of its mutants: the fast tests of
+some files, or single ones."""
+
+PLANTED_ONLY = {"ar_init", "pipeline/pretrain/engine", "pipeline/pretrain/routers"}
+"""Modules from which nothing is drawn: a phase of a training, and what only a gang of ranks shows, 10 s a mutant."""
 
 DRAWN_FROM: dict[tuple[str, ...], int] = {
     ("schedules", "corruption", "masks", "objectives", "likelihood"): 200,
@@ -59,10 +71,10 @@ DRAWN_FROM: dict[tuple[str, ...], int] = {
 }
 """Groups of modules -> how many random mutants are drawn from each: the mathematics, what it rests on, the models.
 
-The faults of ar_init are planted only.
+Those of PLANTED_ONLY are in none.
 """
 
 
 def source_path(module: str) -> str:
     """The module's file, relative to the root of the repository."""
-    return f"dlm_core/{module}.py"
+    return f"{module}.py" if module.startswith("pipeline/") else f"dlm_core/{module}.py"

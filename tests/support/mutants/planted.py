@@ -413,4 +413,40 @@ PLANTED: tuple[Planted, ...] = (
         "row, place = torch.ones_like(is_masked).nonzero(as_tuple=True)",
     ),
     Planted("ar_init", "mask noise that never fades", "max(0.0, 1.0 - step / num_steps)", "max(0.0, 1.0)"),
+    Planted(
+        "pipeline/pretrain/engine",
+        "the mean over ranks not made up for",
+        "return config.workers * config.grad_accum_steps /",
+        "return config.grad_accum_steps /",
+    ),
+    Planted(
+        "pipeline/pretrain/engine",
+        "the mean over micro batches not made up for",
+        "return config.workers * config.grad_accum_steps /",
+        "return config.workers /",
+    ),
+    Planted(
+        "pipeline/pretrain/engine",
+        "ranks that share experts counted once",
+        "return config.workers * config.grad_accum_steps /",
+        "return config.workers // max(1, config.ep_size) * config.grad_accum_steps /",
+    ),
+    Planted(
+        "pipeline/pretrain/routers",
+        "experts balanced within a rank",
+        "// losses.group_seqs * config.grad_accum_steps * config.workers",
+        "// losses.group_seqs * config.grad_accum_steps",
+    ),
+    Planted(
+        "pipeline/pretrain/routers",
+        "experts balanced within a micro batch",
+        "// losses.group_seqs * config.grad_accum_steps * config.workers",
+        "// losses.group_seqs * config.workers",
+    ),
+    Planted(
+        "pipeline/pretrain/routers",
+        "groups of ranks that share experts counted once",
+        "// losses.group_seqs * config.grad_accum_steps * config.workers",
+        "// losses.group_seqs * config.grad_accum_steps * config.workers // max(1, config.ep_size)",
+    ),
 )

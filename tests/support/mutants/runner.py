@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.support.mutants import worker
 
-COPIED = ("dlm_core", "tests", "pyproject.toml")
+COPIED = ("dlm_core", "pipeline", "tests", "pyproject.toml")
 TIMEOUT_S = 60.0
 """Processor time that the tests of one mutant may take; taking longer counts as caught."""
 NUM_WORKERS = 2
@@ -102,7 +102,7 @@ class Worker:
             raise RuntimeError(f"{job.tests} never imports {job.path}")
         if code not in (PASSED, FAILED, INTERRUPTED):
             raise RuntimeError(f"{job.tests} ended with code {code}\n{output}")
-        named = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.MULTILINE)
         return named.group(1).rpartition("::")[2] if named else ""
 
 
@@ -145,7 +145,7 @@ def started(
 
 
 def take_snapshot(root: Path, target: Path) -> None:
-    """Copy what the tests of the core need: nothing edited during the run can change its outcome."""
+    """Copy what the tests of the mutated modules need: nothing edited during the run can change its outcome."""
     target.mkdir()
     for name in COPIED:
         if (root / name).is_dir():

@@ -121,7 +121,7 @@ def run_tests(tree: Path, job: dict) -> int:
     sys.stdout.flush()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if name.split(".")[0] in {"dlm_core", "tests"} and file and not Path(file).is_relative_to(tree):
+        if name.split(".")[0] in {"dlm_core", "pipeline", "tests"} and file and not Path(file).is_relative_to(tree):
             return WRONG_TREE
     mutated = job["path"].removesuffix(".py").replace("/", ".")
     if code == 0 and mutated not in sys.modules:

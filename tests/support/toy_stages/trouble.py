@@ -4,9 +4,11 @@ Every execution of a piece appends a line to ``<log>/<piece>``, so that a test c
 trouble of a piece can end after the first of them.
 """
 
+import atexit
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,11 +19,13 @@ from typing import Literal
 
 from pipeline.config import execution
 from pipeline.errors import CorruptionError, NumericsError, UserError
+from pipeline.pretrain.watchdog import Watchdog, WatchdogLimits
 from pipeline.stage import StageContext, Stopped
 
 Trouble = Literal[
-    "", "user", "numerics", "code", "corruption", "memory", "connection", "kill", "hang", "slow", "stop", "leave"
-]
+    "", "user", "numerics", "code", "corruption", "memory", "connection", "kill", "kill late", "abort at exit",
+    "listen", "stuck", "hang", "slow", "stop", "leave",
+]  # fmt: skip
 _TICK_S = 0.05
 _NUM_TICKS = 600
 _LEFT_BEHIND_S = 300.0
@@ -37,8 +41,9 @@ class ToyConfig:
     log: str = execution("")
     trouble: Trouble = execution("")
     """What befalls a piece: raise UserError, NumericsError, RuntimeError, CorruptionError, MemoryError or
-    ConnectionError, be killed, hang while ignoring requests to stop, be slow while heeding them, stop by itself, or
-    leave a process of its own behind and be slow."""
+    ConnectionError, be killed, be killed after some progress, abort after its end, listen on the port of its gang,
+    hang under a watchdog, hang while ignoring requests to stop, be slow while heeding them, stop by itself, or leave a
+    process of its own behind and be slow."""
     where: str = execution("")
     """The pieces that it befalls, such as "total-0" or "double-[0-9]"; all of them if empty."""
     times: int = execution(1)
@@ -91,7 +96,17 @@ def _have_trouble(trouble: Trouble, piece: str, context: StageContext) -> None:
         raise ConnectionError(f"{piece} was cut off")
     if trouble == "stop":
         raise Stopped(f"{piece} had enough")
-    if trouble == "kill":
+    if trouble == "abort at exit":
+        atexit.register(os.abort)
+    if trouble == "listen":
+        socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))).close()
+    if trouble == "stuck":
+        rank = int(os.environ.get("RANK", "0"))
+        with Watchdog(WatchdogLimits(start_s=0.3), rank, 1, context.state, context.failed):
+            time.sleep(_TICK_S * _NUM_TICKS)
+    if trouble == "kill late":
+        context.progress(3, 10)
+    if trouble in ("kill", "kill late"):
         os.kill(os.getpid(), signal.SIGKILL)
     if trouble == "hang":
         time.sleep(_TICK_S * _NUM_TICKS)

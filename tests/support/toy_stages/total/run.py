@@ -8,27 +8,31 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from pipeline.stage import StageContext, Stats
 from tests.support.toy_stages.trouble import ToyConfig, execute, toy_inputs
 
 _POLL_S = 0.01
+_held: list[IO[str]] = []
+"""Locks until the process ends: connections close then too, when the rank has said what went wrong."""
 
 
 def run(config: ToyConfig, inputs: Mapping[str, Path], context: StageContext) -> Stats | None:
     """The sum of the inputs, times the number of ranks."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with (context.out / f"rank-{rank}.new").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        Path(lock.name).rename(context.out / f"rank-{rank}.lock")
-        execute(f"total-{rank}", config, context, lambda: _meet(context.out, world_size))
-        if rank > 0:
-            (context.out / f"rank-{rank}.done").touch()
-            return None
-        for other in range(1, world_size):
-            _wait_for(context.out, other)
-        value = toy_inputs(inputs) * world_size * config.number
-        (context.out / "value.txt").write_text(str(value))
+    lock = (context.out / f"rank-{rank}.new").open("w")
+    _held.append(lock)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    Path(lock.name).rename(context.out / f"rank-{rank}.lock")
+    execute(f"total-{rank}", config, context, lambda: _meet(context.out, world_size))
+    if rank > 0:
+        (context.out / f"rank-{rank}.done").touch()
+        return None
+    for other in range(1, world_size):
+        _wait_for(context.out, other)
+    value = toy_inputs(inputs) * world_size * config.number
+    (context.out / "value.txt").write_text(str(value))
     return {"value": value}
 
 

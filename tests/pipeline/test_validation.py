@@ -1,0 +1,169 @@
+"""Validation in training gives what evaluation of the exported weights gives, on any number of ranks."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dlm_core.models.config import ModelConfig, MoE
+from dlm_core.models.transformer import Denoiser
+from pipeline.data.shards import TokenStream
+from pipeline.data.vocabulary import load_vocabulary
+from pipeline.evaluate.config import STAGE as EVALUATE
+from pipeline.evaluate.config import EvaluateConfig
+from pipeline.held_out import HeldOutRows, open_held_out
+from pipeline.pretrain.config import STAGE as PRETRAIN
+from pipeline.pretrain.config import PretrainConfig, ValidationConfig
+from pipeline.pretrain.objective import ObjectiveConfig
+from pipeline.pretrain.phases import Phase
+from pipeline.pretrain.validation import Validator
+from tests.support.tiny_run import TINY, Artifacts, convert, metrics, run_gang, start_gang, tiny
+
+ALL_ROWS = ValidationConfig(every_steps=4, num_rows=10**6)
+EXPERTS = replace(TINY.architecture, d_ff=None, moe=MoE(4, 2, 16))
+SEARCH = ObjectiveConfig(weighting="inverse_mask_prob", search_mask_rates=True)
+
+
+def train(config: PretrainConfig, made: Artifacts, out: Path) -> Path:
+    """Train with the held-out tokens at hand."""
+    return run_gang(PRETRAIN, config, {**made.inputs(), "tokens": made.tokens}, out, workers=config.workers)
+
+
+def evaluated(trained: Path, made: Artifacts, root: Path) -> dict[str, Any]:
+    """Results of evaluating the exported weights."""
+    inputs = {
+        "weights": convert(trained, root / "weights"),
+        "tokens": made.tokens,
+        "tokenizer": made.tokenizer,
+        "corpus": made.corpus,
+    }
+    return json.loads((run_gang(EVALUATE, EvaluateConfig(), inputs, root / "results") / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [
+        (ObjectiveConfig(), "nelbo"),
+        (ObjectiveConfig(block_size=8), "nelbo"),
+        (ObjectiveConfig(target_offset=1), "nelbo"),
+        (ObjectiveConfig(kind="autoregressive"), "nll"),
+    ],
+)
+def test_the_last_validation_of_all_rows_is_the_evaluation_of_the_exported_weights(
+    objective: ObjectiveConfig, name: str, made: Artifacts, tmp_path: Path
+) -> None:
+    config = tiny(objective=objective, num_steps=6, validation=ALL_ROWS)
+    trained = train(config, made, tmp_path / "pretrain")
+    validated = [line for line in metrics(trained) if f"val_{name}" in line]
+    assert [line["step"] for line in validated] == [3, 5]
+    results = evaluated(trained, made, tmp_path)
+    num_tokens = results["num_tokens"]
+    if objective.target_offset:  # evaluation divides by all tokens, validation by those that are predicted
+        num_tokens -= -(-num_tokens // 32)
+    scale = results["num_tokens"] / num_tokens
+    assert validated[-1][f"val_{name}"] == pytest.approx(results[name] * scale, rel=1e-5)
+    bits = "bpb_bound" if name == "nelbo" else "bpb"
+    if not objective.target_offset:
+        assert validated[-1][f"val_{bits}"] == pytest.approx(results[bits], rel=1e-5)
+    if name == "nelbo":
+        assert validated[-1]["val_nelbo_mc_se"] == pytest.approx(results["nelbo_mc_se"] * scale, rel=1e-3)
+    else:
+        assert "val_nll_mc_se" not in validated[-1]
+        assert results["nll_mc_se"] == 0.0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"zero_stage": 3, "micro_batch_seqs": 2},
+        {"architecture": EXPERTS, "ep_size": 2},
+        {"objective": SEARCH, "phases": {"rows": Phase(), "blocks": Phase(2.0, block_size=4)}},
+    ],
+    ids=["ZeRO 3", "experts shared", "mask rates searched"],
+)
+def test_two_ranks_validate_and_choose_as_one_does(changes: dict[str, Any], made: Artifacts, tmp_path: Path) -> None:
+    validation = ValidationConfig(every_steps=3, num_rows=11)  # no multiple of what ranks take at a time
+    two = tiny(num_steps=6, workers=2, validation=validation, **changes)
+    one = replace(two, workers=1, zero_stage=1, ep_size=0, micro_batch_seqs=0)
+    lines = [
+        [line for line in metrics(train(config, made, tmp_path / str(config.workers))) if "val_nelbo" in line]
+        for config in (one, two)
+    ]
+    for wanted, found in zip(*lines, strict=True):
+        assert found["val_nelbo"] == pytest.approx(wanted["val_nelbo"], rel=1e-5)
+        assert found.get("mask_rate_low") == wanted.get("mask_rate_low")
+    assert ("mask_rate_low" in lines[0][-1]) == ("objective" in changes)
+
+
+@dataclass(frozen=True)
+class CutStream:
+    """The front of some tokens."""
+
+    stream: TokenStream
+    num_tokens: int
+
+    def __getitem__(self, places: slice) -> Any:
+        return self.stream[places.start : min(places.stop, self.num_tokens)]
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 5])
+def test_mask_rates_are_searched_for_on_whole_blocks_alone(left: int, made: Artifacts) -> None:
+    special = load_vocabulary(made.tokenizer).special
+    model = Denoiser(ModelConfig(TINY.architecture, special.vocab_size, special.mask_token_id))
+    model.init_weights(0)
+    config = tiny(
+        objective=SEARCH,
+        phases={"rows": Phase(), "blocks": Phase(block_size=8)},
+        validation=ValidationConfig(every_steps=4, num_rows=3),
+    )
+    ranks: Any = SimpleNamespace(rank=0, workers=1, device="cpu", sum=lambda value: value)
+    validator = Validator(config, SimpleNamespace(module=model), ranks, made.tokens, 32, special, lambda: None)
+    validator._stream = CutStream(open_held_out(made.tokens), 64 + 16 + left)  # pyright: ignore[reportAttributeAccessIssue]
+    low, high = validator.search_mask_rates(config.spans[1], 15)
+    assert 0.0 <= low < high <= 1.0
+    rows = HeldOutRows(validator._stream, 32)
+    losses = validator._block_losses(rows, [0, 1, 2], (0.3, 0.8), 8, 15, torch.full((3, 4), 0.5, dtype=torch.float64))
+    assert len(losses) == 4 + 4 + 2
+
+
+def test_mask_rates_are_of_the_block_size_that_they_were_found_for(made: Artifacts, tmp_path: Path) -> None:
+    phases = {"blocks": Phase(block_size=4), "rows": Phase(block_size=0)}
+    config = tiny(num_steps=8, objective=SEARCH, phases=phases, validation=ValidationConfig(every_steps=2, num_rows=4))
+    lines = metrics(train(config, made, tmp_path / "out"))
+    rates = [(line["mask_rate_low"], line["mask_rate_high"]) for line in lines if "mask_rate_low" in line]
+    assert len(rates) == 2
+    assert rates[0] != (0.0, 1.0), "a weak test"
+    has_bound = ["nelbo" in line for line in lines]
+    assert has_bound == [True, True, False, False, True, True, True, True]
+
+
+def test_averages_are_validated_and_training_goes_on_with_the_weights(made: Artifacts, tmp_path: Path) -> None:
+    averaged = tiny(num_steps=8, validation=ALL_ROWS, optimizer=replace(TINY.optimizer, ema_decay=0.9))
+    plain = replace(averaged, optimizer=TINY.optimizer)
+    with_averages, without = (metrics(train(c, made, tmp_path / n)) for c, n in ((averaged, "ema"), (plain, "raw")))
+    assert [line["loss"] for line in with_averages] == [line["loss"] for line in without]
+    assert with_averages[-1]["val_nelbo"] != pytest.approx(without[-1]["val_nelbo"], rel=1e-3)
+
+
+@pytest.mark.distributed
+def test_a_rank_that_fails_in_validation_says_so_at_once_and_waits_for_no_other(
+    made: Artifacts, tmp_path: Path
+) -> None:
+    optimizer = replace(TINY.optimizer, ema_decay=0.9)
+    config = tiny(
+        num_steps=8, workers=2, validation=ALL_ROWS, optimizer=optimizer, architecture=EXPERTS, ep_size=2
+    )  # the other rank waits for its tokens, and would not change the averages back
+    inputs = {**made.inputs(), "tokens": made.tokens}
+    gang = start_gang(PRETRAIN, config, inputs, tmp_path / "out", workers=2, fault="fail_in_validation", rank=1)
+    assert gang.wait() == [3, 3]
+    assert "RuntimeError: no text can be asked for" in gang.log()
+
+
+def test_validation_without_held_out_tokens_is_refused(made: Artifacts, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="was not given the input tokens"):
+        run_gang(PRETRAIN, tiny(validation=ALL_ROWS), made.inputs(), tmp_path / "out")

@@ -1,0 +1,160 @@
+"""A rank that makes no progress is ended, says where it was, and shows what its threads were doing."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.pretrain.config import STAGE
+from pipeline.pretrain.watchdog import Watchdog, WatchdogLimits
+from tests.support.tiny_run import Artifacts, metrics, start_gang, tiny
+
+ROOT = Path(__file__).parents[2]
+LIMITS = WatchdogLimits(start_s=7.0, first_step_s=5.0, step_s=2.0, step_medians=10.0, checkpoint_s=30.0)
+PROGRAM = """
+import ctypes, sys, time
+from pathlib import Path
+from pipeline.pretrain.watchdog import Watchdog, WatchdogLimits
+
+def failed(error):
+    Path("failed").write_text(f"{type(error).__name__}: {error}")
+
+limits = WatchdogLimits(start_s=30.0, first_step_s=0.4, step_s=0.4, evaluation_s=0.4)
+with Watchdog(limits, 0, 1, Path("."), failed) as watchdog:
+BODY
+print("left")
+"""
+
+
+def watched(body: str, directory: Path) -> "subprocess.CompletedProcess[str]":
+    """Run the body under a watchdog whose limits are short, in a process of its own."""
+    lines = "\n".join("    " + line for line in body.splitlines())
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM.replace("BODY", lines)],
+        env={"PYTHONPATH": str(ROOT)}, cwd=directory, capture_output=True, text=True, timeout=50,
+    )  # fmt: skip
+
+
+def test_a_hang_is_ended_with_its_phase_its_step_its_rank_and_every_stack(tmp_path):
+    body = "import threading\nthreading.Thread(target=lambda: time.sleep(99), name='other', daemon=True).start()\n"
+    run = watched(body + "watchdog.phase('data', 7)\ntime.sleep(99)", tmp_path)
+    assert run.returncode == 75
+    message = "rank 0 made no progress for 0.4 s in phase 'data' of step 7"
+    assert run.stderr.startswith(f"watchdog: {message}\n")
+    assert run.stderr.lower().count("thread 0x") >= 3
+    assert 'File "<string>", line' in run.stderr
+    assert (tmp_path / "failed").read_text() == f"HangError: {message}"
+
+
+def test_a_thread_that_holds_the_interpreter_is_ended_with_its_stack(tmp_path):
+    run = watched("watchdog.phase('step', 7)\ntime.sleep(0.2)\nctypes.PyDLL(None).pause()", tmp_path)
+    assert run.returncode == 1
+    assert run.stderr.startswith("Timeout (")
+    assert 'File "<string>", line' in run.stderr
+    assert "phase 'step' of step 7" in (tmp_path / "alive-0.json").read_text()
+
+
+def test_progress_keeps_a_process_alive_and_its_end_leaves_nothing(tmp_path):
+    body = """
+for step in range(4):
+    watchdog.phase('step', step)
+    time.sleep(0.15)
+watchdog.phase('evaluation', 4)
+for _ in range(6):
+    time.sleep(0.15)
+    watchdog.beat()
+"""
+    run = watched(body.strip(), tmp_path)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "left\n", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_passes_through_and_nothing_is_watched_any_more(tmp_path):
+    run = watched("watchdog.phase('step', 0)\nraise SystemExit(9)", tmp_path)
+    assert run.returncode == 9
+    program = "try:\n    exec(open('program').read())\nexcept KeyError:\n    time.sleep(1.5)\n    print('went on')"
+    lines = "    watchdog.phase('step', 0)\n    raise KeyError"
+    (tmp_path / "program").write_text(PROGRAM.replace("BODY", lines))
+    run = subprocess.run(
+        [sys.executable, "-c", "import time\n" + program],
+        env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, timeout=50,
+    )  # fmt: skip
+    assert run.stdout == "went on\n", run.stderr
+
+
+def test_limits_follow_the_phase_and_the_median_step(tmp_path, monkeypatch):
+    watchdog = Watchdog(LIMITS, 0, 1, tmp_path, pytest.fail)
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    assert watchdog._last.limit_s == 7.0
+    watchdog.phase("restore")
+    assert watchdog._last.limit_s == 30.0
+    limits = []
+    for step, lasts_s in enumerate([1.0, 0.1, 0.1, 0.5, 0.5, 0.5, 0.5]):
+        watchdog.phase("data", step)
+        now[0] += 50.0  # waiting for data is not part of a step
+        watchdog.phase("step", step)
+        limits.append(watchdog._last.limit_s)
+        now[0] += lasts_s
+        watchdog.phase("checkpoint", step)
+        assert watchdog._last.limit_s == 30.0
+    assert limits == pytest.approx([5.0, 10.0, 5.5, 2.0, 3.0, 5.0, 5.0])
+    watchdog.phase("data", 7)
+    assert watchdog._last.limit_s == pytest.approx(5.0)
+    watchdog.phase("evaluation")
+    assert watchdog._last.limit_s == 1800.0
+
+
+@pytest.mark.parametrize("field", ["start_s", "first_step_s", "step_s", "step_medians", "checkpoint_s", "evaluation_s"])
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_limit_that_is_not_positive_is_refused_with_its_name(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}"):
+        WatchdogLimits(**{field: value})
+
+
+# --- gangs ----------------------------------------------------------------------------------------------------------
+
+
+def hung(made: Artifacts, out: Path, fault: str, **more: Any) -> Any:
+    """A gang whose steps may take 5 s, and in which step 6 goes wrong on rank 1."""
+    config = tiny(num_steps=8, workers=2, watchdog=WatchdogLimits(step_s=5.0))
+    return start_gang(STAGE, config, made.inputs(), out, workers=2, fault=fault, step=6, rank=1, **more)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_a_stopped_rank_is_noticed_and_named_by_the_other(made: Artifacts, tmp_path: Path) -> None:
+    gang = hung(made, tmp_path / "out", "signal_in_step", number=int(signal.SIGSTOP))
+    gang.ranks[0].join(50)
+    assert gang.ranks[0].exitcode == 75, gang.log()
+    gang.kill(1)
+    assert "rank 0 made no progress for 5 s in phase 'step' of step 6; rank 1 has not been heard of for" in gang.log()
+    assert "in take_step" in gang.log()
+    assert len(metrics(gang.state)) == 6
+    assert (gang.state / "step-00000004").is_dir()
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_a_data_loader_that_hangs_is_named_as_the_phase(made: Artifacts, tmp_path: Path) -> None:
+    gang = hung(made, tmp_path / "out", "hang_in_data")
+    assert gang.wait()[1] in (75, 3), gang.log()
+    log = gang.log()
+    named = "rank 1 made no progress for 5 s in phase 'data' of step 6"
+    asked_after = "rank 1 was last seen in phase 'data' of step 6"
+    assert named in log or asked_after in log
+    assert "in rows_or_hang" in log or asked_after in log
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_a_rank_that_holds_its_interpreter_is_ended_by_the_timer_in_c(made: Artifacts, tmp_path: Path) -> None:
+    gang = hung(made, tmp_path / "out", "hold_interpreter")
+    codes = gang.wait()
+    assert codes[1] == 1, gang.log()
+    assert "Timeout (" in gang.log()
+    assert "rank 1 has not been heard of for" in gang.log()
