@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | check | format | bench | mutants | figures: each sets up .venv by itself.
+# make quickstart | test | test-slow | check | format | bench | mutants | soak | figures: each sets up .venv by itself.
 # On a machine with a CUDA driver: make quickstart TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,7 +10,7 @@ BIN := .venv/bin
 TORCH_STAMP := .venv/torch$(subst :,_,$(subst /,_,$(TORCH_INDEX_URL))).installed
 RUN_STAMP := $(TORCH_STAMP:.installed=-run.installed)
 
-.PHONY: quickstart test test-slow check format bench mutants figures clean
+.PHONY: quickstart test test-slow check format bench mutants soak figures clean
 
 quickstart: $(RUN_STAMP)
 	$(BIN)/dlm run quickstart
@@ -36,13 +36,19 @@ bench: .venv/dev.installed
 	$(BIN)/python -m benchmarks.model_step
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.tokenization
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.train
 
 mutants: .venv/dev.installed
 	$(BIN)/python -m tests.support.mutants
 
+soak: .venv/dev.installed
+	$(BIN)/python -m tests.support.soak
+
 figures: .venv/dev.installed
 	$(BIN)/python -m benchmarks.figures
 	$(BIN)/python -m benchmarks.figures_packing
+	$(BIN)/python -m benchmarks.figures_quality
 
 # torch comes first and alone: without an NVIDIA driver the build without CUDA, from wherever pip is set up to
 # look, then from PyTorch's own index.
