@@ -4,6 +4,7 @@ What is asked of a row depends on (noise_seed, replicate, number of the row) alo
 it.  Used by evaluation, and by training to validate.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,26 +37,36 @@ class HeldOutRows:
         """All rows, a last partial one included."""
         return -(-self.stream.num_tokens // self.seq_len)
 
-    def length(self, index: int) -> int:
-        """Tokens of a row, padding not counted."""
-        return min(self.seq_len, self.stream.num_tokens - index * self.seq_len)
+    def lengths(self, indices: Sequence[int]) -> np.ndarray:
+        """Tokens of every row, padding not counted."""
+        return np.minimum(self.seq_len, self.stream.num_tokens - np.asarray(indices) * self.seq_len)
 
-    def row(self, index: int, pad_token_id: int) -> tuple[np.ndarray, int]:
-        """One row, padded at the end, and the number of its real tokens."""
+    def asked_of_documents(self, target_offset: int) -> np.ndarray:
+        """Tokens of every document that a model is asked for: all, or all but each row's first (offset 1)."""
+        given = np.arange(0, self.stream.num_tokens, self.seq_len)[: self.num_rows * target_offset]
+        documents = np.searchsorted(self.stream.doc_starts, given, side="right") - 1
+        return self.stream.doc_lengths - np.bincount(documents, minlength=len(self.stream.doc_lengths))
+
+    def row(self, index: int, pad_token_id: int) -> np.ndarray:
+        """One row, padded at the end."""
         tokens = self.stream[index * self.seq_len : (index + 1) * self.seq_len]
         padded = np.full(self.seq_len, pad_token_id, dtype=np.int64)
         padded[: len(tokens)] = tokens
-        return padded, len(tokens)
+        return padded
 
     def before(self, index: int, eos_token_id: int) -> int:
         """The token before a row, which a next-token model is given; the end of a document before the first."""
         start = index * self.seq_len
         return int(self.stream[start - 1 : start][0]) if start else eos_token_id
 
-    def doc_ids(self, index: int) -> np.ndarray:
-        """Document of every real token of a row, numbered from 0 over the whole stream."""
-        start = index * self.seq_len
-        return np.searchsorted(self.stream.doc_starts, np.arange(start, start + self.length(index)), side="right") - 1
+    def doc_ids(self, indices: Sequence[int], shift: int = 0) -> np.ndarray:
+        """Document of every token of some rows, numbered from 0 over the whole stream; -1 for what is none.
+
+        With a shift, of the tokens that stand so many places before them.
+        """
+        places = np.asarray(indices)[:, None] * self.seq_len + np.arange(self.seq_len) - shift
+        found = np.searchsorted(self.stream.doc_starts, places, side="right") - 1
+        return np.where(places < self.stream.num_tokens, found, -1)
 
 
 @dataclass(frozen=True)
@@ -78,49 +89,53 @@ class Question:
         """Weighted cross-entropy of every token asked for, float64 [M], on the host."""
         from dlm_core.cross_entropy import token_cross_entropy
 
-        named = {"mask": self.mask} if self.x0 is None else {"mask": self.mask, "x0": self.x0.to(device)}
+        named = {"mask": self.mask.to(device)}
+        if self.x0 is not None:
+            named["x0"] = self.x0.to(device)
         logits = model(self.xt.to(device), self.select.to(device), **named)
         return token_cross_entropy(logits, self.targets.to(device)).double().cpu() * self.weight
 
 
 class Questions:
-    """What is asked of held-out rows, by replicate."""
+    """What is asked of some held-out rows, by replicate."""
 
-    def __init__(self, rows: HeldOutRows, scoring: Scoring, special: SpecialTokens) -> None:
+    def __init__(self, rows: HeldOutRows, chosen: Sequence[int], scoring: Scoring, special: SpecialTokens) -> None:
+        """``chosen``: ascending, all rows that will be asked about; numbers of masks are in strata over them."""
         import torch
 
         from dlm_core.blocks import num_blocks
 
-        self.rows, self._scoring, self._special = rows, scoring, special
+        self.rows, self._chosen, self._scoring, self._special = rows, np.asarray(chosen), scoring, special
         size = scoring.block_size or rows.seq_len
         starts = torch.arange(num_blocks(rows.seq_len, size)) * size
-        lengths = torch.tensor([rows.length(index) for index in range(rows.num_rows)])
-        self._lengths = (lengths[:, None] - starts).clamp(0, size)
+        self._lengths = (torch.from_numpy(rows.lengths(chosen))[:, None] - starts).clamp(0, size)
         self._lengths[:, 0] -= scoring.target_offset
         """Tokens that may be masked in each block of each row, one block a row where rows are masked as a whole."""
         self._counts: dict[int, Any] = {}
 
-    def ask(self, indices: list[int], replicate: int) -> Question:
+    def ask(self, indices: Sequence[int], replicate: int) -> Question:
         """Of some rows: every token after those before it, or an exact count of masks in each row or block.
 
-        Counts are uniform on 1..n and stratified over all rows (or blocks) of the text.
+        Counts are uniform on 1..n and stratified over all chosen rows (or their blocks).
         """
         import torch
 
         from dlm_core.models.attention import AttentionMask
 
-        x0 = torch.from_numpy(np.stack([self.rows.row(index, self._special.pad_token_id)[0] for index in indices]))
-        places, lengths = torch.arange(self.rows.seq_len), torch.tensor([self.rows.length(index) for index in indices])
+        x0 = torch.from_numpy(np.stack([self.rows.row(index, self._special.pad_token_id) for index in indices]))
+        places, lengths = torch.arange(self.rows.seq_len), torch.from_numpy(self.rows.lengths(indices))
         valid = (places < lengths[:, None]) & (places >= self._scoring.target_offset)
         if self._scoring.is_exact:
             before = torch.tensor([[self.rows.before(index, self._special.eos_token_id)] for index in indices])
             select = valid.flatten().nonzero().squeeze(1)
             ones = torch.ones(len(select), dtype=torch.float64)
             seen = torch.cat([before, x0[:, :-1]], dim=1)
-            return Question(seen, None, AttentionMask("causal"), select, x0.flatten()[select], ones)
+            seen_ids = torch.from_numpy(self.rows.doc_ids(indices, shift=1)) if self._scoring.within_documents else None
+            mask = AttentionMask("causal", doc_ids=seen_ids)
+            return Question(seen, None, mask, select, x0.flatten()[select], ones)
         return self._masked(x0, valid, indices, replicate)
 
-    def _masked(self, x0: Any, valid: Any, indices: list[int], replicate: int) -> Question:
+    def _masked(self, x0: Any, valid: Any, indices: Sequence[int], replicate: int) -> Question:
         import torch
 
         from dlm_core.corpus_bound import exact_count_weight, stratified_counts
@@ -131,7 +146,8 @@ class Questions:
         if replicate not in self._counts:
             flat = stratified_counts(s.noise_seed, replicate, self._lengths.flatten())
             self._counts[replicate] = flat.view_as(self._lengths)
-        counts = self._counts[replicate][indices]
+        here = torch.from_numpy(np.searchsorted(self._chosen, indices))
+        counts = self._counts[replicate][here]
         xt = mask_exact_count(
             x0,
             counts,
@@ -143,9 +159,23 @@ class Questions:
         )
         select = ((xt == special.mask_token_id) & valid).flatten().nonzero().squeeze(1)
         group_len = self.rows.seq_len // counts.shape[1]
-        weight = exact_count_weight(self._lengths[indices], counts).flatten()[select // group_len]
+        weight = exact_count_weight(self._lengths[here], counts).flatten()[select // group_len]
         targets, select = x0.flatten()[select], select - s.target_offset
+        doc_ids = who_is_apart(self.rows, indices, s.within_documents)
         if s.likelihood == "block_nelbo":
-            mask = AttentionMask("block_diffusion", block_size=s.block_size)
+            mask = AttentionMask("block_diffusion", block_size=s.block_size, doc_ids=doc_ids)
             return Question(xt, x0, mask, select, targets, weight)
-        return Question(xt, None, AttentionMask("full"), select, targets, weight)
+        return Question(xt, None, AttentionMask("full", doc_ids=doc_ids), select, targets, weight)
+
+
+def who_is_apart(rows: HeldOutRows, indices: Sequence[int], within_documents: bool) -> Any:
+    """Numbers [rows, seq_len] of what may not attend to each other, as in training: documents, or text and padding.
+
+    None where rows are all of one.
+    """
+    import torch
+
+    if not within_documents and (rows.lengths(indices) == rows.seq_len).all():
+        return None
+    doc_ids = torch.from_numpy(rows.doc_ids(indices))
+    return doc_ids if within_documents else (doc_ids >= 0).long()

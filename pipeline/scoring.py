@@ -20,6 +20,8 @@ class Scoring:
     noise_seed: int
     target_offset: int = 0
     """1 for a shifted model: the first token of a row is given, and token l is asked for at position l - 1."""
+    within_documents: bool = False
+    """Whether tokens see those of their own document alone."""
 
     @property
     def is_exact(self) -> bool:

@@ -9,7 +9,7 @@ from dlm_core.models.config import ModelConfig
 from pipeline.artifact import checked, load_manifest, write_json
 from pipeline.config import from_json
 from pipeline.errors import CorruptionError, UserError
-from pipeline.scoring import Likelihood
+from pipeline.scoring import Likelihood, Scoring
 
 if TYPE_CHECKING:
     from dlm_core.models.transformer import Denoiser
@@ -30,9 +30,15 @@ class ModelRecord:
     """Of a block_nelbo."""
     target_offset: Literal[0, 1] = 0
     """1: position l - 1 predicts token l."""
+    within_documents: bool = False
+    """Whether it was trained to see one document at a time; otherwise all of a row."""
     tokenizer: str = ""
     """Fingerprint of the tokenizer artifact that its token ids belong to; empty if unknown."""
     format_version: int = 1
+
+    def scoring(self, noise_seed: int) -> Scoring:
+        """How text is scored with it, under this noise."""
+        return Scoring(self.objective, self.block_size, noise_seed, self.target_offset, self.within_documents)
 
 
 def save_weights(directory: Path, tensors: dict[str, Any], record: ModelRecord) -> None:

@@ -68,6 +68,10 @@ class AttentionMask:
             if not wanted and value is not None:
                 raise ValueError(f'{name} is {value}, which mask family "{self.family}" ignores; leave it out')
 
+    def to(self, device: torch.device | str) -> "AttentionMask":
+        """The same for a batch on a device."""
+        return self if self.doc_ids is None else replace(self, doc_ids=self.doc_ids.to(device))
+
     def predicate(self, seq_len: int) -> masks.Predicate:
         """Of positions 0..seq_len - 1, or 0..2 seq_len - 1 for block diffusion, the noisy half first.
 

@@ -39,6 +39,7 @@ def run(config: ConvertConfig, inputs: Mapping[str, Path], context: StageContext
         objective=trained.stats["objective"],
         block_size=trained.stats["block_size"],
         target_offset=trained.stats["target_offset"],
+        within_documents=trained.stats["within_documents"],
         tokenizer=trained.inputs["tokenizer"],
     )
     save_weights(context.out, tensors, record)

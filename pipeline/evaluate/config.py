@@ -34,5 +34,5 @@ STAGE = Stage(
     config=EvaluateConfig,
     module="pipeline.evaluate.run",
     inputs=("weights", "tokens", "tokenizer", "corpus"),
-    code_version=2,
+    code_version=3,
 )

@@ -10,7 +10,6 @@ import lzma
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,6 @@ from pipeline.data.special_tokens import load_special_tokens
 from pipeline.errors import NumericsError, UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.held_out import HeldOutRows, Questions, open_held_out
-from pipeline.scoring import Scoring
 from pipeline.stage import Shard, StageContext, Stats
 from pipeline.weights import check_tokenizer, load_denoiser, load_record
 
@@ -49,14 +47,14 @@ def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, 
     torch.set_flush_denormal(True)
     model, record = load_denoiser(inputs["weights"])
     rows = HeldOutRows(open_held_out(inputs["tokens"]), record.seq_len)
-    scoring = Scoring(record.objective, record.block_size, config.noise_seed, record.target_offset)
-    questions = Questions(rows, scoring, load_special_tokens(inputs["tokenizer"]))
+    scoring = record.scoring(config.noise_seed)
+    questions = Questions(rows, range(rows.num_rows), scoring, load_special_tokens(inputs["tokenizer"]))
     sums = torch.zeros(config.num_replicates, len(rows.stream.doc_starts) - 1, dtype=torch.float64)
     num_drawn = 1 if scoring.is_exact else config.num_replicates
     with torch.inference_mode():
         for start in range(shard["start"], shard["stop"], config.batch_rows):
             indices = list(range(start, min(start + config.batch_rows, shard["stop"])))
-            doc_ids = _doc_ids(rows, indices)
+            doc_ids = torch.from_numpy(rows.doc_ids(indices)).flatten()
             for replicate in range(num_drawn):
                 question = questions.ask(indices, replicate)
                 places = question.select + record.target_offset
@@ -64,16 +62,6 @@ def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, 
     sums[num_drawn:] = sums[0]
     np.savez(context.out / _LOSSES, sums=sums.numpy())
     return None
-
-
-def _doc_ids(rows: HeldOutRows, indices: list[int]) -> Any:
-    """Document of every place of some rows, flat; 0 for padding, which is never asked for."""
-    import torch
-
-    doc_ids = torch.zeros(len(indices), rows.seq_len, dtype=torch.int64)
-    for place, index in enumerate(indices):
-        doc_ids[place, : rows.length(index)] = torch.from_numpy(rows.doc_ids(index))
-    return doc_ids.flatten()
 
 
 def finish(
@@ -86,23 +74,24 @@ def finish(
 
     stream = open_held_out(inputs["tokens"])
     sums = sum(np.load(directory / _LOSSES)["sums"] for directory in sorted(shard_dirs))
-    doc_tokens = torch.from_numpy(np.diff(stream.doc_starts))
+    record = load_record(inputs["weights"])
+    doc_tokens = torch.from_numpy(HeldOutRows(stream, record.seq_len).asked_of_documents(record.target_offset))
     bound = estimate_bound(torch.from_numpy(np.asarray(sums)), doc_tokens)
     if not math.isfinite(bound.nelbo):
         raise NumericsError(f"the bound is {bound.nelbo}: the weights give no finite loss on the held-out text")
     text = _held_out_bytes(inputs["corpus"])
     counts = np.bincount(stream[:], minlength=stream.vocab_size)
     unigram = unigram_entropy(torch.from_numpy(counts))
-    bits_per_byte = bound.bpb_bound(len(text)) / bound.nelbo
+    bits_per_byte = stream.num_tokens / len(text) / math.log(2)  # of a nat a token, as if those given cost as much
     compressed = lzma.compress(text, preset=XZ_PRESET)
-    is_exact = load_record(inputs["weights"]).objective == "autoregressive_nll"
+    is_exact = record.objective == "autoregressive_nll"
     nll, ppl, bpb = ("nll", "ppl", "bpb") if is_exact else ("nelbo", "ppl_bound", "bpb_bound")
     results = {
         nll: bound.nelbo,
         f"{nll}_mc_se": bound.mc_se,
         f"{nll}_doc_se": bound.doc_se if bound.num_docs > 1 else None,
         ppl: bound.ppl_bound,
-        bpb: bound.bpb_bound(len(text)),
+        bpb: bound.nelbo * bits_per_byte,
         f"{bpb}_mc_se": bound.mc_se * bits_per_byte,
         "unigram_entropy": unigram,
         "unigram_bpb": unigram * bits_per_byte,
@@ -110,6 +99,7 @@ def finish(
         "xz_bpb": 8 * len(compressed) / len(text),
         "num_bytes": len(text),
         "num_tokens": bound.num_tokens,
+        "num_given_tokens": stream.num_tokens - bound.num_tokens,
         "num_docs": bound.num_docs,
         "num_replicates": bound.num_replicates,
     }

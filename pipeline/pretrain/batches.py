@@ -1,7 +1,7 @@
 """Batches of a step: a pure function of the step and of the rank's place in the global batch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,9 +76,7 @@ class Batch:
 
     def arguments(self, device: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """What ``Denoiser.forward`` takes, on a device: positional arguments, and those by name."""
-        asked, mask = self.targets, self.mask
-        if mask.doc_ids is not None:
-            mask = replace(mask, doc_ids=mask.doc_ids.to(device))
+        asked, mask = self.targets, self.mask.to(device)
         columns = (self.xt, asked.select, asked.targets, asked.weight)
         named: dict[str, Any] = {"mask": mask} if self.x0 is None else {"mask": mask, "x0": self.x0.to(device)}
         return tuple(column.to(device) for column in columns), named

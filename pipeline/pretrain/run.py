@@ -157,6 +157,7 @@ def write_artifact(training: Training, rows: PackedRows) -> Stats:
         "objective": likelihood(config, last),
         "block_size": last.block_size,
         "target_offset": config.objective.target_offset,
+        "within_documents": config.objective.within_documents,
         "average_steps": averaged,
         "tokens": lines[-1]["tokens"],
         **epochs_shown(training.loader, config.num_steps * config.global_batch_seqs),

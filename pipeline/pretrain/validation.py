@@ -18,7 +18,7 @@ from dlm_core.schedules import ClippedSchedule
 from dlm_core.variance import block_losses, choose_interval, clip_candidates, moment_sums
 from pipeline.artifact import load_manifest
 from pipeline.data.special_tokens import SpecialTokens
-from pipeline.held_out import HeldOutRows, Questions, open_held_out
+from pipeline.held_out import HeldOutRows, Questions, open_held_out, who_is_apart
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.fragments import push_masters
 from pipeline.pretrain.objective import ALL_RATES
@@ -62,15 +62,15 @@ class Validator:
 
         The bound is a mean over ``num_replicates`` drawings of masks; its error comes from their spread.
         """
-        v, rows = self._config.validation, self._rows(span)
-        scoring = Scoring(
-            likelihood(self._config, span), span.block_size, v.noise_seed, self._config.objective.target_offset
-        )
-        questions = Questions(rows, scoring, self._special)
+        v, o, rows = self._config.validation, self._config.objective, self._rows(span)
+        chosen = self._chosen(rows)
+        kind = likelihood(self._config, span)
+        scoring = Scoring(kind, span.block_size, v.noise_seed, o.target_offset, o.within_documents)
+        questions = Questions(rows, chosen, scoring, self._special)
         sums = torch.zeros(1 if scoring.is_exact else v.num_replicates, 2, dtype=torch.float64)
         with torch.no_grad(), self._averages():
-            for indices, counts in self._passes(rows):
-                num_tokens = sum(rows.length(index) - scoring.target_offset for index in indices)
+            for indices, counts in self._passes(chosen):
+                num_tokens = int((rows.lengths(indices) - scoring.target_offset).sum())
                 for replicate in range(len(sums)):
                     self._beat()
                     losses = questions.ask(indices, replicate).cross_entropy(self._model, self._ranks.device)
@@ -91,15 +91,17 @@ class Validator:
         moment, not their averages; all ranks choose from the sums of all.
         """
         rows, size = self._rows(span), span.block_size
+        chosen = self._chosen(rows)
         candidates = clip_candidates(size, self._config.objective.t_min)
         sums = torch.zeros(len(candidates), 3, dtype=torch.float64)
         num = num_blocks(rows.seq_len, size)
-        t = sample_times(self._config.validation.noise_seed, step, rows.num_rows * num, 0.0).view(-1, num)
+        t = sample_times(self._config.validation.noise_seed, step, len(chosen) * num, 0.0).view(-1, num)
         with torch.no_grad():
-            for indices, counts in self._passes(rows):
+            for indices, counts in self._passes(chosen):
+                times = t[torch.searchsorted(torch.tensor(chosen), torch.tensor(indices))]
                 for number, interval in enumerate(candidates):
                     self._beat()
-                    losses = self._block_losses(rows, indices, interval, size, step, t[indices])
+                    losses = self._block_losses(rows, indices, interval, size, step, times)
                     sums[number] += counts * moment_sums(losses)
         chosen, _ = choose_interval(candidates, self._ranks.sum(sums))
         return ALL_RATES if chosen == candidates[0] else chosen  # the first is all that times can be
@@ -127,8 +129,8 @@ class Validator:
         """Mean weighted loss a token of every whole block of some rows at the times t [rows, blocks], flat."""
         config, special = self._config, self._special
         low, high = interval
-        x0 = torch.stack([torch.from_numpy(rows.row(index, special.pad_token_id)[0]) for index in indices])
-        lengths = torch.tensor([rows.length(index) for index in indices])
+        x0 = torch.stack([torch.from_numpy(rows.row(index, special.pad_token_id)) for index in indices])
+        lengths = torch.from_numpy(rows.lengths(indices))
         is_text = torch.arange(rows.seq_len) < lengths[:, None]
         num = num_blocks(rows.seq_len, size)
         is_whole = is_text.view(len(indices), num, size).all(dim=-1)
@@ -150,7 +152,8 @@ class Validator:
         noised = Corrupted(x0, xt, per_token, is_text, maskable, special.mask_token_id)
         targets = masked_targets(noised, InverseMaskProb(schedule))
         device = self._ranks.device
-        mask = AttentionMask("block_diffusion", block_size=size)
+        doc_ids = who_is_apart(rows, indices, config.objective.within_documents)
+        mask = AttentionMask("block_diffusion", block_size=size, doc_ids=doc_ids).to(device)
         logits = self._model(xt.to(device), targets.select.to(device), x0=x0.to(device), mask=mask)
         losses = block_losses(
             token_cross_entropy(logits, targets.targets.to(device)).double().cpu(),
@@ -163,15 +166,18 @@ class Validator:
     def _rows(self, span: Span) -> HeldOutRows:
         return HeldOutRows(self._stream, span.seq_len or self._packed_len)
 
-    def _passes(self, rows: HeldOutRows) -> Iterator[tuple[list[int], float]]:
+    def _chosen(self, rows: HeldOutRows) -> list[int]:
+        """The rows that are looked at, spread evenly over the text."""
+        num = min(self._config.validation.num_rows, rows.num_rows)
+        return torch.linspace(0, rows.num_rows - 1, num, dtype=torch.float64).round().long().tolist()
+
+    def _passes(self, chosen: list[int]) -> Iterator[tuple[list[int], float]]:
         """The rank's rows of every forward pass, and 1, or 0 where it only keeps the others company.
 
         ZeRO 3 and expert parallelism want every rank in every pass.
         """
-        num = min(self._config.validation.num_rows, rows.num_rows)
-        chosen = torch.linspace(0, rows.num_rows - 1, num, dtype=torch.float64).round().long().tolist()
         size, workers = self._config.rows_per_pass, self._ranks.workers
-        for start in range(0, num, size * workers):
+        for start in range(0, len(chosen), size * workers):
             here = start + self._ranks.rank * size
-            own = chosen[here : min(here + size, num)]
+            own = chosen[here : here + size]
             yield (own, 1.0) if own else (chosen[:1], 0.0)

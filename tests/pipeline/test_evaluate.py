@@ -169,7 +169,7 @@ def test_replicates_mask_other_places_not_only_other_numbers_of_them(made: Artif
     special = load_vocabulary(made.tokenizer).special
     masked: list[list[set[int]]] = []
 
-    questions = Questions(rows, Scoring("masked_nelbo", 0, 1_000), special)
+    questions = Questions(rows, range(rows.num_rows), Scoring("masked_nelbo", 0, 1_000), special)
     for replicate in range(2):
         xt = questions.ask(list(range(rows.stream.num_tokens // 32)), replicate).xt
         masked.append([set(row.nonzero().flatten().tolist()) for row in xt == special.mask_token_id])

@@ -1,6 +1,7 @@
 """Validation in training gives what evaluation of the exported weights gives, on any number of ranks."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 
 from dlm_core.models.config import ModelConfig, MoE
 from dlm_core.models.transformer import Denoiser
+from pipeline.artifact import load_manifest
 from pipeline.data.shards import TokenStream
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.evaluate.config import STAGE as EVALUATE
@@ -51,6 +53,9 @@ def evaluated(trained: Path, made: Artifacts, root: Path) -> dict[str, Any]:
         (ObjectiveConfig(block_size=8), "nelbo"),
         (ObjectiveConfig(target_offset=1), "nelbo"),
         (ObjectiveConfig(kind="autoregressive"), "nll"),
+        (ObjectiveConfig(within_documents=True), "nelbo"),
+        (ObjectiveConfig(block_size=8, within_documents=True), "nelbo"),
+        (ObjectiveConfig(kind="autoregressive", within_documents=True), "nll"),
     ],
 )
 def test_the_last_validation_of_all_rows_is_the_evaluation_of_the_exported_weights(
@@ -61,16 +66,15 @@ def test_the_last_validation_of_all_rows_is_the_evaluation_of_the_exported_weigh
     validated = [line for line in metrics(trained) if f"val_{name}" in line]
     assert [line["step"] for line in validated] == [3, 5]
     results = evaluated(trained, made, tmp_path)
-    num_tokens = results["num_tokens"]
-    if objective.target_offset:  # evaluation divides by all tokens, validation by those that are predicted
-        num_tokens -= -(-num_tokens // 32)
-    scale = results["num_tokens"] / num_tokens
-    assert validated[-1][f"val_{name}"] == pytest.approx(results[name] * scale, rel=1e-5)
+    num_tokens = load_manifest(made.tokens).stats["held_out_tokens"]
+    num_given = -(-num_tokens // 32) * objective.target_offset
+    assert (results["num_tokens"], results["num_given_tokens"]) == (num_tokens - num_given, num_given)
     bits = "bpb_bound" if name == "nelbo" else "bpb"
-    if not objective.target_offset:
-        assert validated[-1][f"val_{bits}"] == pytest.approx(results[bits], rel=1e-5)
+    for figure in (name, bits):
+        assert validated[-1][f"val_{figure}"] == pytest.approx(results[figure], rel=1e-5)
+    assert results[bits] == pytest.approx(results[name] * num_tokens / results["num_bytes"] / math.log(2), rel=1e-9)
     if name == "nelbo":
-        assert validated[-1]["val_nelbo_mc_se"] == pytest.approx(results["nelbo_mc_se"] * scale, rel=1e-3)
+        assert validated[-1]["val_nelbo_mc_se"] == pytest.approx(results["nelbo_mc_se"], rel=1e-3)
     else:
         assert "val_nll_mc_se" not in validated[-1]
         assert results["nll_mc_se"] == 0.0
@@ -106,6 +110,10 @@ class CutStream:
 
     stream: TokenStream
     num_tokens: int
+
+    @property
+    def doc_starts(self) -> Any:
+        return self.stream.doc_starts
 
     def __getitem__(self, places: slice) -> Any:
         return self.stream[places.start : min(places.stop, self.num_tokens)]
