@@ -52,8 +52,8 @@ def gather(
 ) -> tuple[dict[str, Any], list[int]]:
     """The weights that the configuration asks for, by name, and the steps of the checkpoints they are from.
 
-    ``average_steps`` are those that the training has kept to be averaged; ``parameters`` are what is trained: buffers
-    are the same in every checkpoint, and have no average.
+    ``average_steps`` are those that the training has kept to be averaged; ``parameters`` are what is trained; buffers
+    have no running average and are as they are in the last checkpoint.
     Raises UserError if the training has not kept such weights.
     """
     last = newest_first[0]

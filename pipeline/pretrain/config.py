@@ -190,6 +190,11 @@ class PretrainConfig:
             if self.ep_size:
                 raise ValueError(f"ep_size is {self.ep_size}, but the architecture has no experts; leave it out")
             return
+        if losses.bias_rate and not moe.selection_bias:
+            raise ValueError(
+                f"router_loss.bias_rate is {losses.bias_rate}, but the routers have no bias to move; leave it out, or "
+                "set architecture.moe.selection_bias to true"
+            )
         if self.rows_per_pass % losses.group_seqs:
             raise ValueError(
                 f"router_loss.group_seqs is {losses.group_seqs}; it must divide the {self.rows_per_pass} rows of a "

@@ -102,6 +102,8 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
             set_lr(training.engine, lr)
             taken = take_step(training, drawn, step)
             training.guard.check(step, checkpointer.last_saved)
+            if training.routers is not None and config.router_loss.bias_rate and training.guard.is_healthy:
+                training.routers.move_biases(taken.routers)
             if step == 0:
                 check_first_loss(training.model_config, taken.first_sums())
             with meter.waiting_for("checkpoint"):

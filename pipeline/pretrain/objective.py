@@ -1,5 +1,6 @@
 """What is learned: masked diffusion of rows or of blocks, or next tokens, and how its noise is drawn and weighed."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -102,10 +103,13 @@ class RouterLossConfig:
     z: float = 0.001
     group_seqs: int = 1
     """Rows over which experts are balanced: a group; the rows of every forward pass are whole groups."""
+    bias_rate: float = 0.0
+    """By which every update moves an expert's selection bias towards an even load, without a gradient (Wang et al.,
+    arXiv 2408.15664, algorithm 1); 0 leaves the biases as they are: zero, from scratch."""
 
     def __post_init__(self) -> None:
-        for name in ("balance", "z"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("balance", "z", "bias_rate"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number, not negative")
         if self.group_seqs < 1:
             raise ValueError(f"group_seqs is {self.group_seqs}; it must be at least 1")

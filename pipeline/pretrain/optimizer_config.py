@@ -1,6 +1,7 @@
 """How weights are updated: the rule, its numbers, the learning rate, the averages.  No torch."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,8 +21,8 @@ class LRScale:
 
     def __post_init__(self) -> None:
         for name in ("experts", "embedding", "mask_embedding"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number, not negative")
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "max_grad_norm", "muon_iterations"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a positive number")
         for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; it must not be negative")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must be a number, not negative")
         for other in dataclasses.fields(self):
             value = getattr(self, other.name)
             if other.name.startswith("muon_") and self.kind != "muon" and value != other.default:

@@ -1,4 +1,4 @@
-"""The losses of the routers of a mixture of experts in a training step, and what is watched of them."""
+"""The routers of a mixture of experts in a training step: losses, biases, and what is watched of them."""
 
 from dataclasses import dataclass
 
@@ -54,6 +54,16 @@ class Routers:
             load = tokens_per_expert(expert_ids, valid.flatten(), moe.num_experts)
             sums.append(torch.cat([torch.stack([balance.detach(), z.detach()]), load.to(balance.dtype)]).double().cpu())
         return loss, torch.stack(sums)
+
+    def move_biases(self, sums: Tensor) -> None:
+        """Move every selection bias towards an even load:  bias += bias_rate * sign(mean load - load), by layer.
+
+        ``sums`` are those of ``loss_and_sums`` over the global batch.  Wang et al., arXiv 2408.15664, algorithm 1.
+        """
+        for name, load in zip(self.tap.logits, sums[:, 2:], strict=True):
+            bias = self.tap.selection_bias(name)
+            assert bias is not None, "the configuration refuses a bias_rate without one"
+            bias += (self._config.router_loss.bias_rate * (load.mean() - load).sign()).to(bias)
 
 
 def router_metrics(sums: Tensor) -> dict[str, float]:

@@ -56,8 +56,8 @@ class WatchdogLimits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if (value := getattr(self, field.name)) <= 0:
-                raise ValueError(f"{field.name} is {value}; it must be positive")
+            if not 0 < (value := getattr(self, field.name)) < math.inf:
+                raise ValueError(f"{field.name} is {value}; it must be a positive number")
 
 
 class _Sign(NamedTuple):

@@ -177,3 +177,15 @@ def test_an_option_that_the_kind_ignores_is_refused_on_the_command_line_with_its
 def test_configuration_is_imported_without_torch() -> None:
     code = "import pipeline.pretrain.optimizer_config, sys; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["lr", "eps", "max_grad_norm", "weight_decay", "beta1", "ema_decay"])
+def test_numbers_that_are_none_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        OptimizerConfig(**{name: value})
+
+
+def test_scales_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="experts is nan"):
+        LRScale(experts=math.nan)

@@ -11,13 +11,15 @@ from pipeline.corpus.config import CorpusConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
-from pipeline.pretrain.objective import ObjectiveConfig
+from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
 from pipeline.pretrain.optimizer_config import OptimizerConfig
 from pipeline.pretrain.phases import Phase
 from pipeline.tokenizer.config import TokenizerConfig
 from workflows.recipes import llada
 from workflows.recipes.chain import OPTIMIZER, chain, tiny_chain
 from workflows.step import Workflow
+
+ROUTER_LOSS = RouterLossConfig(bias_rate=0.001)
 
 
 def _phases(grows: tuple[int, ...], shrinks: tuple[int, ...]) -> dict[str, Phase]:
@@ -32,6 +34,7 @@ def llada2_mini() -> Workflow:
     pretrain = PretrainConfig(
         architecture=PRESETS["llada2-mini"].model.architecture,
         objective=ObjectiveConfig(within_documents=True),
+        router_loss=ROUTER_LOSS,
         optimizer=OptimizerConfig(
             lr=3e-4,
             lr_schedule=LRSchedule("wsd", warmup_steps=2000, decay_share=0.2, final_scale=0.1),
@@ -67,6 +70,7 @@ def llada2_mini() -> Workflow:
             "router_loss.balance",
             "router_loss.z",
             "router_loss.group_seqs",
+            "router_loss.bias_rate",
             "validation.every_steps",
             "validation.num_rows",
         ),
@@ -90,6 +94,7 @@ def llada2_tiny() -> Workflow:
     pretrain = PretrainConfig(
         architecture=replace(llada.TINY, moe=experts, qk_norm=True, rope_fraction=0.5),
         objective=ObjectiveConfig(within_documents=True),
+        router_loss=ROUTER_LOSS,
         optimizer=OptimizerConfig(
             lr=2e-3, lr_schedule=LRSchedule("wsd", warmup_steps=20, decay_share=0.2, final_scale=0.1), beta2=0.95
         ),
