@@ -7,7 +7,7 @@ Shapes: N parameters, N_w those that a worker holds for its products (experts di
 a number in the precision of the products, B the size of a bucket of gradients.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dlm_core.models.config import ModelConfig
@@ -101,6 +101,8 @@ class RankMemory:
     """b V d"""
     exchange: int
     """Tokens on their way to experts of other workers and back, for a router in balance."""
+    host_start: int
+    """On the host, until the engine has it: the model as it is made, whole and in float32, 4 N."""
     host_optimizer: int
     """On the host: masters, moments, averages and gradients of an optimizer that is offloaded."""
     host_checkpoint: int
@@ -134,8 +136,8 @@ class RankMemory:
 
     @property
     def host_bytes(self) -> int:
-        """Beside the process itself."""
-        return sum(getattr(self, f.name) for f in fields(self) if f.name.startswith("host_"))
+        """The most that is held at once beside the process itself."""
+        return max(self.host_start, self.host_optimizer + self.host_checkpoint)
 
 
 def expert_params(model: ModelConfig) -> int:
@@ -201,6 +203,7 @@ def rank_memory(model: ModelConfig, layout: Layout) -> RankMemory:
         gathered=b * min(MAX_LIVE_NUMEL, held) if stage == 3 else 0,
         update=_update_bytes(model, layout, held, share),
         exchange=_exchange_bytes(model, layout),
+        host_start=4 * model.num_params(),
         host_optimizer=(masters + moments + momentum + ema + 4 * share) * (1 - on_device),
         host_checkpoint=-(-checkpoint // workers),
         checkpoint_bytes=checkpoint,
