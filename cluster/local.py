@@ -15,6 +15,7 @@ from cluster.executor import Call, Ended, Executor
 
 _POLL_S = 0.01
 _KILL_AFTER_S = 10.0
+_SETTLES_AFTER_S = 0.5
 _CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 """Signals that a process brings on itself; libraries of collectives abort ranks that have lost a peer."""
 
@@ -109,9 +110,8 @@ class LocalExecutor(Executor):
             ended, self._ended = self._ended, []
             for key, running in list(self._running.items()):
                 codes = [process.poll() for process in running.processes]
-                bad = [(code, rank) for rank, code in enumerate(codes) if code]
-                if bad and not running.failure:
-                    code, rank = min(bad, key=_tells_later)
+                if any(codes) and not running.failure:
+                    code, rank = min(_casualties(running.processes), key=_tells_later)
                     running.killed = code < 0 and -code not in _CRASHES
                     how = f"signal {-code}" if code < 0 else f"exit code {code}"
                     running.failure = f"rank {rank} ended with {how}"
@@ -140,6 +140,17 @@ class LocalExecutor(Executor):
         self._running.clear()
         for fd in (self._pipe_write, self._pipe_read):
             os.close(fd)
+
+
+def _casualties(processes: list[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
+    """(exit code, rank) of those that failed, one at least, after a moment in which others may end that failed before.
+
+    A process that was killed can be waited for once all its threads are gone: peers that complain may be so earlier.
+    """
+    deadline = time.monotonic() + _SETTLES_AFTER_S
+    while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return [(code, rank) for rank, code in enumerate(codes) if code]
 
 
 def _tells_later(bad: tuple[int, int]) -> tuple[int, int]:
