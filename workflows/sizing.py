@@ -209,8 +209,9 @@ def print_sizings(console: Console, sizings: Sequence[Sizing]) -> None:
 
 def _print(console: Console, sizing: Sizing) -> None:
     training, needed, gpu = sizing.training, sizing.needed, sizing.gpu
-    params, active = (scaled(number) for number in (training.model.num_params(), training.model.num_active_params()))
-    title = f"{params} parameters in {len(sizing.shapes)} tensors, {active} active"
+    title = f"{scaled(training.model.num_params())} parameters in {len(sizing.shapes)} tensors"
+    if training.config.architecture.moe is not None:
+        title += f", {scaled(training.model.num_active_params())} active"
     console.print(f"[bold]{training.step}[/bold]: {title}", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(f"memory of one of {training.config.workers} workers", no_wrap=True)
