@@ -26,7 +26,7 @@ from pipeline.pretrain.checkpoint import (
     retain,
 )
 from pipeline.pretrain.config import PretrainConfig
-from pipeline.pretrain.ranks import Ranks
+from pipeline.pretrain.ranks import Ranks, done_by_all, done_by_first
 from pipeline.pretrain.writer import Aside, Held, Snapshot, stretches_of, write_file
 from pipeline.stage import StageContext, environment
 from pipeline.tracking import MetricsLog
@@ -144,54 +144,37 @@ class Checkpointer:
         self._figures: dict[str, float] = {}
 
     def restore(self) -> int:
-        """Load the newest valid checkpoint, chosen by rank 0 for all; returns the step to go on with.
+        """Load the newest valid checkpoint, which all ranks verify together; returns the step to go on with.
 
         Raises UserError if it is of another training, or if there is no room for a checkpoint at all.
         """
-        choice = self.ranks.from_first(self._choose() if self.ranks.rank == 0 else None)
-        if isinstance(choice, Exception):
-            raise choice
-        if choice is None:
+        state = self.context.state
+        done_by_first(self.ranks, lambda: clear_staging(state))
+        found = newest_valid(state, self.ranks, warn, self._changes)
+        done_by_first(self.ranks, self._check_space)
+        if found is None:
             return 0
-        path, manifest, self._lineage = choice
-        problem: Exception | None = None
-        try:
-            self._fill(StateFiles(path, manifest))
-        except Exception as error:  # noqa: BLE001 - carried to every rank, raised there
-            problem = error
-        problems = [found for found in self.ranks.of_all(problem) if found is not None]
-        if problems:
-            raise problems[0]
+        path, manifest = found
+        self._lineage = done_by_first(self.ranks, lambda: self._lineage_from(path, manifest))
+        done_by_all(self.ranks, lambda: self._fill(StateFiles(path, manifest)))
         self._state.go_on(manifest.step, manifest.optimizer_steps, manifest.skipped_steps)
         self.extras, self.last_saved = manifest.extras, manifest.step
         print(f"continuing after step {manifest.step} from {path.name}", flush=True)  # noqa: T201
         return manifest.step
 
-    def _choose(self) -> Any:
-        """Path, manifest and lineage of the checkpoint to go on with, None if there is none, or what is wrong."""
-        changes: dict[str, Any] = {}
+    def _changes(self, checkpoint: Path, manifest: CheckpointManifest) -> dict[str, list[Any]]:
+        """What was changed since a checkpoint and accepted.  UserError if it was not."""
+        own, is_accepted = self.belonging, self.config.accept_changed_identity
+        return changes_of_identity(checkpoint, manifest, own.fingerprint, own.identity, own.shapes, is_accepted)
 
-        def accept(checkpoint: Path, manifest: CheckpointManifest) -> None:
-            nonlocal changes
-            own = self.belonging
-            changes = changes_of_identity(
-                checkpoint, manifest, own.fingerprint, own.identity, own.shapes, self.config.accept_changed_identity
-            )
-
-        try:
-            clear_staging(self.context.state)
-            found = newest_valid(self.context.state, warn, accept)
-            self._check_space()
-        except Exception as error:  # noqa: BLE001 - carried to every rank, raised there
-            return error
-        if found is None:
-            return None
-        path, manifest = found
+    def _lineage_from(self, checkpoint: Path, manifest: CheckpointManifest) -> list[dict[str, Any]]:
+        """Changes that were accepted up to now, for the checkpoints to come."""
+        changes = self._changes(checkpoint, manifest)
         if not changes:
-            return path, manifest, manifest.lineage
-        warn(f"{path.name} is continued although its identity has changed, as accepted: {json.dumps(changes)}")
-        entry = {"step": manifest.step, "fingerprint": manifest.fingerprint, "changed": changes}
-        return path, manifest, [*manifest.lineage, entry]
+            return manifest.lineage
+        told = json.dumps(changes)
+        warn(f"{checkpoint.name} is continued although its identity has changed, as accepted: {told}")
+        return [*manifest.lineage, {"step": manifest.step, "fingerprint": manifest.fingerprint, "changed": changes}]
 
     def _fill(self, files: StateFiles) -> None:
         """Give this rank's tensors the numbers of a checkpoint."""

@@ -309,7 +309,7 @@ def test_another_identity_is_refused_field_by_field_before_any_file_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_one(tmp_path)
-    monkeypatch.setattr(checkpoint_module, "verify", lambda *given: pytest.fail("files were read"))
+    monkeypatch.setattr(checkpoint_module, "verify_bytes", lambda *given: pytest.fail("files were read"))
     other = {"config": {"lr": 0.2, "data_seed": 0, "ema": 0.9}}
 
     def restore(ranks: ThreadRanks) -> None:
