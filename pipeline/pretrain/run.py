@@ -84,7 +84,7 @@ def make_training(
     check_lengths(config, rows.seq_len)
     check_validation(config, inputs, "pretrain")
     loader = PhasedLoader(config, rows, special.pad_token_id, Verified(context.state / "verified"))
-    start_process_group()
+    start_process_group(config.watchdog)
     model_config = ModelConfig(config.architecture, special.vocab_size, special.mask_token_id)
     model = Denoiser(model_config)
     model.init_weights(config.init_seed)

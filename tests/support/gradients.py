@@ -29,6 +29,7 @@ from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.engine import build_engine, leave_process_group, prepare_process, start_process_group
 from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
 from pipeline.pretrain.routers import Routers
+from pipeline.pretrain.watchdog import WatchdogLimits
 from tests.support.tiny_run import _PRELOAD, TINY, _free_port
 
 WORKERS, STEP, VOCAB_SIZE = 2, 3, 61
@@ -201,6 +202,6 @@ def _rank(rank: int, port: int, cases: Sequence[str], folder: Path) -> None:
         WORLD_SIZE=str(WORKERS), LOCAL_SIZE=str(WORKERS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     prepare_process(1)
-    start_process_group()
+    start_process_group(WatchdogLimits())
     torch.save({name: rank_gradients(CASES[name], rank) for name in cases}, folder / f"rank{rank}.pt")
     leave_process_group()
