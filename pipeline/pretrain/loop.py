@@ -100,9 +100,10 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
             training.watchdog.phase("step", step)
             lr = config.optimizer.lr_at(step, config.num_steps)
             set_lr(training.engine, lr)
+            is_untrained = training.guard.num_refused == step  # no update before this one was applied
             taken = take_step(training, drawn, step)
             training.guard.check(step, checkpointer.last_saved)
-            if step == 0:
+            if is_untrained and math.isfinite(taken.loss):
                 check_first_loss(training.model_config, taken.first_sums())
             with meter.waiting_for("checkpoint"):
                 saved = checkpointer.poll()
