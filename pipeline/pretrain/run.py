@@ -104,7 +104,7 @@ def make_training(
     validator = None
     if config.validation.every_steps:
         validator = Validator(config, engine, ranks, inputs["tokens"], rows.seq_len, special, watchdog.beat)
-    meter = Meter(config, ranks, owned(local_tensors(engine)))
+    meter = Meter(config, ranks, owned(local_tensors(engine)), checkpointer.stall)
     parts = (engine, ranks, checkpointer, guard, watchdog, loader, special, model_config, routers, validator, meter)
     training = Training(config, context, *parts, Progress())
     training.go_on(checkpointer.extras)

@@ -95,10 +95,10 @@ def test_training_goes_on_while_a_slow_disk_takes_its_time(made: Artifacts, tmp_
         STAGE, config, made.inputs(), tmp_path / "out", workers=2, fault="write_slowly", rank=1, until_step=60
     )
     assert gang.wait() == [0, 0], "the disk waits for training, and training for the disk"
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    told = [line for line in map(json.loads, lines) if "checkpoint_s" in line]
+    lines = list(map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()))
+    told = [line for line in lines if "checkpoint_s" in line]
     assert told[0]["step"] >= 60
-    assert 0 <= told[0]["checkpoint_stall_s"] < told[0]["checkpoint_s"]
+    assert 0 < sum(line["checkpoint_stall_s"] for line in lines[50:60]) < told[0]["checkpoint_s"]
 
 
 def test_a_lost_lease_stops_all_ranks_before_anything_is_published(made: Artifacts, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,7 +160,6 @@ def rank_gradients(config: PretrainConfig, rank: int) -> dict[tuple[str, int], T
         special=SPECIAL,
         progress=Progress(),
         guard=Guard(config, engine, print, Path(), False),
-        meter=SimpleNamespace(waiting_for=lambda what: nullcontext()),
         checkpointer=SimpleNamespace(release_state=lambda: None),
     )
     before = [(local, local.tensor.detach().flatten().clone()) for local in local_tensors(engine)]
