@@ -126,9 +126,10 @@ def _received(pipe: Connection) -> int:
 def _rank(case: Case, rank: int, answer: Connection) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     from pipeline.pretrain.engine import leave_process_group, prepare_process, start_process_group
+    from pipeline.pretrain.watchdog import WatchdogLimits
 
     prepare_process(1)
-    start_process_group()
+    start_process_group(WatchdogLimits())
     _Training(_small(case)).step()  # loads what is lazy
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

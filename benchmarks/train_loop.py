@@ -151,15 +151,16 @@ def _batches(training: Training, step: int) -> list[Batch]:
 def _stalls(lines: list[dict[str, Any]], warm_up_steps: int, every: int) -> list[float]:
     """Seconds for which each round has waited for its checkpoint, copies and agreement of the ranks together.
 
-    They stand in the line of the step after which it was published.  The first line of a round is left out: it may tell
-    of the checkpoint at which the round before was stopped.  RefusedError if one was not published within its round.
+    Each line has what its step waited.  The first line of a round is left out: it tells of the checkpoint at which the
+    round before was stopped.  RefusedError if not one checkpoint was published within its round.
     """
     found: list[float] = []
     for first in range(warm_up_steps, len(lines), every):
-        stalls = [line["checkpoint_stall_s"] for line in lines[first + 1 : first + every] if "checkpoint_s" in line]
-        if len(stalls) != 1:
-            raise RefusedError(f"{len(stalls)} checkpoints were published in a round of {every} steps; expected 1")
-        found += stalls
+        of_round = lines[first + 1 : first + every]
+        num_published = sum("checkpoint_s" in line for line in of_round)
+        if num_published != 1:
+            raise RefusedError(f"{num_published} checkpoints were published in a round of {every} steps; expected 1")
+        found.append(sum(line["checkpoint_stall_s"] for line in of_round))
     return found
 
 

@@ -25,6 +25,7 @@ from pipeline.pretrain.engine import (
 from pipeline.pretrain.meter import peak_tflops_per_worker
 from pipeline.pretrain.objective import ObjectiveConfig
 from pipeline.pretrain.routers import Routers
+from pipeline.pretrain.watchdog import WatchdogLimits
 
 DIFFUSION, AUTOREGRESSIVE = "diffusion", "autoregressive"
 _FAMILIES: dict[str, MaskFamily] = {DIFFUSION: "full", AUTOREGRESSIVE: "causal"}
@@ -88,7 +89,7 @@ def make_engine(
     ``peak_tflops`` 0 takes that of a known GPU.
     """
     prepare_process(threads)
-    start_process_group()
+    start_process_group(WatchdogLimits())
     config = PretrainConfig(
         architecture=model.architecture,
         global_batch_seqs=model.batch_seqs,

@@ -14,6 +14,7 @@ _LEAN_TRAIN = {
 }
 _START_TIMEOUT_S = "120"
 _COLLECTIVE_TIMEOUT_S = 600
+"""Of joining; a stage that watches over its ranks sets its own afterwards."""
 
 
 def run_gang(function: str, payload: dict[str, Any], size: int, cpus: float, log_dir: str) -> None:

@@ -9,7 +9,7 @@ Nothing is ever unpickled.
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,16 +145,30 @@ def check_file_set(checkpoint: Path, topology: Topology, records: Iterable[FileR
 
 def verify(checkpoint: Path, manifest: CheckpointManifest) -> None:
     """CorruptionError naming the file unless every byte is what was written, and no element is absent or double."""
+    check_sizes(checkpoint, manifest)
+    verify_bytes(checkpoint, manifest.files)
+    check_content(checkpoint, manifest)
+
+
+def check_sizes(checkpoint: Path, manifest: CheckpointManifest) -> None:
+    """CorruptionError naming the file unless each is there with its size; none is opened."""
     for record in manifest.files:
         path = checkpoint / record.path
         if path.is_symlink() or not path.is_file() or path.stat().st_size != record.size_bytes:
             raise CorruptionError(f"{path} is missing or has the wrong size")
-    paths = [checkpoint / record.path for record in manifest.files]
-    threads = min(_HASHING_THREADS, os.cpu_count() or 1, len(paths))
-    with ThreadPoolExecutor(threads) as pool:
-        for record, digest in zip(manifest.files, pool.map(file_sha256, paths), strict=True):
+
+
+def verify_bytes(checkpoint: Path, records: Sequence[FileRecord]) -> None:
+    """CorruptionError naming the file unless every byte of these files is what was written; nothing is parsed."""
+    paths = [checkpoint / record.path for record in records]
+    with ThreadPoolExecutor(max(1, min(_HASHING_THREADS, os.cpu_count() or 1, len(paths)))) as pool:
+        for path, record, digest in zip(paths, records, pool.map(_sha256_patiently, paths), strict=True):
             if digest != record.sha256:
-                raise CorruptionError(f"{checkpoint / record.path} is damaged: its SHA-256 differs from the manifest")
+                raise CorruptionError(f"{path} is damaged: its SHA-256 differs from the manifest")
+
+
+def check_content(checkpoint: Path, manifest: CheckpointManifest) -> None:
+    """CorruptionError unless files whose bytes are right are of training state, no element of it absent or double."""
     StateFiles(checkpoint, manifest)
 
 
@@ -253,12 +267,21 @@ def _stretches_of(path: Path) -> list[tuple[Stretch, Any]]:
     return found
 
 
+def _sha256_patiently(path: Path) -> str:
+    return _patiently(lambda: file_sha256(path), path)
+
+
 def _open_patiently(path: Path) -> Any:
     from safetensors import safe_open
 
+    return _patiently(lambda: safe_open(str(path), framework="pt"), path)
+
+
+def _patiently(look: Callable[[], Any], path: Path) -> Any:
+    """What a look at a file finds, as soon as this machine sees it."""
     for wait_s in _PATIENCE_S:
         try:
-            return safe_open(str(path), framework="pt")
+            return look()
         except FileNotFoundError:
             time.sleep(wait_s)
     raise TimeoutError(f"{path} was committed, but this machine does not see it after {sum(_PATIENCE_S):.0f} s")

@@ -8,19 +8,24 @@ hashes before anything is parsed, and set damaged ones aside.  What is in the fi
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import MANIFEST, fsync_dir, remove_tree
+from pipeline.artifact import MANIFEST, FileRecord, fsync_dir, remove_tree
 from pipeline.config import diff
 from pipeline.errors import CorruptionError, UserError
+from pipeline.pretrain.ranks import Ranks, done_by_all, done_by_first
 from pipeline.training_state import (
     CheckpointManifest,
+    check_content,
     check_file_set,
+    check_sizes,
     checkpoint_name,
     list_checkpoints,
     read_manifest,
     verify,
+    verify_bytes,
     write_manifest,
 )
 
@@ -37,31 +42,61 @@ def load_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
 
 def newest_valid(
     directory: Path,
+    ranks: Ranks,
     warn: Callable[[str], None],
-    accept: Callable[[Path, CheckpointManifest], None] = lambda checkpoint, manifest: None,
+    accept: Callable[[Path, CheckpointManifest], object] = lambda checkpoint, manifest: None,
 ) -> tuple[Path, CheckpointManifest] | None:
-    """The newest checkpoint that verifies; damaged ones are renamed aside with a warning.
+    """The newest checkpoint that verifies, of which each rank hashes a share; damaged ones are renamed aside.
 
-    ``accept`` raises if a checkpoint is not to be continued at all: it is asked before any file but the manifest is
-    read.  None if there never was a checkpoint.  Raises CorruptionError if there were some and all are damaged:
-    starting over silently would throw away the run.
+    Rank 0 proposes, warns and renames.  ``accept``, which it asks before any file but the manifest is read, raises if a
+    checkpoint is not to be continued at all.  None if there never was a checkpoint.  Whatever is raised is raised on
+    all ranks: CorruptionError if there were checkpoints and all are damaged, since starting over silently would throw
+    away the run.
     """
-    candidates = list_checkpoints(directory)
-    for checkpoint in candidates:
+    while (found := done_by_first(ranks, partial(_propose, directory, warn, accept))) is not None:
+        try:
+            _verify_together(*found, ranks)
+            return found
+        except CorruptionError as error:
+            done_by_first(ranks, partial(_set_aside, found[0], error, warn))
+    return None
+
+
+def _propose(
+    directory: Path, warn: Callable[[str], None], accept: Callable[[Path, CheckpointManifest], object]
+) -> tuple[Path, CheckpointManifest] | None:
+    """The newest checkpoint with a manifest that is whole and accepted, and files of the right sizes."""
+    for checkpoint in list_checkpoints(directory):
         try:
             manifest = read_manifest(checkpoint)
             accept(checkpoint, manifest)
-            verify(checkpoint, manifest)
+            check_sizes(checkpoint, manifest)
             return checkpoint, manifest
         except CorruptionError as error:
-            aside = checkpoint.with_name(f"corrupt-{checkpoint.name}-{time.time_ns()}")
-            checkpoint.rename(aside)
-            warn(f"{error}; set aside as {aside.name}, falling back to the checkpoint before")
-    if candidates or any(directory.glob("corrupt-step-*")):
+            _set_aside(checkpoint, error, warn)
+    if any(directory.glob("corrupt-step-*")):
         raise CorruptionError(
             f"all checkpoints in {directory} are damaged. To train again from step 0, delete that directory"
         )
     return None
+
+
+def _verify_together(checkpoint: Path, manifest: CheckpointManifest, ranks: Ranks) -> None:
+    """CorruptionError on all ranks unless the bytes are right, of which each hashes a share, and then the content."""
+    share = share_of(manifest.files, ranks.rank, ranks.workers)
+    done_by_all(ranks, lambda: verify_bytes(checkpoint, share))
+    done_by_first(ranks, lambda: check_content(checkpoint, manifest))
+
+
+def share_of(files: Sequence[FileRecord], rank: int, workers: int) -> list[FileRecord]:
+    """The files that a rank hashes: dealt out from the largest on, so that all have about as much to read."""
+    return sorted(files, key=lambda record: (-record.size_bytes, record.path))[rank::workers]
+
+
+def _set_aside(checkpoint: Path, error: CorruptionError, warn: Callable[[str], None]) -> None:
+    aside = checkpoint.with_name(f"corrupt-{checkpoint.name}-{time.time_ns()}")
+    checkpoint.rename(aside)
+    warn(f"{error}; set aside as {aside.name}, falling back to the checkpoint before")
 
 
 def changes_of_identity(

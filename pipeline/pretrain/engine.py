@@ -3,7 +3,6 @@
 The only module of this stage that knows how DeepSpeed averages.
 """
 
-import datetime
 import os
 import sys
 from dataclasses import replace
@@ -14,8 +13,7 @@ from dlm_core.models.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.expert_parallel import expert_parallel_section, route_in_float32
-
-_TIMEOUT = datetime.timedelta(minutes=10)
+from pipeline.pretrain.watchdog import WatchdogLimits, collective_timeout
 
 
 def prepare_process(threads: int) -> None:
@@ -48,21 +46,29 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def start_process_group() -> None:
-    """Join the process group of the gang; a process started by itself makes one of size 1."""
+def start_process_group(limits: WatchdogLimits) -> None:
+    """Join the process group of the gang; a process started by itself makes one of size 1.
+
+    One time-out is for it and for all groups that DeepSpeed makes later, which gives them none and so leaves them to
+    torch's own.
+    """
     import deepspeed
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
+    from torch.distributed import distributed_c10d
 
+    timeout = collective_timeout(limits)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if os.environ["DS_ACCELERATOR"] == "cuda" else "gloo"
-    if not dist.is_initialized():
-        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
-            store = HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
-        else:
-            dist.init_process_group(backend, timeout=_TIMEOUT)
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=_TIMEOUT)
+    if dist.is_initialized():  # by Ray Train, which does not know our limits
+        distributed_c10d._set_pg_timeout(timeout)
+        distributed_c10d._get_default_store().set_timeout(timeout)
+    elif os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
+    deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=timeout)
 
 
 def deepspeed_config(config: PretrainConfig, *, on_gpu: bool = False) -> dict[str, Any]:

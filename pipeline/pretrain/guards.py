@@ -24,6 +24,8 @@ REPORT_FILE = "skipped_steps.json"
 def check_first_loss(model_config: "ModelConfig", sums: Any) -> None:
     """NumericsError if an untrained model's loss of masked tokens is not what its initial weights must give.
 
+    To be asked of finite losses until an update was applied; the others are the guard's.
+
     Between log(vocab_size - 1), a uniform prediction, and ``expected_initial_loss``: by Jensen's inequality on either
     side, for logits that know nothing of the target.  They have the variance  s^2 = 2 (expected - log(vocab_size - 1));
     the mean at the targets moves by s times the root of sum_v frequency_v^2, below 1/4 for text, and by s / sqrt(number

@@ -100,14 +100,14 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
             training.watchdog.phase("step", step)
             lr = config.optimizer.lr_at(step, config.num_steps)
             set_lr(training.engine, lr)
+            is_untrained = training.guard.num_refused == step  # no update before this one was applied
             taken = take_step(training, drawn, step)
             training.guard.check(step, checkpointer.last_saved)
             if training.routers is not None and config.router_loss.bias_rate and training.guard.is_healthy:
                 training.routers.move_biases(taken.routers)
-            if step == 0:
+            if is_untrained and math.isfinite(taken.loss):
                 check_first_loss(training.model_config, taken.first_sums())
-            with meter.waiting_for("checkpoint"):
-                saved = checkpointer.poll()
+            saved = checkpointer.poll()
             training.progress.tokens += taken.num_tokens
             done = step + 1
             with meter.waiting_for("validation"):
@@ -128,8 +128,7 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
             stops = training.ranks.boundary(training.context.should_stop(), **same) and done < config.num_steps
             if saves or stops:
                 training.watchdog.phase("checkpoint", done)
-                with meter.waiting_for("checkpoint"):
-                    training.save(done, is_last=stops or is_kept)
+                training.save(done, is_last=stops or is_kept)
             if stops:
                 raise Stopped(f"training was asked to stop after step {done} and saved a checkpoint")
     training.watchdog.phase("checkpoint", config.num_steps)
@@ -235,8 +234,7 @@ def take_step(training: Training, drawn: RowBatch, step: int) -> StepTaken:
             training.guard.before_step(step, float(sums[0]) / max(1, totals.num_tokens))
             if (every := config.replica_check_every_steps) and step % every == 0:
                 check_replicas(engine, ranks, step)
-            with training.meter.waiting_for("checkpoint"):
-                training.checkpointer.release_state()
+            training.checkpointer.release_state()
         engine.step()
     loss_sum, num_masked, nelbo_sum = sums[:3].tolist()
     return StepTaken(

@@ -14,15 +14,12 @@ from pipeline.pretrain.fragments import LocalTensor, Run
 from pipeline.pretrain.gpus import peak_tflops
 from pipeline.pretrain.ranks import Ranks
 
-Wait = Literal["data", "checkpoint", "validation"]
-_WAIT_KEYS: dict[Wait, str] = {
-    "data": "data_wait_s",
-    "checkpoint": "checkpoint_stall_s",
-    "validation": "validation_s",
-}
+Wait = Literal["data", "validation"]
+_WAIT_KEYS: dict[Wait, str] = {"data": "data_wait_s", "validation": "validation_s"}
 MEASURED = frozenset(
     {
         *_WAIT_KEYS.values(),
+        "checkpoint_stall_s",
         "checkpoint_s",
         "step_s",
         "tokens_per_s",
@@ -37,6 +34,30 @@ _PIECE_NUMEL = 1 << 22
 """Weights that are squared at once: torch makes a float64 copy of them."""
 
 
+class Stopwatch:
+    """Seconds spent inside ``with``; it may be entered within itself, and read meanwhile."""
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
+        self._past_s = self._since_s = 0.0
+        self._depth = 0
+
+    @property
+    def spent_s(self) -> float:
+        """All of them up to now."""
+        return self._past_s + (self._clock_s() - self._since_s if self._depth else 0.0)
+
+    def __enter__(self) -> None:
+        if not self._depth:
+            self._since_s = self._clock_s()
+        self._depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        if self._depth == 1:
+            self._past_s = self.spent_s
+        self._depth -= 1
+
+
 class Meter:
     """Clock of one rank's steps.  Every rank has one and calls it alike: norms and memory are of all ranks together."""
 
@@ -45,18 +66,21 @@ class Meter:
         config: PretrainConfig,
         ranks: Ranks,
         weights: Sequence[LocalTensor],
+        stall: Stopwatch,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the clock.
 
         Args:
             weights: float32 masters that are this rank's own, each element of the model on one rank alone.
+            stall: on while training waits for checkpoints.
         """
         self._ranks, self._weights, self._clock_s = ranks, weights, clock_s
         self._norms_every_steps = config.log_norms_every_steps
         self._peak_flops = 1e12 * peak_tflops_per_worker(config, ranks.device) * config.workers
         self._since_s = clock_s()
         self._waited_s: dict[Wait, float] = {}
+        self._stall, self._stall_before_s = stall, stall.spent_s
 
     @contextmanager
     def waiting_for(self, what: Wait) -> Iterator[None]:
@@ -71,8 +95,9 @@ class Meter:
         """Figures of the time since the last call, or since the clock was started.
 
         ``step_s`` is that time without checkpoints and validation, which have figures of their own, and with the wait
-        for data.  ``mfu``, the share of the peak that the model's own operations are (PaLM, arXiv 2204.02311, appendix
-        B), stands there if the peak is known.  Norms and memory stand in every ``log_norms_every_steps``-th line.
+        for data.  Its part of what training has waited for checkpoints is ``checkpoint_stall_s``.  ``mfu``, the share
+        of the peak that the model's own operations are (PaLM, arXiv 2204.02311, appendix B), stands there if the peak
+        is known.  Norms and memory stand in every ``log_norms_every_steps``-th line.
 
         Args:
             step: which step has ended; collective where its line has norms.
@@ -81,11 +106,12 @@ class Meter:
         """
         now_s = self._clock_s()
         waited_s, self._waited_s = self._waited_s, {}
-        apart_s = sum(seconds for what, seconds in waited_s.items() if what != "data")
-        step_s = now_s - self._since_s - apart_s
-        self._since_s = now_s
+        stall_s = self._stall.spent_s - self._stall_before_s
+        step_s = now_s - self._since_s - stall_s - waited_s.get("validation", 0.0)
+        self._since_s, self._stall_before_s = now_s, self._stall.spent_s
         tokens_per_s = num_tokens / step_s
         figures = {"step_s": round(step_s, 4), "tokens_per_s": round(tokens_per_s, 1)}
+        figures["checkpoint_stall_s"] = round(stall_s, 4)
         figures |= {_WAIT_KEYS[what]: round(seconds, 4) for what, seconds in waited_s.items()}
         if self._peak_flops:
             figures["mfu"] = round(tokens_per_s * flops_per_token / self._peak_flops, 4)

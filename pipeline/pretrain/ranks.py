@@ -1,7 +1,10 @@
 """What the ranks of a gang say to each other outside the model: sums, one rank's word, the words of all."""
 
 import struct
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Found = TypeVar("Found")
 
 
 class RanksDisagreeError(RuntimeError):
@@ -11,6 +14,14 @@ class RanksDisagreeError(RuntimeError):
 def bits_of(number: float) -> int:
     """The bits of a float as an integer, for ``Ranks.boundary``: nan agrees with nan."""
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+def outcome_of(work: Callable[[], Any]) -> Any:
+    """What some work returns, or the exception that it raises, so that it can be told to the other ranks."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001 - carried to every rank, raised there
+        return error
 
 
 class Ranks:
@@ -83,3 +94,20 @@ class Ranks:
                 "last checkpoint; if it happens at the same step again, report it"
             )
         return bool(any_wants)
+
+
+def done_by_first(ranks: Ranks, work: Callable[[], Found]) -> Found:
+    """What the work returns on rank 0, the only one to do it; what it raises is raised on all."""
+    found = ranks.from_first(outcome_of(work) if ranks.rank == 0 else None)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def done_by_all(ranks: Ranks, work: Callable[[], Found]) -> list[Found]:
+    """What the work returns, by rank; what the first of those that fail raises is raised on all."""
+    outcomes = ranks.of_all(outcome_of(work))
+    for found in outcomes:
+        if isinstance(found, Exception):
+            raise found
+    return outcomes

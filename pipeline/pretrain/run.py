@@ -84,7 +84,7 @@ def make_training(
     check_lengths(config, rows.seq_len)
     check_validation(config, inputs, "pretrain")
     loader = PhasedLoader(config, rows, special.pad_token_id, Verified(context.state / "verified"))
-    start_process_group()
+    start_process_group(config.watchdog)
     model_config = ModelConfig(config.architecture, special.vocab_size, special.mask_token_id)
     model = Denoiser(model_config)
     model.init_weights(config.init_seed)
@@ -104,7 +104,7 @@ def make_training(
     validator = None
     if config.validation.every_steps:
         validator = Validator(config, engine, ranks, inputs["tokens"], rows.seq_len, special, watchdog.beat)
-    meter = Meter(config, ranks, owned(local_tensors(engine)))
+    meter = Meter(config, ranks, owned(local_tensors(engine)), checkpointer.stall)
     parts = (engine, ranks, checkpointer, guard, watchdog, loader, special, model_config, routers, validator, meter)
     training = Training(config, context, *parts, Progress())
     training.go_on(checkpointer.extras)

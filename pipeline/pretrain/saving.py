@@ -26,7 +26,8 @@ from pipeline.pretrain.checkpoint import (
     retain,
 )
 from pipeline.pretrain.config import PretrainConfig
-from pipeline.pretrain.ranks import Ranks
+from pipeline.pretrain.meter import Stopwatch
+from pipeline.pretrain.ranks import Ranks, done_by_all, done_by_first
 from pipeline.pretrain.writer import Aside, Held, Snapshot, stretches_of, write_file
 from pipeline.stage import StageContext, environment
 from pipeline.tracking import MetricsLog
@@ -62,14 +63,14 @@ class _Saving:
     staging: Path
     is_last: bool
     begun_s: float
+    stall_before_s: float
+    """For which training had waited for the checkpoints before it."""
     work: Aside | None
     """What this rank does for it at present."""
     is_copied: threading.Event
     """Whether this rank's state may change again."""
     is_written: bool = False
     """Whether all ranks have written."""
-    stall_s: float = 0.0
-    """How long training has waited for it."""
 
     @property
     def is_busy(self) -> bool:
@@ -130,6 +131,8 @@ class Checkpointer:
         """Step of the newest checkpoint that is published."""
         self.extras: dict[str, Any] = {}
         """JSON values, the same on all ranks, that ``save`` keeps and ``restore`` gives back."""
+        self.stall = Stopwatch()
+        """On while training waits for checkpoints: the one measure of that."""
         self.pinned: frozenset[int] = frozenset()
         """Steps whose checkpoints are never deleted."""
         written = state.written(ranks.rank)
@@ -144,54 +147,37 @@ class Checkpointer:
         self._figures: dict[str, float] = {}
 
     def restore(self) -> int:
-        """Load the newest valid checkpoint, chosen by rank 0 for all; returns the step to go on with.
+        """Load the newest valid checkpoint, which all ranks verify together; returns the step to go on with.
 
         Raises UserError if it is of another training, or if there is no room for a checkpoint at all.
         """
-        choice = self.ranks.from_first(self._choose() if self.ranks.rank == 0 else None)
-        if isinstance(choice, Exception):
-            raise choice
-        if choice is None:
+        state = self.context.state
+        done_by_first(self.ranks, lambda: clear_staging(state))
+        found = newest_valid(state, self.ranks, warn, self._changes)
+        done_by_first(self.ranks, self._check_space)
+        if found is None:
             return 0
-        path, manifest, self._lineage = choice
-        problem: Exception | None = None
-        try:
-            self._fill(StateFiles(path, manifest))
-        except Exception as error:  # noqa: BLE001 - carried to every rank, raised there
-            problem = error
-        problems = [found for found in self.ranks.of_all(problem) if found is not None]
-        if problems:
-            raise problems[0]
+        path, manifest = found
+        self._lineage = done_by_first(self.ranks, lambda: self._lineage_from(path, manifest))
+        done_by_all(self.ranks, lambda: self._fill(StateFiles(path, manifest)))
         self._state.go_on(manifest.step, manifest.optimizer_steps, manifest.skipped_steps)
         self.extras, self.last_saved = manifest.extras, manifest.step
         print(f"continuing after step {manifest.step} from {path.name}", flush=True)  # noqa: T201
         return manifest.step
 
-    def _choose(self) -> Any:
-        """Path, manifest and lineage of the checkpoint to go on with, None if there is none, or what is wrong."""
-        changes: dict[str, Any] = {}
+    def _changes(self, checkpoint: Path, manifest: CheckpointManifest) -> dict[str, list[Any]]:
+        """What was changed since a checkpoint and accepted.  UserError if it was not."""
+        own, is_accepted = self.belonging, self.config.accept_changed_identity
+        return changes_of_identity(checkpoint, manifest, own.fingerprint, own.identity, own.shapes, is_accepted)
 
-        def accept(checkpoint: Path, manifest: CheckpointManifest) -> None:
-            nonlocal changes
-            own = self.belonging
-            changes = changes_of_identity(
-                checkpoint, manifest, own.fingerprint, own.identity, own.shapes, self.config.accept_changed_identity
-            )
-
-        try:
-            clear_staging(self.context.state)
-            found = newest_valid(self.context.state, warn, accept)
-            self._check_space()
-        except Exception as error:  # noqa: BLE001 - carried to every rank, raised there
-            return error
-        if found is None:
-            return None
-        path, manifest = found
+    def _lineage_from(self, checkpoint: Path, manifest: CheckpointManifest) -> list[dict[str, Any]]:
+        """Changes that were accepted up to now, for the checkpoints to come."""
+        changes = self._changes(checkpoint, manifest)
         if not changes:
-            return path, manifest, manifest.lineage
-        warn(f"{path.name} is continued although its identity has changed, as accepted: {json.dumps(changes)}")
-        entry = {"step": manifest.step, "fingerprint": manifest.fingerprint, "changed": changes}
-        return path, manifest, [*manifest.lineage, entry]
+            return manifest.lineage
+        told = json.dumps(changes)
+        warn(f"{checkpoint.name} is continued although its identity has changed, as accepted: {told}")
+        return [*manifest.lineage, {"step": manifest.step, "fingerprint": manifest.fingerprint, "changed": changes}]
 
     def _fill(self, files: StateFiles) -> None:
         """Give this rank's tensors the numbers of a checkpoint."""
@@ -207,10 +193,16 @@ class Checkpointer:
         Waits for the one before.  Call ``release_state`` before the state changes.  A save that fails costs its
         checkpoint and a warning, unless it is the last, one too many in a row, or the disk is full.
         """
-        begun_s = time.monotonic()
-        self.wait()
-        if step == self.last_saved:
-            return
+        with self.stall:
+            self.wait()
+            if step != self.last_saved:
+                self._begin(step, is_last)
+            if is_last:
+                self.wait()
+
+    def _begin(self, step: int, is_last: bool) -> None:
+        """Begin to copy and write, unless something stands in the way."""
+        begun_s, stall_before_s = time.monotonic(), self.stall.spent_s
         name, problem = self.ranks.from_first(self._plan_save(step) if self.ranks.rank == 0 else None)
         if problem is not None:
             self._failed(step, problem, is_last)
@@ -238,43 +230,36 @@ class Checkpointer:
                 is_copied.set()
             return write_file(path, snapshot.header, snapshot.data)
 
-        self._saving = _Saving(manifest, staging, is_last, begun_s, Aside(copy_and_write), is_copied)
-        self._saving.stall_s = time.monotonic() - begun_s
-        if is_last:
-            self.wait()
+        work = Aside(copy_and_write)
+        self._saving = _Saving(manifest, staging, is_last, begun_s, stall_before_s, work, is_copied)
 
     def release_state(self) -> None:
         """To be called before the state changes: waits until this rank has copied it."""
-        saving, begun_s = self._saving, time.monotonic()
-        if saving is not None:
-            saving.is_copied.wait()
-            saving.stall_s += time.monotonic() - begun_s
+        with self.stall:
+            if self._saving is not None:
+                self._saving.is_copied.wait()
 
     def poll(self) -> dict[str, float]:
         """At each step boundary: bring the checkpoint under way on, if all ranks are ready for that.
 
-        Costs one small sum over the ranks while there is one.  Returns figures for the metrics after one was published:
-        "checkpoint_stall_s", for which training waited, and "checkpoint_s", from its begin to its publication.
+        Costs one small sum over the ranks while there is one.  Returns a figure for the metrics after one was
+        published: "checkpoint_s", from its begin to its publication.
         """
-        saving, begun_s = self._saving, time.monotonic()
-        if saving is not None:
-            if not self.ranks.any(saving.is_busy):
+        with self.stall:
+            if (saving := self._saving) is not None and not self.ranks.any(saving.is_busy):
                 self._bring_on(saving)
-            self._account(saving, begun_s)
         figures, self._figures = self._figures, {}
         return figures
 
     def wait(self) -> None:
         """Publish the checkpoint under way, if there is one, as soon as all ranks have written."""
-        saving, begun_s = self._saving, time.monotonic()
-        if saving is not None:
-            while self._saving is saving:
+        with self.stall:
+            while (saving := self._saving) is not None:
                 if not self.ranks.any(saving.is_busy):
                     self._bring_on(saving)
                 elif saving.work is not None:  # many short sums over the ranks: one that waits long would time out
                     saving.work.join(_WAIT_S)
-            self._account(saving, begun_s)
-        self._end_deletion()
+            self._end_deletion()
 
     def _bring_on(self, saving: _Saving) -> None:
         """All have written: let rank 0 publish.  It has: the checkpoint is there.  If one has failed, it never is."""
@@ -294,20 +279,18 @@ class Checkpointer:
                 saving.work = Aside(lambda: self._publish(saving.staging, manifest))
         else:
             self._saving, self.last_saved, self._failures = None, step, 0
+            self._tell(saving)
             if self.ranks.rank == 0:
                 self._deletion = Aside(lambda: self._retain(step))
 
-    def _account(self, saving: _Saving, begun_s: float) -> None:
-        """Add to what a checkpoint has cost; tell it when it is published."""
-        now_s = time.monotonic()
-        saving.stall_s += now_s - begun_s
-        if self._saving is None and self.last_saved == saving.manifest.step:
-            total_s, stall_s = now_s - saving.begun_s, saving.stall_s
-            self._figures = {"checkpoint_stall_s": round(stall_s, 4), "checkpoint_s": round(total_s, 4)}
-            print(  # noqa: T201
-                f"checkpoint of step {self.last_saved} in {total_s:.2f} s, of which training waited {stall_s:.2f} s",
-                flush=True,
-            )
+    def _tell(self, saving: _Saving) -> None:
+        """What a checkpoint that was published has cost."""
+        total_s, stall_s = time.monotonic() - saving.begun_s, self.stall.spent_s - saving.stall_before_s
+        self._figures = {"checkpoint_s": round(total_s, 4)}
+        print(  # noqa: T201
+            f"checkpoint of step {self.last_saved} in {total_s:.2f} s, of which training waited {stall_s:.2f} s",
+            flush=True,
+        )
 
     def _publish(self, staging: Path, manifest: CheckpointManifest) -> None:
         self.context.fence()

@@ -1,8 +1,8 @@
 """Notices that a rank makes no progress, says where, shows what every thread was doing, and ends the process.
 
-Collectives may wait for half an hour for a rank that was stopped, and a data loader for ever.  The watch is kept
-outside the training thread, twice: by a thread, which knows the phase and asks after the other ranks; and, since no
-thread runs while another holds the interpreter, by a timer in C that the first one keeps putting off.
+Collectives wait for long for a rank that was stopped, and a data loader for ever.  The watch is kept outside the
+training thread, twice: by a thread, which knows the phase and asks after the other ranks; and, since no thread runs
+while another holds the interpreter, by a timer in C that the first one keeps putting off.
 """
 
 import faulthandler
@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -48,7 +49,7 @@ class WatchdogLimits:
     step_s: float = 60.0
     """Of a step, and of the wait for its data; more if steps take long."""
     step_medians: float = 10.0
-    """A step has this many times the median step, if that is more than ``step_s``."""
+    """A step has this many times the median step, if that is more than ``step_s``; at most the longest limit here."""
     checkpoint_s: float = 1800.0
     """Of saving, of restoring, and of writing the artifact."""
     evaluation_s: float = 1800.0
@@ -57,7 +58,21 @@ class WatchdogLimits:
     def __post_init__(self) -> None:
         for field in fields(self):
             if not 0 < (value := getattr(self, field.name)) < math.inf:
-                raise ValueError(f"{field.name} is {value}; it must be a positive number")
+                raise ValueError(f"{field.name} is {value}; it must be positive and finite")
+
+    @property
+    def longest_s(self) -> float:
+        """No phase may take longer."""
+        return max(self.start_s, self.first_step_s, self.step_s, self.checkpoint_s, self.evaluation_s)
+
+
+def collective_timeout(limits: WatchdogLimits) -> timedelta:
+    """Of collectives: past all limits and their grace, so that the watchdog, which names the phase, is first."""
+    return timedelta(seconds=limits.longest_s + 2 * _grace_s(limits.longest_s))
+
+
+def _grace_s(limit_s: float) -> float:
+    return max(_LEAST_GRACE_S, _GRACE_SHARE * limit_s)
 
 
 class _Sign(NamedTuple):
@@ -113,7 +128,8 @@ class Watchdog:
             return limits.checkpoint_s
         if not self._steps_s:
             return limits.first_step_s
-        return max(limits.step_s, limits.step_medians * statistics.median(self._steps_s))
+        usual_s = limits.step_medians * statistics.median(self._steps_s)
+        return min(max(limits.step_s, usual_s), limits.longest_s)
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()
@@ -141,8 +157,7 @@ class Watchdog:
             if left_s <= 0 and last is self._last:
                 self._give_up(last)
             left_s = max(left_s, 0.0)
-            grace_s = max(_LEAST_GRACE_S, _GRACE_SHARE * last.limit_s)
-            faulthandler.dump_traceback_later(left_s + grace_s, exit=True, file=_STDERR)
+            faulthandler.dump_traceback_later(left_s + _grace_s(last.limit_s), exit=True, file=_STDERR)
             if now - shown_s >= every_s or is_asked:
                 shown_s = now
                 with suppress(OSError):  # a full disk is for others to notice

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.artifact import FileRecord
 from pipeline.pretrain.fragments import Run
+from pipeline.pretrain.ranks import outcome_of
 from pipeline.training_state import Stretch, tensor_name
 
 _CHUNK_BYTES = 1 << 24
@@ -136,7 +137,4 @@ class Aside(threading.Thread):
 
     def run(self) -> None:
         """Do it; the thread's entry."""
-        try:
-            self.outcome = self._work()
-        except Exception as error:  # noqa: BLE001 - carried to every rank, judged there
-            self.outcome = error
+        self.outcome = outcome_of(self._work)

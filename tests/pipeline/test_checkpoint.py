@@ -1,15 +1,20 @@
 """Which checkpoint counts, how one is published, and which are deleted."""
 
+import errno
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.artifact import MANIFEST, record_files
+from pipeline import training_state
+from pipeline.artifact import MANIFEST, FileRecord, record_files
 from pipeline.config import fingerprint
 from pipeline.errors import CorruptionError, UserError
 from pipeline.pretrain import checkpoint as checkpoint_module
@@ -20,6 +25,7 @@ from pipeline.pretrain.checkpoint import (
     newest_valid,
     publish,
     retain,
+    share_of,
 )
 from pipeline.pretrain.writer import Snapshot, write_file
 from pipeline.training_state import (
@@ -32,10 +38,15 @@ from pipeline.training_state import (
     write_manifest,
 )
 from tests.pipeline.conftest import cut_end, damage, flip_bit
-from tests.support.hand_state import CUTS, SHAPES, HandState, distinct
+from tests.support.hand_state import CUTS, SHAPES, HandState, ThreadRanks, distinct, together
 
 TOPOLOGY = Topology(workers=2, zero_stage=1, ep_size=1, precision="fp32", micro_batch_seqs=4)
 IDENTITY = {"config": {"precision": "fp32", "optimizer": {"lr": 0.1}}, "inputs": {"rows": "a", "tokenizer": "b"}}
+
+
+def alone() -> Any:
+    """The one rank of a gang."""
+    return ThreadRanks(0, 1, threading.Barrier(1), [None])
 
 
 def _write_staging(directory: Path, step: int, without: str = "") -> tuple[Path, CheckpointManifest]:
@@ -74,7 +85,7 @@ def _files(checkpoint: Path) -> list[dict[str, Any]]:
 
 def test_publish_of_a_complete_set_is_found_and_loaded(tmp_path: Path) -> None:
     final = _publish(tmp_path, 7)
-    found = newest_valid(tmp_path, pytest.fail)
+    found = newest_valid(tmp_path, alone(), pytest.fail)
     assert found is not None
     checkpoint, manifest = found
     assert checkpoint == final == tmp_path / "step-00000007"
@@ -88,7 +99,7 @@ def test_publish_of_an_incomplete_set_names_the_file_and_publishes_nothing(tmp_p
     staging, manifest = _write_staging(tmp_path, 3, without=file_name(rank))
     with pytest.raises(CorruptionError, match=rf"lacks \['{file_name(rank)}'\]"):
         publish(staging, manifest)
-    assert newest_valid(tmp_path, pytest.fail) is None
+    assert newest_valid(tmp_path, alone(), pytest.fail) is None
     assert not list_checkpoints(tmp_path)
 
 
@@ -155,7 +166,7 @@ def test_a_crash_at_any_call_of_publish_leaves_the_checkpoint_before_or_the_new_
             pass
         else:
             assert calls[0] <= call
-    found = newest_valid(tmp_path, lambda message: None)
+    found = newest_valid(tmp_path, alone(), lambda message: None)
     assert found is not None
     assert found[1].step == (4 if (tmp_path / checkpoint_name(4)).exists() else 3)
     clear_staging(tmp_path)
@@ -204,7 +215,7 @@ def test_newest_valid_falls_back_past_a_damaged_checkpoint_and_sets_it_aside(tmp
     older, newer = _publish(tmp_path, 10), _publish(tmp_path, 20)
     DAMAGES[kind](newer)
     warnings: list[str] = []
-    found = newest_valid(tmp_path, warnings.append)
+    found = newest_valid(tmp_path, alone(), warnings.append)
     assert found is not None
     assert (found[0], found[1].step) == (older, 10)
     assert len(warnings) == 1
@@ -212,7 +223,7 @@ def test_newest_valid_falls_back_past_a_damaged_checkpoint_and_sets_it_aside(tmp
     assert not newer.exists()
     (aside,) = tmp_path.glob("corrupt-step-00000020-*")
     assert aside.name in warnings[0]
-    assert newest_valid(tmp_path, pytest.fail) == found
+    assert newest_valid(tmp_path, alone(), pytest.fail) == found
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -221,26 +232,26 @@ def test_newest_valid_with_every_checkpoint_damaged_refuses_to_start_over(tmp_pa
         DAMAGES[kind](_publish(tmp_path, step))
     warnings: list[str] = []
     with pytest.raises(CorruptionError, match=r"all checkpoints .* are damaged"):
-        newest_valid(tmp_path, warnings.append)
+        newest_valid(tmp_path, alone(), warnings.append)
     assert len(warnings) == 3
     with pytest.raises(CorruptionError, match=r"all checkpoints .* are damaged"):
-        newest_valid(tmp_path, pytest.fail)
+        newest_valid(tmp_path, alone(), pytest.fail)
 
 
 def test_newest_valid_without_any_checkpoint_is_none(tmp_path: Path) -> None:
-    assert newest_valid(tmp_path, pytest.fail) is None
+    assert newest_valid(tmp_path, alone(), pytest.fail) is None
     _write_staging(tmp_path, 5)
     (tmp_path / "step-5").mkdir()
     (tmp_path / "step-00000005.tmp").mkdir()
     (tmp_path / "step-00000006").write_text("a file")
-    assert newest_valid(tmp_path, pytest.fail) is None
+    assert newest_valid(tmp_path, alone(), pytest.fail) is None
     assert list_checkpoints(tmp_path) == []
 
 
 def test_staging_beside_a_checkpoint_is_ignored_and_cleared(tmp_path: Path) -> None:
     final = _publish(tmp_path, 5)
     staging, _ = _write_staging(tmp_path, 6)
-    found = newest_valid(tmp_path, pytest.fail)
+    found = newest_valid(tmp_path, alone(), pytest.fail)
     assert found is not None
     assert found[0] == final
     clear_staging(tmp_path)
@@ -259,7 +270,7 @@ def test_a_file_that_calls_itself_the_latest_is_not_asked(tmp_path: Path, text: 
     final = _publish(tmp_path, 9)
     _publish(tmp_path, 5)
     (tmp_path / "latest").write_text(text)
-    found = newest_valid(tmp_path, pytest.fail)
+    found = newest_valid(tmp_path, alone(), pytest.fail)
     assert found is not None
     assert found[0] == final
 
@@ -280,8 +291,94 @@ def test_a_checkpoint_of_another_version_of_the_program_is_refused_and_stays(
     _publish(tmp_path, 5)
     _edit_manifest(final, schema_version=version)
     with pytest.raises(UserError, match=rf"{age} version of this program \(schema version {version}, this one reads 2"):
-        newest_valid(tmp_path, pytest.fail)
+        newest_valid(tmp_path, alone(), pytest.fail)
     assert final.exists()
+
+
+def _all_find(directory: Path, workers: int, warnings: list[str]) -> list[Any]:
+    """What ``newest_valid`` returns or raises on each rank; ranks but the first may not warn or judge."""
+
+    def find(ranks: ThreadRanks) -> Any:
+        warn = warnings.append if ranks.rank == 0 else pytest.fail
+        return newest_valid(directory, cast("Any", ranks), warn, lambda *given: ranks.rank and pytest.fail("asked"))
+
+    return together(find, workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_each_file_is_hashed_by_one_rank_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    final, hashed = _publish(tmp_path, 7), dict[str, list[str]]()
+    verify_bytes = checkpoint_module.verify_bytes
+
+    def verify_and_tell(checkpoint: Path, records: list[FileRecord]) -> None:
+        hashed[threading.current_thread().name] = [record.path for record in records]
+        verify_bytes(checkpoint, records)
+
+    monkeypatch.setattr(checkpoint_module, "verify_bytes", verify_and_tell)
+    found = _all_find(tmp_path, workers, [])
+    assert [path for path, _ in found] == [final] * workers
+    assert len(hashed) == workers
+    assert sorted(path for paths in hashed.values() for path in paths) == [file_name(0), file_name(1)]
+    assert max(map(len, hashed.values())) == (2 if workers == 1 else 1)
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=20), st.integers(1, 8))
+def test_shares_of_hashing_are_every_file_once_and_differ_by_one_file_at_most(sizes: list[int], workers: int) -> None:
+    files = [FileRecord(file_name(rank), size, "") for rank, size in enumerate(sizes)]
+    shares = [share_of(files, rank, workers) for rank in range(workers)]
+    assert sorted((file for share in shares for file in share), key=lambda file: file.path) == files
+    totals = [sum(file.size_bytes for file in share) for share in shares]
+    assert max(totals) - min(totals) <= max(sizes)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_file_damaged_in_the_share_of_any_rank_makes_all_fall_back_together(tmp_path: Path, rank: int) -> None:
+    older, newer = _publish(tmp_path, 10), _publish(tmp_path, 20)
+    flip_bit(newer / file_name(rank))
+    warnings: list[str] = []
+    assert [(path, manifest.step) for path, manifest in _all_find(tmp_path, 2, warnings)] == [(older, 10)] * 2
+    (aside,) = tmp_path.glob("corrupt-step-00000020-*")
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{newer / file_name(rank)} is damaged: its SHA-256 differs from the manifest; set")
+    assert aside.name in warnings[0]
+    flip_bit(older / file_name(1 - rank))
+    errors = _all_find(tmp_path, 2, warnings)
+    assert [type(error) for error in errors] == [CorruptionError] * 2
+    assert {str(error) for error in errors} == {
+        f"all checkpoints in {tmp_path} are damaged. To train again from step 0, delete that directory"
+    }
+    assert not list_checkpoints(tmp_path)
+
+
+def test_a_file_that_one_rank_does_not_see_stops_all_and_sets_nothing_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = _publish(tmp_path, 7)
+    right = training_state.file_sha256
+
+    def see_all_but_one(path: Path) -> str:
+        if path.name == file_name(1):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+        return right(path)
+
+    monkeypatch.setattr(training_state, "file_sha256", see_all_but_one)
+    monkeypatch.setattr(training_state, "_PATIENCE_S", (0.01, 0.02))
+    for error in _all_find(tmp_path, 2, []):
+        assert isinstance(error, TimeoutError)
+        assert f"{final / file_name(1)} was committed, but this machine does not see it" in str(error)
+    assert list_checkpoints(tmp_path) == [final]
+
+
+def test_a_checkpoint_that_cannot_be_set_aside_is_told_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip_bit(_publish(tmp_path, 7) / file_name(1))
+
+    def refuse(path: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert [type(error) for error in _all_find(tmp_path, 2, [])] == [PermissionError] * 2
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])

@@ -3,9 +3,12 @@
 import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.pretrain import saving
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.fragments import LocalTensor, Run
 from pipeline.pretrain.gpus import PEAK_TFLOPS, peak_tflops
-from pipeline.pretrain.meter import MEASURED, Meter, peak_resident_bytes, sum_of_squares
+from pipeline.pretrain.meter import MEASURED, Meter, Stopwatch, peak_resident_bytes, sum_of_squares
+from tests.support.hand_state import ThreadRanks, checkpointer, distinct, state_of, succeeded
 from tests.support.tiny_run import tiny
 
 GIANT = 600_000_000
@@ -43,19 +48,24 @@ class Alone:
         return [value]
 
 
-def _meter(clock: Clock, weights: Sequence[LocalTensor] = (), **changes: Any) -> Meter:
-    return Meter(tiny(**{"log_norms_every_steps": 0, **changes}), Alone(), weights, clock)  # pyright: ignore[reportArgumentType]
+def _meter(clock: Clock, weights: Sequence[LocalTensor] = (), stall: Stopwatch | None = None, **changes: Any) -> Meter:
+    return Meter(tiny(**{"log_norms_every_steps": 0, **changes}), Alone(), weights, stall or Stopwatch(), clock)  # pyright: ignore[reportArgumentType]
 
 
 def test_step_has_its_time_with_data_and_without_checkpoint_and_validation() -> None:
     clock = Clock()
-    meter = _meter(clock)
+    stall = Stopwatch(clock)
+    with stall:
+        clock.now_s += 7.0
+    meter = _meter(clock, stall=stall)
     with meter.waiting_for("data"):
         clock.now_s += 0.25
     clock.now_s += 1.75
-    assert meter.end_step(0, 1000, 1.0) == {"step_s": 2.0, "tokens_per_s": 500.0, "data_wait_s": 0.25}
-    with meter.waiting_for("checkpoint"):
-        clock.now_s += 3.0
+    first = {"step_s": 2.0, "tokens_per_s": 500.0, "data_wait_s": 0.25, "checkpoint_stall_s": 0.0}
+    assert meter.end_step(0, 1000, 1.0) == first
+    for seconds in (1.0, 2.0):
+        with stall:
+            clock.now_s += seconds
     with meter.waiting_for("validation"):
         clock.now_s += 5.0
     for _ in range(2):
@@ -65,23 +75,64 @@ def test_step_has_its_time_with_data_and_without_checkpoint_and_validation() -> 
     second = {"step_s": 2.0, "tokens_per_s": 1000.0, "data_wait_s": 1.0, "checkpoint_stall_s": 3.0, "validation_s": 5.0}
     assert meter.end_step(1, 2000, 1.0) == second
     clock.now_s += 4.0
-    assert meter.end_step(2, 2000, 1.0) == {"step_s": 4.0, "tokens_per_s": 500.0}
+    assert meter.end_step(2, 2000, 1.0) == {"step_s": 4.0, "tokens_per_s": 500.0, "checkpoint_stall_s": 0.0}
     assert set(second) <= MEASURED
 
 
 def test_waiting_that_ends_in_an_error_is_counted_and_the_error_goes_on() -> None:
     clock = Clock()
-    meter = _meter(clock)
+    stall = Stopwatch(clock)
+    meter = _meter(clock, stall=stall)
 
-    def save() -> None:
-        with meter.waiting_for("checkpoint"):
+    def wait_and_fail(waiting: AbstractContextManager[None]) -> None:
+        with waiting:
             clock.now_s += 2.0
             raise OSError("no space")
 
-    with pytest.raises(OSError, match="no space"):
-        save()
+    for waiting in (meter.waiting_for("validation"), stall):
+        with pytest.raises(OSError, match="no space"):
+            wait_and_fail(waiting)
     clock.now_s += 1.0
-    assert meter.end_step(0, 10, 1.0) == {"step_s": 1.0, "tokens_per_s": 10.0, "checkpoint_stall_s": 2.0}
+    found = meter.end_step(0, 10, 1.0)
+    assert found == {"step_s": 1.0, "tokens_per_s": 10.0, "checkpoint_stall_s": 2.0, "validation_s": 2.0}
+
+
+def test_a_stopwatch_counts_what_lies_within_itself_once_and_can_be_read_meanwhile() -> None:
+    clock = Clock()
+    watch = Stopwatch(clock)
+    with watch:
+        clock.now_s += 1.0
+        with watch:
+            clock.now_s += 2.0
+            assert watch.spent_s == 3.0
+        clock.now_s += 4.0
+        assert watch.spent_s == 7.0
+    clock.now_s += 8.0
+    with watch:
+        clock.now_s += 16.0
+    assert watch.spent_s == 23.0
+
+
+def test_what_each_checkpoint_has_cost_adds_up_to_all_that_training_has_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = saving.write_file
+    monkeypatch.setattr(saving, "write_file", lambda *given: time.sleep(0.15) or write(*given))
+
+    def work(ranks: ThreadRanks) -> float:
+        saver = checkpointer(tmp_path, state_of(ranks, distinct()), ranks)
+        for step in (1, 2, 3):
+            saver.save(step, is_last=step == 3)
+            saver.poll()
+        return saver.stall.spent_s
+
+    (waited_s,) = succeeded(work, workers=1)
+    said = re.findall(
+        r"checkpoint of step (\d) in ([\d.]+) s, of which training waited ([\d.]+) s", capsys.readouterr().out
+    )
+    assert [step for step, *_ in said] == ["1", "2", "3"]
+    assert all(0.1 <= float(stall_s) <= float(total_s) for _, total_s, stall_s in said)
+    assert sum(float(stall_s) for *_, stall_s in said) == pytest.approx(waited_s, abs=0.05)
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_workers() -> None:
@@ -185,7 +236,7 @@ def _rank(rank: int, folder: Path) -> None:
     weights = [LocalTensor(part, (Run("a", 6 * rank, 6 - rank, 0),))]
     held = bytearray(b"x" * (GIANT if rank else 1))
     clock = Clock()
-    meter = Meter(PretrainConfig(log_norms_every_steps=1), Ranks(CPU), weights, clock)
+    meter = Meter(PretrainConfig(log_norms_every_steps=1), Ranks(CPU), weights, Stopwatch(), clock)
     clock.now_s += 1.0
     figures = meter.end_step(0, 10, 1.0)
     (folder / f"{rank}.txt").write_text(f"{figures['weight_norm']!r} {figures['peak_resident_bytes']}")

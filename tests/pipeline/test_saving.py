@@ -93,7 +93,8 @@ def test_the_numbers_are_those_of_the_step_boundary_although_training_goes_on(
         slow.may_write.set()
         figures = finish(saver)
         assert saver.last_saved == 4
-        assert 0 <= figures["checkpoint_stall_s"] <= figures["checkpoint_s"]
+        assert list(figures) == ["checkpoint_s"], "a wait that the meter tells too"
+        assert 0 < saver.stall.spent_s <= figures["checkpoint_s"] + 0.001
 
     succeeded(work)
     assert_equal(saved(tmp_path, 4), full)
@@ -120,7 +121,8 @@ def test_training_does_not_wait_for_a_slow_disk_until_it_saves_again(
         waited_s = time.monotonic() - begun_s
         assert figures == [{}] * 3
         (figure,) = [found for found in (saver.poll(),) if found]
-        assert figure["checkpoint_stall_s"] >= 0.2 < waited_s + 0.1
+        assert figure["checkpoint_s"] >= waited_s - 0.01
+        assert saver.stall.spent_s >= waited_s - 0.01 >= 0.2
         saver.wait()
         return [saver.last_saved]
 
@@ -309,7 +311,7 @@ def test_another_identity_is_refused_field_by_field_before_any_file_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_one(tmp_path)
-    monkeypatch.setattr(checkpoint_module, "verify", lambda *given: pytest.fail("files were read"))
+    monkeypatch.setattr(checkpoint_module, "verify_bytes", lambda *given: pytest.fail("files were read"))
     other = {"config": {"lr": 0.2, "data_seed": 0, "ema": 0.9}}
 
     def restore(ranks: ThreadRanks) -> None:
@@ -459,7 +461,8 @@ def test_the_state_is_released_only_when_it_was_copied(tmp_path: Path, monkeypat
         saver.release_state()
         assert may_copy.is_set()
         state.change(by=1.0)
-        assert finish(saver)["checkpoint_stall_s"] >= 0.1
+        assert saver.stall.spent_s >= 0.1
+        assert finish(saver)["checkpoint_s"] >= 0.1
 
     succeeded(work)
     assert_equal(saved(tmp_path, 4), full)

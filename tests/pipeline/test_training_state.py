@@ -26,6 +26,7 @@ from pipeline.training_state import (
     file_name,
     read_manifest,
     verify,
+    verify_bytes,
     write_manifest,
 )
 from tests.support.hand_state import CUTS, KEPT, SHAPES, Full, HandState, assembled, assert_equal, distinct, numel
@@ -269,6 +270,10 @@ def test_a_file_that_another_machine_does_not_see_yet_is_waited_for(
             (tmp_path / "late").rename(late)
 
     monkeypatch.setattr(training_state.time, "sleep", sleep)
+    verify_bytes(checkpoint, manifest.files)
+    assert len(slept) == 2
+    late.rename(tmp_path / "late")
+    slept.clear()
     files = StateFiles(checkpoint, manifest)
     assert len(slept) == 2
     assert torch.equal(files.whole("master", "norm.weight"), full["master", "norm.weight"])

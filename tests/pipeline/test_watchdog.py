@@ -5,12 +5,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dlm_core.models.config import ModelConfig
 from pipeline.pretrain.config import STAGE
-from pipeline.pretrain.watchdog import Watchdog, WatchdogLimits
+from pipeline.pretrain.watchdog import Phase, Watchdog, WatchdogLimits, _grace_s, collective_timeout
+from tests.support.ranks import run_ranks
+from tests.support.resuming import EXPERTS
 from tests.support.tiny_run import Artifacts, metrics, start_gang, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +24,7 @@ LIMITS = WatchdogLimits(start_s=7.0, first_step_s=5.0, step_s=2.0, step_medians=
 PROGRAM = """
 import ctypes, sys, time
 from pathlib import Path
-from pipeline.pretrain.watchdog import Watchdog, WatchdogLimits
+from pipeline.pretrain.watchdog import Phase, Watchdog, WatchdogLimits, _grace_s, collective_timeout
 
 def failed(error):
     Path("failed").write_text(f"{type(error).__name__}: {error}")
@@ -110,13 +116,65 @@ def test_limits_follow_the_phase_and_the_median_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("field", ["start_s", "first_step_s", "step_s", "step_medians", "checkpoint_s", "evaluation_s"])
-@pytest.mark.parametrize("value", [0.0, -1.0])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_limit_that_is_not_positive_is_refused_with_its_name(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}"):
         WatchdogLimits(**{field: value})
 
 
+SECONDS = st.floats(1e-2, 1e6)
+
+
+@given(st.builds(WatchdogLimits, *[SECONDS] * 6), st.lists(SECONDS, min_size=1, max_size=5))
+def test_the_watchdog_and_its_timer_fire_before_a_collective_does_in_every_phase(limits, lasting_s):
+    watchdog = Watchdog(limits, 0, 1, Path(), pytest.fail)
+    found = {watchdog._last.limit_s}
+    for step, seconds in enumerate(lasting_s):
+        for phase in get_args(Phase):
+            watchdog.phase(phase, step)
+            found.add(watchdog._last.limit_s)
+        watchdog._steps_s.append(seconds)
+    timeout_s = collective_timeout(limits).total_seconds()
+    assert all(limit_s + _grace_s(limit_s) < timeout_s for limit_s in found)
+    assert timeout_s < 2 * limits.longest_s + 10
+
+
 # --- gangs ----------------------------------------------------------------------------------------------------------
+
+
+CONFIGS = {
+    "zero 1": tiny(workers=2, watchdog=LIMITS),
+    "zero 3": tiny(workers=2, zero_stage=3, watchdog=LIMITS),
+    "experts": tiny(workers=2, ep_size=2, architecture=EXPERTS, watchdog=LIMITS),
+}
+
+
+def timeouts_of_groups(rank: int) -> dict[str, list[float]]:
+    """Seconds of all groups, in a process group that was made with others; run on each of two ranks."""
+    from torch.distributed import distributed_c10d
+
+    from dlm_core.models.transformer import Denoiser
+    from pipeline.pretrain.engine import build_engine, start_process_group
+
+    found: dict[str, list[float]] = {}
+    for name, config in CONFIGS.items():
+        start_process_group(config.watchdog)
+        model = Denoiser(ModelConfig(config.architecture, vocab_size=300, mask_token_id=299))
+        model.init_weights(0)
+        build_engine(model, config)
+        backends = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
+        found[name] = [backend.options._timeout.total_seconds() for backend in backends]
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_every_group_has_the_time_out_of_the_limits_those_of_deepspeed_too(tmp_path: Path) -> None:
+    wanted = collective_timeout(LIMITS).total_seconds()
+    assert wanted not in (600.0, 1800.0), "torch has these by itself: a weak test"
+    for found in run_ranks(timeouts_of_groups, tmp_path, 2):
+        assert len(found["experts"]) > len(found["zero 1"]) >= 2, "no group but the first: a weak test"
+        assert {name: set(timeouts) for name, timeouts in found.items()} == {name: {wanted} for name in CONFIGS}
 
 
 def hung(made: Artifacts, out: Path, fault: str, **more: Any) -> Any:

@@ -199,6 +199,26 @@ def make_gradients_nan(first: int, last: int) -> None:
     loop.set_lr, loop.loss_scale = count, poisoned
 
 
+def multiply_losses(first: int, last: int, by: float, weights_by: float = 1.0) -> None:
+    """The loss is multiplied at steps first..last of a training, and every parameter when it is drawn."""
+    from pipeline.pretrain import loop
+
+    scale_initial_weights(weights_by)
+    set_lr, loss_output, calls = loop.set_lr, loop.loss_output, [-1]
+
+    def count(engine: Any, lr: float) -> None:
+        calls[0] += 1
+        set_lr(engine, lr)
+
+    def multiplied(*given: Any, **more: Any) -> Any:
+        out = loss_output(*given, **more)
+        if not first <= calls[0] <= last:
+            return out
+        return dataclasses.replace(out, loss_sum=out.loss_sum * by, bin_loss_sum=out.bin_loss_sum * by)
+
+    loop.set_lr, loop.loss_output = count, multiplied
+
+
 def _before_step(at: int, rank: int, act: Callable[[Any], None]) -> None:
     """Call act(engine) on a rank when the gradient of a step is there, and what was being saved is published."""
     from pipeline.pretrain.guards import Guard

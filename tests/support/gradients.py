@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.engine import build_engine, leave_process_group, prepare_process, start_process_group
 from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
 from pipeline.pretrain.routers import Routers
+from pipeline.pretrain.watchdog import WatchdogLimits
 from tests.support.tiny_run import _PRELOAD, TINY, _free_port
 
 WORKERS, STEP, VOCAB_SIZE = 2, 3, 61
@@ -160,7 +160,6 @@ def rank_gradients(config: PretrainConfig, rank: int) -> dict[tuple[str, int], T
         special=SPECIAL,
         progress=Progress(),
         guard=Guard(config, engine, print, Path(), False),
-        meter=SimpleNamespace(waiting_for=lambda what: nullcontext()),
         checkpointer=SimpleNamespace(release_state=lambda: None),
     )
     before = [(local, local.tensor.detach().flatten().clone()) for local in local_tensors(engine)]
@@ -201,6 +200,6 @@ def _rank(rank: int, port: int, cases: Sequence[str], folder: Path) -> None:
         WORLD_SIZE=str(WORKERS), LOCAL_SIZE=str(WORKERS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     prepare_process(1)
-    start_process_group()
+    start_process_group(WatchdogLimits())
     torch.save({name: rank_gradients(CASES[name], rank) for name in cases}, folder / f"rank{rank}.pt")
     leave_process_group()

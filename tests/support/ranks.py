@@ -44,9 +44,10 @@ def _rank(rank: int, num_ranks: int, port: int, folder: Path, work: Callable[[in
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(num_ranks), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     from pipeline.pretrain.engine import leave_process_group, prepare_process, start_process_group
+    from pipeline.pretrain.watchdog import WatchdogLimits
 
     prepare_process(1)
-    start_process_group()
+    start_process_group(WatchdogLimits())
     gc.freeze()  # DeepSpeed collects garbage several times an engine: let it not search all that was imported
     torch.save(work(rank), folder / f"{rank}.pt")
     leave_process_group()
