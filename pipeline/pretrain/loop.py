@@ -213,7 +213,7 @@ def take_step(training: Training, drawn: RowBatch, step: int) -> StepTaken:
     counts = torch.tensor([sum(int(part) for part in counted) for counted in zip(*map(_counts, batches), strict=True)])
     totals = Globals(*(int(count) for count in ranks.sum(counts)))
     scale = loss_scale(config, totals.num_tokens)
-    sums = torch.zeros(3 + 2 * NUM_T_BINS, dtype=torch.float64)
+    sums = torch.zeros(3 + 2 * NUM_T_BINS, dtype=torch.float64, device=engine.device)
     router_sums: Any = 0.0
     for number, batch in enumerate(batches):
         columns, named = batch.arguments(engine.device)
@@ -226,9 +226,9 @@ def take_step(training: Training, drawn: RowBatch, step: int) -> StepTaken:
             loss = loss + router_loss * (scale * totals.num_tokens)
             router_sums = router_sums + found
         engine.backward(loss)
-        nelbo_sum = torch.zeros(()) if out.nelbo_sum is None else out.nelbo_sum
-        parts = torch.stack([part.double().cpu() for part in (out.loss_sum.detach(), out.num_masked, nelbo_sum)])
-        sums += torch.cat([parts, out.bin_loss_sum.double().cpu(), out.bin_num_masked.double().cpu()])
+        nelbo_sum = torch.zeros_like(out.loss_sum) if out.nelbo_sum is None else out.nelbo_sum
+        parts = torch.stack([part.detach().double() for part in (out.loss_sum, out.num_masked, nelbo_sum)])
+        sums += torch.cat([parts, out.bin_loss_sum.double(), out.bin_num_masked.double()])
         if number == len(batches) - 1:
             sums = ranks.sum(sums)
             training.guard.before_step(step, float(sums[0]) / max(1, totals.num_tokens))

@@ -40,19 +40,20 @@ class Routers:
         config, moe, losses = self._config, self._moe, self._config.router_loss
         num_rows, seq_len = batch.xt.shape
         num_groups = num_rows // losses.group_seqs * config.grad_accum_steps * config.workers
-        loss, sums = torch.zeros(()), []
+        device = next(iter(self.tap.logits.values())).device
+        is_text, loss, sums = batch.is_text.to(device), torch.zeros((), device=device), []
         for name, flat in self.tap.logits.items():
             logits = flat.view(num_rows, -1, moe.num_experts)
             halves = logits.shape[1] // seq_len
-            valid = batch.is_text.to(flat.device).repeat(1, halves)
+            valid = is_text.repeat(1, halves)
             bias = self.tap.selection_bias(name)
             balance = balance_loss(logits, valid, moe, group_seqs=losses.group_seqs, selection_bias=bias).loss_sum
             z = z_loss(logits, valid).loss_sum
             balance, z = balance / num_groups, z / max(1, totals.num_text * halves)
-            loss = loss.to(flat.device) + losses.balance * balance + losses.z * z
+            loss = loss + losses.balance * balance + losses.z * z
             _, expert_ids = route(flat.detach(), moe, bias)
             load = tokens_per_expert(expert_ids, valid.flatten(), moe.num_experts)
-            sums.append(torch.cat([torch.stack([balance.detach(), z.detach()]), load.to(balance.dtype)]).double().cpu())
+            sums.append(torch.cat([torch.stack([balance.detach(), z.detach()]).double(), load.double()]))
         return loss, torch.stack(sums)
 
     def move_biases(self, sums: Tensor) -> None:
