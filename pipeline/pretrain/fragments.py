@@ -110,18 +110,6 @@ def push_masters(engine: Any) -> None:
                     parameter.copy_(master)
 
 
-def undo_first_step(engine: Any) -> None:
-    """Take back the step with gradients of zero that DeepSpeed makes at once where ZeRO 0 trains in bf16.
-
-    It has decayed the masters and counted a step in the optimizer's state.  To be called once, right after
-    ``deepspeed.initialize``; nothing to do for other engines.
-    """
-    wrapper = engine.optimizer
-    if engine.zero_optimization_stage() == 0 and _has_masters(wrapper):
-        wrapper.refresh_fp32_params()
-        wrapper.optimizer.state.clear()
-
-
 # What DeepSpeed holds
 
 

@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from dlm_core.models.config import Architecture, ModelConfig, MoE
 from dlm_core.models.transformer import Denoiser
 from pipeline.pretrain.expert_parallel import expert_parallel_section, route_in_float32, with_experts_apart
-from pipeline.pretrain.fragments import (
-    LocalTensor,
-    local_tensors,
-    owned,
-    persistent_buffers,
-    push_masters,
-    undo_first_step,
-)
+from pipeline.pretrain.fragments import LocalTensor, local_tensors, owned, persistent_buffers, push_masters
 
 WORKERS, MAX_GRAD_NORM, NUM_STEPS, MASK = 2, 0.05, 3, 36
 _MOE = MoE(4, 2, 5, num_shared_experts=1, router_score="sigmoid", selection_bias=True, first_k_dense=1)
@@ -132,10 +125,21 @@ def build(
         dist_init_required=False,
     )
     if optimizer is None:
-        undo_first_step(engine)
+        _undo_first_step(engine)
     if case.ep_size is not None:
         route_in_float32(engine.module)
     return engine
+
+
+def _undo_first_step(engine: Any) -> None:
+    """Take back the step with gradients of zero that DeepSpeed makes at once where ZeRO 0 trains in bf16.
+
+    It has decayed the masters and counted a step in the state of torch's optimizer; ours takes no such step.
+    """
+    wrapper = engine.optimizer
+    if engine.zero_optimization_stage() == 0 and hasattr(wrapper, "fp32_groups"):
+        wrapper.refresh_fp32_params()
+        wrapper.optimizer.state.clear()
 
 
 # What ranks do
