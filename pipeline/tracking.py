@@ -13,7 +13,7 @@ import json
 import netrc
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,13 +33,22 @@ class MetricsLog:
     """One JSON object a line, each with its "step"; rewound to the step that a run resumes from."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [line for step, line in _complete_lines(path) if step < resume_step]
-        write_atomic(path, "".join(line + "\n" for line in kept).encode())
-        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
-        """Values of the last step before the one to resume from."""
+        self.missing: list[range] = []
+        """Steps before the one to resume from that have no line: the file was cut or lost by others."""
+        write_atomic(path, self._kept(path, resume_step))
         self._path = path
         self._file = path.open("a")
         self._closing = threading.Lock()
+
+    def _kept(self, path: Path, resume_step: int) -> Iterator[bytes]:
+        next_step = 0
+        for values, line in whole_lines(path, resume_step):
+            if values["step"] > next_step:
+                self.missing.append(range(next_step, values["step"]))
+            next_step = values["step"] + 1
+            yield line.encode()
+        if next_step < resume_step:
+            self.missing.append(range(next_step, resume_step))
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append the values of one step."""
@@ -65,20 +74,30 @@ class MetricsLog:
             self._file.close()
 
 
-def _complete_lines(path: Path) -> list[tuple[int, str]]:
-    """(step, line) up to the first line that is not whole; a kill or a power cut may leave half of one."""
+def whole_lines(path: Path, stop_step: int) -> Iterator[tuple[dict[str, Any], str]]:
+    """Values and text of each line, of steps before ``stop_step`` and in their order; nothing if there is no file.
+
+    Left out is what is no whole line of the next steps: a kill or a power cut may leave half of one.
+    """
     if not path.exists():
-        return []
-    lines: list[tuple[int, str]] = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break
-        if not line.endswith("\n"):
-            break
-        lines.append((step, line.rstrip("\n")))
-    return lines
+        return
+    next_step = 0
+    with path.open(errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                values = json.loads(line)
+                step = values["step"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+            if isinstance(step, int) and next_step <= step < stop_step and line.endswith("\n"):
+                next_step = step + 1
+                yield values, line
+
+
+def told(steps: Sequence[range], most: int = 5) -> str:
+    """Stretches of steps as a person writes them."""
+    some = [f"{s[0]} to {s[-1]}" if len(s) > 1 else f"{s[0]}" for s in steps[:most]]
+    return ", ".join(some) + (f" and {len(steps) - most} more stretches" if len(steps) > most else "")
 
 
 def is_logged_in() -> bool:

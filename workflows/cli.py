@@ -306,7 +306,8 @@ def _print_figures(store: Store, run: RunPlace) -> None:
             figures.append(("left out of the text", f"{what} (which: see the report)"))
     if "pretrain" in outputs:
         stats = read_json(outputs["pretrain"] / "manifest.json")["stats"]
-        figures.append(("training speed", f"{stats['tokens_per_s']:,.0f} tokens/s"))
+        if stats["tokens_per_s"] is not None:
+            figures.append(("training speed", f"{stats['tokens_per_s']:,.0f} tokens/s"))
     if "report" in outputs:
         figures.append(("report", str(outputs["report"] / "report.html")))
     console.print()

@@ -1,9 +1,9 @@
 """From inputs to the artifact of a training: assembles what the loop (loop.py) works with.  Runs on every rank."""
 
-import json
 import os
-import shutil
 import statistics
+from array import array
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,10 +36,12 @@ from pipeline.pretrain.saving import Belonging, Checkpointer, warn
 from pipeline.pretrain.validation import Validator, likelihood
 from pipeline.pretrain.watchdog import Watchdog
 from pipeline.stage import StageContext, Stats, stage_identity
-from pipeline.tracking import MetricsLog, Tracker, WandbRun
+from pipeline.tracking import MetricsLog, Tracker, WandbRun, told, whole_lines
 from pipeline.training_state import checkpoint_name
 
 METRICS_FILE = "metrics.jsonl"
+_FINAL_STEPS = 50
+"""Finite losses of which ``final_loss`` is the mean."""
 
 
 def run(config: PretrainConfig, inputs: Mapping[str, Path], context: StageContext) -> Stats | None:
@@ -56,7 +58,7 @@ def _run_watched(
     training, first_step = make_training(config, inputs, context, watchdog)
     is_first = training.ranks.rank == 0
     if is_first:
-        log = training.checkpointer.log = MetricsLog(context.state / METRICS_FILE, first_step)
+        log = training.checkpointer.log = open_log(context.state / METRICS_FILE, first_step)
         with make_tracker(config, context, log, training.model_config.num_params()) as tracker:
             train(training, first_step, tracker)
     else:
@@ -127,6 +129,19 @@ def check_lengths(config: PretrainConfig, packed_len: int) -> None:
             )
 
 
+def open_log(path: Path, first_step: int) -> MetricsLog:
+    """The log of metrics, rewound to a step; warns of steps before it that were lost."""
+    log = MetricsLog(path, first_step)
+    if log.missing:
+        num_missing = sum(map(len, log.missing))
+        warn(
+            f"{path} has no line of {num_missing} of the {first_step} steps before the one to go on with (steps "
+            f"{told(log.missing)}): it was cut or lost by others. Training goes on; figures of the whole training "
+            "will be of the lines that are there, and missing_metrics in its stats tells how many are not"
+        )
+    return log
+
+
 def make_tracker(config: PretrainConfig, context: StageContext, log: MetricsLog, num_params: int) -> Tracker:
     """The stage's log of metrics, with Weights & Biases beside it if it is wanted."""
     if not config.track:
@@ -146,11 +161,6 @@ def write_artifact(training: Training, rows: PackedRows) -> Stats:
             link_or_copy(path, out / "checkpoints" / checkpoint_name(step) / path.name)
     last = config.spans[-1]
     write_json(out / "model_config.json", with_rope_base(model_config, last.rope_base))
-    shutil.copyfile(state / METRICS_FILE, out / METRICS_FILE)
-    lines = [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(config.num_steps))
-    tail = [line["loss"] for line in lines[-50:] if line["loss"] is not None]
-    step_s = statistics.median(line["step_s"] for line in lines)
     return {
         "num_params": model_config.num_params(),
         "seq_len": last.seq_len or rows.seq_len,
@@ -159,8 +169,23 @@ def write_artifact(training: Training, rows: PackedRows) -> Stats:
         "target_offset": config.objective.target_offset,
         "within_documents": config.objective.within_documents,
         "average_steps": averaged,
-        "tokens": lines[-1]["tokens"],
+        "tokens": training.progress.tokens,
         **epochs_shown(training.loader, config.num_steps * config.global_batch_seqs),
-        "final_loss": sum(tail) / max(1, len(tail)),
-        "tokens_per_s": lines[-1]["tokens"] / config.num_steps / step_s,
+        **write_metrics(state / METRICS_FILE, out / METRICS_FILE, config.num_steps, training.progress.tokens),
+    }
+
+
+def write_metrics(source: Path, target: Path, num_steps: int, tokens: int) -> Stats:
+    """Copy the lines of metrics one by one; returns what they tell of the whole training, None where no line does."""
+    losses, step_s = deque[float](maxlen=_FINAL_STEPS), array("d")
+    with target.open("w") as file:
+        for values, line in whole_lines(source, num_steps):
+            file.write(line)
+            step_s.append(values["step_s"])
+            if values["loss"] is not None:
+                losses.append(values["loss"])
+    return {
+        "final_loss": statistics.mean(losses) if losses else None,
+        "tokens_per_s": tokens / num_steps / statistics.median(step_s) if step_s else None,
+        "missing_metrics": num_steps - len(step_s),
     }

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,18 @@ def test_write_atomic_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: 
     write_atomic(path, b"old and long")
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_write_atomic_of_pieces_that_end_in_an_error_keeps_the_old_file(tmp_path: Path) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"new"
+        raise OSError("unreadable")
+
+    write_atomic(tmp_path / "file", iter([b"ol", b"d"]))
+    with pytest.raises(OSError, match="unreadable"):
+        write_atomic(tmp_path / "file", pieces())
+    assert (tmp_path / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
 

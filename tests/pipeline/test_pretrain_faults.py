@@ -5,16 +5,17 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.artifact import MANIFEST
+from pipeline.artifact import MANIFEST, read_json
 from pipeline.errors import classify
 from pipeline.pretrain.checkpoint import load_checkpoint_manifest
 from pipeline.pretrain.config import STAGE
+from pipeline.pretrain.run import write_metrics
 from tests.support.tiny_run import Artifacts, copy_state, make_artifacts, metrics, pretrain, start_gang, tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
@@ -99,6 +100,43 @@ def test_training_goes_on_while_a_slow_disk_takes_its_time(made: Artifacts, tmp_
     told = [line for line in lines if "checkpoint_s" in line]
     assert told[0]["step"] >= 60
     assert 0 < sum(line["checkpoint_stall_s"] for line in lines[50:60]) < told[0]["checkpoint_s"]
+
+
+def test_metrics_that_others_have_cut_are_told_of_at_the_resume_and_cost_nothing_else(
+    made: Artifacts, tmp_path: Path
+) -> None:
+    out, fault = tmp_path / "out", {"step": 6, "rank": 1}
+    died = start_gang(STAGE, EIGHT, made.inputs(), out, workers=2, fault="raise_in_step", **fault)
+    assert died.wait() != [0, 0]
+    path = died.state / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[3])
+    gang = start_gang(STAGE, EIGHT, made.inputs(), out, workers=2)
+    assert gang.wait() == [0, 0], gang.log()
+    told = f"warning: {path} has no line of 2 of the 4 steps before the one to go on with (steps 1 to 2)"
+    assert gang.log().count(told) == 1
+    left = metrics(out)
+    assert [line["step"] for line in left] == [0, 3, 4, 5, 6, 7]
+    stats = read_json(out / MANIFEST)["stats"]
+    assert stats["missing_metrics"] == 2
+    assert stats["final_loss"] == pytest.approx(sum(line["loss"] for line in left) / 6)
+    assert stats["tokens"] == left[-1]["tokens"]
+    assert stats["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.write_text("")], ids=["gone", "empty"])
+def test_metrics_lost_while_training_leave_an_artifact_without_their_figures(
+    tmp_path: Path, lose: Callable[[Path], object]
+) -> None:
+    source, target = tmp_path / "metrics.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"step": step, "loss": 2.0, "step_s": 0.5}) + "\n" for step in range(4)))
+    whole = {"final_loss": 2.0, "tokens_per_s": 200.0, "missing_metrics": 0}
+    assert write_metrics(source, target, num_steps=4, tokens=400) == whole
+    assert target.read_text() == source.read_text()
+    lose(source)
+    none = {"final_loss": None, "tokens_per_s": None, "missing_metrics": 4}
+    assert write_metrics(source, target, num_steps=4, tokens=400) == none
+    assert target.read_text() == ""
 
 
 def test_a_lost_lease_stops_all_ranks_before_anything_is_published(made: Artifacts, tmp_path: Path) -> None:

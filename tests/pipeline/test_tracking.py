@@ -1,11 +1,12 @@
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.tracking import MetricsLog, Tracker, WandbRun, is_logged_in
+from pipeline.tracking import MetricsLog, Tracker, WandbRun, is_logged_in, told
 
 
 def _write_steps(path: Path, first: int, last: int) -> None:
@@ -50,6 +51,49 @@ def test_metrics_log_drops_a_line_that_is_not_whole(tmp_path: Path, tail: str) -
     path.write_bytes(whole + tail.encode("latin-1"))
     MetricsLog(path, 100).close()
     assert path.read_bytes() == whole
+
+
+def _without(*steps: int) -> Callable[[Path], object]:
+    def drop(path: Path) -> None:
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for step, line in enumerate(lines) if step not in steps))
+
+    return drop
+
+
+@pytest.mark.parametrize(
+    ("lose", "missing"),
+    [
+        (lambda path: None, []),
+        (_without(8, 9), []),  # of steps that are trained again
+        (Path.unlink, [range(8)]),
+        (lambda path: path.write_text(""), [range(8)]),
+        (_without(0), [range(1)]),
+        (_without(5, 6, 7, 8, 9), [range(5, 8)]),
+        (_without(1, 3, 4, 7), [range(1, 2), range(3, 5), range(7, 8)]),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"step": 3', b'"ste\x00: 3')), [range(3, 4)]),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"step": 3', b'"step": 2')), [range(3, 4)]),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), [range(4, 8)]),
+    ],
+    ids=["whole", "later", "gone", "empty", "start", "end", "holes", "damaged", "repeated", "cut"],
+)
+def test_metrics_log_tells_which_steps_before_a_resume_were_lost_and_keeps_all_others(
+    tmp_path: Path, lose: Callable[[Path], object], missing: list[range]
+) -> None:
+    path = tmp_path / "m.jsonl"
+    _write_steps(path, 0, 10)
+    lose(path)
+    log = MetricsLog(path, 8)
+    log.close()
+    assert log.missing == missing
+    lost = {step for steps in missing for step in steps}
+    assert _steps(path) == [step for step in range(8) if step not in lost]
+
+
+def test_lost_steps_are_told_as_stretches_and_not_all_of_them() -> None:
+    assert told([range(3, 4)]) == "3"
+    assert told([range(5), range(6, 7), range(8, 10)]) == "0 to 4, 6, 8 to 9"
+    assert told([range(n, n + 1) for n in range(0, 14, 2)]) == "0, 2, 4, 6, 8 and 2 more stretches"
 
 
 @pytest.mark.parametrize("first_step", [0, 3, 5, 9])

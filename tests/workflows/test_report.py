@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def make_artifact(root: Path, name: str, **changes: Any) -> Path:
         config={"note": "</pre><script>", **changes.get("config", CONFIGS.get(name, {}))},
         inputs={source: _fingerprint(source) for source in sources},
         files=record_files(out),
-        stats=STATS.get(name, {}),
+        stats={**STATS.get(name, {}), **changes.get("stats", {})},
         started_at=1.7e9,
         elapsed_s=10.0 + len(name),
         environment=changes.get("environment", {"python": "3.11.9", "torch": "2.10.0", "deepspeed": "absent"}),
@@ -182,11 +183,24 @@ def test_report_shows_the_figures_of_results_json(tmp_path: Path):
     assert not {"ppl", "bpb", "nll"} & set(page.texts)
 
 
+def test_report_of_a_training_that_lost_metrics_says_so_and_counts_its_steps(tmp_path: Path):
+    artifacts = make_artifacts(tmp_path)
+    shutil.rmtree(artifacts["pretrain"])
+    lost = {"missing_metrics": 28, "tokens": 128 * 4096, "tokens_per_s": None}
+    make_artifact(tmp_path, "pretrain", stats=lost)
+    _, page = render(artifacts, tmp_path / "report.html")
+    assert "128 steps of 4,096 tokens" in page.text
+    assert "Steps whose metrics were lost: 28." in page.text
+    assert "Training speed" not in page.texts
+
+
 def test_report_shows_what_each_stage_counted(tmp_path: Path):
     _, page = render(make_artifacts(tmp_path), tmp_path / "report.html")
     for figure in ("1,234", "5,000,000", "2,000,000", "4,190,000", "409,600", "12.3 k", "5 empty", "2.50"):
         assert figure in page.texts, figure
     assert "Steps without a finite loss: 1." in page.text
+    assert "100 steps of 4,096 tokens; the mean of the last 50 is 3.3000 nats/token." in page.text
+    assert "metrics were lost" not in page.text
     assert "unigram entropy of the held-out text, 6.43" in page.texts
     assert "5" * 12 in page.texts
     assert "All of them ran with python 3.11.9, torch 2.10.0." in page.text

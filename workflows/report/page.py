@@ -103,8 +103,9 @@ def _tiles(data: ReportData) -> str:
         tiles += [
             _tile("Parameters", scaled(stats["num_params"]), "", count(stats["num_params"])),
             _tile("Tokens trained on", scaled(stats["tokens"]), "", count(stats["tokens"])),
-            _tile("Training speed", scaled(stats["tokens_per_s"]), "tokens/s", "at the median step"),
         ]
+        if (speed := stats["tokens_per_s"]) is not None:
+            tiles.append(_tile("Training speed", scaled(speed), "tokens/s", "at the median step"))
     if stats := data.stats("tokenizer"):
         tiles.append(
             _tile("Vocabulary", count(stats["vocab_size"]), "tokens", "masks and other special tokens included")
@@ -220,9 +221,11 @@ def _training(data: ReportData) -> str:
     if chart is None:
         return section("Training", note("No step had a finite loss."))
     stats = data.stats("pretrain")
+    num_missing: int = stats.get("missing_metrics", 0)  # absent from artifacts of earlier versions
+    num_steps = len(losses) + num_missing
     remarks = [
-        f"{count(len(losses))} steps of {count(stats['tokens'] // len(losses))} tokens; "
-        f"the mean of the last {min(50, len(losses))} is "
+        f"{count(num_steps)} steps of {count(stats['tokens'] // num_steps)} tokens; "
+        f"the mean of the last {min(50, num_finite)} is "
         f"{stats['final_loss']:.4f} nats/token. "
         "Each step estimates the bound from one draw of masks, hence the scatter."
     ]
@@ -230,6 +233,8 @@ def _training(data: ReportData) -> str:
         remarks.append(f"Steps outside the frame: {count(chart.num_outside)}.")
     if num_finite < len(losses):
         remarks.append(f"Steps without a finite loss: {count(len(losses) - num_finite)}.")
+    if num_missing:
+        remarks.append(f"Steps whose metrics were lost: {count(num_missing)}.")
     if unigram is None:
         remarks.append("The level of the unigram entropy comes with the evaluation.")
     figure = svg.embed(chart.drawing, "Training loss by step", "figure chart")
