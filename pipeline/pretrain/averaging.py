@@ -10,7 +10,7 @@ class AverageConfig:
     """Checkpoints to be averaged by ``convert`` (weights "average").
 
     last: of the last ``count`` multiples of ``every_steps``.  best: of the ``count`` validations with the lowest loss,
-    as LLaDA2.0 merges them (arXiv 2512.15745).
+    as LLaDA2.0 merges them (arXiv 2512.15745), among those of the rows and blocks that the training ends with.
     """
 
     keep: Literal["none", "last", "best"] = "none"

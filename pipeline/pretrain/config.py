@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.pretrain.averaging import AverageConfig
 from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
 from pipeline.pretrain.optimizer_config import OptimizerConfig
-from pipeline.pretrain.phases import Phase, Span, spans
+from pipeline.pretrain.phases import Phase, Span, first_step_of_kind, spans
 from pipeline.pretrain.watchdog import WatchdogLimits
 from pipeline.scoring import MIN_REPLICATES
 from pipeline.stage import Stage
@@ -176,10 +176,28 @@ class PretrainConfig:
     def _check_average(self) -> None:
         if self.average.keep == "best" and not self.validation.every_steps:
             raise ValueError('average.keep is "best", but nothing is validated; set validation.every_steps')
+        if self.average.keep == "best":
+            self._check_best()
         if self.average.keep == "last" and self.average.count * self.average.every_steps > self.num_steps:
             raise ValueError(
                 f"average.count {self.average.count} times every_steps {self.average.every_steps} is more than "
                 f"num_steps {self.num_steps}; lower one of them"
+            )
+
+    def _check_best(self) -> None:
+        if self.optimizer.ema_decay:
+            raise ValueError(
+                'average.keep is "best" with an optimizer.ema_decay: validation scores the running average, the mean '
+                "would be of the weights. Set one of them to nothing"
+            )
+        first_step = first_step_of_kind(self.spans, self.num_steps - 1)
+        every = self.validation.every_steps
+        validated = {*range(every, self.num_steps + 1, every), self.num_steps}
+        alike = sum(step > first_step for step in validated)
+        if alike < self.average.count:
+            raise ValueError(
+                f"average.count is {self.average.count}, but only {alike} validation(s) are of the rows and blocks "
+                f"that the training ends with (from step {first_step} on); lower it, or validation.every_steps"
             )
 
     def _check_experts(self) -> None:

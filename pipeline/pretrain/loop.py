@@ -18,6 +18,7 @@ from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.engine import loss_scale, set_lr, with_rope_base
 from pipeline.pretrain.guards import Guard, check_first_loss
 from pipeline.pretrain.meter import Meter
+from pipeline.pretrain.phases import first_step_of_kind
 from pipeline.pretrain.ranks import Ranks, bits_of
 from pipeline.pretrain.replicas import check_replicas
 from pipeline.pretrain.routers import Globals, Routers, router_metrics
@@ -94,6 +95,8 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
                 training.guard.forget()
                 if step and config.span_at(step - 1).block_size != span.block_size:
                     training.progress.mask_rates = None  # they were found for blocks of another size
+                if step == first_step_of_kind(config.spans, step):
+                    training.progress.scores.clear()
             training.watchdog.phase("data", step)
             with meter.waiting_for("data"):
                 drawn = next(all_drawn)

@@ -4,7 +4,7 @@ BD3-LM (arXiv 2503.09573) trains on whole rows, then on blocks; LLaDA2.0 (2512.1
 shrink; LLaDA-MoE (2509.24389) changes the data, then the row length and the rotary base.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.data.mixture import whole_weights
@@ -50,6 +50,19 @@ class Span:
     """0: rows as they are packed."""
     rope_base: float
     mixture: Mapping[str, float]
+
+    @property
+    def model_kind(self) -> tuple[int, int, float]:
+        """What a validation loss is of: losses, and weights, of different kinds are not compared or averaged."""
+        return self.block_size, self.seq_len, self.rope_base
+
+
+def first_step_of_kind(all_spans: Sequence[Span], step: int) -> int:
+    """First step of the phases in a row, up to that of a step, that are of its kind."""
+    found = next(number for number, span in enumerate(all_spans) if step < span.stop_step)
+    while found and all_spans[found - 1].model_kind == all_spans[found].model_kind:
+        found -= 1
+    return all_spans[found].first_step
 
 
 def spans(

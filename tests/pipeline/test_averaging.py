@@ -1,5 +1,6 @@
 """Checkpoints kept to be averaged: the last ones or the best, over kills and resumes, and their mean exported."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from pipeline.pretrain.averaging import AverageConfig
 from pipeline.pretrain.checkpoint import checkpoint_name
 from pipeline.pretrain.config import STAGE as PRETRAIN
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
+from pipeline.pretrain.lr_schedule import LRSchedule
+from pipeline.pretrain.phases import Phase
 from pipeline.training_state import MASTER, StateFiles, read_manifest
 from pipeline.weights import WEIGHTS_FILE
-from tests.support.tiny_run import Artifacts, metrics, run_gang, start_gang, tiny
+from tests.support.tiny_run import TINY, Artifacts, metrics, run_gang, start_gang, tiny
 
 VALIDATION = ValidationConfig(every_steps=2, num_rows=4)
 LAST = tiny(num_steps=8, average=AverageConfig("last", 2, 3))
@@ -69,6 +72,19 @@ def test_a_kill_does_not_change_what_is_kept(config: PretrainConfig, made: Artif
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_the_best_are_of_the_blocks_that_the_training_ends_with(made: Artifacts, tmp_path: Path) -> None:
+    phases = {"rows": Phase(18.0, block_size=0), "blocks": Phase(block_size=16), "more": Phase(block_size=16)}
+    rising = replace(
+        TINY.optimizer, lr=1e-2, lr_schedule=LRSchedule("constant", warmup_steps=50)
+    )  # too high in the end
+    config = replace(BEST, num_steps=40, phases=phases, optimizer=rising)
+    trained = run_gang(PRETRAIN, config, inputs(made), tmp_path / "out")
+    scores = {line["step"] + 1: line["val_nelbo"] for line in metrics(trained) if "val_nelbo" in line}
+    ends_with = {step: score for step, score in scores.items() if step > 36}
+    assert average_steps(trained) == sorted(ends_with) == [38, 40]
+    assert min(scores[step] for step in scores if step <= 36) < max(ends_with.values()), "a weak test"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -88,6 +104,12 @@ def test_an_average_of_nothing_is_refused(given: Any, message: str) -> None:
 def test_an_average_that_the_training_can_not_fill_is_refused() -> None:
     with pytest.raises(ValueError, match=r'average\.keep is "best", but nothing is validated'):
         tiny(average=AverageConfig("best", 2))
+    phases = {"rows": Phase(4.0, block_size=0), "blocks": Phase(block_size=8)}
+    with pytest.raises(ValueError, match=r"average.count is 3, but only 2 validation.* \(from step 16 on\)"):
+        tiny(average=AverageConfig("best", 3), validation=VALIDATION, phases=phases)
+    averaged = replace(TINY.optimizer, ema_decay=0.9)
+    with pytest.raises(ValueError, match=r'"best" with an optimizer\.ema_decay'):
+        tiny(average=AverageConfig("best", 2), validation=VALIDATION, optimizer=averaged)
     with pytest.raises(ValueError, match=r"average\.count 4 times every_steps 6 is more than num_steps 20"):
         tiny(average=AverageConfig("last", 4, 6))
 
