@@ -27,8 +27,8 @@ hash_permutation hash_uniform hash_words logits_loss loss_output mask_noise_std 
 noise_positions num_blocks on_both_halves per_token shift_left stratified_counts token_cross_entropy
 unigram_entropy variance_of_sums t_bins
 Architecture Architecture.head_size Architecture.is_sparse Architecture.kv_heads Architecture.rotary_dim Attend
-Attend.narrowed Attend.noisy_half AttentionMask AttentionMask.predicate Condition Condition.modulate Experts
-Experts.forward Head KVCache
+Attend.narrowed Attend.noisy_half AttentionMask AttentionMask.predicate AttentionMask.to Condition Condition.modulate
+Experts Experts.forward Head KVCache
 KVCache.advance KVCache.append ModelConfig ModelConfig.num_active_params ModelConfig.num_params Preset RopeTables
 Router Router.forward RouterLoss RouterTap RouterTap.close RouterTap.selection_bias able_backends expected_initial_loss
 expert_scores experts_grouped experts_loop tiny tokens_per_expert tokens_per_expert_and_bin why_not_grouped

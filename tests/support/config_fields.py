@@ -91,6 +91,7 @@ NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
         "router_loss.balance": (RouterLossConfig(), RouterLossConfig(balance=0.1)),
         "router_loss.z": (RouterLossConfig(), RouterLossConfig(z=0.1)),
         "router_loss.group_seqs": (RouterLossConfig(), RouterLossConfig(group_seqs=2)),
+        "router_loss.bias_rate": (RouterLossConfig(), RouterLossConfig(bias_rate=0.001)),
         "optimizer.lr_scale.experts": (LRScale(), LRScale(experts=0.5)),
         "optimizer.muon_momentum": (OptimizerConfig("muon"), OptimizerConfig("muon", muon_momentum=0.9)),
         "optimizer.muon_iterations": (OptimizerConfig("muon"), OptimizerConfig("muon", muon_iterations=6)),
