@@ -138,7 +138,7 @@ def farthest(found: Path, straight: Path, first_step: int) -> float:
 def test_bf16_by_other_ranks_goes_no_farther_apart_than_by_another_micro_batch(
     change: dict[str, Any], inputs: Inputs, tmp_path: Path
 ) -> None:
-    config = replace(TWELVE, num_steps=24, precision="bf16")
+    config = replace(TWELVE, num_steps=54, precision="bf16")
     straight, found = straight_and_cut(changed(config, change), inputs, tmp_path, [5])
     other = train_in_parts(changed(config, {"micro_batch_seqs": 2}), inputs, tmp_path / "micro" / "out", [5])
     by_micro_batch, by_ranks = (farthest(out, straight, 4) for out in (other, found))

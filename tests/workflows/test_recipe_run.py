@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.pretrain.config import PretrainConfig
 from tests.support.tiny_run import metrics, write_text
 from tests.workflows.conftest import Dlm
 from workflows import runs
-from workflows.recipes import load_recipe
+from workflows.recipes import RECIPES, load_recipe
 from workflows.store import Store
 
+TINY = [name for name in RECIPES if name.endswith("_tiny")]
 SETTINGS = {
     "corpus.held_out_fraction": 0.05,
     "tokenizer.vocab_size": 300,
@@ -19,38 +21,45 @@ SETTINGS = {
     "pretrain.architecture.num_layers": 2,
     "pretrain.num_steps": 42,
     "pretrain.global_batch_seqs": 4,
-    "pretrain.phases.first.seq_len": 32,
-    "pretrain.phases.second.seq_len": 32,
-    "pretrain.phases.anneal.seq_len": 32,
-    "pretrain.ep_size": 2,
     "pretrain.optimizer.ema_decay": 0.9,
-    "pretrain.validation.every_steps": 14,
+    "pretrain.validation.every_steps": 7,
     "pretrain.validation.num_rows": 4,
     "pretrain.track": "false",
     "convert.weights": "ema",
     "evaluate.num_shards": 1,
-    "generate.num_samples": 1,
-    "generate.num_steps": 8,
 }
+OWN = {
+    "llada_moe_tiny": {
+        "pretrain.ep_size": 2,
+        "pretrain.phases.first.seq_len": 32,
+        "pretrain.phases.second.seq_len": 32,
+        "pretrain.phases.anneal.seq_len": 32,
+    },
+    "llada2_tiny": {"pretrain.ep_size": 2},
+}
+SAMPLES = {"generate.num_samples": 1, "generate.num_steps": 8}
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("recipe", TINY)
 def test_a_tiny_recipe_shortened_by_settings_commits_every_step_and_its_report(
-    dlm: Dlm, store: Store, tmp_path: Path
+    recipe: str, dlm: Dlm, store: Store, tmp_path: Path
 ) -> None:
     text = write_text(tmp_path / "text.jsonl", seed=0, num_docs=200)
-    settings = {"corpus.source": text, **SETTINGS}
+    workflow = load_recipe(recipe)
+    steps = {step.name: step.config for step in workflow.steps}
+    settings = {"corpus.source": text, **SETTINGS, **OWN.get(recipe, {}), **(SAMPLES if "generate" in steps else {})}
     words = [word for path, value in settings.items() for word in ("--set", f"{path}={value}")]
-    done = dlm("run", "llada_moe_tiny", "--executor", "local", "--run-id", "r1", *words)
+    done = dlm("run", recipe, "--executor", "local", "--run-id", "r1", *words)
     assert done.code == 0, done.stderr
     status = json.loads(dlm("status", "r1", "--json").stdout)
     assert status["status"] == "succeeded"
-    steps = [step.name for step in load_recipe("llada_moe_tiny").steps]
     assert {step["step"]: step["status"] for step in status["steps"]} == dict.fromkeys(steps, "committed")
     report = Path(dlm("report", "r1").stdout.strip().splitlines()[-1])
     assert "</html>" in report.read_text(encoding="utf-8")
     trained = metrics(runs.committed_outputs(store, runs.require_run_id(store, "r1"))["pretrain"])
     assert len(trained) == 42
-    assert list(dict.fromkeys(line["phase"] for line in trained)) == ["first", "second", "anneal", "long"]
+    pretrain: PretrainConfig = steps["pretrain"]
+    assert list(dict.fromkeys(line["phase"] for line in trained)) == list(pretrain.phases or ["all"])
