@@ -147,6 +147,15 @@ def step_rows(config: PretrainConfig, drawn: RowBatch, step: int, rank: int) -> 
     return Rows(ids.flatten(), x0, doc_ids, first, config.global_batch_seqs * pieces)
 
 
+def step_kind(config: PretrainConfig, packed_len: int, step: int) -> tuple[str, int]:
+    """Steps of one kind take about as long as each other, alike on every rank.
+
+    The first of a phase has masks of its own, and compiled layers are compiled again for rows of another length.
+    """
+    span = config.span_at(step)
+    return span.name, step_length(config, span.seq_len or packed_len, step) if config.compile else 0
+
+
 def micro_batches(
     config: PretrainConfig,
     drawn: RowBatch,
