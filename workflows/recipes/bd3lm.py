@@ -45,6 +45,11 @@ def bd3lm_tiny() -> Workflow:
     return tiny_chain(
         "bd3lm_tiny",
         "BD3-LM's two phases and its search for mask rates, for minutes on 2 CPU cores",
-        replace(pretrain, objective=OBJECTIVE, phases=_phases(4)),
+        replace(
+            pretrain,
+            objective=OBJECTIVE,
+            phases=_phases(4),
+            validation=replace(pretrain.validation, every_steps=50),  # so that blocks are trained after a search
+        ),
         samples=False,
     )
