@@ -79,6 +79,8 @@ class Stage:
     They are JSON values by path of inputs: upstream["rows.tokens"] is that of the stage which makes the input "tokens"
     of the stage which makes the input "rows".  Called when a workflow is planned.
     """
+    ready: Callable[[Any, str], None] | None = None
+    """ready(config, step) raises UserError for what a recipe leaves to its user: asked before a run, not for a plan."""
     cpus: float = 1.0
     """CPU cores of a task, of one shard, or of one rank."""
 
@@ -314,6 +316,8 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"--config {arguments.config}: {error}") from None
     config = from_json(stage.config, value, where=stage.name)
+    if stage.ready is not None:
+        stage.ready(config, stage.name)
     pairs = [item.partition("=")[::2] for item in arguments.input]
     inputs = {name: Path(path) for name, path in pairs}
     if len(pairs) != len(inputs) or not stage.takes(inputs):

@@ -31,9 +31,9 @@ from workflows.store import LeaseHeldError, RunPlace, Store
 
 EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED = 2, 3, 4, 5, 75
 _TYPER_INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt."""
 _WITH_TRACEBACK = ("code", "transient", "infra")
 """Classes of errors that their message alone may not explain."""
-"""What typer makes of a KeyboardInterrupt."""
 
 app = typer.Typer(
     help="Pretrain diffusion language models as durable workflows.",
@@ -161,8 +161,10 @@ def plan_command(
     plan = runs.plan_recipe(recipe, _settings(settings))
     if dry_run + deepspeed + show_settings > 1:
         raise UserError("--dry-run, --deepspeed and --settings each print something else; give one of them")
-    if not dry_run and (gpu is not None or mfu is not None):
-        raise UserError(f"{'--mfu' if gpu is None else '--gpu'} has no effect without --dry-run; give both, or neither")
+    idle = [name for name, value in (("--gpu", gpu), ("--mfu", mfu)) if value is not None and not dry_run]
+    if idle:
+        options, have = " and ".join(idle), "have" if len(idle) > 1 else "has"
+        raise UserError(f"{options} {have} no effect without --dry-run; add --dry-run, or leave {options} out")
     if dry_run or deepspeed:
         from workflows import sizing
 

@@ -8,13 +8,14 @@ from workflows.step import Workflow
 
 
 def recipe(workflow: Workflow) -> dict[str, Any]:
-    """A recipe and its settings that the work it follows does not say."""
+    """A recipe, its settings that the work it follows does not say, and what it does otherwise."""
     ours = workflow.unpublished_settings()
     return {
         "name": workflow.name,
         "summary": workflow.summary,
         "steps": [step.name for step in workflow.steps],
         "settings": {path: {"value": value, "published": False} for path, value in ours.items()},
+        "deviations": list(workflow.deviations),
     }
 
 

@@ -65,7 +65,14 @@ def frozen_executor(run: RunPlace) -> ExecutorName:
 def create_run(
     store: Store, plan: Plan, executor: ExecutorName, run_id: str = "", settings: Sequence[str] = ()
 ) -> RunPlace:
-    """Freeze a plan as a new run; ``settings`` are those given for it, as they were typed."""
+    """Freeze a plan as a new run; ``settings`` are those given for it, as they were typed.
+
+    UserError if a step wants something that the recipe leaves to its user, and was not given it.
+    """
+    for step in plan.steps:
+        ready = load_stage(step.stage).ready
+        if ready is not None:
+            ready(step_config(step), step.name)
     value = {"plan": to_json(plan), "executor": executor, "settings": list(settings)}
     return store.create_run(run_id or new_run_id(plan.workflow), value)
 

@@ -228,15 +228,26 @@ def _print(console: Console, sizing: Sizing) -> None:
 
 
 def _totals(sizing: Sizing) -> Sequence[tuple[str, str]]:
-    cost = sizing.cost
-    days = f"{cost.hours / 24:.1f} days" if cost.hours >= 48 else f"{cost.hours:.1f} h"
-    workers = sizing.training.config.workers
     return (
-        ("tokens", scaled(cost.tokens)),
-        ("operations", f"{cost.flops:.3g} FLOP"),
-        ("GPU-hours", f"{cost.gpu_hours:,.0f} of {sizing.gpu.name} at an MFU of {sizing.mfu:g}"),
-        ("time", f"{days} on {workers}"),
+        ("tokens", scaled(sizing.cost.tokens)),
+        ("operations", f"{sizing.cost.flops:.3g} FLOP"),
+        *_hours(sizing),
         ("checkpoint", _gigabytes(sizing.needed.checkpoint_bytes)),
+    )
+
+
+def _hours(sizing: Sizing) -> Sequence[tuple[str, str]]:
+    gpu_hours, hours, training = sizing.cost.gpu_hours, sizing.cost.hours, sizing.training
+    if gpu_hours is None or hours is None:
+        why = (
+            f"not told: the peak of {sizing.gpu.name} is known in bfloat16 alone, and {training.step}.precision is "
+            f"fp32; set that to bf16, or {training.step}.peak_tflops_per_worker"
+        )
+        return (("GPU-hours", why),)
+    days = f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} h"
+    return (
+        ("GPU-hours", f"{gpu_hours:,.0f} of {sizing.gpu.name} at an MFU of {sizing.mfu:g}"),
+        ("time", f"{days} on {training.config.workers}"),
     )
 
 

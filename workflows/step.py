@@ -33,6 +33,8 @@ class Workflow:
     unpublished: tuple[str, ...] = ()
     """Settings such as "pretrain.optimizer.lr" whose values are ours because the work that the recipe follows does not
     say them."""
+    deviations: tuple[str, ...] = ()
+    """What is done otherwise than in that work, in words."""
 
     def __post_init__(self) -> None:
         settings = self._settings() if self.unpublished else {}

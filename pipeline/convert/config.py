@@ -19,10 +19,16 @@ class ConvertConfig:
 
 def check_upstream(config: ConvertConfig, upstream: Mapping[str, Any], step: str) -> None:
     """UserError for averages that the training before would not keep: said before it starts, not when it has ended."""
-    if config.weights == "ema" and not upstream["pretrain"]["optimizer"]["ema_decay"]:
+    training = upstream["pretrain"]
+    if config.weights == "ema" and not training["optimizer"]["ema_decay"]:
         raise UserError(
             f'{step}.weights is "ema", but pretrain.optimizer.ema_decay is 0: the training keeps no running average. '
             f"Set pretrain.optimizer.ema_decay, or {step}.weights=last"
+        )
+    if config.weights == "average" and training["average"]["keep"] == "none":
+        raise UserError(
+            f'{step}.weights is "average", but pretrain.average.keep is "none": the training keeps no checkpoints '
+            f"to be averaged. Set pretrain.average, or {step}.weights=last"
         )
 
 

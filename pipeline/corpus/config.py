@@ -11,6 +11,7 @@ from pydantic import BeforeValidator
 
 from pipeline.config import execution
 from pipeline.corpus.filters import Filters
+from pipeline.errors import UserError
 from pipeline.stage import Stage
 
 STDLIB = "stdlib"
@@ -115,8 +116,9 @@ class CorpusConfig:
     source: Annotated[dict[str, Annotated[Source, BeforeValidator(_source)]], BeforeValidator(_sources)] = field(
         default_factory=_default_source, metadata={"execution": True}
     )
-    """Name -> source; a path or a list of paths is the source "text".  It is identified by ``external_data`` and
-    not with the fields here, so that the shards of a source stay good when another is added beside it."""
+    """Name -> source; a path or a list of paths is the source "text".  Empty: it is to be given before a run, as for
+    recipes whose text does not come with them.  It is identified by ``external_data`` and not with the fields here, so
+    that the shards of a source stay good when another is added beside it."""
     text_field: str = _TEXT_FIELD
     """Field with the text, in .jsonl, .parquet, .arrow and datasets."""
     filters: Filters = field(default_factory=Filters)
@@ -142,8 +144,6 @@ class CorpusConfig:
     """About how much input a shard reads; it decides where shards end."""
 
     def __post_init__(self) -> None:
-        if not self.source:
-            raise ValueError("source is empty; name at least one file, folder, glob or dataset")
         if unusable := [name for name in self.source if not _NAME.fullmatch(name)]:
             raise ValueError(
                 f"the source name {unusable[0]!r} cannot stand in file names; a name is a letter and up to 63 "
@@ -171,6 +171,8 @@ class CorpusConfig:
 def _refuse_unheeded(config: CorpusConfig) -> None:
     """ValueError for a setting of the whole corpus that no source heeds."""
     sources = config.source.values()
+    if not sources:
+        return
     if config.text_field != _TEXT_FIELD and all(source.text_field for source in sources):
         raise ValueError("text_field does nothing, since every source has its own; leave it out, or theirs")
     if config.filters != Filters() and all(source.filters for source in sources):
@@ -212,6 +214,15 @@ def filters_of(config: CorpusConfig) -> Mapping[str, Filters]:
     return {name: for_source(config, name).filters for name in config.source}
 
 
+def check_ready(config: CorpusConfig, step: str) -> None:
+    """UserError if there is no text yet: a plan can be looked at and sized without, but not run."""
+    if not config.source:
+        raise UserError(
+            f"{step}.source is empty: the text that is to be trained on does not come with the recipe. Give a file, a "
+            f"folder, a glob, a URL or a dataset, as in --set {step}.source=PATH or --set {step}.source=hf:NAME"
+        )
+
+
 STAGE = Stage(
     name="corpus",
     kind="map",
@@ -219,5 +230,6 @@ STAGE = Stage(
     module="pipeline.corpus.run",
     code_version=3,
     external="pipeline.corpus.identity:external_data",
+    ready=check_ready,
     not_of_shards=("text_field", "filters", "max_bad_ratio"),
 )

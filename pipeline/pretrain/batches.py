@@ -35,7 +35,7 @@ from pipeline.data.special_tokens import SpecialTokens
 from pipeline.data.verified import Verified
 from pipeline.errors import CorruptionError
 from pipeline.pretrain.config import PretrainConfig
-from pipeline.pretrain.objective import ALL_RATES, ObjectiveConfig
+from pipeline.pretrain.objective import ALL_RATES, ObjectiveConfig, fractions_within, has_count_within
 from pipeline.pretrain.phases import Span
 
 _LENGTH_STREAM = stream_number("length of a step")
@@ -147,6 +147,15 @@ def step_rows(config: PretrainConfig, drawn: RowBatch, step: int, rank: int) -> 
     return Rows(ids.flatten(), x0, doc_ids, first, config.global_batch_seqs * pieces)
 
 
+def step_kind(config: PretrainConfig, packed_len: int, step: int) -> tuple[str, int]:
+    """Steps of one kind take about as long as each other, alike on every rank.
+
+    The first of a phase has masks of its own, and compiled layers are compiled again for rows of another length.
+    """
+    span = config.span_at(step)
+    return span.name, step_length(config, span.seq_len or packed_len, step) if config.compile else 0
+
+
 def micro_batches(
     config: PretrainConfig,
     drawn: RowBatch,
@@ -231,15 +240,15 @@ def _mask_at_rates(
 ) -> Int[Tensor, "B L"]:
     """Rows with masked fractions of their groups inside ``mask_rates``.
 
-    A group that padding leaves few tokens of may have no count with such a fraction: its tokens are masked
-    independently, at a rate that is inside.  t_min as the lowest rate bounds no fraction (``clip_candidates``).
+    A group that padding, or a short step, leaves few tokens of may have no count with such a fraction: its tokens are
+    masked independently, at a rate that is inside.
     """
-    low, high = mask_rates
+    low, high = fractions_within(mask_rates, t_min)
     by_group = maskable.view(len(prob), prob.shape[1], -1)
-    sizes = by_group.sum(dim=-1)
-    is_bound = (sizes == by_group.shape[-1]) | (sizes * (high - low) > 1.0 + 1e-6)
-    bound = is_bound.repeat_interleave(by_group.shape[-1], dim=1)
-    low = 0.0 if low == t_min else low
+    group_size = by_group.shape[-1]
+    sizes, which = by_group.sum(dim=-1).unique(return_inverse=True)
+    has_count = torch.tensor([has_count_within(size, (low, high)) for size in sizes.tolist()])
+    bound = has_count[which].repeat_interleave(group_size, dim=1)
     within = mask_within(rows.x0, prob, rows.ids, low=low, high=high, maskable=maskable & bound, **address)
     return torch.where(bound, within, mask_tokens(rows.x0, prob, rows.ids, maskable=maskable & ~bound, **address))
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal
 
 from dlm_core.models.config import Architecture
@@ -12,7 +13,7 @@ from pipeline.config import execution
 from pipeline.data.mixture import whole_weights
 from pipeline.errors import UserError
 from pipeline.pretrain.averaging import AverageConfig
-from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
+from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig, fractions_within, has_count_within
 from pipeline.pretrain.optimizer_config import OptimizerConfig
 from pipeline.pretrain.phases import Phase, Span, first_step_of_kind, spans
 from pipeline.pretrain.watchdog import WatchdogLimits
@@ -43,6 +44,13 @@ class ValidationConfig:
             )
         if not 0 <= self.noise_seed < 1 << 63:
             raise ValueError(f"noise_seed is {self.noise_seed}; it must lie in [0, 2**63)")
+        for name in ("num_rows", "num_replicates", "noise_seed"):
+            default = self.__dataclass_fields__[name].default
+            if not self.every_steps and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but every_steps is 0: nothing is validated. Set every_steps "
+                    "too, or leave both out"
+                )
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,12 @@ class PretrainConfig:
                     f"phase {span.name} has block_size {span.block_size}, which this objective has no blocks for; "
                     "leave it out"
                 )
+            if not has_count_within(span.block_size, fractions_within(o.mask_rates, o.t_min)):
+                raise ValueError(
+                    f"objective.mask_rates are {o.mask_rates[0]}, {o.mask_rates[1]}, but no number of masks of the "
+                    f"{span.block_size} tokens of a block in phase {span.name} is such a fraction of them; widen them, "
+                    "or take larger blocks"
+                )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer is true with zero_stage 0, which keeps all state where the model is")
         if self.objective.search_mask_rates and not any(span.block_size for span in self.spans):
@@ -172,6 +186,21 @@ class PretrainConfig:
             raise ValueError(
                 "objective.search_mask_rates is true, but nothing is validated; set validation.every_steps"
             )
+        if self.objective.search_mask_rates and not self._searches_in_time():
+            raise ValueError(
+                f"validation.every_steps is {self.validation.every_steps}, so that no validation is followed by a step "
+                "on blocks of the same size: objective.search_mask_rates would find rates that nothing is trained "
+                f"with, in {self.num_steps} steps. Lower validation.every_steps"
+            )
+
+    def _searches_in_time(self) -> bool:
+        every = self.validation.every_steps
+        for block_size, alike in groupby(self.spans, key=lambda span: span.block_size):
+            spans_alike = list(alike)
+            last_in_time = (spans_alike[-1].stop_step - 1) // every * every
+            if block_size and last_in_time > spans_alike[0].first_step:
+                return True
+        return False
 
     def _check_average(self) -> None:
         if self.average.keep == "best" and not self.validation.every_steps:
@@ -261,9 +290,26 @@ def check_validation(config: PretrainConfig, inputs: Collection[str], step: str)
         )
 
 
+def check_lengths(config: PretrainConfig, packed_len: int, step: str) -> None:
+    """UserError if rows of ``packed_len`` tokens can't be cut into the pieces, blocks or short rows of every phase."""
+    for span in config.spans:
+        seq_len = span.seq_len or packed_len
+        for name, value, whole in (("seq_len", seq_len, packed_len), ("block_size", span.block_size or 1, seq_len)):
+            if whole % value:
+                raise UserError(
+                    f"{name} is {value} in phase {span.name} of {step}; it must divide rows of {whole} tokens"
+                )
+        if config.short_step_share and config.short_step_min >= seq_len:
+            raise UserError(
+                f"{step}.short_step_min is {config.short_step_min}, but rows have {seq_len} tokens: no step would be "
+                f"shorter. Lower it, or set {step}.short_step_share=0"
+            )
+
+
 def check_upstream(config: PretrainConfig, upstream: Mapping[str, Any], step: str) -> None:
-    """UserError for a mixture of sources that the corpus lacks, or a validation without held-out tokens."""
+    """UserError for what the inputs can't give: held-out tokens, rows of a length, sources of a mixture."""
     check_validation(config, upstream, step)
+    check_lengths(config, upstream["rows"]["seq_len"], step)
     sources: Mapping[str, Any] = upstream.get("rows.tokens.corpus", {}).get("source", {})
     places = {"mixture": config.mixture}
     places |= {f"phases.{name}.mixture": phase.mixture or {} for name, phase in config.phases.items()}
@@ -286,5 +332,5 @@ STAGE = Stage(
     inputs=("rows", "tokenizer"),
     optional_inputs=("tokens",),
     check=check_upstream,
-    code_version=4,
+    code_version=5,
 )

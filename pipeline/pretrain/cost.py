@@ -22,15 +22,17 @@ class Cost:
     """Of the text: steps * rows * seq_len, without what short steps leave out."""
     flops: float
     """Of forward and backward passes (``ModelConfig.flops_per_token``), without what is computed again."""
-    gpu_hours: float
-    """flops / (mfu * peak); with activation checkpointing a third more is computed than counts."""
-    hours: float
+    gpu_hours: float | None
+    """flops / (mfu * peak); with activation checkpointing a third more is computed than counts.  None where the peak is
+    not known."""
+    hours: float | None
     """gpu_hours over the workers."""
 
 
 def training_cost(model: ModelConfig, config: PretrainConfig, seq_len: int, gpu: Gpu, mfu: float) -> Cost:
     """Cost on ``config.workers`` GPUs of a kind that reach a share ``mfu`` of their peak (PaLM, arXiv 2204.02311).
 
+    The peak is that of the configuration, else of the GPU in bfloat16: none is assumed for float32, as in the meter.
     Raises ValueError for an mfu outside (0, 1], and for blocks that don't divide a phase's rows.
     """
     if not 0.0 < mfu <= 1.0:
@@ -40,7 +42,10 @@ def training_cost(model: ModelConfig, config: PretrainConfig, seq_len: int, gpu:
         of_span = _tokens(config, span, seq_len)
         tokens += of_span
         flops += of_span * flops_per_token(model, config, span, seq_len)
-    gpu_hours = flops / (mfu * gpu.peak_flops) / 3600
+    peak_flops = 1e12 * config.peak_tflops_per_worker or (gpu.peak_flops if config.precision == "bf16" else 0.0)
+    if not peak_flops:
+        return Cost(tokens, flops, None, None)
+    gpu_hours = flops / (mfu * peak_flops) / 3600
     return Cost(tokens, flops, gpu_hours, gpu_hours / config.workers)
 
 

@@ -5,6 +5,7 @@ The only module of this stage that knows how DeepSpeed averages.
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -113,7 +114,7 @@ def build_engine(model: Any, config: PretrainConfig) -> Any:
             f"stage through dlm, or with: torchrun --nproc-per-node {config.workers} -m pipeline.pretrain"
         )
     if config.activation_checkpointing:
-        _keep_no_activations(model)
+        keep_no_activations(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     d_model = config.architecture.d_model
     mask_row = Run("embedding.weight", model.config.mask_token_id * d_model, d_model, 0)
@@ -132,18 +133,33 @@ def build_engine(model: Any, config: PretrainConfig) -> Any:
     return engine
 
 
-def _keep_no_activations(model: Any) -> None:
-    """Compute each layer again in the backward pass.  Reentrant checkpointing would lose the routers' gradients."""
+def keep_no_activations(model: Any) -> None:
+    """Compute each layer again in the backward pass."""
+    for block in model.blocks:
+        block.forward = _computed_again(block.forward)
+
+
+def _computed_again(forward: Callable[..., Any]) -> "partial[Any]":
+    """A checkpoint around a layer.  A reentrant one would lose the routers' gradients."""
     from torch.utils.checkpoint import checkpoint
 
-    for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def compile_blocks(engine: Any) -> None:
-    """Compile every layer, after whatever hooks into it has been put there."""
+    """Compile every layer, after whatever hooks into it has been put there.
+
+    A layer that is computed again is compiled within its checkpoint: the compiler gives up on one around it, and says
+    nothing.
+    """
+    import torch
+
     for block in engine.module.blocks:
-        block.compile()
+        if isinstance(block.forward, partial):
+            (forward,) = block.forward.args
+            block.forward = _computed_again(torch.compile(forward))
+        else:
+            block.compile()
 
 
 def with_rope_base(config: ModelConfig, rope_base: float) -> ModelConfig:

@@ -13,7 +13,7 @@ from dlm_core.models.config import MaskFamily, ModelConfig
 from dlm_core.objectives import NUM_T_BINS, loss_output
 from pipeline.data.loader import RowBatch, prefetched
 from pipeline.data.special_tokens import SpecialTokens
-from pipeline.pretrain.batches import Batch, PhasedLoader, micro_batches, step_length
+from pipeline.pretrain.batches import Batch, PhasedLoader, micro_batches, step_kind, step_length
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.engine import loss_scale, set_lr, with_rope_base
 from pipeline.pretrain.guards import Guard, check_first_loss
@@ -97,10 +97,10 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
                     training.progress.mask_rates = None  # they were found for blocks of another size
                 if step == first_step_of_kind(config.spans, step):
                     training.progress.scores.clear()
-            training.watchdog.phase("data", step)
+            training.watchdog.phase("data", step, span.name)
             with meter.waiting_for("data"):
                 drawn = next(all_drawn)
-            training.watchdog.phase("step", step)
+            training.watchdog.phase("step", step, step_kind(config, drawn.x0.shape[1], step))
             lr = config.optimizer.lr_at(step, config.num_steps)
             set_lr(training.engine, lr)
             is_untrained = training.guard.num_refused == step  # no update before this one was applied

@@ -92,6 +92,20 @@ class ObjectiveConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, which {reason} ignores; leave it out")
 
 
+def fractions_within(mask_rates: tuple[float, float], t_min: float) -> tuple[float, float]:
+    """Bounds of the masked fraction of a group; t_min as the lowest rate bounds none (``clip_candidates``)."""
+    low, high = mask_rates
+    return 0.0 if low == t_min else low, high
+
+
+def has_count_within(size: int, fractions: tuple[float, float]) -> bool:
+    """Whether some number of masks of so many tokens is such a fraction of them; of none, none is."""
+    low, high = fractions
+    near = math.ceil(low * size)  # the fewest that are enough, but for a rounding
+    counts = range(max(0, near - 1), min(size, near + 1) + 1)
+    return size == 0 or any(low <= count / size <= high for count in counts)
+
+
 @dataclass(frozen=True)
 class RouterLossConfig:
     """What the routers of a mixture of experts are trained with, beside the objective (dlm_core/router_losses.py).

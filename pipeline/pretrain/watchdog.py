@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -45,7 +45,7 @@ class WatchdogLimits:
 
     start_s: float = 600.0
     first_step_s: float = 600.0
-    """Of the first step and its data: compilation, the first collectives."""
+    """Of the first step of each kind and its data: compilation, the first collectives."""
     step_s: float = 60.0
     """Of a step, and of the wait for its data; more if steps take long."""
     step_medians: float = 10.0
@@ -82,6 +82,7 @@ class _Sign(NamedTuple):
     step: int
     at_s: float
     limit_s: float
+    kind: Hashable = None
 
     def __str__(self) -> str:
         return f"phase {self.phase!r}" + (f" of step {self.step}" if self.step >= 0 else "")
@@ -100,17 +101,22 @@ class Watchdog:
         self._limits, self._rank, self._workers = limits, rank, workers
         self._state, self._failed = state, failed
         self._steps_s = deque[float](maxlen=_MEDIAN_OF)
+        self._ended = set[tuple[Phase, Hashable]]()
         self._last = _Sign("start", -1, time.monotonic(), limits.start_s)
         self._look, self._is_over = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def phase(self, phase: Phase, step: int = -1) -> None:
-        """Begin a phase, which ends the one before."""
+    def phase(self, phase: Phase, step: int = -1, kind: Hashable = None) -> None:
+        """Begin a phase, which ends the one before.
+
+        ``kind`` says which steps, or their data, are alike: the first of a kind has ``first_step_s``.
+        """
         now = time.monotonic()
         before = self._last
+        self._ended.add((before.phase, before.kind))
         if before.phase == "step":
             self._steps_s.append(now - before.at_s)
-        self._last = _Sign(phase, step, now, self._limit_s(phase))
+        self._last = _Sign(phase, step, now, self._limit_s(phase, kind), kind)
         if not 0.5 < self._last.limit_s / before.limit_s < 2.0:
             self._look.set()  # the timer still runs on the limit before
 
@@ -118,7 +124,7 @@ class Watchdog:
         """Show progress within a phase of many parts, of which each has the limit for itself."""
         self._last = self._last._replace(at_s=time.monotonic())
 
-    def _limit_s(self, phase: Phase) -> float:
+    def _limit_s(self, phase: Phase, kind: Hashable) -> float:
         limits = self._limits
         if phase == "start":
             return limits.start_s
@@ -126,10 +132,9 @@ class Watchdog:
             return limits.evaluation_s
         if phase not in ("data", "step"):
             return limits.checkpoint_s
-        if not self._steps_s:
-            return limits.first_step_s
-        usual_s = limits.step_medians * statistics.median(self._steps_s)
-        return min(max(limits.step_s, usual_s), limits.longest_s)
+        usual_s = limits.step_medians * statistics.median(self._steps_s) if self._steps_s else 0.0
+        least_s = limits.step_s if (phase, kind) in self._ended else limits.first_step_s
+        return min(max(least_s, usual_s), limits.longest_s)
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()

@@ -247,7 +247,7 @@ def test_from_json_with_several_mistakes_names_all() -> None:
         (CorpusConfig, "source", []), (CorpusConfig, "held_out_fraction", 0.0), (CorpusConfig, "held_out_fraction", 1),
         (CorpusConfig, "max_bad_ratio", -0.1), (CorpusConfig, "max_bad_ratio", 1.1),
         (CorpusConfig, "txt_document_chars", -1), (CorpusConfig, "shard_bytes", 0),
-        (CorpusConfig, "source", {}), (CorpusConfig, "source", ""), (CorpusConfig, "source", {"a-b": "x"}),
+        (CorpusConfig, "source", ""), (CorpusConfig, "source", {"a-b": "x"}),
         (CorpusConfig, "source", {"1": "x"}), (CorpusConfig, "source", {"a" * 65: "x"}),
         (CorpusConfig, "source", {"a": {"text_field": "x"}}), (CorpusConfig, "source", {"a": []}),
         (CorpusConfig, "max_line_bytes", 0), (CorpusConfig, "max_decompression_ratio", 0.5),

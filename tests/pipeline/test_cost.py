@@ -16,7 +16,7 @@ from pipeline.pretrain.phases import Phase
 
 MODEL = tiny(PRESETS["llada-8b"])
 SEQ_LEN = 64
-CONFIG = PretrainConfig(architecture=MODEL.architecture, num_steps=100, global_batch_seqs=8)
+CONFIG = PretrainConfig(architecture=MODEL.architecture, num_steps=100, global_batch_seqs=8, precision="bf16")
 H100 = find_gpu("h100")
 TOKENS = 100 * 8 * SEQ_LEN
 
@@ -31,6 +31,16 @@ def test_cost_of_whole_rows_is_tokens_times_that_of_one_with_half_of_the_head():
     assert cost.flops == TOKENS * MODEL.flops_per_token(SEQ_LEN, 0.5)
     assert cost.gpu_hours == pytest.approx(cost.flops / (0.5 * 989.5e12) / 3600)
     assert cost.hours == pytest.approx(cost.gpu_hours / 2)
+
+
+def test_hours_in_float32_are_told_of_a_configured_peak_alone():
+    config = replace(CONFIG, precision="fp32")
+    cost = training_cost(MODEL, config, SEQ_LEN, H100, 0.5)
+    assert (cost.gpu_hours, cost.hours) == (None, None)
+    assert cost.flops == flops(CONFIG)
+    configured = training_cost(MODEL, replace(config, peak_tflops_per_worker=10.0), SEQ_LEN, H100, 0.5)
+    assert configured.gpu_hours == pytest.approx(cost.flops / (0.5 * 10e12) / 3600)
+    assert configured.hours == pytest.approx(configured.gpu_hours / 2)
 
 
 def test_cost_of_blocks_is_that_of_both_halves():
@@ -68,7 +78,7 @@ def test_cost_of_llada_is_near_its_published_gpu_hours():
     # 0.13 million H800 hours (arXiv 2502.09992), whose products are as fast as an H100's, for 2.3e12 tokens
     preset = PRESETS["llada-8b"]
     config = PretrainConfig(
-        architecture=preset.model.architecture, num_steps=438_690, global_batch_seqs=1280, workers=64
+        architecture=preset.model.architecture, num_steps=438_690, global_batch_seqs=1280, workers=64, precision="bf16"
     )
     cost = training_cost(preset.model, config, 4096, H100, 0.25)
     assert cost.tokens == pytest.approx(2.3e12, rel=1e-3)

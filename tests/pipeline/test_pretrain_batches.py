@@ -184,8 +184,32 @@ def test_clipped_rates_leave_blocks_cut_short_by_padding_to_chance(
     is_masked = (batch.xt == special.mask_token_id).double()
     assert set(is_masked[:, :8].sum(dim=1).tolist()) == {3.0}  # 3 of 8 is the only fraction inside
     short = is_masked[:, 8 : 8 + left]
-    assert abs(float(short.mean()) - 0.375) < 5 * (0.25 / short.numel()) ** 0.5  # five sigmas of a binomial share
+    if left == 5:
+        assert set(short.sum(dim=1).tolist()) == {2.0}  # 2 of 5 is inside too
+    else:
+        assert abs(float(short.mean()) - 0.375) < 5 * (0.25 / short.numel()) ** 0.5  # five sigmas of a binomial share
     assert float(is_masked[:, 8 + left :].sum()) == 0
+
+
+@pytest.mark.parametrize("rates", [(0.35, 0.65), (0.49, 0.51), (0.5, 0.5)])
+def test_clipped_rates_leave_rows_that_a_short_step_makes_too_short_to_chance(
+    rows: PackedRows, special: SpecialTokens, rates: tuple[float, float]
+) -> None:
+    o = ObjectiveConfig(weighting="inverse_mask_prob", mask_rates=rates)
+    config = tiny(objective=o, num_steps=400, short_step_share=1.0)
+    fractions: dict[int, set[float]] = {}
+    for step in range(400):
+        batch = whole(config, rows, special, step)
+        counts = (
+            (batch["xt"] == special.mask_token_id).view(batch["is_text"].shape).sum(dim=1)[batch["is_text"].all(dim=1)]
+        )
+        length = batch["is_text"].shape[1]
+        fractions.setdefault(length, set()).update((counts.double() / length).tolist())
+    assert fractions[1] == {0.0, 1.0}
+    for length, found in fractions.items():
+        inside = [count / length for count in range(length + 1) if rates[0] <= count / length <= rates[1]]
+        assert found <= set(inside) or not inside, length
+    assert any(len(found) > 1 for length, found in fractions.items() if length % 2)
 
 
 def test_lowest_time_as_lowest_rate_leaves_blocks_without_a_mask(rows: PackedRows, special: SpecialTokens) -> None:

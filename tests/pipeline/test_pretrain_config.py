@@ -5,13 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 
 from dlm_core.models.config import MoE
 from pipeline.config import from_json, identity
 from pipeline.errors import UserError
-from pipeline.pretrain.config import PretrainConfig
+from pipeline.pretrain.config import PretrainConfig, ValidationConfig, check_upstream
 from pipeline.pretrain.engine import deepspeed_config, loss_scale
-from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
+from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig, has_count_within
 from pipeline.pretrain.phases import Phase, Span
 from pipeline.pretrain.watchdog import WatchdogLimits
 from tests.support.tiny_run import tiny
@@ -82,6 +84,8 @@ def test_an_objective_that_means_nothing_is_refused(given: dict[str, Any], messa
         ObjectiveConfig(**given)
 
 
+SEARCH = ObjectiveConfig(weighting="inverse_mask_prob", search_mask_rates=True, block_size=4)
+ONE_OF_FIVE = {"rows": Phase(0.75, block_size=0), "blocks": Phase(0.25)}
 MOE = replace(tiny().architecture, d_ff=None, moe=MoE(4, 2, 8))
 
 
@@ -104,11 +108,71 @@ MOE = replace(tiny().architecture, d_ff=None, moe=MoE(4, 2, 8))
             {"objective": ObjectiveConfig(weighting="inverse_mask_prob", search_mask_rates=True)},
             "search_mask_rates is true, but no phase has blocks",
         ),
+        (
+            {"objective": ObjectiveConfig(weighting="inverse_mask_prob", mask_rates=(0.45, 0.55), block_size=3)},
+            r"mask_rates are 0\.45, 0\.55, but no number of masks of the 3 tokens of a block in phase all",
+        ),
+        (
+            {
+                "objective": ObjectiveConfig(weighting="inverse_mask_prob", mask_rates=(0.45, 0.55), block_size=2),
+                "phases": {"pairs": Phase(), "fives": Phase(block_size=5)},
+            },
+            r"of the 5 tokens of a block in phase fives",
+        ),
+        ({"objective": SEARCH, "validation": ValidationConfig(20)}, "every_steps is 20, so that no validation is fol"),
+        (
+            {"objective": SEARCH, "validation": ValidationConfig(5), "phases": ONE_OF_FIVE},
+            r"every_steps is 5, .* in 20 steps\. Lower",
+        ),
     ],
 )  # fmt: skip
 def test_a_training_that_means_nothing_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**given)
+
+
+@pytest.mark.parametrize(
+    ("every", "phases"),
+    [(19, {}), (4, ONE_OF_FIVE), (10, {"first": Phase(), "second": Phase(rope_base=7.0)})],
+)
+def test_a_search_that_a_step_on_the_same_blocks_follows_is_taken(every: int, phases: dict[str, Phase]) -> None:
+    assert tiny(objective=SEARCH, validation=ValidationConfig(every), phases=phases).num_steps == 20
+
+
+@pytest.mark.parametrize("given", [{"num_rows": 7}, {"num_replicates": 9}, {"noise_seed": 1}])
+def test_how_to_validate_is_refused_where_nothing_is_validated(given: dict[str, int]) -> None:
+    ((name, value),) = given.items()
+    assert ValidationConfig(every_steps=1, **given)
+    with pytest.raises(ValueError, match=f"{name} is {value}, but every_steps is 0"):
+        ValidationConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"phases": {"a": Phase(seq_len=48)}}, "seq_len is 48 in phase a of pretrain; it must divide rows of 128"),
+        ({"objective": ObjectiveConfig(block_size=7)}, "block_size is 7 in phase all of pretrain; .* rows of 128"),
+        ({"phases": {"a": Phase(seq_len=32, block_size=64)}}, "block_size is 64 in phase a .* rows of 32 tokens"),
+        ({"short_step_share": 0.1, "short_step_min": 128}, r"pretrain.short_step_min is 128, but rows have 128 tokens"),
+    ],
+)
+def test_rows_that_cannot_be_cut_are_refused_with_the_plan(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_upstream(tiny(**given), {"rows": {"seq_len": 128}}, "pretrain")
+
+
+def test_mask_rates_from_the_lowest_time_allow_blocks_without_a_mask() -> None:
+    objective = ObjectiveConfig(weighting="inverse_mask_prob", mask_rates=(1e-3, 0.3), block_size=2, t_min=1e-3)
+    assert tiny(objective=objective).spans[0].block_size == 2
+    with pytest.raises(ValueError, match="no number of masks of the 2 tokens"):
+        tiny(objective=replace(objective, t_min=1e-2))
+
+
+@drawn(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 40))
+def test_a_count_is_found_where_there_is_one(a: int, b: int, of_a: int, of_b: int, size: int) -> None:
+    low, high = sorted((min(1.0, a / of_a), min(1.0, b / of_b)))
+    found = has_count_within(size, (low, high))
+    assert found == (not size or any(low <= count / size <= high for count in range(size + 1)))
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,12 @@ def test_an_input_that_is_missing_or_unknown_or_no_artifact_is_refused(config: P
     assert "is not a finished artifact" in _refused(python(*command))
 
 
+def test_a_corpus_without_a_source_is_refused_before_it_is_begun(config: Path, tmp_path: Path) -> None:
+    config.write_text(json.dumps({"source": {}}))
+    assert "corpus.source is empty" in _refused(_run_corpus(config, tmp_path / "out"))
+    assert not (tmp_path / "out.state").exists()
+
+
 def test_an_out_directory_of_another_artifact_is_refused_and_left_alone(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "corpus"
     assert _run_corpus(config, out).returncode == 0

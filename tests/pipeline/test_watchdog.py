@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlm_core.models.config import ModelConfig
+from pipeline.pretrain.batches import step_kind, step_length
 from pipeline.pretrain.config import STAGE
+from pipeline.pretrain.phases import Phase as TrainingPhase
 from pipeline.pretrain.watchdog import Phase, Watchdog, WatchdogLimits, _grace_s, collective_timeout
 from tests.support.ranks import run_ranks
 from tests.support.resuming import EXPERTS
@@ -113,6 +116,35 @@ def test_limits_follow_the_phase_and_the_median_step(tmp_path, monkeypatch):
     assert watchdog._last.limit_s == pytest.approx(5.0)
     watchdog.phase("evaluation")
     assert watchdog._last.limit_s == 1800.0
+
+
+def test_the_first_step_of_each_kind_has_the_time_of_a_first_step(tmp_path, monkeypatch):
+    watchdog = Watchdog(replace(LIMITS, first_step_s=20.0), 0, 1, tmp_path, pytest.fail)
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    limits: list[tuple[float, float]] = []
+    for step, kind in enumerate(["rows", "rows", "blocks", "rows", "blocks"]):
+        watchdog.phase("data", step, kind)
+        of_data = watchdog._last.limit_s
+        watchdog.phase("step", step, kind)
+        limits.append((of_data, watchdog._last.limit_s))
+        now[0] += 0.1
+        watchdog.phase("checkpoint", step)
+    assert limits == [(20.0, 20.0), (2.0, 2.0), (20.0, 20.0), (2.0, 2.0), (2.0, 2.0)]
+    now[0] += 99.0
+    watchdog._steps_s.extend([3.0] * 99)
+    watchdog.phase("step", 5, "long")
+    assert watchdog._last.limit_s == 30.0, "a first step has no less than a usual one"
+
+
+def test_steps_are_of_a_kind_by_their_phase_and_where_layers_are_compiled_by_their_length():
+    config = tiny(
+        num_steps=400, short_step_share=0.5, phases={"rows": TrainingPhase(), "blocks": TrainingPhase(block_size=4)}
+    )
+    assert {step_kind(config, 32, step) for step in range(400)} == {("rows", 0), ("blocks", 0)}
+    compiled = {step_kind(replace(config, compile=True), 32, step) for step in range(400)}
+    assert compiled == {(config.span_at(step).name, step_length(config, 32, step)) for step in range(400)}
+    assert len(compiled) > 20
 
 
 @pytest.mark.parametrize("field", ["start_s", "first_step_s", "step_s", "step_medians", "checkpoint_s", "evaluation_s"])

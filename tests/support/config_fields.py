@@ -8,7 +8,7 @@ from pipeline.corpus.config import CorpusConfig, Source
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.generate.config import GenerateConfig
 from pipeline.pretrain.averaging import AverageConfig
-from pipeline.pretrain.config import PretrainConfig
+from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
 from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
 from pipeline.pretrain.optimizer_config import LRScale, OptimizerConfig
@@ -43,8 +43,7 @@ CHANGED: dict[type, dict[str, Any]] = {
         "optimizer.lr_schedule.final_scale": 0.5, "optimizer.lr_scale.embedding": 0.5,
         "optimizer.lr_scale.mask_embedding": 0.5,
         "optimizer.eps": 1e-3, "optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": 9.0,
-        "validation.every_steps": 7, "validation.num_rows": 7, "validation.num_replicates": 9,
-        "validation.noise_seed": 1,
+        "validation.every_steps": 7,
         "num_steps": 7, "global_batch_seqs": 4, "short_step_share": 0.5, "spike_sigmas": 6.0, "spike_window_steps": 9,
         "objective.t_min": 0.1, "objective.block_size": 4, "objective.schedule": "cosine",
         "objective.weighting": "uniform", "objective.target_offset": 1, "objective.within_documents": True,
@@ -71,6 +70,9 @@ NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
             PretrainConfig(short_step_share=0.5),
             PretrainConfig(short_step_share=0.5, short_step_min=2),
         ),
+        "validation.num_rows": (ValidationConfig(1), ValidationConfig(1, num_rows=7)),
+        "validation.num_replicates": (ValidationConfig(1), ValidationConfig(1, num_replicates=9)),
+        "validation.noise_seed": (ValidationConfig(1), ValidationConfig(1, noise_seed=1)),
         "mixture": (PretrainConfig(), PretrainConfig(mixture={"a": 1.0})),
         "phases": (PretrainConfig(), PretrainConfig(phases={"a": Phase(), "b": Phase(block_size=4)})),
         "objective.mask_rates": (
@@ -89,9 +91,9 @@ NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
         "average.count": (AverageConfig("best", 2), AverageConfig("best", 3)),
         "average.every_steps": (AverageConfig("last", 2, 5), AverageConfig("last", 2, 6)),
         "router_loss.balance": (RouterLossConfig(), RouterLossConfig(balance=0.1)),
+        "router_loss.bias_rate": (RouterLossConfig(), RouterLossConfig(bias_rate=0.1)),
         "router_loss.z": (RouterLossConfig(), RouterLossConfig(z=0.1)),
         "router_loss.group_seqs": (RouterLossConfig(), RouterLossConfig(group_seqs=2)),
-        "router_loss.bias_rate": (RouterLossConfig(), RouterLossConfig(bias_rate=0.001)),
         "optimizer.lr_scale.experts": (LRScale(), LRScale(experts=0.5)),
         "optimizer.muon_momentum": (OptimizerConfig("muon"), OptimizerConfig("muon", muon_momentum=0.9)),
         "optimizer.muon_iterations": (OptimizerConfig("muon"), OptimizerConfig("muon", muon_iterations=6)),

@@ -173,9 +173,9 @@ class Gang:
                 os.kill(rank.pid or 0, signal.SIGKILL)
             rank.join()
 
-    def wait(self) -> list[int]:
+    def wait(self, within_s: float = DEADLINE_S) -> list[int]:
         """Exit codes of the ranks; AssertionError with the log if they do not end in time."""
-        deadline_s = time.monotonic() + DEADLINE_S
+        deadline_s = time.monotonic() + within_s
         for rank in self.ranks:
             rank.join(max(0.0, deadline_s - time.monotonic()))
         if any(rank.is_alive() for rank in self.ranks):

@@ -1,5 +1,6 @@
 """Recipes: every one can be planned, says what is not published, and has a tiny one of the same course."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,11 @@ from dlm_core.models.presets import PRESETS
 from pipeline.errors import UserError
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.tokenizer.config import TokenizerConfig
-from workflows import runs
+from tests.support.tiny_run import write_text
+from tests.workflows.conftest import Dlm
+from workflows import listings, runs
 from workflows.recipes import RECIPES, load_recipe
+from workflows.store import Store
 
 PAIRS = [
     ("mdlm_tiny", "mdlm_lm1b"),
@@ -43,6 +47,13 @@ def test_recipe_evaluates_the_averages_where_there_are_some(name: str) -> None:
 def test_averages_that_a_training_would_not_keep_are_refused_when_it_is_planned() -> None:
     with pytest.raises(UserError, match=r'convert\.weights is "ema", but pretrain\.optimizer\.ema_decay is 0'):
         runs.plan_recipe("mdlm_tiny", [("pretrain.optimizer.ema_decay", 0)])
+
+
+def test_checkpoints_that_a_training_would_not_keep_to_be_averaged_are_refused_when_it_is_planned() -> None:
+    with pytest.raises(UserError, match=r'convert\.weights is "average", but pretrain\.average\.keep is "none"'):
+        runs.plan_recipe("quickstart", [("convert.weights", "average")])
+    average = {"keep": "last", "count": 2, "every_steps": 5}
+    runs.plan_recipe("quickstart", [("convert.weights", "average"), ("pretrain.average", average)])
 
 
 @pytest.mark.parametrize(("tiny", "large"), PAIRS)
@@ -107,3 +118,53 @@ def test_rates_of_llada_are_the_published_ones() -> None:
     for done, wanted in share.items():
         step = int(done * config.num_steps)
         assert config.optimizer.lr_at(step, config.num_steps) == pytest.approx(wanted, rel=0.01)
+
+
+LARGE = [large for _, large in PAIRS]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_recipe_is_not_run_before_its_text_is_given(dlm: Dlm, store: Store, name: str) -> None:
+    done = dlm("run", name, "--executor", "local")
+    assert (done.code, done.stdout) == (2, "")
+    assert "corpus.source is empty" in done.stderr
+    assert "--set corpus.source=PATH" in done.stderr
+    assert store.runs() == []
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run", "--gpu", "b200"], ["--deepspeed"], ["--settings"]])
+def test_large_recipe_is_planned_and_sized_without_its_text(dlm: Dlm, options: list[str]) -> None:
+    done = dlm("plan", "mdlm_owt", *options)
+    assert done.code == 0, done.stderr
+
+
+def test_text_that_is_given_makes_a_large_recipe_a_run(store: Store, tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.jsonl", seed=0, num_docs=3)
+    plan = runs.plan_recipe("mdlm_owt", [("corpus.source", str(text))])
+    assert runs.create_run(store, plan, "local").plan()["executor"] == "local"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_recipe_tells_what_is_its_own(name: str) -> None:
+    found = listings.recipe(load_recipe(name))
+    assert {"tokenizer.vocab_size", "tokenizer.max_train_bytes"} <= found["settings"].keys()
+    words = " ".join(found["deviations"])
+    assert "corpus.source" in words
+    assert "takes the place of" in words
+    assert ("dropout" in words) == (name in ("mdlm_lm1b", "mdlm_owt", "bd3lm_owt"))
+    schedule = config_of(name).optimizer.lr_schedule
+    is_marked = "pretrain.optimizer.lr_schedule.decay" in found["settings"]
+    assert is_marked == (schedule.kind == "wsd")
+
+
+def test_block_sizes_of_llada2_are_published_and_the_shares_of_its_phases_are_not() -> None:
+    settings = listings.recipe(load_recipe("llada2_mini"))["settings"]
+    phases = {name for name in settings if name.startswith("pretrain.phases.")}
+    assert phases == {f"pretrain.phases.{name}.share" for name in config_of("llada2_mini").phases}
+    assert {"pretrain.architecture.init", "pretrain.architecture.init_std"} <= settings.keys()
+
+
+def test_tiny_recipes_and_the_quickstart_have_a_text_and_no_deviation() -> None:
+    for name in RECIPES.keys() - set(LARGE):
+        assert config_of(name, "corpus").source
+        assert listings.recipe(load_recipe(name))["deviations"] == []

@@ -55,6 +55,18 @@ def test_dry_run_of_a_large_model_shows_memory_operations_and_hours(dlm):
     assert dlm("plan", "large", "--dry-run", "--gpu", "b200", "--mfu", "0.5").stdout.count("B200") == 2
 
 
+def test_dry_run_in_float32_tells_no_hours_and_what_to_set(dlm):
+    words = ["large", "--dry-run", "--set", "pretrain.precision=fp32", "--set", "pretrain.zero_stage=3"]
+    done = dlm("plan", *words)
+    assert done.code == 0, done.stderr
+    assert re.search(r"GPU-hours +not told: .* set that to bf16, or pretrain.peak_tflops_per_worker", done.stdout)
+    assert " days on " not in done.stdout
+    (found,) = json.loads(dlm("plan", *words, "--json").stdout)
+    assert (found["gpu_hours"], found["hours"]) == (None, None)
+    told = dlm("plan", *words, "--set", "pretrain.peak_tflops_per_worker=60")
+    assert "MFU of 0.35" in told.stdout
+
+
 def test_dry_run_as_json_has_every_parameter_and_component(dlm):
     (found,) = json.loads(dlm("plan", "large", "--dry-run", "--json").stdout)
     assert (found["step"], found["num_params"], found["num_active_params"]) == (
@@ -115,13 +127,20 @@ def test_dry_run_that_nothing_makes_fit_says_so(dlm):
         (["large", "--dry-run", "--gpu", "v100"], ["'v100' is not known", "h100"]),
         (["large", "--dry-run", "--mfu", "0"], ["pretrain: mfu is 0.0", "(0, 1]"]),
         (["large", "--dry-run", "--mfu", "35"], ["mfu is 35.0"]),
-        (["large", "--gpu", "h100"], ["--gpu has no effect without --dry-run"]),
-        (["large", "--mfu", "0"], ["--mfu has no effect without --dry-run"]),
+        (["large", "--gpu", "h100"], ["--gpu has no effect without --dry-run; add --dry-run, or leave --gpu out"]),
+        (["large", "--mfu", "0"], ["--mfu has no effect without --dry-run; add --dry-run, or leave --mfu out"]),
+        (
+            ["large", "--gpu", "h100", "--mfu", "0"],
+            ["--gpu and --mfu have no effect without --dry-run; add --dry-run, or leave --gpu and --mfu out"],
+        ),
         (["large", "--dry-run", "--deepspeed"], ["--dry-run, --deepspeed and --settings"]),
         (["large", "--deepspeed", "--settings"], ["--dry-run, --deepspeed and --settings"]),
         (["toy", "--dry-run"], ["workflow toy has no training step"]),
         (["toy", "--deepspeed"], ["workflow toy has no training step"]),
-        (["large", "--dry-run", "--set", "pretrain.objective.block_size=48"], ["pretrain: block_size is 48", "4096"]),
+        (
+            ["large", "--dry-run", "--set", "pretrain.objective.block_size=48"],
+            ["block_size is 48 in phase all of pretrain", "4096"],
+        ),
     ],
     ids=lambda value: " ".join(value) if value[0] in ("large", "toy") else "",
 )

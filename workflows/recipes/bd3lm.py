@@ -2,14 +2,12 @@
 
 from dataclasses import replace
 
-from pipeline.corpus.config import CorpusConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import ValidationConfig
 from pipeline.pretrain.objective import ObjectiveConfig
 from pipeline.pretrain.phases import Phase
-from pipeline.tokenizer.config import TokenizerConfig
 from workflows.recipes import mdlm
-from workflows.recipes.chain import chain, tiny_chain
+from workflows.recipes.chain import published_chain, tiny_chain
 from workflows.step import Workflow
 
 OBJECTIVE = ObjectiveConfig(weighting="inverse_mask_prob", search_mask_rates=True)
@@ -28,15 +26,16 @@ def bd3lm_owt() -> Workflow:
         validation=ValidationConfig(every_steps=5_000, num_rows=512),
         micro_batch_seqs=16,
     )
-    return chain(
+    return published_chain(
         "bd3lm_owt",
         "BD3-LM, 110M parameters: 850,000 steps on rows of 1024 tokens, 150,000 on blocks of 16",
         pretrain,
-        corpus=CorpusConfig(),
-        tokenizer=TokenizerConfig(vocab_size=50_258),
+        vocab_size=50_258,
+        tokenizer="GPT-2's",
         packing=PackingConfig(seq_len=1024),
         title="BD3-LM, OpenWebText",
         unpublished=("validation.num_rows",),
+        deviations=(mdlm.NO_DROPOUT,),
     )
 
 
@@ -46,6 +45,11 @@ def bd3lm_tiny() -> Workflow:
     return tiny_chain(
         "bd3lm_tiny",
         "BD3-LM's two phases and its search for mask rates, for minutes on 2 CPU cores",
-        replace(pretrain, objective=OBJECTIVE, phases=_phases(4)),
+        replace(
+            pretrain,
+            objective=OBJECTIVE,
+            phases=_phases(4),
+            validation=replace(pretrain.validation, every_steps=50),  # so that blocks are trained after a search
+        ),
         samples=False,
     )

@@ -23,8 +23,9 @@ def chain(
     generate: GenerateConfig | None = None,
     title: str = ReportConfig.title,
     unpublished: tuple[str, ...] = (),
+    deviations: tuple[str, ...] = (),
 ) -> Workflow:
-    """A workflow of one training, with samples where they are asked for; ``unpublished`` are fields of ``pretrain``.
+    """A workflow of one training, with samples where they are asked for.
 
     What is evaluated, and samples, are the averages of the weights where the optimizer keeps them, as in validation.
     """
@@ -62,7 +63,39 @@ def chain(
             *samples,
             Step("report", "workflows.report", ReportConfig(title), report),
         ),
-        unpublished=tuple(f"pretrain.{field}" for field in unpublished),
+        unpublished=unpublished,
+        deviations=deviations,
+    )
+
+
+def published_chain(
+    name: str,
+    summary: str,
+    pretrain: PretrainConfig,
+    *,
+    vocab_size: int,
+    tokenizer: str,
+    packing: PackingConfig,
+    title: str,
+    unpublished: tuple[str, ...],
+    deviations: tuple[str, ...] = (),
+) -> Workflow:
+    """A training of published work, on a text that is to be given.
+
+    ``tokenizer`` says whose the published one is, which a tokenizer of its size trained on the text stands in for;
+    ``unpublished`` are fields of ``pretrain``.
+    """
+    ours = f"a byte-level BPE trained on the text takes the place of {tokenizer}; tokenizer.file takes another"
+    return chain(
+        name,
+        summary,
+        pretrain,
+        corpus=CorpusConfig(source={}),
+        tokenizer=TokenizerConfig(vocab_size=vocab_size),
+        packing=packing,
+        title=title,
+        unpublished=("tokenizer", *(f"pretrain.{field}" for field in unpublished)),
+        deviations=("the text does not come with the recipe; corpus.source is to be given", ours, *deviations),
     )
 
 
@@ -71,6 +104,7 @@ OPTIMIZER = (
     "optimizer.lr",
     "optimizer.lr_schedule.kind",
     "optimizer.lr_schedule.warmup_steps",
+    "optimizer.lr_schedule.decay",
     "optimizer.lr_schedule.decay_share",
     "optimizer.lr_schedule.final_scale",
     "optimizer.beta1",

@@ -2,13 +2,11 @@
 
 from dlm_core.models.config import Architecture
 from dlm_core.models.presets import PRESETS
-from pipeline.corpus.config import CorpusConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
 from pipeline.pretrain.optimizer_config import OptimizerConfig
-from pipeline.tokenizer.config import TokenizerConfig
-from workflows.recipes.chain import chain, tiny_chain
+from workflows.recipes.chain import published_chain, tiny_chain
 from workflows.step import Workflow
 
 SCHEDULE = LRSchedule("step_down", warmup_steps=2000, final_scale=0.025)
@@ -33,12 +31,12 @@ def llada_8b() -> Workflow:
         activation_checkpointing=True,
         checkpoint_every_steps=1_000,
     )
-    return chain(
+    return published_chain(
         "llada_8b",
         "LLaDA, 8B parameters, 2.3 trillion tokens in rows of 4096",
         pretrain,
-        corpus=CorpusConfig(),
-        tokenizer=TokenizerConfig(vocab_size=126_464),
+        vocab_size=126_464,
+        tokenizer="LLaDA's",
         packing=PackingConfig(seq_len=4096),
         title="LLaDA 8B",
         unpublished=(

@@ -7,16 +7,14 @@ from dataclasses import replace
 
 from dlm_core.models.config import MoE
 from dlm_core.models.presets import PRESETS
-from pipeline.corpus.config import CorpusConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
 from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
 from pipeline.pretrain.optimizer_config import OptimizerConfig
 from pipeline.pretrain.phases import Phase
-from pipeline.tokenizer.config import TokenizerConfig
 from workflows.recipes import llada
-from workflows.recipes.chain import OPTIMIZER, chain, tiny_chain
+from workflows.recipes.chain import OPTIMIZER, published_chain, tiny_chain
 from workflows.step import Workflow
 
 ROUTER_LOSS = RouterLossConfig(bias_rate=0.001)
@@ -54,26 +52,29 @@ def llada2_mini() -> Workflow:
         activation_checkpointing=True,
         checkpoint_every_steps=1_000,
     )
-    return chain(
+    return published_chain(
         "llada2_mini",
         "LLaDA2.0 mini, 16B parameters: block size 1 to 4096 and back to 32, within documents, from scratch",
         pretrain,
-        corpus=CorpusConfig(),
-        tokenizer=TokenizerConfig(vocab_size=157_184),
+        vocab_size=157_184,
+        tokenizer="LLaDA2.0's",
         packing=PackingConfig(seq_len=4096),
         title="LLaDA2.0 mini",
         unpublished=(
             *OPTIMIZER,
-            "phases",
+            *(f"phases.{name}.share" for name in pretrain.phases),
             "num_steps",
             "global_batch_seqs",
             "router_loss.balance",
             "router_loss.z",
             "router_loss.group_seqs",
             "router_loss.bias_rate",
+            "architecture.init",
+            "architecture.init_std",
             "validation.every_steps",
             "validation.num_rows",
         ),
+        deviations=("begins from scratch, where the published one begins with an autoregressive model",),
     )
 
 

@@ -4,16 +4,14 @@ from dataclasses import replace
 
 from dlm_core.models.config import MoE
 from dlm_core.models.presets import PRESETS
-from pipeline.corpus.config import CorpusConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
 from pipeline.pretrain.objective import RouterLossConfig
 from pipeline.pretrain.optimizer_config import OptimizerConfig
 from pipeline.pretrain.phases import Phase
-from pipeline.tokenizer.config import TokenizerConfig
 from workflows.recipes import llada
-from workflows.recipes.chain import OPTIMIZER, chain, tiny_chain
+from workflows.recipes.chain import OPTIMIZER, published_chain, tiny_chain
 from workflows.step import Workflow
 
 ROUTER_LOSS = RouterLossConfig(balance=0.01, z=0.001)
@@ -55,12 +53,12 @@ def llada_moe_7b() -> Workflow:
         activation_checkpointing=True,
         checkpoint_every_steps=1_000,
     )
-    return chain(
+    return published_chain(
         "llada_moe_7b",
         "LLaDA-MoE, 7B parameters of which 1.4B are active, 21 trillion tokens in four phases",
         pretrain,
-        corpus=CorpusConfig(),
-        tokenizer=TokenizerConfig(vocab_size=157_184),
+        vocab_size=157_184,
+        tokenizer="LLaDA-MoE's",
         packing=PackingConfig(seq_len=8192),
         title="LLaDA-MoE 7B-A1B",
         unpublished=(
@@ -72,6 +70,10 @@ def llada_moe_7b() -> Workflow:
             "architecture.init_std",
             "validation.every_steps",
             "validation.num_rows",
+        ),
+        deviations=(
+            "all phases draw from one mixture, where the published stages have texts of their own; "
+            "pretrain.phases.NAME.mixture takes others",
         ),
     )
 

@@ -4,14 +4,12 @@ from dataclasses import replace
 
 from dlm_core.models.config import Architecture
 from dlm_core.models.presets import PRESETS
-from pipeline.corpus.config import CorpusConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
 from pipeline.pretrain.objective import ObjectiveConfig
 from pipeline.pretrain.optimizer_config import OptimizerConfig
-from pipeline.tokenizer.config import TokenizerConfig
-from workflows.recipes.chain import chain, tiny_chain
+from workflows.recipes.chain import published_chain, tiny_chain
 from workflows.step import Workflow
 
 SMALL = PRESETS["mdlm-small"].model.architecture
@@ -36,6 +34,7 @@ PRETRAIN = PretrainConfig(
     micro_batch_seqs=32,
     checkpoint_every_steps=500,
 )
+NO_DROPOUT = "no dropout, where the published network has 0.1"
 TINY_DIT = Architecture(
     d_model=128,
     num_layers=4,
@@ -54,29 +53,31 @@ TINY_DIT = Architecture(
 
 def mdlm_lm1b() -> Workflow:
     """MDLM on the One Billion Word benchmark: sentences, one a row of 128 tokens."""
-    return chain(
+    return published_chain(
         "mdlm_lm1b",
         "MDLM, 110M parameters, one sentence a row of 128 tokens, one million steps of 512 rows",
         PRETRAIN,
-        corpus=CorpusConfig(),
-        tokenizer=TokenizerConfig(vocab_size=30_522),
+        vocab_size=30_522,
+        tokenizer="BERT's",
         packing=PackingConfig(seq_len=128, policy="document"),
         title="MDLM, LM1B",
         unpublished=("validation.every_steps", "validation.num_rows"),
+        deviations=(NO_DROPOUT,),
     )
 
 
 def mdlm_owt() -> Workflow:
     """MDLM on OpenWebText: documents one after another, rows of 1024 tokens."""
-    return chain(
+    return published_chain(
         "mdlm_owt",
         "MDLM, 110M parameters, documents in rows of 1024 tokens, one million steps of 512 rows",
         PRETRAIN,
-        corpus=CorpusConfig(),
-        tokenizer=TokenizerConfig(vocab_size=50_258),
+        vocab_size=50_258,
+        tokenizer="GPT-2's",
         packing=PackingConfig(seq_len=1024),
         title="MDLM, OpenWebText",
         unpublished=("validation.every_steps", "validation.num_rows"),
+        deviations=(NO_DROPOUT,),
     )
 
 
