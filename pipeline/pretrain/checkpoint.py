@@ -76,7 +76,8 @@ def _propose(
             _set_aside(checkpoint, error, warn)
     if any(directory.glob("corrupt-step-*")):
         raise CorruptionError(
-            f"all checkpoints in {directory} are damaged. To train again from step 0, delete that directory"
+            f"all checkpoints in {directory} are damaged. To train again from step 0, delete that directory. If only "
+            "the storage was ill and is mended, give the newest corrupt-step-* its old name back"
         )
     return None
 
@@ -140,10 +141,10 @@ def publish(staging: Path, manifest: CheckpointManifest) -> None:
     """Rank 0: check the file set, write the manifest, rename the staging directory into place."""
     final = staging.with_name(checkpoint_name(manifest.step))
     check_file_set(staging, manifest.topology, manifest.files)
-    for record in manifest.files:
-        path = staging / record.path
-        if not path.is_file() or path.stat().st_size != record.size_bytes:
-            raise CorruptionError(f"{path} is not what its rank has written; nothing was published")
+    try:
+        check_sizes(staging, manifest)
+    except CorruptionError as error:
+        raise CorruptionError(f"{error}, unlike what its rank has written; nothing was published") from error
     write_manifest(staging, manifest)
     if final.exists() and _is_whole(final):
         shutil.rmtree(staging)  # the same step of the same training, published by an attempt that was thought dead
