@@ -82,11 +82,35 @@ def _propose(
     return None
 
 
-def _verify_together(checkpoint: Path, manifest: CheckpointManifest, ranks: Ranks) -> None:
+def _verify_together(
+    checkpoint: Path, manifest: CheckpointManifest, ranks: Ranks, beat: Callable[[], None] = lambda: None
+) -> None:
     """CorruptionError on all ranks unless the bytes are right, of which each hashes a share, and then the content."""
     share = share_of(manifest.files, ranks.rank, ranks.workers)
-    done_by_all(ranks, lambda: verify_bytes(checkpoint, share))
+    done_by_all(ranks, lambda: verify_bytes(checkpoint, share, beat))
     done_by_first(ranks, lambda: check_content(checkpoint, manifest))
+
+
+def verify_kept(checkpoint: Path, ranks: Ranks, beat: Callable[[], None]) -> None:
+    """CorruptionError on all ranks, with what to do, unless a checkpoint kept to be averaged is still whole.
+
+    Each rank hashes a share and calls ``beat`` after every file.
+    """
+    try:
+        manifest = done_by_first(ranks, lambda: _manifest_and_sizes(checkpoint))
+        _verify_together(checkpoint, manifest, ranks, beat)
+    except CorruptionError as error:
+        raise CorruptionError(
+            f"{error}. {checkpoint.name} was kept to be averaged (pretrain.average) and was damaged since it was "
+            f"saved; no artifact was made. Delete {checkpoint} and all newer checkpoints beside it and resume: "
+            "training goes on after the newest before it, or from the start if there is none, and makes them again"
+        ) from error
+
+
+def _manifest_and_sizes(checkpoint: Path) -> CheckpointManifest:
+    manifest = read_manifest(checkpoint)
+    check_sizes(checkpoint, manifest)
+    return manifest
 
 
 def share_of(files: Sequence[FileRecord], rank: int, workers: int) -> list[FileRecord]:
