@@ -151,9 +151,10 @@ def validate(training: Training, step: int) -> dict[str, float | None]:
         return {}
     training.watchdog.phase("evaluation", step)
     span = training.config.span_at(step)
-    figures = validator.validate(span)
-    if training.config.average.keep == "best":
-        training.progress.scores[done] = figures[EXACT_NAME if EXACT_NAME in figures else BOUND_NAME]
+    figures = finite_or_none(validator.validate(span))
+    score = figures[EXACT_NAME if EXACT_NAME in figures else BOUND_NAME]
+    if training.config.average.keep == "best" and score is not None:
+        training.progress.scores[done] = score
     if training.config.objective.search_mask_rates and span.block_size:
         low, high = training.progress.mask_rates = validator.search_mask_rates(span, step)
         figures |= {"mask_rate_low": low, "mask_rate_high": high}
@@ -207,7 +208,7 @@ class StepTaken:
             found["nelbo"] = self.nelbo_sum / max(1, self.num_tokens)
         found |= {} if self.routers is None else router_metrics(self.routers)
         return {
-            **{name: value if math.isfinite(value) else None for name, value in found.items()},
+            **finite_or_none(found),
             "masked_fraction": self.num_masked / max(1, self.num_tokens),
             **bin_means(self.bins),
         }
@@ -254,6 +255,11 @@ def take_step(training: Training, drawn: RowBatch, step: int) -> StepTaken:
         sums[3:],
         None if routers is None else ranks.sum(router_sums),
     )
+
+
+def finite_or_none(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """Figures as JSON can hold them: None for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _counts(batch: Batch) -> tuple[Any, Any]:
