@@ -6,12 +6,15 @@ ranks that hold other parts, or no rank at all, read what they need.  manifest.j
 Nothing is ever unpickled.
 """
 
+import errno
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ _CHECKSUM = "sha256"
 _NAME = re.compile(r"step-(\d{8})")
 _HASHING_THREADS = 8
 _PATIENCE_S = (0.05, 0.2, 0.75, 3.0)
-"""Waits for a file that was committed by another machine and that this one does not see yet."""
+"""Waits for a file that another machine wrote and this one does not see yet, or that can't be read at the moment."""
 
 Stretch = tuple[str, str, int, int]
 """(which tensor, parameter of the plain model, first element in the flattened parameter, number of elements)."""
@@ -103,9 +106,11 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     Raises CorruptionError, or UserError if another version of this program wrote it.
     """
     path = checkpoint / MANIFEST
-    if not path.is_file() or path.is_symlink():
-        raise CorruptionError(f"{path} is missing")
-    value = read_json(path)
+    try:
+        _patiently(lambda: _plain_size(path), path)
+    except TimeoutError:
+        raise CorruptionError(f"{path} is missing") from None
+    value = _patiently(lambda: read_json(path), path)
     version = value.get("schema_version") if isinstance(value, dict) else None
     if isinstance(version, int) and version != SCHEMA_VERSION:
         age = "a newer" if version > SCHEMA_VERSION else "an older"
@@ -151,20 +156,31 @@ def verify(checkpoint: Path, manifest: CheckpointManifest) -> None:
 
 
 def check_sizes(checkpoint: Path, manifest: CheckpointManifest) -> None:
-    """CorruptionError naming the file unless each is there with its size; none is opened."""
+    """CorruptionError naming the file unless each is there with its size, or soon is; none is opened."""
+
+    def look(path: Path, size_bytes: int) -> None:
+        if _plain_size(path) != size_bytes:
+            raise FileNotFoundError(errno.ENOENT, "not there as it was written", str(path))
+
     for record in manifest.files:
         path = checkpoint / record.path
-        if path.is_symlink() or not path.is_file() or path.stat().st_size != record.size_bytes:
-            raise CorruptionError(f"{path} is missing or has the wrong size")
+        try:
+            _patiently(partial(look, path, record.size_bytes), path)
+        except TimeoutError:
+            raise CorruptionError(f"{path} is missing or has the wrong size") from None
 
 
-def verify_bytes(checkpoint: Path, records: Sequence[FileRecord]) -> None:
-    """CorruptionError naming the file unless every byte of these files is what was written; nothing is parsed."""
+def verify_bytes(checkpoint: Path, records: Sequence[FileRecord], beat: Callable[[], None] = lambda: None) -> None:
+    """CorruptionError naming the file unless every byte of these files is what was written; nothing is parsed.
+
+    ``beat`` is called after each file, to show that there is progress.
+    """
     paths = [checkpoint / record.path for record in records]
     with ThreadPoolExecutor(max(1, min(_HASHING_THREADS, os.cpu_count() or 1, len(paths)))) as pool:
         for path, record, digest in zip(paths, records, pool.map(_sha256_patiently, paths), strict=True):
             if digest != record.sha256:
                 raise CorruptionError(f"{path} is damaged: its SHA-256 differs from the manifest")
+            beat()
 
 
 def check_content(checkpoint: Path, manifest: CheckpointManifest) -> None:
@@ -277,11 +293,33 @@ def _open_patiently(path: Path) -> Any:
     return _patiently(lambda: safe_open(str(path), framework="pt"), path)
 
 
+def _plain_size(path: Path) -> int:
+    """Size of a file; FileNotFoundError if there is none, or something else in its place, such as a link."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise FileNotFoundError(errno.ENOENT, "no plain file", str(path))
+    return found.st_size
+
+
 def _patiently(look: Callable[[], Any], path: Path) -> Any:
-    """What a look at a file finds, as soon as this machine sees it."""
+    """What a look at a file finds, as soon as this machine sees it and its storage can read it.
+
+    Raises TimeoutError if it is not seen: that is not the file's fault.  CorruptionError if it can't be read: here
+    there are older checkpoints to fall back to, and a sector that is lost stays lost.
+    """
     for wait_s in _PATIENCE_S:
         try:
             return look()
-        except FileNotFoundError:
-            time.sleep(wait_s)
-    raise TimeoutError(f"{path} was committed, but this machine does not see it after {sum(_PATIENCE_S):.0f} s")
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError) and error.errno != errno.EIO:
+                raise
+        time.sleep(wait_s)
+    waited = f"after {sum(_PATIENCE_S):.0f} s"
+    try:
+        return look()
+    except FileNotFoundError:
+        raise TimeoutError(f"{path} was committed, but this machine does not see it {waited}") from None
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise CorruptionError(f"{path} still cannot be read {waited} ({error})") from error

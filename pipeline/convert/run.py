@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm_core.models.config import ModelConfig
-from pipeline.artifact import checked, checked_files, load_manifest, read_json
+from pipeline.artifact import Manifest, checked, checked_files, load_manifest, read_json
 from pipeline.config import from_json
 from pipeline.convert.config import ConvertConfig
 from pipeline.errors import CorruptionError, UserError
@@ -27,7 +27,7 @@ def run(config: ConvertConfig, inputs: Mapping[str, Path], context: StageContext
 
     with torch.device("meta"):  # names and shapes are all that is asked of it
         model = Denoiser(model_config)
-    newest_first = [StateFiles(path, read_manifest(path)) for path in list_checkpoints(source / "checkpoints")]
+    newest_first = [open_checkpoint(path, source, trained) for path in list_checkpoints(source / "checkpoints")]
     if not newest_first:
         raise CorruptionError(f"{source} has no checkpoint")
     parameters = {name for name, _ in model.named_parameters()}
@@ -45,6 +45,23 @@ def run(config: ConvertConfig, inputs: Mapping[str, Path], context: StageContext
     save_weights(context.out, tensors, record)
     _prove(context.out, tensors)
     return {"num_params": model_config.num_params(), "tensors": len(tensors), "steps": steps}
+
+
+def open_checkpoint(checkpoint: Path, source: Path, trained: Manifest) -> StateFiles:
+    """The state in a checkpoint of a training, whose files were compared with the training's manifest.
+
+    Raises CorruptionError if that manifest was made of other bytes than those that were saved.
+    """
+    manifest = read_manifest(checkpoint)
+    committed = {record.path: record.sha256 for record in trained.files}
+    for record in manifest.files:
+        path = checkpoint / record.path
+        if committed.get(path.relative_to(source).as_posix()) != record.sha256:
+            raise CorruptionError(
+                f"{path} was damaged between its saving and the end of the training: the manifest of its checkpoint "
+                f"and that of {source} have different SHA-256 of it. Delete {source} and run the training again"
+            )
+    return StateFiles(checkpoint, manifest)
 
 
 def gather(

@@ -76,16 +76,41 @@ def _propose(
             _set_aside(checkpoint, error, warn)
     if any(directory.glob("corrupt-step-*")):
         raise CorruptionError(
-            f"all checkpoints in {directory} are damaged. To train again from step 0, delete that directory"
+            f"all checkpoints in {directory} are damaged. To train again from step 0, delete that directory. If only "
+            "the storage was ill and is mended, give the newest corrupt-step-* its old name back"
         )
     return None
 
 
-def _verify_together(checkpoint: Path, manifest: CheckpointManifest, ranks: Ranks) -> None:
+def _verify_together(
+    checkpoint: Path, manifest: CheckpointManifest, ranks: Ranks, beat: Callable[[], None] = lambda: None
+) -> None:
     """CorruptionError on all ranks unless the bytes are right, of which each hashes a share, and then the content."""
     share = share_of(manifest.files, ranks.rank, ranks.workers)
-    done_by_all(ranks, lambda: verify_bytes(checkpoint, share))
+    done_by_all(ranks, lambda: verify_bytes(checkpoint, share, beat))
     done_by_first(ranks, lambda: check_content(checkpoint, manifest))
+
+
+def verify_kept(checkpoint: Path, ranks: Ranks, beat: Callable[[], None]) -> None:
+    """CorruptionError on all ranks, with what to do, unless a checkpoint kept to be averaged is still whole.
+
+    Each rank hashes a share and calls ``beat`` after every file.
+    """
+    try:
+        manifest = done_by_first(ranks, lambda: _manifest_and_sizes(checkpoint))
+        _verify_together(checkpoint, manifest, ranks, beat)
+    except CorruptionError as error:
+        raise CorruptionError(
+            f"{error}. {checkpoint.name} was kept to be averaged (pretrain.average) and was damaged since it was "
+            f"saved; no artifact was made. Delete {checkpoint} and all newer checkpoints beside it and resume: "
+            "training goes on after the newest before it, or from the start if there is none, and makes them again"
+        ) from error
+
+
+def _manifest_and_sizes(checkpoint: Path) -> CheckpointManifest:
+    manifest = read_manifest(checkpoint)
+    check_sizes(checkpoint, manifest)
+    return manifest
 
 
 def share_of(files: Sequence[FileRecord], rank: int, workers: int) -> list[FileRecord]:
@@ -140,10 +165,10 @@ def publish(staging: Path, manifest: CheckpointManifest) -> None:
     """Rank 0: check the file set, write the manifest, rename the staging directory into place."""
     final = staging.with_name(checkpoint_name(manifest.step))
     check_file_set(staging, manifest.topology, manifest.files)
-    for record in manifest.files:
-        path = staging / record.path
-        if not path.is_file() or path.stat().st_size != record.size_bytes:
-            raise CorruptionError(f"{path} is not what its rank has written; nothing was published")
+    try:
+        check_sizes(staging, manifest)
+    except CorruptionError as error:
+        raise CorruptionError(f"{error}, unlike what its rank has written; nothing was published") from error
     write_manifest(staging, manifest)
     if final.exists() and _is_whole(final):
         shutil.rmtree(staging)  # the same step of the same training, published by an attempt that was thought dead

@@ -123,8 +123,8 @@ class Guard:
             self._may_apply = is_finite and not (sigmas and self._window.is_spike(self._loss, norm, sigmas))
         return self._may_apply
 
-    def check(self, step: int, last_saved: int) -> None:
-        """Look back at a step; ``last_saved`` is the step of the newest checkpoint, for the message.
+    def check(self, step: int, last_saved: Callable[[], int]) -> None:
+        """Look back at a step; ``last_saved`` gives the step of the newest checkpoint, for the message.
 
         Raises NumericsError after ``max_skipped_steps`` refused updates in a row, what is known of them in a file.
         """
@@ -147,10 +147,10 @@ class Guard:
         )
         self._warn(f"step {step} had a {cause} and was skipped ({figures})")
         if len(self._refused_in_a_row) >= self._config.max_skipped_steps:
-            self._stop(step, last_saved)
+            self._stop(step, max(last_saved(), 0))
 
-    def _stop(self, step: int, last_saved: int) -> None:
-        refused, last = self._refused_in_a_row, max(last_saved, 0)
+    def _stop(self, step: int, last: int) -> None:
+        refused = self._refused_in_a_row
         if self._is_first_rank:
             write_json(self._report_file, {"last_checkpoint_step": last, "skipped": refused})
         causes = " or ".join(sorted({entry["cause"] for entry in refused}))

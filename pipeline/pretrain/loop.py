@@ -66,6 +66,12 @@ class Training:
         self.checkpointer.extras = {"guard": self.guard.state(), "progress": asdict(self.progress)}
         self.checkpointer.save(step, is_last=is_last)
 
+    def last_saved(self) -> int:
+        """Step of the newest checkpoint, once the one under way is published; all ranks must ask."""
+        self.watchdog.phase("checkpoint")
+        self.checkpointer.wait()
+        return self.checkpointer.last_saved
+
     def steps_to_keep(self) -> list[int]:
         """Steps whose checkpoints are to be averaged, as far as is known."""
         return self.config.average.steps_to_keep(self.config.num_steps, self.progress.scores)
@@ -84,7 +90,7 @@ class Training:
 def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
     """Optimizer steps first_step..num_steps-1 and the last checkpoint; rank 0 tracks."""
     config, checkpointer = training.config, training.checkpointer
-    steps = range(first_step, config.num_steps)
+    steps, is_due = range(first_step, config.num_steps), False
     rank, meter = training.ranks.rank, training.meter
     with prefetched(training.loader.rank_rows(step, rank) for step in steps) as all_drawn:
         for step in steps:
@@ -105,7 +111,7 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
             set_lr(training.engine, lr)
             is_untrained = training.guard.num_refused == step  # no update before this one was applied
             taken = take_step(training, drawn, step)
-            training.guard.check(step, checkpointer.last_saved)
+            training.guard.check(step, training.last_saved)
             if training.routers is not None and config.router_loss.bias_rate and training.guard.is_healthy:
                 training.routers.move_biases(taken.routers)
             if is_untrained and math.isfinite(taken.loss):
@@ -123,22 +129,24 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
                 tracker.write({**known, **taken.metrics(), **guarded, **validated, **measured, **saved, **shown})
                 figures = {"loss": taken.loss, "tokens_per_s": measured["tokens_per_s"]}
                 training.context.progress(done, config.num_steps, **figures)
-            is_due = done % config.checkpoint_every_steps == 0 and done < config.num_steps
+            is_due = is_due or done % config.checkpoint_every_steps == 0  # and stays so until the model is healthy
             kept = training.steps_to_keep()
-            checkpointer.pinned, is_kept = frozenset(kept), done in kept and done < config.num_steps
-            saves = (is_due and training.guard.is_healthy) or is_kept
+            checkpointer.pinned = frozenset(kept)
+            is_kept = done in kept
+            saves = ((is_due and training.guard.is_healthy) or is_kept) and done < config.num_steps
             same = {"done": done, "saves": int(saves), "grad_norm": bits_of(taken.grad_norm)}
             stops = training.ranks.boundary(training.context.should_stop(), **same) and done < config.num_steps
             if saves or stops:
                 training.watchdog.phase("checkpoint", done)
                 training.save(done, is_last=stops or is_kept)
+                is_due = False
             if stops:
                 raise Stopped(f"training was asked to stop after step {done} and saved a checkpoint")
     training.watchdog.phase("checkpoint", config.num_steps)
     training.save(config.num_steps, is_last=True)
 
 
-def validate(training: Training, step: int) -> dict[str, float]:
+def validate(training: Training, step: int) -> dict[str, float | None]:
     """Figures on held-out text after a step, if it is one at whose end they are wanted; new mask rates with them."""
     validator, every = training.validator, training.config.validation.every_steps
     done = step + 1
@@ -146,9 +154,10 @@ def validate(training: Training, step: int) -> dict[str, float]:
         return {}
     training.watchdog.phase("evaluation", step)
     span = training.config.span_at(step)
-    figures = validator.validate(span)
-    if training.config.average.keep == "best":
-        training.progress.scores[done] = figures[EXACT_NAME if EXACT_NAME in figures else BOUND_NAME]
+    figures = finite_or_none(validator.validate(span))
+    score = figures[EXACT_NAME if EXACT_NAME in figures else BOUND_NAME]
+    if training.config.average.keep == "best" and score is not None:
+        training.progress.scores[done] = score
     if training.config.objective.search_mask_rates and span.block_size:
         low, high = training.progress.mask_rates = validator.search_mask_rates(span, step)
         figures |= {"mask_rate_low": low, "mask_rate_high": high}
@@ -202,7 +211,7 @@ class StepTaken:
             found["nelbo"] = self.nelbo_sum / max(1, self.num_tokens)
         found |= {} if self.routers is None else router_metrics(self.routers)
         return {
-            **{name: value if math.isfinite(value) else None for name, value in found.items()},
+            **finite_or_none(found),
             "masked_fraction": self.num_masked / max(1, self.num_tokens),
             **bin_means(self.bins),
         }
@@ -249,6 +258,11 @@ def take_step(training: Training, drawn: RowBatch, step: int) -> StepTaken:
         sums[3:],
         None if routers is None else ranks.sum(router_sums),
     )
+
+
+def finite_or_none(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """Figures as JSON can hold them: None for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _counts(batch: Batch) -> tuple[Any, Any]:

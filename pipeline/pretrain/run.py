@@ -16,6 +16,7 @@ from pipeline.data.special_tokens import load_special_tokens
 from pipeline.data.verified import Verified
 from pipeline.errors import UserError
 from pipeline.pretrain.batches import PhasedLoader
+from pipeline.pretrain.checkpoint import verify_kept
 from pipeline.pretrain.config import STAGE, PretrainConfig, check_validation
 from pipeline.pretrain.engine import (
     build_engine,
@@ -64,6 +65,7 @@ def _run_watched(
     else:
         train(training, first_step, None)
     watchdog.phase("end")
+    verify_averaged(training)
     stats = write_artifact(training, open_rows(inputs["rows"])) if is_first else None
     leave_process_group()
     return stats
@@ -149,6 +151,17 @@ def make_tracker(config: PretrainConfig, context: StageContext, log: MetricsLog,
     details = {**to_json(config), "num_params": num_params}
     group = context.labels.get("run_id", "alone")
     return Tracker(log, WandbRun(context.state / "wandb", context.fingerprint[:12], group, details, warn))
+
+
+def verify_averaged(training: Training) -> None:
+    """All ranks: CorruptionError unless the checkpoints to be averaged have the bytes that were saved.
+
+    They may have lain there for weeks; the last one was written, or verified, by this process.
+    """
+    for step in training.steps_to_keep():
+        if step != training.checkpointer.last_saved:
+            checkpoint = training.context.state / checkpoint_name(step)
+            verify_kept(checkpoint, training.ranks, training.watchdog.beat)
 
 
 def write_artifact(training: Training, rows: PackedRows) -> Stats:

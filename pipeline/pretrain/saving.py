@@ -27,7 +27,7 @@ from pipeline.pretrain.checkpoint import (
 )
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.meter import Stopwatch
-from pipeline.pretrain.ranks import Ranks, done_by_all, done_by_first
+from pipeline.pretrain.ranks import Ranks, done_by_all, done_by_first, outcome_of
 from pipeline.pretrain.writer import Aside, Held, Snapshot, stretches_of, write_file
 from pipeline.stage import StageContext, environment
 from pipeline.tracking import MetricsLog
@@ -149,12 +149,13 @@ class Checkpointer:
     def restore(self) -> int:
         """Load the newest valid checkpoint, which all ranks verify together; returns the step to go on with.
 
-        Raises UserError if it is of another training, or if there is no room for a checkpoint at all.
+        Raises UserError if it is of another training, OSError if there is no room for the checkpoints to come.
         """
         state = self.context.state
         done_by_first(self.ranks, lambda: clear_staging(state))
         found = newest_valid(state, self.ranks, warn, self._changes)
-        done_by_first(self.ranks, self._check_space)
+        if found is None or found[1].step < self.config.num_steps:
+            done_by_first(self.ranks, self._check_space)
         if found is None:
             return 0
         path, manifest = found
@@ -191,7 +192,7 @@ class Checkpointer:
         """Begin a checkpoint of the state after ``step`` steps; the last one is published before this returns.
 
         Waits for the one before.  Call ``release_state`` before the state changes.  A save that fails costs its
-        checkpoint and a warning, unless it is the last, one too many in a row, or the disk is full.
+        checkpoint and a warning, unless it is the last or one too many in a row.
         """
         with self.stall:
             self.wait()
@@ -203,9 +204,9 @@ class Checkpointer:
     def _begin(self, step: int, is_last: bool) -> None:
         """Begin to copy and write, unless something stands in the way."""
         begun_s, stall_before_s = time.monotonic(), self.stall.spent_s
-        name, problem = self.ranks.from_first(self._plan_save(step) if self.ranks.rank == 0 else None)
-        if problem is not None:
-            self._failed(step, problem, is_last)
+        name = self.ranks.from_first(outcome_of(lambda: self._plan_save(step)) if self.ranks.rank == 0 else None)
+        if isinstance(name, Exception):
+            self._failed(step, name, is_last)
             return
         staging = self.context.state / name
         path, snapshot, is_copied = staging / file_name(self.ranks.rank), self._snapshot, threading.Event()
@@ -309,32 +310,37 @@ class Checkpointer:
             self._deletion = None
 
     def _failed(self, step: int, problem: Exception, is_last: bool) -> None:
-        """Raise for the last save, a full disk, a lost lease, and one failure too many; after any other go on."""
+        """Raise for the last save, a lost lease, and one failure too many; after any other go on."""
         self._failures += 1
+        may_fail = not is_last and isinstance(problem, OSError | MemoryError | CorruptionError)
+        if may_fail and self._failures < self.config.max_failed_saves:
+            warn(f"the checkpoint of step {step} failed ({problem}); training goes on from memory")
+            return
+        if may_fail:
+            warn(
+                f"{self._failures} checkpoints in a row have failed (pretrain.max_failed_saves); the last one is of "
+                f"step {max(self.last_saved, 0)}"
+            )
         if is_disk_full(problem):
             raise OSError(
                 errno.ENOSPC,
                 f"the checkpoint of step {step} does not fit on the disk of {self.context.state} ({problem}); "
                 f"free some space and resume: training goes on after step {max(self.last_saved, 0)}",
             ) from problem
-        if is_last or not isinstance(problem, OSError | MemoryError | CorruptionError):
-            raise problem
-        if self._failures >= self.config.max_failed_saves:
-            warn(
-                f"{self._failures} checkpoints in a row have failed (pretrain.max_failed_saves); the last one is of "
-                f"step {max(self.last_saved, 0)}"
-            )
-            raise problem
-        warn(f"the checkpoint of step {step} failed ({problem}); training goes on from memory")
+        raise problem
 
-    def _plan_save(self, step: int) -> tuple[str, OSError | None]:
-        """Name of the staging directory, and what stands in the way of filling it."""
+    def _plan_save(self, step: int) -> str:
+        """Name of the staging directory, once old checkpoints were deleted where there was no room without."""
+        self.context.fence()  # whoever lost the right to publish must not fill the disk of its successor
         self._end_deletion()  # it may be what makes room
         try:
             self._check_space()
         except OSError as problem:
-            return "", problem
-        return f"staging-{step:08d}-{time.time_ns()}", None
+            if not is_disk_full(problem):
+                raise
+            self._retain(self.last_saved)
+            self._check_space()
+        return f"staging-{step:08d}-{time.time_ns()}"
 
     def _check_space(self) -> None:
         wanted, free = _SPACE_FACTOR * self._size_bytes, free_bytes(self.context.state)

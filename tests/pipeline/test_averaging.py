@@ -1,24 +1,37 @@
 """Checkpoints kept to be averaged: the last ones or the best, over kills and resumes, and their mean exported."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.artifact import load_manifest
+from pipeline import training_state
+from pipeline.artifact import MANIFEST, load_manifest
 from pipeline.convert.config import STAGE as CONVERT
 from pipeline.convert.config import ConvertConfig
+from pipeline.errors import CorruptionError
 from pipeline.pretrain.averaging import AverageConfig
-from pipeline.pretrain.checkpoint import checkpoint_name
+from pipeline.pretrain.checkpoint import verify_kept
 from pipeline.pretrain.config import STAGE as PRETRAIN
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
 from pipeline.pretrain.phases import Phase
-from pipeline.training_state import MASTER, StateFiles, read_manifest
+from pipeline.training_state import (
+    MASTER,
+    StateFiles,
+    checkpoint_name,
+    file_name,
+    list_checkpoints,
+    read_manifest,
+)
 from pipeline.weights import WEIGHTS_FILE
+from tests.pipeline.conftest import flip_bit
+from tests.support.hand_checkpoints import published
+from tests.support.hand_state import together
 from tests.support.tiny_run import TINY, Artifacts, metrics, run_gang, start_gang, tiny
 
 VALIDATION = ValidationConfig(every_steps=2, num_rows=4)
@@ -83,6 +96,43 @@ def test_the_best_are_of_the_blocks_that_the_training_ends_with(made: Artifacts,
     ends_with = {step: score for step, score in scores.items() if step > 36}
     assert average_steps(trained) == sorted(ends_with) == [38, 40]
     assert min(scores[step] for step in scores if step <= 36) < max(ends_with.values()), "a weak test"
+
+
+@pytest.mark.distributed
+def test_a_kept_checkpoint_that_was_damaged_is_not_exported_and_can_be_made_again(
+    made: Artifacts, tmp_path: Path
+) -> None:
+    config, out, rank = replace(LAST, workers=2), tmp_path / "out", 1
+    gang = start_gang(PRETRAIN, config, inputs(made), out, workers=2, fault="pause_at_step", step=7)
+    gang.wait_for(lambda: gang.log().count("paused in step 7") == 2, "seventh step")
+    gang.kill()
+    damaged = gang.state / checkpoint_name(3) / file_name(rank)
+    right = damaged.read_bytes()
+    flip_bit(damaged)
+    gang = start_gang(PRETRAIN, config, inputs(made), out, workers=2)
+    assert gang.wait() == [2, 2], gang.log()
+    words = f"{damaged} is damaged: its SHA-256 differs from the manifest. step-00000003 was kept to be averaged"
+    assert gang.log().count(words) == 2
+    assert "Delete" in gang.log()
+    assert not (out / "checkpoints").exists()
+    for newer in list_checkpoints(gang.state):
+        shutil.rmtree(newer)
+    run_gang(PRETRAIN, config, inputs(made), out, workers=2)
+    assert (out / "checkpoints" / checkpoint_name(3) / file_name(rank)).read_bytes() == right
+
+
+def test_a_kept_checkpoint_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_state, "_PATIENCE_S", (0.001,))
+    for error in together(lambda ranks: verify_kept(tmp_path / checkpoint_name(3), cast("Any", ranks), lambda: None)):
+        assert isinstance(error, CorruptionError)
+        assert f"{tmp_path / checkpoint_name(3) / MANIFEST} is missing. step-00000003 was kept" in str(error)
+
+
+def test_every_file_of_a_kept_checkpoint_is_a_sign_of_progress(tmp_path: Path) -> None:
+    signs: list[int] = []
+    checkpoint = published(tmp_path, 3)
+    together(lambda ranks: verify_kept(checkpoint, cast("Any", ranks), lambda: signs.append(ranks.rank)))
+    assert sorted(signs) == [0, 1]
 
 
 @pytest.mark.parametrize(

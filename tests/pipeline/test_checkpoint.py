@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,10 +27,8 @@ from pipeline.pretrain.checkpoint import (
     retain,
     share_of,
 )
-from pipeline.pretrain.writer import Snapshot, write_file
 from pipeline.training_state import (
     CheckpointManifest,
-    Topology,
     checkpoint_name,
     file_name,
     list_checkpoints,
@@ -38,33 +36,14 @@ from pipeline.training_state import (
     write_manifest,
 )
 from tests.pipeline.conftest import cut_end, damage, flip_bit
-from tests.support.hand_state import CUTS, SHAPES, HandState, ThreadRanks, distinct, together
-
-TOPOLOGY = Topology(workers=2, zero_stage=1, ep_size=1, precision="fp32", micro_batch_seqs=4)
-IDENTITY = {"config": {"precision": "fp32", "optimizer": {"lr": 0.1}}, "inputs": {"rows": "a", "tokenizer": "b"}}
+from tests.support.hand_checkpoints import IDENTITY, TOPOLOGY, all_find, alone, published, write_staging
+from tests.support.hand_state import SHAPES
 
 
-def alone() -> Any:
-    """The one rank of a gang."""
-    return ThreadRanks(0, 1, threading.Barrier(1), [None])
-
-
-def _write_staging(directory: Path, step: int, without: str = "") -> tuple[Path, CheckpointManifest]:
-    staging = directory / f"staging-{step}"
-    records = []
-    for rank in range(2):
-        snapshot = Snapshot(HandState(distinct(step), CUTS["1"], rank, 2, SHAPES).written(rank))
-        snapshot.take()
-        if file_name(rank) != without:
-            records.append(write_file(staging / file_name(rank), snapshot.header, snapshot.data))
-    shapes = {name: list(shape) for name, shape in SHAPES.items()}
-    own = fingerprint(IDENTITY)
-    return staging, CheckpointManifest(step, own, IDENTITY, TOPOLOGY, shapes, step, 0, {}, [], records, {"torch": "2"})
-
-
-def _publish(directory: Path, step: int) -> Path:
-    publish(*_write_staging(directory, step))
-    return directory / checkpoint_name(step)
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are not there are waited for, but not for seconds."""
+    monkeypatch.setattr(training_state, "_PATIENCE_S", (0.001,) * 4)
 
 
 def _some_file(checkpoint: Path) -> Path:
@@ -84,7 +63,7 @@ def _files(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def test_publish_of_a_complete_set_is_found_and_loaded(tmp_path: Path) -> None:
-    final = _publish(tmp_path, 7)
+    final = published(tmp_path, 7)
     found = newest_valid(tmp_path, alone(), pytest.fail)
     assert found is not None
     checkpoint, manifest = found
@@ -96,7 +75,7 @@ def test_publish_of_a_complete_set_is_found_and_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_publish_of_an_incomplete_set_names_the_file_and_publishes_nothing(tmp_path: Path, rank: int) -> None:
-    staging, manifest = _write_staging(tmp_path, 3, without=file_name(rank))
+    staging, manifest = write_staging(tmp_path, 3, without=file_name(rank))
     with pytest.raises(CorruptionError, match=rf"lacks \['{file_name(rank)}'\]"):
         publish(staging, manifest)
     assert newest_valid(tmp_path, alone(), pytest.fail) is None
@@ -107,7 +86,7 @@ def test_publish_of_an_incomplete_set_names_the_file_and_publishes_nothing(tmp_p
 def test_publish_of_a_file_that_is_not_there_as_it_was_written_publishes_nothing(
     tmp_path: Path, change: Callable[[Path], object]
 ) -> None:
-    staging, manifest = _write_staging(tmp_path, 3)
+    staging, manifest = write_staging(tmp_path, 3)
     change(staging / file_name(1))
     with pytest.raises(CorruptionError, match=file_name(1)):
         publish(staging, manifest)
@@ -118,15 +97,15 @@ def test_publish_over_a_leftover_of_the_same_step_replaces_it(tmp_path: Path) ->
     leftover = tmp_path / checkpoint_name(4)
     leftover.mkdir()
     (leftover / "stray").write_text("old")
-    assert _publish(tmp_path, 4) == leftover
+    assert published(tmp_path, 4) == leftover
     assert load_checkpoint_manifest(leftover).step == 4
     assert not (leftover / "stray").exists()
 
 
 def test_publish_over_a_whole_checkpoint_of_the_same_step_leaves_that_one(tmp_path: Path) -> None:
-    final = _publish(tmp_path, 4)
+    final = published(tmp_path, 4)
     before = (final / MANIFEST).stat().st_ino
-    _publish(tmp_path, 4)
+    published(tmp_path, 4)
     assert (final / MANIFEST).stat().st_ino == before
     assert list(tmp_path.iterdir()) == [final]
 
@@ -140,10 +119,10 @@ class Crash(BaseException):
 def test_a_crash_at_any_call_of_publish_leaves_the_checkpoint_before_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, leftover: bool
 ) -> None:
-    _publish(tmp_path, 3)
+    published(tmp_path, 3)
     if leftover:
-        cut_end(_some_file(_publish(tmp_path, 4)))
-    staging, manifest = _write_staging(tmp_path, 4)
+        cut_end(_some_file(published(tmp_path, 4)))
+    staging, manifest = write_staging(tmp_path, 4)
     calls = [0]
 
     def crashing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -212,7 +191,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_newest_valid_falls_back_past_a_damaged_checkpoint_and_sets_it_aside(tmp_path: Path, kind: str) -> None:
-    older, newer = _publish(tmp_path, 10), _publish(tmp_path, 20)
+    older, newer = published(tmp_path, 10), published(tmp_path, 20)
     DAMAGES[kind](newer)
     warnings: list[str] = []
     found = newest_valid(tmp_path, alone(), warnings.append)
@@ -229,7 +208,7 @@ def test_newest_valid_falls_back_past_a_damaged_checkpoint_and_sets_it_aside(tmp
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_newest_valid_with_every_checkpoint_damaged_refuses_to_start_over(tmp_path: Path, kind: str) -> None:
     for step in (1, 2, 3):
-        DAMAGES[kind](_publish(tmp_path, step))
+        DAMAGES[kind](published(tmp_path, step))
     warnings: list[str] = []
     with pytest.raises(CorruptionError, match=r"all checkpoints .* are damaged"):
         newest_valid(tmp_path, alone(), warnings.append)
@@ -240,7 +219,7 @@ def test_newest_valid_with_every_checkpoint_damaged_refuses_to_start_over(tmp_pa
 
 def test_newest_valid_without_any_checkpoint_is_none(tmp_path: Path) -> None:
     assert newest_valid(tmp_path, alone(), pytest.fail) is None
-    _write_staging(tmp_path, 5)
+    write_staging(tmp_path, 5)
     (tmp_path / "step-5").mkdir()
     (tmp_path / "step-00000005.tmp").mkdir()
     (tmp_path / "step-00000006").write_text("a file")
@@ -249,8 +228,8 @@ def test_newest_valid_without_any_checkpoint_is_none(tmp_path: Path) -> None:
 
 
 def test_staging_beside_a_checkpoint_is_ignored_and_cleared(tmp_path: Path) -> None:
-    final = _publish(tmp_path, 5)
-    staging, _ = _write_staging(tmp_path, 6)
+    final = published(tmp_path, 5)
+    staging, _ = write_staging(tmp_path, 6)
     found = newest_valid(tmp_path, alone(), pytest.fail)
     assert found is not None
     assert found[0] == final
@@ -261,14 +240,14 @@ def test_staging_beside_a_checkpoint_is_ignored_and_cleared(tmp_path: Path) -> N
 
 def test_list_checkpoints_is_newest_first(tmp_path: Path) -> None:
     for step in (9, 100, 11, 2):
-        _publish(tmp_path, step)
+        published(tmp_path, step)
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(s) for s in (100, 11, 9, 2)]
 
 
 @pytest.mark.parametrize("text", ["", "../../elsewhere", "/etc", "step-00000005"])
 def test_a_file_that_calls_itself_the_latest_is_not_asked(tmp_path: Path, text: str) -> None:
-    final = _publish(tmp_path, 9)
-    _publish(tmp_path, 5)
+    final = published(tmp_path, 9)
+    published(tmp_path, 5)
     (tmp_path / "latest").write_text(text)
     found = newest_valid(tmp_path, alone(), pytest.fail)
     assert found is not None
@@ -277,8 +256,8 @@ def test_a_file_that_calls_itself_the_latest_is_not_asked(tmp_path: Path, text: 
 
 def test_a_link_that_is_named_like_a_checkpoint_is_none(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    elsewhere = _publish(tmp_path / "elsewhere", 9)
-    final = _publish(tmp_path, 5)
+    elsewhere = published(tmp_path / "elsewhere", 9)
+    final = published(tmp_path, 5)
     (tmp_path / checkpoint_name(9)).symlink_to(elsewhere)
     assert list_checkpoints(tmp_path) == [final]
 
@@ -287,35 +266,25 @@ def test_a_link_that_is_named_like_a_checkpoint_is_none(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_version_of_the_program_is_refused_and_stays(
     tmp_path: Path, version: int, age: str
 ) -> None:
-    final = _publish(tmp_path, 9)
-    _publish(tmp_path, 5)
+    final = published(tmp_path, 9)
+    published(tmp_path, 5)
     _edit_manifest(final, schema_version=version)
     with pytest.raises(UserError, match=rf"{age} version of this program \(schema version {version}, this one reads 2"):
         newest_valid(tmp_path, alone(), pytest.fail)
     assert final.exists()
 
 
-def _all_find(directory: Path, workers: int, warnings: list[str]) -> list[Any]:
-    """What ``newest_valid`` returns or raises on each rank; ranks but the first may not warn or judge."""
-
-    def find(ranks: ThreadRanks) -> Any:
-        warn = warnings.append if ranks.rank == 0 else pytest.fail
-        return newest_valid(directory, cast("Any", ranks), warn, lambda *given: ranks.rank and pytest.fail("asked"))
-
-    return together(find, workers)
-
-
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_each_file_is_hashed_by_one_rank_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    final, hashed = _publish(tmp_path, 7), dict[str, list[str]]()
+    final, hashed = published(tmp_path, 7), dict[str, list[str]]()
     verify_bytes = checkpoint_module.verify_bytes
 
-    def verify_and_tell(checkpoint: Path, records: list[FileRecord]) -> None:
+    def verify_and_tell(checkpoint: Path, records: list[FileRecord], *rest: Any) -> None:
         hashed[threading.current_thread().name] = [record.path for record in records]
-        verify_bytes(checkpoint, records)
+        verify_bytes(checkpoint, records, *rest)
 
     monkeypatch.setattr(checkpoint_module, "verify_bytes", verify_and_tell)
-    found = _all_find(tmp_path, workers, [])
+    found = all_find(tmp_path, workers, [])
     assert [path for path, _ in found] == [final] * workers
     assert len(hashed) == workers
     assert sorted(path for paths in hashed.values() for path in paths) == [file_name(0), file_name(1)]
@@ -333,19 +302,20 @@ def test_shares_of_hashing_are_every_file_once_and_differ_by_one_file_at_most(si
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_file_damaged_in_the_share_of_any_rank_makes_all_fall_back_together(tmp_path: Path, rank: int) -> None:
-    older, newer = _publish(tmp_path, 10), _publish(tmp_path, 20)
+    older, newer = published(tmp_path, 10), published(tmp_path, 20)
     flip_bit(newer / file_name(rank))
     warnings: list[str] = []
-    assert [(path, manifest.step) for path, manifest in _all_find(tmp_path, 2, warnings)] == [(older, 10)] * 2
+    assert [(path, manifest.step) for path, manifest in all_find(tmp_path, 2, warnings)] == [(older, 10)] * 2
     (aside,) = tmp_path.glob("corrupt-step-00000020-*")
     assert len(warnings) == 1
     assert warnings[0].startswith(f"{newer / file_name(rank)} is damaged: its SHA-256 differs from the manifest; set")
     assert aside.name in warnings[0]
     flip_bit(older / file_name(1 - rank))
-    errors = _all_find(tmp_path, 2, warnings)
+    errors = all_find(tmp_path, 2, warnings)
     assert [type(error) for error in errors] == [CorruptionError] * 2
     assert {str(error) for error in errors} == {
-        f"all checkpoints in {tmp_path} are damaged. To train again from step 0, delete that directory"
+        f"all checkpoints in {tmp_path} are damaged. To train again from step 0, delete that directory. If only "
+        "the storage was ill and is mended, give the newest corrupt-step-* its old name back"
     }
     assert not list_checkpoints(tmp_path)
 
@@ -353,7 +323,7 @@ def test_a_file_damaged_in_the_share_of_any_rank_makes_all_fall_back_together(tm
 def test_a_file_that_one_rank_does_not_see_stops_all_and_sets_nothing_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    final = _publish(tmp_path, 7)
+    final = published(tmp_path, 7)
     right = training_state.file_sha256
 
     def see_all_but_one(path: Path) -> str:
@@ -362,8 +332,7 @@ def test_a_file_that_one_rank_does_not_see_stops_all_and_sets_nothing_aside(
         return right(path)
 
     monkeypatch.setattr(training_state, "file_sha256", see_all_but_one)
-    monkeypatch.setattr(training_state, "_PATIENCE_S", (0.01, 0.02))
-    for error in _all_find(tmp_path, 2, []):
+    for error in all_find(tmp_path, 2, []):
         assert isinstance(error, TimeoutError)
         assert f"{final / file_name(1)} was committed, but this machine does not see it" in str(error)
     assert list_checkpoints(tmp_path) == [final]
@@ -372,20 +341,20 @@ def test_a_file_that_one_rank_does_not_see_stops_all_and_sets_nothing_aside(
 def test_a_checkpoint_that_cannot_be_set_aside_is_told_on_all_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flip_bit(_publish(tmp_path, 7) / file_name(1))
+    flip_bit(published(tmp_path, 7) / file_name(1))
 
     def refuse(path: Path, target: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "rename", refuse)
-    assert [type(error) for error in _all_find(tmp_path, 2, [])] == [PermissionError] * 2
+    assert [type(error) for error in all_find(tmp_path, 2, [])] == [PermissionError] * 2
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
 def test_retain_keeps_the_newest(tmp_path: Path, keep: int) -> None:
     steps = [5, 10, 15, 20]
     for step in steps:
-        _publish(tmp_path, step)
+        published(tmp_path, step)
     retain(tmp_path, keep, pytest.fail, verified=20)
     kept = list_checkpoints(tmp_path)
     assert [path.name for path in kept] == [checkpoint_name(step) for step in steps[::-1][:keep]]
@@ -395,7 +364,7 @@ def test_retain_keeps_the_newest(tmp_path: Path, keep: int) -> None:
 
 def test_retain_spares_what_is_pinned_and_the_newest_that_is_known_to_be_whole(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20, 25):
-        _publish(tmp_path, step)
+        published(tmp_path, step)
     retain(tmp_path, 2, pytest.fail, verified=10, pinned={5})
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(step) for step in (25, 20, 10, 5)]
 

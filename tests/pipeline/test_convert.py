@@ -163,6 +163,12 @@ def test_a_pickle_that_runs_code_is_refused_although_its_hash_is_right(copy: Pat
     assert not marker.exists()
 
 
+def test_a_file_that_was_damaged_before_the_training_recorded_it_is_refused(copy: Path) -> None:
+    flip(copy / FILE)
+    forge(copy, FILE)
+    assert f"{copy / FILE} was damaged between its saving and the end of the training" in refused(copy, code=2).log()
+
+
 def test_a_training_without_a_checkpoint_is_refused(copy: Path) -> None:
     grown(copy, lambda trained: shutil.rmtree(trained / "checkpoints"))
     assert f"{copy} has no checkpoint" in refused(copy, code=2).log()

@@ -17,6 +17,7 @@ from pipeline.errors import NumericsError, classify
 from pipeline.pretrain.config import STAGE
 from pipeline.pretrain.guards import REPORT_FILE, Guard, Window
 from pipeline.pretrain.replicas import _outvoted
+from tests.support.hand_state import steps_in
 from tests.support.tiny_run import Artifacts, losses, metrics, start_gang, tiny
 
 EIGHT = tiny(num_steps=8, workers=2)
@@ -40,7 +41,7 @@ class Bench:
         self.model.weight.grad = torch.full((1, 1), gradient)
         self.guard.before_step(step, loss)
         self.optimizer.step()
-        self.guard.check(step, last_saved=4)
+        self.guard.check(step, last_saved=lambda: 4)
         return self.weight != before
 
     def steps(self, figures: Iterable[tuple[float, float]], first: int = 0) -> list[bool]:
@@ -103,7 +104,7 @@ def test_a_guard_that_is_told_of_another_step_than_was_taken_fails(tmp_path):
     bench = Bench(tmp_path)
     bench.guard.before_step(3, 2.0)
     with pytest.raises(AssertionError, match=r"stepped 4 after before_step\(3\)"):
-        bench.guard.check(4, 0)
+        bench.guard.check(4, lambda: 0)
 
 
 @pytest.mark.parametrize("spike", [(9.0, 1.0), (2.0, 5.0)], ids=["loss", "gradient norm"])
@@ -234,15 +235,27 @@ def test_a_training_that_diverges_stops_with_its_samples_and_the_last_good_check
 ) -> None:
     config = tiny(num_steps=8, workers=2, max_skipped_steps=3)
     gang = start_gang(
-        STAGE, config, made.inputs(), tmp_path / "out", workers=2, fault="make_gradients_nan", first=5, last=99
+        STAGE, config, made.inputs(), tmp_path / "out", workers=2, fault="diverge_while_saving", first=4, write_s=1.0
     )
     assert gang.wait() == [3, 3]
-    assert gang.log().count("NumericsError: 3 steps in a row up to step 7 had a non-finite loss or gradient") == 2
+    assert steps_in(gang.state) == [4], "the checkpoint under way was thrown away"
+    assert gang.log().count("NumericsError: 3 steps in a row up to step 6 had a non-finite loss or gradient") == 2
     assert "Lower pretrain.optimizer.lr" in gang.log()
     report = read_json(gang.state / REPORT_FILE)
     assert report["last_checkpoint_step"] == 4
     assert (gang.state / "step-00000004").is_dir()
-    assert [entry["sample_ids"] for entry in report["skipped"]] == [list(range(8 * n, 8 * n + 8)) for n in (5, 6, 7)]
+    assert [entry["sample_ids"] for entry in report["skipped"]] == [list(range(8 * n, 8 * n + 8)) for n in (4, 5, 6)]
+
+
+@pytest.mark.distributed
+@gang_test
+def test_a_save_that_falls_on_refused_updates_is_made_after_the_next_one_that_is_applied(
+    made: Artifacts, tmp_path: Path
+) -> None:
+    config = tiny(num_steps=14, checkpoint_every_steps=4, keep_checkpoints=9)
+    gang = start_gang(STAGE, config, made.inputs(), tmp_path / "out", fault="make_gradients_nan", first=7, last=8)
+    assert gang.wait() == [0], gang.log()
+    assert steps_in(gang.state) == [14, 12, 10, 4]
 
 
 @pytest.mark.distributed

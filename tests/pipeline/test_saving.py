@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.errors import CorruptionError, LeaseLostError, UserError
+from pipeline.errors import CorruptionError, UserError
 from pipeline.pretrain import checkpoint as checkpoint_module
 from pipeline.pretrain import saving
 from pipeline.pretrain.checkpoint import load_checkpoint_manifest
@@ -193,65 +193,6 @@ def test_a_last_save_that_fails_raises_on_all_ranks(tmp_path: Path, monkeypatch:
     ):
         assert isinstance(error, PermissionError)
         assert "/store/x" in str(error)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_stops_all_ranks_and_says_where_training_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def work(ranks: ThreadRanks) -> None:
-        state = state_of(ranks, distinct())
-        saver = checkpointer(tmp_path, state, ranks)
-        saver.save(2)
-        saver.wait()
-        if ranks.of_all(None) and ranks.rank == 1:
-            failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-        ranks.of_all(None)
-        saver.save(4)
-        saver.wait()
-
-    for error in together(work):
-        assert isinstance(error, OSError)
-        assert error.errno == errno.ENOSPC
-        assert "training goes on after step 2" in str(error)
-    assert steps_in(tmp_path) == [2]
-    assert not list(tmp_path.glob("staging-*"))
-
-
-def test_too_little_space_is_noticed_before_training_and_before_every_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size_bytes = 4 * sum(tensor.numel() for tensor in distinct().values())
-    free = [int(1.2 * size_bytes)]
-    monkeypatch.setattr(saving, "free_bytes", lambda directory: free[0])
-
-    def work(ranks: ThreadRanks) -> None:
-        saver = checkpointer(tmp_path, state_of(ranks, distinct()), ranks)
-        assert saver.restore() == 0
-        ranks.of_all(None)
-        free[0] = size_bytes
-        saver.save(1)
-
-    def start(ranks: ThreadRanks) -> None:
-        checkpointer(tmp_path, state_of(ranks, distinct()), ranks).restore()
-
-    for error in together(work) + together(start):
-        assert isinstance(error, OSError)
-        assert error.errno == errno.ENOSPC
-        assert "MB are wanted for a checkpoint" in str(error)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_lost_lease_publishes_nothing_and_stops_all_ranks(tmp_path: Path) -> None:
-    def fence() -> None:
-        raise LeaseLostError("attempt 2 has taken over")
-
-    def work(ranks: ThreadRanks) -> None:
-        saver = checkpointer(tmp_path, state_of(ranks, distinct()), ranks, fence=fence)
-        saver.save(2)
-        saver.wait()
-
-    assert [type(error) for error in together(work)] == [LeaseLostError] * 2
     assert not list(tmp_path.iterdir())
 
 

@@ -235,7 +235,8 @@ def test_a_file_that_is_no_state_is_refused_although_its_hash_is_right(tmp_path:
     assert not (checkpoint / "marker").exists()
 
 
-def test_a_link_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_link_in_the_place_of_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_state, "_PATIENCE_S", (0.001,))
     checkpoint = write(tmp_path, states_of(distinct(), "1", 2))
     path = checkpoint / file_name(0)
     path.rename(tmp_path / "elsewhere")

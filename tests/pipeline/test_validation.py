@@ -18,8 +18,10 @@ from pipeline.data.vocabulary import load_vocabulary
 from pipeline.evaluate.config import STAGE as EVALUATE
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.held_out import HeldOutRows, open_held_out
+from pipeline.pretrain.averaging import AverageConfig
 from pipeline.pretrain.config import STAGE as PRETRAIN
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
+from pipeline.pretrain.loop import Progress, validate
 from pipeline.pretrain.objective import ObjectiveConfig
 from pipeline.pretrain.phases import Phase
 from pipeline.pretrain.validation import Validator
@@ -170,6 +172,25 @@ def test_a_rank_that_fails_in_validation_says_so_at_once_and_waits_for_no_other(
     gang = start_gang(PRETRAIN, config, inputs, tmp_path / "out", workers=2, fault="fail_in_validation", rank=1)
     assert gang.wait() == [3, 3]
     assert "RuntimeError: no text can be asked for" in gang.log()
+
+
+@pytest.mark.parametrize(("objective", "name"), [("diffusion", "val_nelbo"), ("autoregressive", "val_nll")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_figure_that_is_not_finite_is_logged_as_none_and_its_checkpoint_is_not_the_best(
+    objective: Any, name: str, value: float
+) -> None:
+    found = iter([{name: 3.0, "bits": 1.0}, {name: value, "bits": value}])
+    config = tiny(validation=ALL_ROWS, average=AverageConfig("best", 2), objective=ObjectiveConfig(kind=objective))
+    training: Any = SimpleNamespace(
+        config=config,
+        progress=Progress(),
+        validator=SimpleNamespace(validate=lambda span: next(found)),
+        watchdog=SimpleNamespace(phase=lambda *given: None),
+    )
+    assert validate(training, 2) == {}
+    assert validate(training, 3) == {name: 3.0, "bits": 1.0}
+    assert validate(training, 7) == {name: None, "bits": None}
+    assert training.progress.scores == {4: 3.0}
 
 
 def test_validation_without_held_out_tokens_is_refused(made: Artifacts, tmp_path: Path) -> None:

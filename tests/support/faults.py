@@ -199,6 +199,20 @@ def make_gradients_nan(first: int, last: int) -> None:
     loop.set_lr, loop.loss_scale = count, poisoned
 
 
+def diverge_while_saving(first: int, write_s: float) -> None:
+    """The loss that is differentiated is no number from a step on, while a slow disk still takes a checkpoint."""
+    from pipeline.pretrain import saving
+
+    make_gradients_nan(first, 10**9)
+    write = saving.write_file
+
+    def wait_and_write(*given: Any) -> Any:
+        time.sleep(write_s)
+        return write(*given)
+
+    saving.write_file = wait_and_write
+
+
 def multiply_losses(first: int, last: int, by: float, weights_by: float = 1.0) -> None:
     """The loss is multiplied at steps first..last of a training, and every parameter when it is drawn."""
     from pipeline.pretrain import loop
