@@ -102,9 +102,10 @@ class PretrainConfig:
     checkpoint_every_steps: int = execution(100)
     keep_checkpoints: int = execution(2)
     max_failed_saves: int = execution(3)
-    """Checkpoints in a row that may fail (but for a full disk, which stops at once) until training stops."""
+    """Checkpoints in a row that may fail until training stops."""
     accept_changed_identity: bool = execution(False)
-    """Continue a checkpoint although what is trained has changed meanwhile; checkpoints record what and when."""
+    """Continue a checkpoint although what is trained has changed meanwhile; checkpoints record what and when.  Of the
+    stage run alone: a workflow gives what has changed a place of its own."""
     max_skipped_steps: int = execution(5)
     """Consecutive steps, skipped for a non-finite loss or gradient or as spikes, after which training stops."""
     replica_check_every_steps: int = execution(500)
@@ -307,7 +308,13 @@ def check_lengths(config: PretrainConfig, packed_len: int, step: str) -> None:
 
 
 def check_upstream(config: PretrainConfig, upstream: Mapping[str, Any], step: str) -> None:
-    """UserError for what the inputs can't give: held-out tokens, rows of a length, sources of a mixture."""
+    """UserError for what the inputs can't give, and for an override that no workflow asks for."""
+    if config.accept_changed_identity:
+        raise UserError(
+            f"{step}.accept_changed_identity is true, which has no effect in a workflow: another identity is another "
+            "artifact there, with checkpoints of its own. Leave it out, or run the stage alone: python -m "
+            "pipeline.pretrain"
+        )
     check_validation(config, upstream, step)
     check_lengths(config, upstream["rows"]["seq_len"], step)
     sources: Mapping[str, Any] = upstream.get("rows.tokens.corpus", {}).get("source", {})

@@ -17,7 +17,7 @@ from pipeline.data.verified import Verified
 from pipeline.errors import UserError
 from pipeline.pretrain.batches import PhasedLoader
 from pipeline.pretrain.checkpoint import verify_kept
-from pipeline.pretrain.config import STAGE, PretrainConfig, check_validation
+from pipeline.pretrain.config import STAGE, PretrainConfig, check_lengths, check_validation
 from pipeline.pretrain.engine import (
     build_engine,
     compile_blocks,
@@ -85,7 +85,7 @@ def make_training(
             f"the rows in {inputs['rows']} were made with another tokenizer than {inputs['tokenizer']}; give the one "
             "that made them"
         )
-    check_lengths(config, rows.seq_len)
+    check_lengths(config, rows.seq_len, "pretrain")
     check_validation(config, inputs, "pretrain")
     loader = PhasedLoader(config, rows, special.pad_token_id, Verified(context.state / "verified"))
     start_process_group(config.watchdog)
@@ -113,22 +113,6 @@ def make_training(
     training = Training(config, context, *parts, Progress())
     training.go_on(checkpointer.extras)
     return training, first_step
-
-
-def check_lengths(config: PretrainConfig, packed_len: int) -> None:
-    """UserError if rows of ``packed_len`` tokens can't be cut into the pieces, blocks or short rows of every phase."""
-    for span in config.spans:
-        seq_len = span.seq_len or packed_len
-        for name, value, whole in (("seq_len", seq_len, packed_len), ("block_size", span.block_size or 1, seq_len)):
-            if whole % value:
-                raise UserError(
-                    f"{name} is {value} in phase {span.name} of pretrain; it must divide rows of {whole} tokens"
-                )
-        if config.short_step_share and config.short_step_min >= seq_len:
-            raise UserError(
-                f"pretrain.short_step_min is {config.short_step_min}, but rows have {seq_len} tokens: no step would be "
-                "shorter. Lower it, or set pretrain.short_step_share=0"
-            )
 
 
 def open_log(path: Path, first_step: int) -> MetricsLog:

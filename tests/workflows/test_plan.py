@@ -299,6 +299,13 @@ def test_plan_with_a_mixture_of_sources_of_the_corpus_is_made(books_and_code: li
     assert plan.step("pretrain").config["mixture"] == {"code": 2.0}
 
 
+def test_plan_that_accepts_a_changed_identity_is_refused_since_it_would_have_no_effect():
+    with pytest.raises(
+        UserError, match=r"pretrain\.accept_changed_identity is true, which has no effect in a workflow"
+    ):
+        runs.plan_recipe("quickstart", [("pretrain.accept_changed_identity", True)])
+
+
 def test_check_of_a_stage_gets_the_configurations_it_depends_on_by_path_of_inputs(monkeypatch: pytest.MonkeyPatch):
     seen: list[Any] = []
     monkeypatch.setattr(total_config, "STAGE", replace(total_config.STAGE, check=lambda *given: seen.append(given)))
