@@ -218,7 +218,7 @@ class PretrainConfig:
         if self.optimizer.ema_decay:
             raise ValueError(
                 'average.keep is "best" with an optimizer.ema_decay: validation scores the running average, the mean '
-                "would be of the weights. Set one of them to nothing"
+                "would be of the weights. Set optimizer.ema_decay=0, or leave average out"
             )
         first_step = first_step_of_kind(self.spans, self.num_steps - 1)
         every = self.validation.every_steps
@@ -227,7 +227,7 @@ class PretrainConfig:
         if alike < self.average.count:
             raise ValueError(
                 f"average.count is {self.average.count}, but only {alike} validation(s) are of the rows and blocks "
-                f"that the training ends with (from step {first_step} on); lower it, or validation.every_steps"
+                f"that the training ends with (from step {first_step} on); lower validation.every_steps"
             )
 
     def _check_experts(self) -> None:

@@ -168,6 +168,17 @@ def test_visible_range_hides_a_hundredth_of_the_numbers_at_most(numbers: list[fl
     assert low >= 0 or min([*numbers, *whole]) < 0
 
 
+@pytest.mark.parametrize(
+    ("value", "labels"), [(751_996_928.0, ["751.5M", "752.0M", "752.5M"]), (0.0, ["0.0", "0.2", "0.4"])]
+)
+def test_a_figure_that_does_not_change_has_an_axis_of_its_size(value: float, labels: list[str]) -> None:
+    lines = [{"step": step, "peak_resident_bytes": value + step % 2} for step in range(4)] if value else []
+    lines = lines or [{"step": step, "skipped": 0} for step in range(4)]
+    (drawing,) = _named(panels(lines)).values()
+    ticks = [text.text for text in drawing.iter("text") if text.get("class") == "tick" and text.get("x") == "46"]
+    assert ticks[:3] == labels
+
+
 def test_report_with_every_figure_is_well_formed_and_escapes_the_names_of_phases(tmp_path: Path) -> None:
     artifacts = make_artifacts(tmp_path)
     text = "".join(json.dumps(line) + "\n" for line in _metrics())

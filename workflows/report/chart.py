@@ -53,6 +53,8 @@ class Size:
 
 
 _LABEL_CLEARANCE = 18.0
+_LEAST_MARGIN = 1e-3
+"""Of what is shown, as a share of its largest figure."""
 
 
 def nice_ticks(low: float, high: float, target: int = 6) -> list[float]:
@@ -76,7 +78,8 @@ def tick_label(value: float, ticks: Sequence[float]) -> str:
     value, step = value / factor, step / factor
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     if decimals > 4:
-        return f"{value:.{decimals + math.floor(math.log10(largest)) + 1}g}" if abs(value) > step / 2 else "0"
+        digits = decimals + math.floor(math.log10(largest / factor)) + 1
+        return f"{value:.{digits}g}{suffix}" if abs(value) > step / 2 else "0"
     return f"{value:,.{decimals}f}{suffix}"
 
 
@@ -96,13 +99,13 @@ def thin(points: Points, limit: int) -> list[tuple[float, float | None]]:
 def visible_range(numbers: Sequence[float], whole: Sequence[float]) -> tuple[float, float]:
     """A range of y that shows all of ``whole`` and all but a hundredth of ``numbers``, which are many and scatter.
 
-    It goes below 0 only if they do.
+    It goes below 0 only if they do, and is never so narrow that a figure which does not change fills it.
     """
     ordered = sorted(numbers)
     rare = len(ordered) // 200
     shown = [ordered[rare], ordered[len(ordered) - 1 - rare], *whole]
     low, high = min(shown), max(shown)
-    margin = 0.05 * (high - low)
+    margin = max(0.05 * (high - low), _LEAST_MARGIN * max(abs(low), abs(high))) or 1.0
     return (low - margin if low < 0 else max(0.0, low - margin)), high + margin
 
 
