@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)  # what a single example takes says nothing on a busy one
+if settings.get_current_profile_name() == "default":  # the planted faults are looked for under one of their own
+    settings.load_profile("any machine")
 
 if TYPE_CHECKING:
     from tests.support.tiny_run import Artifacts

@@ -115,8 +115,8 @@ def die_in_phase(phase: str, step: int, rank: int, delay_s: float) -> None:
         return
     begin = Watchdog.phase
 
-    def begin_and_die_soon(self: Any, name: Any, at: int = -1) -> None:
-        begin(self, name, at)
+    def begin_and_die_soon(self: Any, name: Any, at: int = -1, kind: Any = None) -> None:
+        begin(self, name, at, kind)
         if name == phase and at >= step:
             threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
