@@ -60,7 +60,11 @@ def changed(config: PretrainConfig, *hops: dict[str, Any]) -> list[PretrainConfi
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(replace(SHARED, **BLOCKS), id="experts shared, averages, blocks of searched mask rates"),
+        pytest.param(
+            replace(SHARED, **BLOCKS),
+            id="experts shared, averages, blocks of searched mask rates",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(replace(TWELVE, optimizer=MUON, zero_stage=2), id="Muon with averages, ZeRO 2"),
         *(
             pytest.param(replace(SHARED, zero_stage=stage, micro_batch_seqs=2), id=f"ZeRO {stage}", marks=slow)

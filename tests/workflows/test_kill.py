@@ -97,6 +97,7 @@ def test_coordinator_and_all_its_descendants_killed_the_run_resumes(store, log):
     finish(store, log, {"total-0", "total-1"})
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(RAY_LIMIT_S)
 def test_coordinator_on_ray_killed_takes_every_descendant_with_it_and_the_run_resumes(store, log, monkeypatch):

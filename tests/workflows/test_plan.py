@@ -127,8 +127,8 @@ def _changes(workflow: Workflow, other_text: str) -> Iterator[tuple[str, bool, W
     configs = {step.name: step.config for step in workflow.steps}
     for step in workflow.steps:
         for path, kind, value, is_execution in _fields(step.config, step.name):
-            if path == "convert.weights":  # any other is refused unless the training keeps an average
-                continue
+            if path in ("convert.weights", "pretrain.accept_changed_identity"):
+                continue  # refused: any other unless the training keeps an average; in every workflow
             candidates = [other_text] if path in ("corpus.source", "tokenizer.file") else _others(kind, value)
             for candidate in candidates:
                 try:
