@@ -59,12 +59,6 @@ class BoundEstimate:
         """exp(nelbo): an upper bound of the perplexity a token; inf where float64 can't hold it."""
         return float(torch.tensor(self.nelbo, dtype=torch.float64).exp())
 
-    def bpb_bound(self, num_bytes: int) -> float:
-        """Bits a byte:  nelbo * num_tokens / (num_bytes * ln 2).  Raises ValueError without bytes."""
-        if num_bytes < 1:
-            raise ValueError(f"num_bytes is {num_bytes}; it must be at least 1")
-        return self.nelbo * self.num_tokens / (num_bytes * math.log(2))
-
 
 def estimate_bound(doc_loss_sums: Float[Tensor, "R docs"], doc_tokens: Int[Tensor, " docs"]) -> BoundEstimate:
     """Combine per-replicate, per-document loss sums into a bound with its standard errors.

@@ -169,10 +169,9 @@ def test_estimate_bound_without_replicates_or_tokens_raises(losses, tokens, mess
         estimate_bound(losses, tokens)
 
 
-def test_bound_estimate_converts_nats_to_perplexity_and_bits_a_byte():
+def test_bound_estimate_converts_nats_to_perplexity():
     estimate = BoundEstimate(math.log(8), 0.0, 0.0, num_tokens=100, num_docs=1, num_replicates=2)
     assert estimate.ppl_bound == pytest.approx(8.0, rel=RTOL)
-    assert estimate.bpb_bound(num_bytes=400) == pytest.approx(3 * 100 / 400, rel=RTOL)
 
 
 @pytest.mark.parametrize(
@@ -197,5 +196,3 @@ def test_estimate_bound_of_another_number_of_documents_raises():
 def test_bound_estimate_beyond_float64_is_an_infinite_perplexity():
     estimate = BoundEstimate(1000.0, 0.0, 0.0, num_tokens=1, num_docs=1, num_replicates=2)
     assert estimate.ppl_bound == math.inf
-    with pytest.raises(ValueError, match="num_bytes is 0;"):
-        estimate.bpb_bound(0)

@@ -18,7 +18,7 @@ SOURCE = re.compile(r"(arXiv\s+|\()\d{4}\.\d{5}\b|Box and Muller, 1958|OOPSLA 20
 
 # Ours alone: bookkeeping around the formulas, with no paper to name.
 _OWN = """
-BoundEstimate BoundEstimate.bpb_bound BoundEstimate.ppl_bound ConfidenceLoss Corrupted Corrupted.is_masked
+BoundEstimate BoundEstimate.ppl_bound ConfidenceLoss Corrupted Corrupted.is_masked
 GradientSums GradientSums.of GradientSums.variance HeadLoss LossOutput PiecewiseDensity
 PiecewiseDensity.bin_of PiecewiseDensity.sample RowEstimate RowEstimate.per_token Sampled Scoring
 Scoring.lengths Stream Targets WeightedTimes Weighting Weighting.is_bound Weighting.token_weight block_length
