@@ -1,6 +1,7 @@
 """Text to measure on: the files given, or the sources of Python's standard library and of installed packages."""
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,10 +69,11 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def _standard_library() -> Iterator[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        if not {"site-packages", "dist-packages"} & set(path.relative_to(root).parts):
-            yield path
+    found: list[Path] = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = set(folders) - {"site-packages", "dist-packages"}  # which may hold a hundred times as much
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    yield from sorted(found)
 
 
 def _packages() -> Iterator[Path]:

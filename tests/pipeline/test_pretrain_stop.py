@@ -85,6 +85,7 @@ def test_nothing_is_compiled_and_no_stale_lock_is_waited_for(made: Artifacts, tm
     fault = {"fault": "stale_extension_locks", "home": str(home)}
     out = run_gang(STAGE, config, made.inputs(), tmp_path / "out", workers=2, **fault)
     assert len(metrics(out)) == 2
+    assert not (home / "compiled").exists(), "a compiler was called, if only to ask what it can do"
 
 
 def test_extensions_of_another_environment_are_another_directory() -> None:

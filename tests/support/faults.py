@@ -356,8 +356,13 @@ def fail_in_validation(rank: int) -> None:
 
 
 def stale_extension_locks(home: str) -> None:
-    """A process that was killed while it compiled has left its locks, and there is no compiler."""
+    """A process that was killed while it compiled has left its locks; compilers do nothing but tell that they ran."""
     from torch.utils import cpp_extension
+
+    for name in ("cc", "gcc", "c++", "g++", "clang"):
+        compiler = Path(home) / name
+        compiler.write_text(f"#!/bin/sh\n: > {home}/compiled\nexit 1\n")
+        compiler.chmod(0o755)
 
     os.environ |= {"HOME": home, "PATH": home}
     os.environ.pop("TORCH_EXTENSIONS_DIR", None)

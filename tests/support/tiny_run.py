@@ -1,10 +1,11 @@
 """A tiny corpus, a tiny model, and gangs of ranks that train it on gloo.
 
 Ranks are forked from a server process that has imported torch and deepspeed once, and run the command line of
-the stage from there: what differs from ``python -m pipeline.STAGE`` is the second or two of imports.
+the stage from there: what differs from ``python -m pipeline.STAGE`` are the seconds of imports.
 """
 
 import argparse
+import gc
 import hashlib
 import importlib
 import json
@@ -51,7 +52,9 @@ _PRELOAD = [
     "safetensors.torch",
     "pydantic",
     "pytest",
-    "dlm_core.models.transformer",
+    "pipeline.pretrain.loop",
+    "pipeline.pretrain.run",
+    "pipeline.convert.run",
 ]
 """What takes seconds to import: DeepSpeed's AdamW path pulls in the compiler."""
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -223,6 +226,7 @@ def _rank(stage: Stage, line: list[str], own: dict[str, str], log: Path, fault: 
     with log.open("wb") as handle:
         os.dup2(handle.fileno(), 1)
         os.dup2(handle.fileno(), 2)
+    gc.freeze()  # what was imported is not searched for garbage by every rank anew
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ.update(_ENVIRONMENT | own)
     sys.argv = [stage.name, *line]
