@@ -50,6 +50,7 @@ def test_path_with_another_loss_is_refused(monkeypatch):
         objective._measure_times(TINY, TEXT, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_quick_run_prints_its_ratios_on_the_last_line(tmp_path):
     (tmp_path / "text.txt").write_bytes(b"To be, or not to be. " * 1000)

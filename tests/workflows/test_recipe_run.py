@@ -29,6 +29,7 @@ SETTINGS = {
     "evaluate.num_shards": 1,
 }
 OWN = {
+    "bd3lm_tiny": {"pretrain.validation.every_steps": 3},  # of the last 6 steps, on blocks: rates are searched in them
     "llada_moe_tiny": {
         "pretrain.ep_size": 2,
         "pretrain.phases.first.seq_len": 32,
