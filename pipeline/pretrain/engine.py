@@ -59,7 +59,8 @@ def start_process_group(limits: WatchdogLimits) -> None:
     from torch.distributed import distributed_c10d
 
     timeout = collective_timeout(limits)
-    deepspeed.ops.__compatible_ops__ = {}  # asked for one kernel alone; it would call compilers to find out
+    ops: Any = deepspeed.ops
+    ops.__compatible_ops__ = {}  # asked for one kernel alone; it would call compilers to find out
     backend = "nccl" if os.environ["DS_ACCELERATOR"] == "cuda" else "gloo"
     if dist.is_initialized():  # by Ray Train, which does not know our limits
         distributed_c10d._set_pg_timeout(timeout)
