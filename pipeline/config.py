@@ -28,6 +28,11 @@ def execution(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"execution": True})
 
 
+def ordered() -> Any:
+    """A field for a mapping whose order is part of the result: it is in the fingerprint, where names are sorted."""
+    return dataclasses.field(default_factory=dict[str, Any], metadata={"ordered": True})
+
+
 def to_json(config: Any) -> Any:
     """Plain JSON values of a configuration: dataclasses become objects, tuples become arrays."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -62,13 +67,12 @@ def _as_declared(hint: Any, value: Any) -> Any:
 
 
 def identity(config: Any) -> Any:
-    """Like ``to_json``, without the fields declared by ``execution``."""
+    """Like ``to_json``, without the fields declared by ``execution``, and with the order of ``ordered`` ones."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {
-            f.name: identity(_field_value(config, f))
-            for f in dataclasses.fields(config)
-            if not f.metadata.get("execution")
-        }
+        fields = [f for f in dataclasses.fields(config) if not f.metadata.get("execution")]
+        values = {f.name: identity(_field_value(config, f)) for f in fields}
+        orders = {f"{f.name}_order": list(values[f.name]) for f in fields if f.metadata.get("ordered")}
+        return values | {name: order for name, order in orders.items() if len(order) > 1}
     if isinstance(config, tuple | list):
         return [identity(item) for item in config]
     if isinstance(config, Mapping):

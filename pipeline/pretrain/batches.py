@@ -133,6 +133,12 @@ def step_length(config: PretrainConfig, seq_len: int, step: int) -> int:
     return -(-length // block_size) * block_size
 
 
+def is_short(config: PretrainConfig, packed_len: int, step: int) -> bool:
+    """Whether the rows of a step are cut to a random length."""
+    seq_len = config.span_at(step).seq_len or packed_len
+    return step_length(config, seq_len, step) < seq_len
+
+
 def step_rows(config: PretrainConfig, drawn: RowBatch, step: int, rank: int) -> Rows:
     """The rank's packed rows as the rows of a step: cut into the pieces of its phase, then to the step's length."""
     packed_len = drawn.x0.shape[1]

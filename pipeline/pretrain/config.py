@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from dlm_core.models.config import Architecture
-from pipeline.config import execution
+from pipeline.config import execution, ordered
 from pipeline.data.mixture import whole_weights
 from pipeline.errors import UserError
 from pipeline.pretrain.averaging import AverageConfig
@@ -62,7 +62,7 @@ class PretrainConfig:
     router_loss: RouterLossConfig = field(default_factory=RouterLossConfig)
     """Of an architecture with experts; without, it has no effect and must be left as it is."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    phases: dict[str, Phase] = field(default_factory=dict[str, Phase])
+    phases: dict[str, Phase] = ordered()
     """In order; empty: one phase."""
     num_steps: int = 1000
     global_batch_seqs: int = 16
@@ -208,11 +208,15 @@ class PretrainConfig:
             raise ValueError('average.keep is "best", but nothing is validated; set validation.every_steps')
         if self.average.keep == "best":
             self._check_best()
-        if self.average.keep == "last" and self.average.count * self.average.every_steps > self.num_steps:
-            raise ValueError(
-                f"average.count {self.average.count} times every_steps {self.average.every_steps} is more than "
-                f"num_steps {self.num_steps}; lower one of them"
-            )
+        if self.average.keep == "last":
+            first_step = first_step_of_kind(self.spans, self.num_steps - 1)
+            every, count = self.average.every_steps, self.average.count
+            alike = self.num_steps // every - first_step // every
+            if alike < count:
+                raise ValueError(
+                    f"average.count is {count}, but only {alike} step(s) are multiples of average.every_steps {every} "
+                    f"on the rows and blocks that the training ends with (from step {first_step} on); lower one of them"
+                )
 
     def _check_best(self) -> None:
         if self.optimizer.ema_decay:
@@ -339,5 +343,5 @@ STAGE = Stage(
     inputs=("rows", "tokenizer"),
     optional_inputs=("tokens",),
     check=check_upstream,
-    code_version=5,
+    code_version=6,
 )

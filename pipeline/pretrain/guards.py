@@ -85,7 +85,7 @@ class Guard:
         self._config, self._engine, self._warn = config, engine, warn
         self._report_file, self._is_first_rank = state / REPORT_FILE, is_first_rank
         self._window = Window(config.spike_window_steps)
-        self._step, self._loss, self._own_norm = -1, 0.0, None
+        self._step, self._loss, self._own_norm, self._is_short = -1, 0.0, None, False
         self._may_apply: bool | None = None
         self._refused_in_a_row: list[dict[str, Any]] = []
         self.num_refused = 0
@@ -100,9 +100,12 @@ class Guard:
 
         optimizer.step = apply_or_not  # ZeRO calls it once a parameter group
 
-    def before_step(self, step: int, loss: float) -> None:
-        """Tell the loss of the global batch of a step, its last gradient added up and no update made."""
-        self._step, self._loss, self._may_apply, self._own_norm = step, loss, None, None
+    def before_step(self, step: int, loss: float, *, is_short: bool = False) -> None:
+        """Tell the loss of the global batch of a step, its last gradient added up and no update made.
+
+        A step of few tokens, ``is_short``, is no spike and tells nothing of others: its loss and norm scatter more.
+        """
+        self._step, self._loss, self._is_short, self._may_apply, self._own_norm = step, loss, is_short, None, None
         if self._engine.optimizer is self._engine.basic_optimizer:  # which clips, but keeps no norm
             self._own_norm = _grad_norm(self._engine.module)
 
@@ -118,10 +121,13 @@ class Guard:
 
     def _decide(self) -> bool:
         if self._may_apply is None:
-            norm, sigmas = self.grad_norm, self._config.spike_sigmas
-            is_finite = math.isfinite(self._loss) and math.isfinite(norm)
-            self._may_apply = is_finite and not (sigmas and self._window.is_spike(self._loss, norm, sigmas))
+            sigmas = self._config.spike_sigmas
+            is_finite = math.isfinite(self._loss) and math.isfinite(self.grad_norm)
+            self._may_apply = is_finite and not (sigmas and self._stands_out(sigmas))
         return self._may_apply
+
+    def _stands_out(self, sigmas: float) -> bool:
+        return not self._is_short and self._window.is_spike(self._loss, self.grad_norm, sigmas)
 
     def check(self, step: int, last_saved: Callable[[], int]) -> None:
         """Look back at a step; ``last_saved`` gives the step of the newest checkpoint, for the message.
@@ -129,14 +135,15 @@ class Guard:
         Raises NumericsError after ``max_skipped_steps`` refused updates in a row, what is known of them in a file.
         """
         assert step == self._step, f"the engine stepped {step} after before_step({self._step})"
-        loss, norm, sigmas = self._loss, self.grad_norm, self._config.spike_sigmas
+        loss, norm = self._loss, self.grad_norm
         is_finite = math.isfinite(loss) and math.isfinite(norm)
-        self.is_spike = is_finite and self._window.is_spike(loss, norm, sigmas or ALERT_SIGMAS)
+        self.is_spike = is_finite and self._stands_out(self._config.spike_sigmas or ALERT_SIGMAS)
         samples = range(step * self._config.global_batch_seqs, (step + 1) * self._config.global_batch_seqs)
         figures = f"loss {loss:.6g}, gradient norm {norm:.6g}, samples {samples[0]} to {samples[-1]}"
         if self._decide() and is_finite:
             self._refused_in_a_row.clear()
-            self._window.add(loss, norm)
+            if not self._is_short:
+                self._window.add(loss, norm)
             if self.is_spike:
                 self._warn(f"step {step} is a spike ({figures}) and was applied; pretrain.spike_sigmas would skip such")
             return

@@ -44,7 +44,7 @@ class EngineState:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps without an update."""
+        """Steps that DeepSpeed has counted as skipped; the guard counts those that it refused."""
         return self._engine.skipped_steps
 
     def go_on(self, step: int, optimizer_steps: int, skipped_steps: int) -> None:

@@ -13,7 +13,7 @@ from dlm_core.models.config import MaskFamily, ModelConfig
 from dlm_core.objectives import NUM_T_BINS, loss_output
 from pipeline.data.loader import RowBatch, prefetched
 from pipeline.data.special_tokens import SpecialTokens
-from pipeline.pretrain.batches import Batch, PhasedLoader, micro_batches, step_kind, step_length
+from pipeline.pretrain.batches import Batch, PhasedLoader, is_short, micro_batches, step_kind, step_length
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.engine import loss_scale, set_lr, with_rope_base
 from pipeline.pretrain.guards import Guard, check_first_loss
@@ -92,6 +92,7 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
     config, checkpointer = training.config, training.checkpointer
     steps, is_due = range(first_step, config.num_steps), False
     rank, meter = training.ranks.rank, training.meter
+    meter.start()
     with prefetched(training.loader.rank_rows(step, rank) for step in steps) as all_drawn:
         for step in steps:
             span = config.span_at(step)
@@ -243,7 +244,8 @@ def take_step(training: Training, drawn: RowBatch, step: int) -> StepTaken:
         sums += torch.cat([parts, out.bin_loss_sum.double(), out.bin_num_masked.double()])
         if number == len(batches) - 1:
             sums = ranks.sum(sums)
-            training.guard.before_step(step, float(sums[0]) / max(1, totals.num_tokens))
+            loss_of_all = float(sums[0]) / max(1, totals.num_tokens)
+            training.guard.before_step(step, loss_of_all, is_short=is_short(config, drawn.x0.shape[1], step))
             if (every := config.replica_check_every_steps) and step % every == 0:
                 check_replicas(engine, ranks, step)
             training.checkpointer.release_state()

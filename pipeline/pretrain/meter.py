@@ -78,9 +78,13 @@ class Meter:
         self._ranks, self._weights, self._clock_s = ranks, weights, clock_s
         self._norms_every_steps = config.log_norms_every_steps
         self._peak_flops = 1e12 * peak_tflops_per_worker(config, ranks.device) * config.workers
-        self._since_s = clock_s()
         self._waited_s: dict[Wait, float] = {}
-        self._stall, self._stall_before_s = stall, stall.spent_s
+        self._stall = stall
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock, anew if something has passed that is none of the steps'."""
+        self._since_s, self._stall_before_s = self._clock_s(), self._stall.spent_s
 
     @contextmanager
     def waiting_for(self, what: Wait) -> Iterator[None]:

@@ -85,6 +85,11 @@ def make_training(
             f"the rows in {inputs['rows']} were made with another tokenizer than {inputs['tokenizer']}; give the one "
             "that made them"
         )
+    if "tokens" in inputs and load_manifest(inputs["tokens"]).inputs["tokenizer"] != rows.stats["tokenizer"]:
+        raise UserError(
+            f"the tokens in {inputs['tokens']} were made with another tokenizer than the rows in {inputs['rows']}; "
+            "give those that the rows were packed from"
+        )
     check_lengths(config, rows.seq_len, "pretrain")
     check_validation(config, inputs, "pretrain")
     loader = PhasedLoader(config, rows, special.pad_token_id, Verified(context.state / "verified"))
@@ -108,10 +113,24 @@ def make_training(
     validator = None
     if config.validation.every_steps:
         validator = Validator(config, engine, ranks, inputs["tokens"], rows.seq_len, special, watchdog.beat)
-    meter = Meter(config, ranks, owned(local_tensors(engine)), checkpointer.stall)
-    parts = (engine, ranks, checkpointer, guard, watchdog, loader, special, model_config, routers, validator, meter)
-    training = Training(config, context, *parts, Progress())
+    training = Training(
+        config=config,
+        context=context,
+        engine=engine,
+        ranks=ranks,
+        checkpointer=checkpointer,
+        guard=guard,
+        watchdog=watchdog,
+        loader=loader,
+        special=special,
+        model_config=model_config,
+        routers=routers,
+        validator=validator,
+        meter=Meter(config, ranks, owned(local_tensors(engine)), checkpointer.stall),
+        progress=Progress(),
+    )
     training.go_on(checkpointer.extras)
+    checkpointer.make_room()
     return training, first_step
 
 

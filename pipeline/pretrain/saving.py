@@ -107,7 +107,7 @@ class State(Protocol):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps without an update."""
+        """Steps that the engine has counted as skipped."""
         ...
 
     def go_on(self, step: int, optimizer_steps: int, skipped_steps: int) -> None:
@@ -149,13 +149,11 @@ class Checkpointer:
     def restore(self) -> int:
         """Load the newest valid checkpoint, which all ranks verify together; returns the step to go on with.
 
-        Raises UserError if it is of another training, OSError if there is no room for the checkpoints to come.
+        Raises UserError if it is of another training.
         """
         state = self.context.state
         done_by_first(self.ranks, lambda: clear_staging(state))
         found = newest_valid(state, self.ranks, warn, self._changes)
-        if found is None or found[1].step < self.config.num_steps:
-            done_by_first(self.ranks, self._check_space)
         if found is None:
             return 0
         path, manifest = found
@@ -165,6 +163,14 @@ class Checkpointer:
         self.extras, self.last_saved = manifest.extras, manifest.step
         print(f"continuing after step {manifest.step} from {path.name}", flush=True)  # noqa: T201
         return manifest.step
+
+    def make_room(self) -> None:
+        """Delete old checkpoints where there is no room for the next one; OSError on all ranks if there still is none.
+
+        To be called after ``restore``, once ``pinned`` is known.  Nothing is asked of a training that is over.
+        """
+        if self.last_saved < self.config.num_steps:
+            done_by_first(self.ranks, self._make_room)
 
     def _changes(self, checkpoint: Path, manifest: CheckpointManifest) -> dict[str, list[Any]]:
         """What was changed since a checkpoint and accepted.  UserError if it was not."""
@@ -305,9 +311,11 @@ class Checkpointer:
     def _end_deletion(self) -> None:
         if self._deletion is not None:
             self._deletion.join()
-            if isinstance(self._deletion.outcome, Exception):
-                raise self._deletion.outcome
-            self._deletion = None
+            outcome, self._deletion = self._deletion.outcome, None
+            if isinstance(outcome, OSError):
+                warn(f"old checkpoints could not be deleted ({outcome}); tried again after the next one")
+            elif isinstance(outcome, Exception):
+                raise outcome
 
     def _failed(self, step: int, problem: Exception, is_last: bool) -> None:
         """Raise for the last save, a lost lease, and one failure too many; after any other go on."""
@@ -333,6 +341,10 @@ class Checkpointer:
         """Name of the staging directory, once old checkpoints were deleted where there was no room without."""
         self.context.fence()  # whoever lost the right to publish must not fill the disk of its successor
         self._end_deletion()  # it may be what makes room
+        self._make_room()
+        return f"staging-{step:08d}-{time.time_ns()}"
+
+    def _make_room(self) -> None:
         try:
             self._check_space()
         except OSError as problem:
@@ -340,7 +352,6 @@ class Checkpointer:
                 raise
             self._retain(self.last_saved)
             self._check_space()
-        return f"staging-{step:08d}-{time.time_ns()}"
 
     def _check_space(self) -> None:
         wanted, free = _SPACE_FACTOR * self._size_bytes, free_bytes(self.context.state)

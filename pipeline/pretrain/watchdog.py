@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline.errors import HangError
 
-Phase = Literal["start", "restore", "data", "step", "checkpoint", "evaluation", "end"]
+Activity = Literal["start", "restore", "data", "step", "checkpoint", "evaluation", "end"]
 
 _STDERR = 2
 """The log of the rank, whatever ``sys.stderr`` has become."""
@@ -78,7 +78,7 @@ def _grace_s(limit_s: float) -> float:
 class _Sign(NamedTuple):
     """The last sign of progress."""
 
-    phase: Phase
+    phase: Activity
     step: int
     at_s: float
     limit_s: float
@@ -101,12 +101,12 @@ class Watchdog:
         self._limits, self._rank, self._workers = limits, rank, workers
         self._state, self._failed = state, failed
         self._steps_s = deque[float](maxlen=_MEDIAN_OF)
-        self._ended = set[tuple[Phase, Hashable]]()
+        self._ended = set[tuple[Activity, Hashable]]()
         self._last = _Sign("start", -1, time.monotonic(), limits.start_s)
         self._look, self._is_over = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def phase(self, phase: Phase, step: int = -1, kind: Hashable = None) -> None:
+    def phase(self, phase: Activity, step: int = -1, kind: Hashable = None) -> None:
         """Begin a phase, which ends the one before.
 
         ``kind`` says which steps, or their data, are alike: the first of a kind has ``first_step_s``.
@@ -124,7 +124,7 @@ class Watchdog:
         """Show progress within a phase of many parts, of which each has the limit for itself."""
         self._last = self._last._replace(at_s=time.monotonic())
 
-    def _limit_s(self, phase: Phase, kind: Hashable) -> float:
+    def _limit_s(self, phase: Activity, kind: Hashable) -> float:
         limits = self._limits
         if phase == "start":
             return limits.start_s

@@ -46,8 +46,8 @@ class Snapshot:
 
         self.header = _header(stretches_of(held))
         self.size_bytes = 4 * sum(numel for *_, numel in stretches_of(held))
-        self._is_on_gpu = any(tensor.is_cuda for part in held for tensor in part.tensors.values())
-        self._buffer = torch.empty(self.size_bytes // 4, pin_memory=self._is_on_gpu)
+        is_on_gpu = any(tensor.is_cuda for part in held for tensor in part.tensors.values())
+        self._buffer = torch.empty(self.size_bytes // 4, pin_memory=is_on_gpu)
         self._buffer.fill_(0.0)  # the first touch of memory is slow: now, not in the first save
         self._copies: list[tuple[Any, Any, slice]] = []
         place = 0
@@ -64,8 +64,8 @@ class Snapshot:
         import numpy as np
         import torch
 
-        if self._is_on_gpu:
-            torch.cuda.synchronize()  # the last update may still be on its way
+        for device in {tensor.device for _, tensor, _ in self._copies if tensor.is_cuda}:
+            torch.cuda.synchronize(device)  # the last update may still be on its way; this thread has no device yet
         streams: dict[Any, Any] = {}
         for target, tensor, part in self._copies:
             source = tensor.detach().view(-1)[part]

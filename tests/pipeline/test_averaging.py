@@ -160,8 +160,11 @@ def test_an_average_that_the_training_can_not_fill_is_refused() -> None:
     averaged = replace(TINY.optimizer, ema_decay=0.9)
     with pytest.raises(ValueError, match=r'"best" with an optimizer\.ema_decay'):
         tiny(average=AverageConfig("best", 2), validation=VALIDATION, optimizer=averaged)
-    with pytest.raises(ValueError, match=r"average\.count 4 times every_steps 6 is more than num_steps 20"):
+    with pytest.raises(ValueError, match=r"average\.count is 4, but only 3 step\(s\) are multiples of .*every_steps 6"):
         tiny(average=AverageConfig("last", 4, 6))
+    with pytest.raises(ValueError, match=r"only 2 step\(s\) are multiples of .*every_steps 2 .* \(from step 16 on\)"):
+        tiny(average=AverageConfig("last", 3, 2), phases=phases)
+    assert tiny(average=AverageConfig("last", 2, 2), phases=phases).average.count == 2
 
 
 def test_of_equal_losses_the_earlier_checkpoint_is_kept() -> None:

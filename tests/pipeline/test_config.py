@@ -27,6 +27,7 @@ from pipeline.corpus.filters import Filters
 from pipeline.errors import UserError
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.optimizer_config import OptimizerConfig
+from pipeline.pretrain.phases import Phase
 from pipeline.tokenization.config import TokenizationConfig
 from pipeline.tokenizer.config import TokenizerConfig
 from tests.pipeline.conftest import python
@@ -197,6 +198,17 @@ class _Tree:
 def test_from_json_with_an_unknown_key_deep_in_containers_is_refused(value: Any) -> None:
     with pytest.raises(UserError, match="siez"):
         from_json(_Tree, value)
+
+
+def test_another_order_of_phases_is_another_training_and_of_sources_the_same() -> None:
+    rows, blocks = Phase(), Phase(block_size=4)
+    one = PretrainConfig(phases={"rows": rows, "blocks": blocks}, mixture={"a": 1.0, "b": 2.0})
+    other = PretrainConfig(phases={"blocks": blocks, "rows": rows}, mixture={"a": 1.0, "b": 2.0})
+    assert fingerprint(identity(one)) != fingerprint(identity(other))
+    assert diff(identity(one), identity(other)) == {"phases_order": (["rows", "blocks"], ["blocks", "rows"])}
+    assert fingerprint(identity(from_json(PretrainConfig, to_json(one)))) == fingerprint(identity(one))
+    mixed = dataclasses.replace(one, mixture={"b": 2.0, "a": 1.0})
+    assert fingerprint(identity(mixed)) == fingerprint(identity(one))
 
 
 def test_identity_of_configs_in_containers_leaves_execution_out() -> None:

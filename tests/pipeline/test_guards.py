@@ -35,11 +35,11 @@ class Bench:
         engine = SimpleNamespace(basic_optimizer=self.optimizer, optimizer=self.optimizer, module=self.model)
         self.guard = Guard(self.config, engine, self.warnings.append, state, is_first_rank=True)
 
-    def step(self, step: int, loss: float, gradient: float) -> bool:
+    def step(self, step: int, loss: float, gradient: float, *, is_short: bool = False) -> bool:
         """Take a step; whether the weight moved."""
         before = self.weight
         self.model.weight.grad = torch.full((1, 1), gradient)
-        self.guard.before_step(step, loss)
+        self.guard.before_step(step, loss, is_short=is_short)
         self.optimizer.step()
         self.guard.check(step, last_saved=lambda: 4)
         return self.weight != before
@@ -123,6 +123,18 @@ def test_a_spike_is_skipped_where_that_is_asked_and_told_in_any_case(tmp_path, s
     assert not_asked.guard.is_spike
     assert asked.guard.num_refused == 1
     assert not_asked.guard.num_refused == 0
+
+
+def test_a_step_of_short_rows_is_no_spike_and_tells_nothing_of_others(tmp_path):
+    bench = Bench(tmp_path, spike_sigmas=6.0, spike_window_steps=8)
+    bench.steps(CALM)
+    window = bench.guard.state()["losses"]
+    assert bench.step(8, 90.0, 90.0, is_short=True)
+    assert not bench.guard.is_spike
+    assert bench.warnings == []
+    assert bench.guard.state()["losses"] == window
+    assert not bench.step(9, 90.0, 90.0), "the window is as narrow as it was"
+    assert not bench.step(10, float("nan"), 1.0, is_short=True), "what is no number is refused in any case"
 
 
 def test_a_level_that_stays_high_stops_a_training_that_skips_spikes(tmp_path):

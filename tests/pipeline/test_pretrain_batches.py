@@ -10,7 +10,15 @@ from pipeline.data.rows import PackedRows, open_rows
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import CorruptionError
-from pipeline.pretrain.batches import PhasedLoader, Rows, diffusion_batch, micro_batches, step_length, step_rows
+from pipeline.pretrain.batches import (
+    PhasedLoader,
+    Rows,
+    diffusion_batch,
+    is_short,
+    micro_batches,
+    step_length,
+    step_rows,
+)
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.objective import ObjectiveConfig
 from pipeline.pretrain.phases import Phase
@@ -112,6 +120,10 @@ def test_short_steps_have_the_asked_share_and_uniform_lengths() -> None:
     assert float(((counts - expected) ** 2 / expected).sum()) < 72.6  # 23 degrees of freedom, once in a million
     assert lengths == [step_length(config, 32, step) for step in range(8000)]
     assert lengths != [step_length(replace(config, data_seed=1), 32, s) for s in range(8000)]
+    assert [is_short(config, 32, step) for step in range(8000)] == [length < 32 for length in lengths]
+    pieces = replace(config, phases={"only": Phase(seq_len=16)})
+    of_pieces = [step_length(pieces, 16, step) for step in range(8000)]
+    assert [is_short(pieces, 32, step) for step in range(8000)] == [length < 16 for length in of_pieces]
 
 
 @pytest.mark.parametrize(("share", "shortest", "wanted"), [(0.0, 1, {32}), (1.0, 32, {32}), (1.0, 99, {32})])

@@ -14,7 +14,7 @@ import pytest
 from pipeline.artifact import MANIFEST, read_json
 from pipeline.errors import classify
 from pipeline.pretrain.checkpoint import load_checkpoint_manifest
-from pipeline.pretrain.config import STAGE
+from pipeline.pretrain.config import STAGE, ValidationConfig
 from pipeline.pretrain.run import write_metrics
 from tests.support.tiny_run import Artifacts, copy_state, make_artifacts, metrics, pretrain, start_gang, tiny
 
@@ -154,6 +154,10 @@ def test_the_tokenizer_of_another_run_is_refused_even_of_the_same_size(made: Art
     gang = start_gang(STAGE, tiny(), inputs, tmp_path / "out")
     assert gang.wait() == [2]
     assert "were made with another tokenizer" in gang.log()
+    validated = tiny(validation=ValidationConfig(every_steps=5, num_rows=4))
+    gang = start_gang(STAGE, validated, {**made.inputs(), "tokens": other.tokens}, tmp_path / "validated")
+    assert gang.wait() == [2]
+    assert f"the tokens in {other.tokens} were made with another tokenizer than the rows" in gang.log()
 
 
 def test_a_finished_training_is_not_repeated(made: Artifacts, tmp_path: Path) -> None:

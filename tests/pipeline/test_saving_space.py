@@ -144,6 +144,30 @@ def test_old_checkpoints_are_deleted_before_a_save_is_given_up(tmp_path: Path, m
     assert steps_in(tmp_path) == [6, 5, 1]
 
 
+def test_old_checkpoints_are_deleted_before_a_resume_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a training that was killed before it deleted them, or that is to keep fewer, for want of space."""
+    disk = Disk(monkeypatch, room=9)
+
+    def keep_five(ranks: ThreadRanks) -> None:
+        state = state_of(ranks, distinct())
+        saver = checkpointer(tmp_path, state, ranks, keep_checkpoints=5)
+        train(saver, state, range(5), every=1)
+        saver.wait()
+
+    def go_on(ranks: ThreadRanks) -> None:
+        saver = checkpointer(tmp_path, state_of(ranks, distinct()), ranks, keep_checkpoints=2, num_steps=9)
+        assert saver.restore() == 5
+        saver.pinned = frozenset({2})
+        saver.make_room()
+
+    succeeded(keep_five)
+    disk.room = 5
+    succeeded(go_on)
+    assert steps_in(tmp_path) == [5, 4, 2]
+
+
 @pytest.mark.parametrize(("num_steps", "is_refused"), [(9, True), (8, False)])
 def test_too_little_space_is_told_before_training_if_there_is_something_left_to_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int, is_refused: bool
@@ -153,6 +177,7 @@ def test_too_little_space_is_told_before_training_if_there_is_something_left_to_
     def work(ranks: ThreadRanks) -> int:
         saver = checkpointer(tmp_path, state_of(ranks, distinct()), ranks, num_steps=num_steps)
         done = saver.restore()
+        saver.make_room()
         saver.save(8, is_last=True)
         return done
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from dlm_core.models.config import ModelConfig
 from pipeline.pretrain.batches import step_kind, step_length
 from pipeline.pretrain.config import STAGE
-from pipeline.pretrain.phases import Phase as TrainingPhase
-from pipeline.pretrain.watchdog import Phase, Watchdog, WatchdogLimits, _grace_s, collective_timeout
+from pipeline.pretrain.phases import Phase
+from pipeline.pretrain.watchdog import Activity, Watchdog, WatchdogLimits, _grace_s, collective_timeout
 from tests.support.ranks import run_ranks
 from tests.support.resuming import EXPERTS
 from tests.support.tiny_run import Artifacts, metrics, start_gang, tiny
@@ -27,7 +27,7 @@ LIMITS = WatchdogLimits(start_s=7.0, first_step_s=5.0, step_s=2.0, step_medians=
 PROGRAM = """
 import ctypes, sys, time
 from pathlib import Path
-from pipeline.pretrain.watchdog import Phase, Watchdog, WatchdogLimits, _grace_s, collective_timeout
+from pipeline.pretrain.watchdog import Activity, Watchdog, WatchdogLimits, _grace_s, collective_timeout
 
 def failed(error):
     Path("failed").write_text(f"{type(error).__name__}: {error}")
@@ -138,9 +138,7 @@ def test_the_first_step_of_each_kind_has_the_time_of_a_first_step(tmp_path, monk
 
 
 def test_steps_are_of_a_kind_by_their_phase_and_where_layers_are_compiled_by_their_length():
-    config = tiny(
-        num_steps=400, short_step_share=0.5, phases={"rows": TrainingPhase(), "blocks": TrainingPhase(block_size=4)}
-    )
+    config = tiny(num_steps=400, short_step_share=0.5, phases={"rows": Phase(), "blocks": Phase(block_size=4)})
     assert {step_kind(config, 32, step) for step in range(400)} == {("rows", 0), ("blocks", 0)}
     compiled = {step_kind(replace(config, compile=True), 32, step) for step in range(400)}
     assert compiled == {(config.span_at(step).name, step_length(config, 32, step)) for step in range(400)}
@@ -162,7 +160,7 @@ def test_the_watchdog_and_its_timer_fire_before_a_collective_does_in_every_phase
     watchdog = Watchdog(limits, 0, 1, Path(), pytest.fail)
     found = {watchdog._last.limit_s}
     for step, seconds in enumerate(lasting_s):
-        for phase in get_args(Phase):
+        for phase in get_args(Activity):
             watchdog.phase(phase, step)
             found.add(watchdog._last.limit_s)
         watchdog._steps_s.append(seconds)

@@ -239,12 +239,12 @@ def _before_step(at: int, rank: int, act: Callable[[Any], None]) -> None:
 
     before_step, savers = Guard.before_step, _savers()
 
-    def act_before(self: Guard, step: int, loss: float) -> None:
+    def act_before(self: Guard, step: int, loss: float, **more: Any) -> None:
         if step == at:
             savers[0].wait()
             if int(os.environ["RANK"]) == rank:
                 act(self._engine)
-        before_step(self, step, loss)
+        before_step(self, step, loss, **more)
 
     Guard.before_step = act_before
 

@@ -194,6 +194,15 @@ def test_report_of_a_training_that_lost_metrics_says_so_and_counts_its_steps(tmp
     assert "Training speed" not in page.texts
 
 
+@pytest.mark.parametrize(("objective", "has_masks"), [("masked_nelbo", True), ("autoregressive_nll", False)])
+def test_report_speaks_of_masks_where_there_are_some(objective: str, has_masks: bool, tmp_path: Path):
+    artifacts = make_artifacts(tmp_path)
+    shutil.rmtree(artifacts["pretrain"])
+    make_artifact(tmp_path, "pretrain", stats={"objective": objective})
+    _, page = render(artifacts, tmp_path / "report.html")
+    assert ("Each step draws its masks anew, hence the scatter." in page.text) == has_masks
+
+
 def test_report_shows_what_each_stage_counted(tmp_path: Path):
     _, page = render(make_artifacts(tmp_path), tmp_path / "report.html")
     for figure in ("1,234", "5,000,000", "2,000,000", "4,190,000", "409,600", "12.3 k", "5 empty", "2.50"):

@@ -74,6 +74,8 @@ def llada_moe_7b() -> Workflow:
         deviations=(
             "all phases draw from one mixture, where the published stages have texts of their own; "
             "pretrain.phases.NAME.mixture takes others",
+            "annealing goes on from the last weights, where the published one takes the checkpoint of the best "
+            "evaluation",
         ),
     )
 

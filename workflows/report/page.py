@@ -226,9 +226,10 @@ def _training(data: ReportData) -> str:
     remarks = [
         f"{count(num_steps)} steps of {count(stats['tokens'] // num_steps)} tokens; "
         f"the mean of the last {min(50, num_finite)} is "
-        f"{stats['final_loss']:.4f} nats/token. "
-        "Each step estimates the bound from one draw of masks, hence the scatter."
+        f"{stats['final_loss']:.4f} nats/token."
     ]
+    if stats.get("objective") != "autoregressive_nll":
+        remarks.append("Each step draws its masks anew, hence the scatter.")
     if chart.num_outside:
         remarks.append(f"Steps outside the frame: {count(chart.num_outside)}.")
     if num_finite < len(losses):
