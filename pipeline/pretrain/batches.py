@@ -50,10 +50,6 @@ class Rows:
     x0: Int[Tensor, "B L"]
     doc_ids: Int[Tensor, "B L"]
     """Document of each token, -1 for padding."""
-    first: int
-    """Place of the first of them among the rows of the global batch."""
-    num_global: int
-    """Rows of the global batch."""
 
     @property
     def is_text(self) -> Bool[Tensor, "B L"]:
@@ -139,7 +135,7 @@ def is_short(config: PretrainConfig, packed_len: int, step: int) -> bool:
     return step_length(config, seq_len, step) < seq_len
 
 
-def step_rows(config: PretrainConfig, drawn: RowBatch, step: int, rank: int) -> Rows:
+def step_rows(config: PretrainConfig, drawn: RowBatch, step: int) -> Rows:
     """The rank's packed rows as the rows of a step: cut into the pieces of its phase, then to the step's length."""
     packed_len = drawn.x0.shape[1]
     seq_len = config.span_at(step).seq_len or packed_len
@@ -149,8 +145,23 @@ def step_rows(config: PretrainConfig, drawn: RowBatch, step: int, rank: int) -> 
         torch.from_numpy(array).reshape(-1, seq_len)[:, :length] for array in (drawn.x0, drawn.doc_ids.astype(np.int64))
     )
     ids = torch.from_numpy(drawn.sample_ids)[:, None] * pieces + torch.arange(pieces)
-    first = rank * config.rank_batch_seqs * pieces
-    return Rows(ids.flatten(), x0, doc_ids, first, config.global_batch_seqs * pieces)
+    return Rows(ids.flatten(), x0, doc_ids)
+
+
+def step_strata(config: PretrainConfig, rows: Rows, step: int, rank: int) -> Float[Tensor, "B K"]:
+    """A number for each of the rank's rows of a step, or for each block, in strata over the global batch.
+
+    Times, or uniform where exact counts are to be drawn from them.  All of the global batch are made: ask once a step.
+    """
+    o, block_size = config.objective, config.span_at(step).block_size
+    num_rows, seq_len = rows.x0.shape
+    num_groups = num_blocks(seq_len, block_size) if block_size else 1
+    num_own = num_rows * num_groups
+    if o.masking == "exact_count":
+        strata = stratified_uniform(config.noise_seed, step, config.workers * num_own)
+    else:
+        strata = sample_times(config.noise_seed, step, config.workers * num_own, o.t_min)
+    return strata[rank * num_own : (rank + 1) * num_own].view(num_rows, num_groups)
 
 
 def step_kind(config: PretrainConfig, packed_len: int, step: int) -> tuple[str, int]:
@@ -176,17 +187,18 @@ def micro_batches(
     ranks.  ``mask_rates`` are those of the objective unless a search has found others.  Raises CorruptionError for a
     row that holds the mask id.
     """
-    rows, span = step_rows(config, drawn, step, rank), config.span_at(step)
+    rows, span, o = step_rows(config, drawn, step), config.span_at(step), config.objective
     if ((rows.x0 == special.mask_token_id) & rows.is_text).any():
         raise CorruptionError(f"a row of step {step} holds the mask id {special.mask_token_id}, which no text may have")
     size = len(rows.x0) // config.grad_accum_steps
+    strata = None if o.kind == "autoregressive" else step_strata(config, rows, step, rank)
     for start in range(0, len(rows.x0), size):
         part = slice(start, start + size)
-        micro = Rows(rows.ids[part], rows.x0[part], rows.doc_ids[part], rows.first + start, rows.num_global)
-        if config.objective.kind == "autoregressive":
-            yield autoregressive_batch(config.objective, micro)
+        micro = Rows(rows.ids[part], rows.x0[part], rows.doc_ids[part])
+        if strata is None:
+            yield autoregressive_batch(o, micro)
         else:
-            yield diffusion_batch(config, micro, span, special, step, mask_rates or config.objective.mask_rates)
+            yield diffusion_batch(config, micro, strata[part], span, special, step, mask_rates or o.mask_rates)
 
 
 def autoregressive_batch(objective: ObjectiveConfig, rows: Rows) -> Batch:
@@ -199,27 +211,24 @@ def autoregressive_batch(objective: ObjectiveConfig, rows: Rows) -> Batch:
 def diffusion_batch(
     config: PretrainConfig,
     rows: Rows,
+    strata: Float[Tensor, "B K"],
     span: Span,
     special: SpecialTokens,
     step: int,
     mask_rates: tuple[float, float],
 ) -> Batch:
-    """Rows with the step's noise: a time for each row, or for each block, in strata over the global batch."""
+    """Rows with the step's noise, from their part of ``step_strata``: one number for each row, or for each block."""
     o = config.objective
     seq_len = rows.x0.shape[1]
-    num_groups = num_blocks(seq_len, span.block_size) if span.block_size else 1
     maskable = maskable_positions(rows.is_text, keep_first=o.target_offset == 1)
     address = {"noise_seed": config.noise_seed, "step": step, "mask_token_id": special.mask_token_id}
-    here = slice(rows.first * num_groups, (rows.first + len(rows.x0)) * num_groups)
-    num_places = rows.num_global * num_groups
     if o.masking == "exact_count":
-        u = stratified_uniform(config.noise_seed, step, num_places)[here].view(-1, num_groups)
-        sizes = maskable.view(len(rows.x0), num_groups, -1).sum(dim=-1)
-        counts = counts_at(u, sizes)
+        sizes = maskable.view(*strata.shape, -1).sum(dim=-1)
+        counts = counts_at(strata, sizes)
         t = counts / sizes.clamp(min=1)
         xt = mask_exact_count(rows.x0, counts, rows.ids, maskable=maskable, **address)
     else:
-        t = sample_times(config.noise_seed, step, num_places, o.t_min)[here].view(-1, num_groups)
+        t = strata
         schedule = _schedule(o, mask_rates)
         if mask_rates == ALL_RATES:
             xt = mask_tokens(rows.x0, schedule.mask_prob(t), rows.ids, maskable=maskable, **address)

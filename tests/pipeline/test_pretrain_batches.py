@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from dlm_core import noise
 from pipeline.data.rows import PackedRows, open_rows
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.data.vocabulary import load_vocabulary
@@ -18,6 +19,7 @@ from pipeline.pretrain.batches import (
     micro_batches,
     step_length,
     step_rows,
+    step_strata,
 )
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.objective import ObjectiveConfig
@@ -45,7 +47,7 @@ def whole(config: PretrainConfig, rows: PackedRows, special: SpecialTokens, step
     assert len(parts) == config.workers * config.grad_accum_steps
     assert len({len(part.xt) for part in parts}) == 1
     found = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("xt", "t", "is_text")}
-    found["x0"] = torch.cat([step_rows(config, own, step, rank).x0 for rank, own in drawn])
+    found["x0"] = torch.cat([step_rows(config, own, step).x0 for _, own in drawn])
     for name in ("targets", "weight", "nelbo_weight"):
         columns = [getattr(part.targets, name) for part in parts]
         if columns[0] is not None:
@@ -78,6 +80,34 @@ def test_global_batch_is_the_same_however_it_is_cut(
     assert wanted.keys() == found.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("objective", "wanted"),
+    [
+        (ObjectiveConfig(), [8]),
+        (ObjectiveConfig(block_size=4), [64]),
+        (ObjectiveConfig(masking="exact_count", block_size=8), [32]),
+        (ObjectiveConfig(weighting="inverse_mask_prob", mask_rates=(0.25, 0.5), block_size=8), [32]),
+        (ObjectiveConfig(kind="autoregressive"), []),
+    ],
+)
+def test_what_is_of_the_global_batch_is_drawn_once_a_step_for_any_number_of_micro_batches(
+    rows: PackedRows,
+    special: SpecialTokens,
+    objective: ObjectiveConfig,
+    wanted: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[int] = []
+    permutation = noise.hash_permutation
+    monkeypatch.setattr(
+        noise, "hash_permutation", lambda size, *words: (drawn.append(size), permutation(size, *words))[1]
+    )
+    config = tiny(objective=objective, micro_batch_seqs=1)
+    own = PhasedLoader(config, rows, special.pad_token_id).rank_rows(3, 0)
+    assert len(list(micro_batches(config, own, special, 3, 0))) == 8
+    assert drawn == wanted
 
 
 def test_batch_masks_as_its_time_says_and_weighs_by_one_over_t(rows: PackedRows, special: SpecialTokens) -> None:
@@ -191,8 +221,9 @@ def test_clipped_rates_leave_blocks_cut_short_by_padding_to_chance(
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randint(5, 200, (num_rows, 16), generator=generator)
     doc_ids = torch.where(torch.arange(16) < 8 + left, 0, -1).expand(num_rows, -1)
-    cut = Rows(torch.arange(num_rows), x0, doc_ids, 0, num_rows)
-    batch = diffusion_batch(config, cut, config.spans[0], special, 0, o.mask_rates)
+    cut = Rows(torch.arange(num_rows), x0, doc_ids)
+    strata = step_strata(config, cut, 0, 0)
+    batch = diffusion_batch(config, cut, strata, config.spans[0], special, 0, o.mask_rates)
     is_masked = (batch.xt == special.mask_token_id).double()
     assert set(is_masked[:, :8].sum(dim=1).tolist()) == {3.0}  # 3 of 8 is the only fraction inside
     short = is_masked[:, 8 : 8 + left]
