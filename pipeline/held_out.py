@@ -87,13 +87,14 @@ class Question:
 
     def cross_entropy(self, model: "Denoiser | Any", device: Any = "cpu") -> Any:
         """Weighted cross-entropy of every token asked for, float64 [M], on the host."""
-        from dlm_core.cross_entropy import token_cross_entropy
+        from dlm_core.cross_entropy import HeadLoss
 
         named = {"mask": self.mask.to(device)}
         if self.x0 is not None:
             named["x0"] = self.x0.to(device)
-        logits = model(self.xt.to(device), self.select.to(device), **named)
-        return token_cross_entropy(logits, self.targets.to(device)).double().cpu() * self.weight
+        columns = (column.to(device) for column in (self.xt, self.select, self.targets, self.weight))
+        # with targets, as in training: without them the logits of all tokens would be held at once
+        return HeadLoss(*model(*columns, **named)).cross_entropy.double().cpu() * self.weight
 
 
 class Questions:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dlm_core.blocks import num_blocks
 from dlm_core.corruption import mask_within, sample_times
-from dlm_core.cross_entropy import token_cross_entropy
+from dlm_core.cross_entropy import HeadLoss
 from dlm_core.models.attention import AttentionMask
 from dlm_core.objectives import Corrupted, InverseMaskProb, masked_targets
 from dlm_core.schedules import ClippedSchedule
@@ -19,6 +19,7 @@ from dlm_core.variance import block_losses, choose_interval, clip_candidates, mo
 from pipeline.artifact import load_manifest
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.held_out import HeldOutRows, Questions, open_held_out, who_is_apart
+from pipeline.pretrain.batches import Batch
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.fragments import push_masters
 from pipeline.pretrain.objective import ALL_RATES
@@ -151,16 +152,11 @@ class Validator:
         per_token = t.repeat_interleave(size, dim=1)
         noised = Corrupted(x0, xt, per_token, is_text, maskable, special.mask_token_id)
         targets = masked_targets(noised, InverseMaskProb(schedule))
-        device = self._ranks.device
         doc_ids = who_is_apart(rows, indices, config.objective.within_documents)
-        mask = AttentionMask("block_diffusion", block_size=size, doc_ids=doc_ids).to(device)
-        logits = self._model(xt.to(device), targets.select.to(device), x0=x0.to(device), mask=mask)
-        losses = block_losses(
-            token_cross_entropy(logits, targets.targets.to(device)).double().cpu(),
-            targets,
-            (len(indices), rows.seq_len),
-            size,
-        )
+        mask = AttentionMask("block_diffusion", block_size=size, doc_ids=doc_ids)
+        columns, named = Batch(xt, x0, mask, targets, per_token, is_text).arguments(self._ranks.device)
+        cross_entropy = HeadLoss(*self._model(*columns, **named)).cross_entropy.double().cpu()
+        losses = block_losses(cross_entropy, targets, (len(indices), rows.seq_len), size)
         return losses[is_whole]
 
     def _rows(self, span: Span) -> HeldOutRows:

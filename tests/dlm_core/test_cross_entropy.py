@@ -3,12 +3,10 @@
 import math
 import re
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlm_core import cross_entropy as module
 from dlm_core.cross_entropy import exclude_token, logits_loss, masked_cross_entropy, token_cross_entropy
@@ -26,6 +24,7 @@ from tests.support.head_case import (
     D,
     M,
     N,
+    Products,
     V,
     assert_close,
     full_gradients,
@@ -37,30 +36,6 @@ from tests.support.head_case import (
 
 IMPLEMENTED = [(dtype, name) for name in IMPLEMENTATIONS for dtype in (torch.float64, torch.float32)]
 IMPLEMENTED.append((torch.bfloat16, "chunked"))
-
-
-class _Products(TorchDispatchMode):
-    """Records every operation and the shape of what it made, also inside an autograd.Function."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.names.append(func.overloadpacket.__name__)
-        if isinstance(result, torch.Tensor):
-            self.shapes.append(tuple(result.shape))
-        return result
-
-    @property
-    def num_products(self) -> int:
-        return sum(name in ("mm", "addmm_") for name in self.names)
-
-    def rows_of_logits(self, vocab_size: int = V) -> list[int]:
-        """Heights of the matrices that are ``vocab_size`` wide."""
-        return [shape[0] for shape in self.shapes if len(shape) == 2 and shape[1] == vocab_size]
 
 
 # Loss and gradients
@@ -199,7 +174,7 @@ def test_only_gradients_asked_for_are_computed(dtype, of_hidden, of_head, produc
         hidden=both.hidden.detach().requires_grad_(of_hidden),
         head=both.head.detach().requires_grad_(of_head),
     )
-    with _Products() as products:
+    with Products() as products:
         loss_sum = case.loss(chunk_rows=3).loss_sum
     assert products.num_products == products_a_chunk * M // 3
     assert ("scatter_add_" in products.names) == loss_sum.requires_grad == any(wanted)
@@ -212,7 +187,7 @@ def test_only_gradients_asked_for_are_computed(dtype, of_hidden, of_head, produc
 
 def test_without_grad_mode_no_gradient_is_computed():
     case = make_case()
-    with torch.no_grad(), _Products() as products:
+    with torch.no_grad(), Products() as products:
         out = case.loss(chunk_rows=3)
     assert products.num_products == M // 3
     assert not out.loss_sum.requires_grad
@@ -346,7 +321,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(chunk_rows):
     hidden = torch.randn(num_rows, 1, requires_grad=True)
     head = torch.randn(vocab_size, 1, requires_grad=True)
     zeros = torch.zeros(num_rows, dtype=torch.int64)
-    with _Products() as products:
+    with Products() as products:
         masked_cross_entropy(
             hidden, head, zeros, torch.ones(num_rows), mask_token_id=1, chunk_rows=chunk_rows
         ).loss_sum.backward()
@@ -368,7 +343,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(chunk_rows):
 def test_default_chunk_is_what_fits_the_room_and_at_least_16_rows(monkeypatch, dtype, room_bytes, expected):
     monkeypatch.setattr(module, "CHUNK_BYTES", room_bytes)
     zeros = torch.zeros(50, dtype=torch.int64)
-    with _Products() as products:
+    with Products() as products:
         masked_cross_entropy(
             torch.ones(1, D, dtype=dtype), torch.ones(V, D, dtype=dtype), zeros, torch.ones(50), select=zeros
         )
@@ -378,7 +353,7 @@ def test_default_chunk_is_what_fits_the_room_and_at_least_16_rows(monkeypatch, d
 def test_default_room_holds_128_rows_of_a_quarter_million_ids():
     vocab_size = 1 << 18
     zeros = torch.zeros(130, dtype=torch.int64)
-    with _Products() as products:
+    with Products() as products:
         masked_cross_entropy(torch.zeros(130, 1), torch.zeros(vocab_size, 1), zeros, torch.ones(130))
     assert sorted(set(products.rows_of_logits(vocab_size))) == [1, 2, 128]  # one: the head, transposed
 

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from dlm_core import cross_entropy
 from dlm_core.models.attention import AttentionMask
 from dlm_core.models.config import Architecture, ModelConfig
 from dlm_core.models.transformer import Denoiser
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.held_out import HeldOutRows, Question, Questions
 from pipeline.scoring import Likelihood, Scoring
+from tests.support.head_case import Products
 
 SEQ_LEN, LENGTHS = 16, (9, 14, 3, 20, 11)  # 57 tokens: the last of four rows has nine
 ARCHITECTURE = Architecture(d_model=16, num_layers=2, num_heads=2, d_ff=32, init_std=0.5)
@@ -117,6 +119,23 @@ def test_within_documents_a_row_is_scored_as_its_documents_one_by_one(model: Den
             logits = model(alone, torch.tensor([place - own[0]]), mask=AttentionMask("full"))
         wanted[number] = -logits.double().log_softmax(-1)[0, question.targets[number]] * question.weight[number]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("within", [False, True])
+def test_every_token_costs_its_log_softmax_and_the_logits_of_a_chunk_alone_are_held(
+    kind: tuple[Likelihood, int, int], within: bool, model: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 0)  # a chunk has at least 16 rows
+    _, question = asked(kind, TOKENS, within)
+    with Products() as products:
+        found = losses(question, model)
+    assert len(question.select) > 16, "a weak test"
+    assert max(products.rows_of_logits(SPECIAL.vocab_size)) == 16
+    with torch.inference_mode():
+        logits = model(question.xt, x0=question.x0, mask=question.mask)
+    log_probs = logits.double().log_softmax(dim=-1)[question.select, question.targets]
+    torch.testing.assert_close(found, -log_probs * question.weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from dlm_core import cross_entropy
 from dlm_core.models.config import ModelConfig, MoE
 from dlm_core.models.transformer import Denoiser
 from pipeline.artifact import load_manifest
@@ -25,10 +26,13 @@ from pipeline.pretrain.loop import Progress, validate
 from pipeline.pretrain.objective import ObjectiveConfig
 from pipeline.pretrain.phases import Phase
 from pipeline.pretrain.validation import Validator
+from tests.support.head_case import Products
 from tests.support.tiny_run import TINY, Artifacts, convert, metrics, run_gang, start_gang, tiny
 
 ALL_ROWS = ValidationConfig(every_steps=4, num_rows=10**6)
 EXPERTS = replace(TINY.architecture, d_ff=None, moe=MoE(4, 2, 16))
+CHUNK_ROWS = 32
+"""As many as the head's own matrix, turned round, which is as wide as logits too."""
 SEARCH = ObjectiveConfig(weighting="inverse_mask_prob", search_mask_rates=True)
 
 
@@ -121,24 +125,65 @@ class CutStream:
         return self.stream[places.start : min(places.stop, self.num_tokens)]
 
 
-@pytest.mark.parametrize("left", [0, 1, 2, 5])
-def test_mask_rates_are_searched_for_on_whole_blocks_alone(left: int, made: Artifacts) -> None:
+def alone_on_blocks(made: Artifacts, objective: ObjectiveConfig) -> Validator:
+    """What one rank validates a model with that is not trained yet, on whole rows and on blocks of 8."""
     special = load_vocabulary(made.tokenizer).special
     model = Denoiser(ModelConfig(TINY.architecture, special.vocab_size, special.mask_token_id))
     model.init_weights(0)
     config = tiny(
-        objective=SEARCH,
+        objective=objective,
         phases={"rows": Phase(), "blocks": Phase(block_size=8)},
         validation=ValidationConfig(every_steps=4, num_rows=3),
     )
     ranks: Any = SimpleNamespace(rank=0, workers=1, device="cpu", sum=lambda value: value)
-    validator = Validator(config, SimpleNamespace(module=model), ranks, made.tokens, 32, special, lambda: None)
+    return Validator(config, SimpleNamespace(module=model), ranks, made.tokens, 32, special, lambda: None)
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 5])
+def test_mask_rates_are_searched_for_on_whole_blocks_alone(left: int, made: Artifacts) -> None:
+    validator = alone_on_blocks(made, SEARCH)
     validator._stream = CutStream(open_held_out(made.tokens), 64 + 16 + left)  # pyright: ignore[reportAttributeAccessIssue]
-    low, high = validator.search_mask_rates(config.spans[1], 15)
+    low, high = validator.search_mask_rates(validator._config.spans[1], 15)
     assert 0.0 <= low < high <= 1.0
     rows = HeldOutRows(validator._stream, 32)
     losses = validator._block_losses(rows, [0, 1, 2], (0.3, 0.8), 8, 15, torch.full((3, 4), 0.5, dtype=torch.float64))
     assert len(losses) == 4 + 4 + 2
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_search_scores_blocks_by_their_log_softmax_and_holds_the_logits_of_a_chunk_alone(
+    within: bool, made: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validator = alone_on_blocks(made, replace(SEARCH, within_documents=within))
+    special = validator._special
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", CHUNK_ROWS * 4 * special.vocab_size)
+    model, seen = validator._model, list[Any]()
+    validator._model = lambda *columns, **named: (seen.append((columns[0], named)), model(*columns, **named))[1]
+    t = torch.linspace(0.1, 0.9, 12, dtype=torch.float64).view(3, 4)
+    rows = HeldOutRows(validator._stream, 32)
+    with torch.no_grad():
+        with Products() as products:
+            found = validator._block_losses(rows, [0, 1, 2], (0.3, 0.8), 8, 15, t)
+        assert max(products.rows_of_logits(special.vocab_size)) == CHUNK_ROWS
+        ((xt, named),) = seen
+        log_probs = model(xt, **named).double().log_softmax(dim=-1)
+    nats = -log_probs.gather(1, named["x0"].view(-1, 1)).view(3, 4, 8)
+    masked = (xt == special.mask_token_id).view(3, 4, 8)
+    assert int(masked.sum()) > CHUNK_ROWS, "a weak test"
+    wanted = torch.where(masked, nats, 0.0).sum(dim=-1) / (0.3 + 0.5 * t) / 8
+    torch.testing.assert_close(found, wanted.flatten(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_validation_holds_the_logits_of_a_chunk_alone(
+    number: int, made: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validator = alone_on_blocks(made, SEARCH)
+    span, vocab_size = validator._config.spans[number], validator._special.vocab_size
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", CHUNK_ROWS * 4 * vocab_size)
+    with Products() as products:
+        validator.validate(span)
+    assert max(products.rows_of_logits(vocab_size)) == CHUNK_ROWS  # of 96 places, some half of them masked
 
 
 def test_mask_rates_are_of_the_block_size_that_they_were_found_for(made: Artifacts, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlm_core.cross_entropy import HeadLoss, masked_cross_entropy
 
@@ -94,3 +95,27 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float)
     assert actual.isfinite().all()
     worst = (actual.double() - expected.double()).abs().max()
     assert float(worst) <= tolerance * max(1.0, float(expected.abs().max()))
+
+
+class Products(TorchDispatchMode):
+    """Records every operation and the shape of what it made, also inside an autograd.Function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        if isinstance(result, torch.Tensor):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+    @property
+    def num_products(self) -> int:
+        return sum(name in ("mm", "addmm_") for name in self.names)
+
+    def rows_of_logits(self, vocab_size: int = V) -> list[int]:
+        """Heights of the matrices that are ``vocab_size`` wide."""
+        return [shape[0] for shape in self.shapes if len(shape) == 2 and shape[1] == vocab_size]
