@@ -104,8 +104,8 @@ class Validator:
                     self._beat()
                     losses = self._block_losses(rows, indices, interval, size, step, times)
                     sums[number] += counts * moment_sums(losses)
-        chosen, _ = choose_interval(candidates, self._ranks.sum(sums))
-        return ALL_RATES if chosen == candidates[0] else chosen  # the first is all that times can be
+        interval, _ = choose_interval(candidates, self._ranks.sum(sums))
+        return ALL_RATES if interval == candidates[0] else interval  # the first is all that times can be
 
     @contextlib.contextmanager
     def _averages(self) -> Iterator[None]:
