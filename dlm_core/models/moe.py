@@ -148,7 +148,8 @@ def _grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 @_grouped_product.register_fake
 def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     # torch's own shape function, which compilers ask, knows bfloat16 alone (torch 2.13)
-    return a.new_empty((len(a), b.shape[2]) if b.ndim == 3 else (len(ends), len(a), b.shape[1]))
+    sizes = (a.shape[0], b.shape[2]) if b.ndim == 3 else (ends.shape[0], a.shape[0], b.shape[1])
+    return a.new_empty(sizes)  # len(a) would be a number for good, and every other length be compiled anew
 
 
 class _GroupedExperts(torch.autograd.Function):

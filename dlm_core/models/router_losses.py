@@ -110,9 +110,9 @@ def _slot_counts(expert_ids: Tensor, valid: Tensor, bins: Tensor, num_bins: int,
 class RouterTap:
     """Takes the logits of every router from one forward pass:  ``with tap: model(xt)``,  then ``tap.logits``.
 
-    {name of the router: logits [N, E]}, kept until the next ``with``; the N tokens are those of the rows one after the
-    other, so that ``view(B, -1, E)`` is what ``balance_loss`` takes: L positions, or the 2 L of [xt ; x0] in block
-    diffusion, of which the last layer has the L noisy ones alone.  Routers are the modules named
+    {name of the router: logits [N, E]}, there after the ``with`` and until the next one; the N tokens are those of the
+    rows one after the other, so that ``view(B, -1, E)`` is what ``balance_loss`` takes: L positions, or the 2 L of
+    [xt ; x0] in block diffusion, of which the last layer has the L noisy ones alone.  Routers are the modules named
     ``...feed_forward.gate``, or ``...router.gate`` where AutoEP has replaced the layer: make the tap after
     ``deepspeed.initialize``, and before anything is compiled.  What activation checkpointing computes again in the
     backward pass is not taken.  Raises ValueError for a model without a router, or one that runs twice in a `with`.
@@ -125,22 +125,26 @@ class RouterTap:
                 f"{type(model).__name__} has no router: no module's name ends with feed_forward.gate or router.gate"
             )
         self.logits: dict[str, Tensor] = {}
-        self._model, self._names, self.is_active = model, tuple(gates), False
-        here: weakref.ref[RouterTap] = weakref.ref(
-            self
-        )  # a model must stay one that can be copied, whatever was tapped
-        self._handles = [module.register_forward_hook(partial(_take, here, name)) for name, module in gates.items()]
+        self._model, self._names = model, tuple(gates)
+        self._places = [_Place(name) for name in gates]
+        # Weak, since a model must stay one that can be copied, whatever was tapped.
+        hooks = [partial(_take, weakref.ref(place)) for place in self._places]
+        self._handles = [module.register_forward_hook(hook) for module, hook in zip(gates.values(), hooks, strict=True)]
 
     def __enter__(self) -> "RouterTap":
         self.logits = {}
-        self.is_active = True
+        for place in self._places:
+            place.is_open = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Raise ValueError if a router gave nothing, or logits that no gradient reaches though it should."""
-        self.is_active = False
+        for place in self._places:
+            if place.logits is not None:
+                self.logits[place.name] = place.logits
+            place.logits, place.is_open = None, False
         if error is not None:
             return
         for name in self._names:
@@ -169,15 +173,25 @@ class RouterTap:
             handle.remove()
 
 
-def _take(
-    tap: "weakref.ref[RouterTap]", name: str, module: nn.Module, args: tuple[Tensor, ...], logits: Tensor
-) -> None:
-    owner = tap()
-    if owner is None or not owner.is_active:
+class _Place:
+    """Where the hook of one router puts its logits.
+
+    A compiler takes what the hook reads for fixed, and layers share what it compiles only where they agree in that: so
+    the hook reads neither the name, nor how many routers there were before.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.is_open = name, False
+        self.logits: Tensor | None = None
+
+
+def _take(place: "weakref.ref[_Place]", module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
+    here = place()
+    if here is None or not here.is_open:
         return
-    if name in owner.logits:
-        raise ValueError(f"router {name} ran twice in one `with`; use one for each forward pass")
-    owner.logits[name] = logits
+    if here.logits is not None:
+        raise ValueError(f"router {here.name} ran twice in one `with`; use one for each forward pass")
+    here.logits = logits
 
 
 def _is_gate(name: str) -> bool:
