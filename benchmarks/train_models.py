@@ -104,7 +104,7 @@ def make_engine(
     engine = build_engine(denoiser, config)
     routers = None if model.architecture.moe is None else Routers(engine.module, config)
     if config.compile:
-        compile_blocks(engine)
+        compile_blocks(engine, config)
     return config, special, engine, routers
 
 

@@ -116,6 +116,8 @@ def build_engine(model: Any, config: PretrainConfig) -> Any:
         )
     if config.activation_checkpointing:
         keep_no_activations(model)
+    if config.compile and config.zero_stage == 3:
+        _gather_whole_layers(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     d_model = config.architecture.d_model
     mask_row = Run("embedding.weight", model.config.mask_token_id * d_model, d_model, 0)
@@ -147,7 +149,14 @@ def _computed_again(forward: Callable[..., Any]) -> "partial[Any]":
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def compile_blocks(engine: Any) -> None:
+def _gather_whole_layers(model: Any) -> None:
+    """Let ZeRO 3 hook into whole layers: hooks within one leave the compiler nothing but the bits between them."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, [type(model.blocks[0])])
+
+
+def compile_blocks(engine: Any, config: PretrainConfig) -> None:
     """Compile every layer, after whatever hooks into it has been put there.
 
     A layer that is computed again is compiled within its checkpoint: the compiler gives up on one around it, and says
@@ -155,12 +164,54 @@ def compile_blocks(engine: Any) -> None:
     """
     import torch
 
+    limit = most_graphs(config)
     for block in engine.module.blocks:
         if isinstance(block.forward, partial):
             (forward,) = block.forward.args
-            block.forward = _computed_again(torch.compile(forward))
+            block.forward = _computed_again(_compiled_at_most(limit, torch.compile(forward)))
         else:
-            block.compile()
+            block.forward = _compiled_at_most(limit, torch.compile(block.forward))
+
+
+def most_graphs(config: PretrainConfig) -> int:
+    """Graphs that the layers may be compiled to, all together: far more than a training needs."""
+    from dlm_core.models.attention import NUM_STRIPES
+
+    num_stripes = NUM_STRIPES if config.short_step_share else 1  # short rows of blocks may have fewer
+    return _GRAPHS_OF_A_PHASE * len(config.spans) * num_stripes
+
+
+_GRAPHS_OF_A_PHASE = 2**6
+"""Layers are dense or sparse, the last one or not, under a mask or none; they run with or without gradients, for the
+first time or again, for sizes that are fixed or free."""
+
+
+def _compiled_at_most(limit: int, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function that ends training where torch would leave it, and all that share its code, uncompiled.
+
+    torch knows its settings by thread, and what is computed again on a GPU is so in another one.
+    """
+    from torch._dynamo import config as dynamo
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    settings = {
+        "recompile_limit": limit,
+        "accumulated_recompile_limit": max(limit, dynamo.accumulated_recompile_limit),
+        "fail_on_recompile_limit_hit": True,
+    }
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        try:
+            with dynamo.patch(settings):
+                return compiled(*arguments, **named)
+        except FailOnRecompileLimitHit as error:
+            raise UserError(
+                f"pretrain.compile is true, but layers change too often what they are compiled for: {limit} times are "
+                "allowed for the phases of this training, and one more is needed. Resume with pretrain.compile=false; "
+                f"TORCH_LOGS=recompiles shows what changes. torch says: {error.__cause__}"
+            ) from error
+
+    return run
 
 
 def with_rope_base(config: ModelConfig, rope_base: float) -> ModelConfig:

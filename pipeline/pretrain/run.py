@@ -109,7 +109,7 @@ def make_training(
     guard = Guard(config, engine, warn, context.state, ranks.rank == 0)
     routers = None if config.architecture.moe is None else Routers(engine.module, config)
     if config.compile:
-        compile_blocks(engine)
+        compile_blocks(engine, config)
     validator = None
     if config.validation.every_steps:
         validator = Validator(config, engine, ranks, inputs["tokens"], rows.seq_len, special, watchdog.beat)

@@ -9,9 +9,11 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,7 +27,13 @@ from pipeline.data.loader import RowBatch
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.pretrain.batches import micro_batches
 from pipeline.pretrain.config import PretrainConfig
-from pipeline.pretrain.engine import build_engine, leave_process_group, prepare_process, start_process_group
+from pipeline.pretrain.engine import (
+    build_engine,
+    compile_blocks,
+    leave_process_group,
+    prepare_process,
+    start_process_group,
+)
 from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
 from pipeline.pretrain.routers import Routers
 from pipeline.pretrain.watchdog import WatchdogLimits
@@ -71,6 +79,8 @@ def _cases() -> Iterator[tuple[str, PretrainConfig]]:
     yield "activations again, experts, ZeRO 1, ep_size 2", replace(checkpointed, zero_stage=1, ep_size=2)
     yield "offload, ZeRO 2", _config(zero_stage=2, offload_optimizer=True)
     yield "offload, ZeRO 3", _config(zero_stage=3, offload_optimizer=True)
+    yield "compiled, ZeRO 3", _config(zero_stage=3, compile=True)
+    yield "compiled, activations again, experts, ZeRO 3, ep_size 2", replace(checkpointed, compile=True, ep_size=2)
 
 
 CASES = dict(_cases())
@@ -142,6 +152,8 @@ class _Sgd(torch.optim.SGD):
 
 def rank_gradients(config: PretrainConfig, rank: int) -> dict[tuple[str, int], Tensor]:
     """What this rank's masters moved by in one step, by (name, first element) of the plain model's parameters."""
+    from torch._dynamo.utils import counters
+
     from pipeline.pretrain import optimizer
     from pipeline.pretrain.expert_parallel import with_experts_apart
     from pipeline.pretrain.fragments import local_tensors
@@ -152,6 +164,9 @@ def rank_gradients(config: PretrainConfig, rank: int) -> dict[tuple[str, int], T
     optimizer.make_optimizer = lambda o, named, row: _Sgd(with_experts_apart([{"params": [p for _, p in named]}]), RATE)
     engine = build_engine(model_of(config), config)
     routers = None if config.architecture.moe is None else Routers(engine.module, config)
+    if config.compile:
+        with mock.patch("torch.compile", partial(torch.compile, backend="eager")):  # a quick one
+            compile_blocks(engine, config)
     training: Any = SimpleNamespace(
         config=config,
         engine=engine,
@@ -163,7 +178,11 @@ def rank_gradients(config: PretrainConfig, rank: int) -> dict[tuple[str, int], T
         checkpointer=SimpleNamespace(release_state=lambda: None),
     )
     before = [(local, local.tensor.detach().flatten().clone()) for local in local_tensors(engine)]
+    counters.clear()
     take_step(training, drawn_rows(config, rank), STEP)
+    if config.compile and not config.ep_size:
+        assert counters["stats"]["unique_graphs"], "nothing was compiled"
+        assert not counters["graph_break"], "layers were compiled in pieces"
     moved = {}
     for local, old in before:
         difference = (old - local.tensor.detach().flatten()) / RATE
