@@ -430,7 +430,7 @@ def main(run: Callable[[], Any] = app) -> None:
     except SystemExit as end:
         if end.code != _TYPER_INTERRUPTED:
             raise
-        _say("interrupted; go on with: dlm resume RUN")
+        _say("interrupted; dlm list shows the run, dlm resume RUN goes on with it")
         sys.exit(EXIT_INTERRUPTED)
 
 

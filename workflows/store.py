@@ -363,7 +363,10 @@ class Store:
         run = self._run_place(run_id)
         run.directory.mkdir(parents=True, exist_ok=True)
         if not create_exclusive(run.directory / "run.json", plan):
-            raise UserError(f"there is a run {run_id!r} already; continue it with: dlm resume {run_id}")
+            raise UserError(
+                f"there is a run {run_id!r} already; continue it with: dlm resume {run_id}. "
+                "For other settings leave --run-id out, or give another"
+            )
         return run
 
     def run(self, run_id: str) -> RunPlace:

@@ -187,15 +187,16 @@ class PretrainConfig:
             raise ValueError(
                 "objective.search_mask_rates is true, but nothing is validated; set validation.every_steps"
             )
-        if self.objective.search_mask_rates and not self._searches_in_time():
+        if self.objective.search_mask_rates and not self._searches_in_time(self.validation.every_steps):
+            most = next(filter(self._searches_in_time, range(self.validation.every_steps, 0, -1)), 0)
             raise ValueError(
                 f"validation.every_steps is {self.validation.every_steps}, so that no validation is followed by a step "
                 "on blocks of the same size: objective.search_mask_rates would find rates that nothing is trained "
-                f"with, in {self.num_steps} steps. Lower validation.every_steps"
+                f"with, in {self.num_steps} steps. "
+                + (f"Lower validation.every_steps, as to {most}" if most else "Raise num_steps")
             )
 
-    def _searches_in_time(self) -> bool:
-        every = self.validation.every_steps
+    def _searches_in_time(self, every: int) -> bool:
         for block_size, alike in groupby(self.spans, key=lambda span: span.block_size):
             spans_alike = list(alike)
             last_in_time = (spans_alike[-1].stop_step - 1) // every * every
@@ -215,7 +216,8 @@ class PretrainConfig:
             if alike < count:
                 raise ValueError(
                     f"average.count is {count}, but only {alike} step(s) are multiples of average.every_steps {every} "
-                    f"on the rows and blocks that the training ends with (from step {first_step} on); lower one of them"
+                    f"on the rows and blocks that the training ends with (its last {self.num_steps - first_step} "
+                    "steps); lower one of them, or make the last phase longer"
                 )
 
     def _check_best(self) -> None:
@@ -231,7 +233,8 @@ class PretrainConfig:
         if alike < self.average.count:
             raise ValueError(
                 f"average.count is {self.average.count}, but only {alike} validation(s) are of the rows and blocks "
-                f"that the training ends with (from step {first_step} on); lower validation.every_steps"
+                f"that the training ends with (its last {self.num_steps - first_step} steps); lower "
+                "validation.every_steps, or make the last phase longer"
             )
 
     def _check_experts(self) -> None:

@@ -155,14 +155,14 @@ def test_an_average_that_the_training_can_not_fill_is_refused() -> None:
     with pytest.raises(ValueError, match=r'average\.keep is "best", but nothing is validated'):
         tiny(average=AverageConfig("best", 2))
     phases = {"rows": Phase(4.0, block_size=0), "blocks": Phase(block_size=8)}
-    with pytest.raises(ValueError, match=r"average.count is 3, but only 2 validation.* \(from step 16 on\)"):
+    with pytest.raises(ValueError, match=r"average.count is 3, but only 2 validation.* \(its last 4 steps\)"):
         tiny(average=AverageConfig("best", 3), validation=VALIDATION, phases=phases)
     averaged = replace(TINY.optimizer, ema_decay=0.9)
     with pytest.raises(ValueError, match=r'"best" with an optimizer\.ema_decay'):
         tiny(average=AverageConfig("best", 2), validation=VALIDATION, optimizer=averaged)
     with pytest.raises(ValueError, match=r"average\.count is 4, but only 3 step\(s\) are multiples of .*every_steps 6"):
         tiny(average=AverageConfig("last", 4, 6))
-    with pytest.raises(ValueError, match=r"only 2 step\(s\) are multiples of .*every_steps 2 .* \(from step 16 on\)"):
+    with pytest.raises(ValueError, match=r"only 2 step\(s\) are multiples of .*every_steps 2 .* \(its last 4 steps\)"):
         tiny(average=AverageConfig("last", 3, 2), phases=phases)
     assert tiny(average=AverageConfig("last", 2, 2), phases=phases).average.count == 2
 

@@ -108,7 +108,9 @@ def test_panels_show_a_gap_where_a_figure_was_not_finite_and_nothing_where_it_ne
 
 def test_panels_of_a_single_step_are_dots() -> None:
     (drawing,) = _named(panels([{"step": 0, "loss": 1.0, "lr": 1e-3}])).values()
-    assert re.fullmatch(r"M[\d.]+ [\d.]+h0", next(drawing.iterfind("svg/path")).get("d", ""))
+    line, dots = drawing.iterfind("svg/path")
+    assert re.fullmatch(r"M[\d.]+ [\d.]+h0", line.get("d", ""))
+    assert (dots.get("d"), dots.get("class")) == (line.get("d"), "smooth dots")
 
 
 def test_bins_of_t_are_those_of_the_objective() -> None:

@@ -48,6 +48,7 @@ def bd3lm_tiny() -> Workflow:
     (pretrain,) = (step.config for step in mdlm.mdlm_tiny().steps if step.name == "pretrain")
     return tiny_chain(
         "bd3lm_tiny",
+        "BD3-LM",
         "BD3-LM's two phases and its search for mask rates, for minutes on 2 CPU cores",
         replace(
             pretrain,

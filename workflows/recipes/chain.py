@@ -119,7 +119,7 @@ SMALL_TEXT = CorpusConfig(undecodable="skip", held_out_fraction=0.01, shard_byte
 """Python's standard library, or a text of that size."""
 
 
-def tiny_chain(name: str, summary: str, pretrain: PretrainConfig, *, samples: bool = True) -> Workflow:
+def tiny_chain(name: str, title: str, summary: str, pretrain: PretrainConfig, *, samples: bool = True) -> Workflow:
     """The same training for two CPU cores and a few minutes: vocabulary 2048, rows of 128 tokens."""
     return chain(
         name,
@@ -129,4 +129,5 @@ def tiny_chain(name: str, summary: str, pretrain: PretrainConfig, *, samples: bo
         tokenizer=TokenizerConfig(vocab_size=2048),
         packing=PackingConfig(seq_len=128),
         generate=GenerateConfig() if samples else None,
+        title=f"{title}, tiny",
     )

@@ -64,4 +64,4 @@ def llada_tiny() -> Workflow:
         short_step_share=0.01,
         validation=ValidationConfig(every_steps=100, num_rows=16),
     )
-    return tiny_chain("llada_tiny", "LLaDA's rates and short steps, for minutes on 2 CPU cores", pretrain)
+    return tiny_chain("llada_tiny", "LLaDA", "LLaDA's rates and short steps, for minutes on 2 CPU cores", pretrain)

@@ -108,5 +108,9 @@ def llada2_tiny() -> Workflow:
         validation=ValidationConfig(every_steps=100, num_rows=16),
     )
     return tiny_chain(
-        "llada2_tiny", "LLaDA2's block sizes and experts, for minutes on 2 CPU cores", pretrain, samples=False
+        "llada2_tiny",
+        "LLaDA2.0",
+        "LLaDA2's block sizes and experts, for minutes on 2 CPU cores",
+        pretrain,
+        samples=False,
     )

@@ -96,4 +96,6 @@ def llada_moe_tiny() -> Workflow:
         short_step_min=8,
         validation=ValidationConfig(every_steps=100, num_rows=16),
     )
-    return tiny_chain("llada_moe_tiny", "LLaDA-MoE's experts and four phases, for minutes on 2 CPU cores", pretrain)
+    return tiny_chain(
+        "llada_moe_tiny", "LLaDA-MoE", "LLaDA-MoE's experts and four phases, for minutes on 2 CPU cores", pretrain
+    )

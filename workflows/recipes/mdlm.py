@@ -90,6 +90,7 @@ def ar_tiny() -> Workflow:
     (pretrain,) = (step.config for step in mdlm_tiny().steps if step.name == "pretrain")
     return tiny_chain(
         "ar_tiny",
+        "Next tokens",
         "next tokens with MDLM's network, an exact yardstick for the others, for minutes on 2 CPU cores",
         replace(pretrain, objective=ObjectiveConfig(kind="autoregressive")),
         samples=False,
@@ -105,4 +106,6 @@ def mdlm_tiny() -> Workflow:
         num_steps=400,
         validation=ValidationConfig(every_steps=100, num_rows=16),
     )
-    return tiny_chain("mdlm_tiny", "MDLM's network, averages and constant rate, for minutes on 2 CPU cores", pretrain)
+    return tiny_chain(
+        "mdlm_tiny", "MDLM", "MDLM's network, averages and constant rate, for minutes on 2 CPU cores", pretrain
+    )

@@ -184,11 +184,13 @@ def line_chart(
     for line in lines:
         drawn = [(to_x(x), None if y is None else to_y(y)) for x, y in line.points]
         parts.append(f'<path d="{_polyline(drawn)}" class="{line.css_class}"/>')
+        found = [(x, y) for x, y in drawn if y is not None]
+        dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in found)
         if line.errors:
             ends = [(x, y - line.errors[x], y + line.errors[x]) for x, y in line.points if y is not None]
             bars = "".join(f"M{to_x(x):.1f} {to_y(low):.1f}V{to_y(high):.1f}" for x, low, high in ends)
-            dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in drawn if y is not None)
             parts.append(f'<path d="{bars}" class="{line.css_class} bar"/>')
+        if line.errors or len(found) == 1:  # one value alone would be no longer than its line is wide
             parts.append(f'<path d="{dots}" class="{line.css_class} dots"/>')
     parts.append("</svg>")
     for level in levels:

@@ -344,7 +344,6 @@ PLANTED: tuple[Planted, ...] = (
         "nelbo * doc_tokens",
         "nelbo * doc_tokens.double().mean()",
     ),
-    Planted("corpus_bound", "nats a byte called bits", "(num_bytes * math.log(2))", "num_bytes"),
     Planted("likelihood", "tail below t_min left out", "if start > 0:", "if start > 1:"),
     Planted(
         "likelihood",
