@@ -4,7 +4,6 @@ Ranks step once with SGD in float32: what a master value moves by is its gradien
 large a power of 2 that a difference of weights loses no digits of it.
 """
 
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -37,7 +36,7 @@ from pipeline.pretrain.engine import (
 from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
 from pipeline.pretrain.routers import Routers
 from pipeline.pretrain.watchdog import WatchdogLimits
-from tests.support.tiny_run import _PRELOAD, TINY, _free_port
+from tests.support.tiny_run import TINY, _free_port, rank_context
 
 WORKERS, STEP, VOCAB_SIZE = 2, 3, 61
 SPECIAL = SpecialTokens(vocab_size=VOCAB_SIZE, mask_token_id=60, eos_token_id=59, pad_token_id=58)
@@ -193,8 +192,7 @@ def rank_gradients(config: PretrainConfig, rank: int) -> dict[tuple[str, int], T
 
 def run_ranks(cases: Sequence[str], folder: Path) -> list[dict[str, dict[tuple[str, int], Tensor]]]:
     """``rank_gradients`` of some cases, for each rank; AssertionError with the ranks' words if one fails."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = rank_context()
     port = _free_port()
     ranks = [context.Process(target=_rank, args=(rank, port, cases, folder), daemon=True) for rank in range(WORKERS)]
     for process in ranks:

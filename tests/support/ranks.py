@@ -1,7 +1,6 @@
 """Gangs of gloo ranks that run one function of the tests, as the training stage would start them."""
 
 import gc
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.support.tiny_run import _PRELOAD, _free_port
+from tests.support.tiny_run import _free_port, rank_context
 
 DEADLINE_S = 100.0
 
@@ -20,8 +19,7 @@ def run_ranks(work: Callable[[int], Any], folder: Path, num_ranks: int) -> list[
 
     AssertionError with the ranks' words if one fails.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = rank_context()
     given = (num_ranks, _free_port(), folder, work)
     ranks = [context.Process(target=_rank, args=(rank, *given), daemon=True) for rank in range(num_ranks)]
     for process in ranks:

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -203,8 +204,7 @@ def start_gang(
     if workers > 1:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = rank_context()
     logs = [out.with_name(f"{out.name}.rank{rank}.log") for rank in range(workers)]
     ranks: list[BaseProcess] = []
     for rank, log in enumerate(logs):
@@ -214,6 +214,13 @@ def start_gang(
         process.start()
         ranks.append(process)
     return Gang(ranks, logs, out)
+
+
+def rank_context() -> ForkServerContext:
+    """Where ranks are forked from: a server that has imported what they need, unless another one runs already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def _free_port() -> int:
