@@ -188,7 +188,9 @@ class PretrainConfig:
                 "objective.search_mask_rates is true, but nothing is validated; set validation.every_steps"
             )
         if self.objective.search_mask_rates and not self._searches_in_time(self.validation.every_steps):
-            most = next(filter(self._searches_in_time, range(self.validation.every_steps, 0, -1)), 0)
+            most = next(
+                filter(self._searches_in_time, range(min(self.validation.every_steps, self.num_steps), 0, -1)), 0
+            )
             raise ValueError(
                 f"validation.every_steps is {self.validation.every_steps}, so that no validation is followed by a step "
                 "on blocks of the same size: objective.search_mask_rates would find rates that nothing is trained "

@@ -120,15 +120,17 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file_costs_that_checkpoint_alone
     assert not list(tmp_path.glob("staging-*"))
 
 
+def keep_five(directory: Path, ranks: ThreadRanks) -> None:
+    """A training of five steps that keeps the checkpoint of each."""
+    state = state_of(ranks, distinct())
+    saver = checkpointer(directory, state, ranks, keep_checkpoints=5)
+    train(saver, state, range(5), every=1)
+    saver.wait()
+
+
 def test_old_checkpoints_are_deleted_before_a_save_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a training that kept more of them before it was resumed, or that has found better ones to be averaged."""
     disk = Disk(monkeypatch, room=9)
-
-    def keep_five(ranks: ThreadRanks) -> None:
-        state = state_of(ranks, distinct())
-        saver = checkpointer(tmp_path, state, ranks, keep_checkpoints=5)
-        train(saver, state, range(5), every=1)
-        saver.wait()
 
     def go_on(ranks: ThreadRanks) -> None:
         saver = checkpointer(tmp_path, state_of(ranks, distinct()), ranks, keep_checkpoints=2)
@@ -138,7 +140,7 @@ def test_old_checkpoints_are_deleted_before_a_save_is_given_up(tmp_path: Path, m
         disk.room = 4
         saver.save(6, is_last=True)
 
-    succeeded(keep_five)
+    succeeded(lambda ranks: keep_five(tmp_path, ranks))
     assert steps_in(tmp_path) == [5, 4, 3, 2, 1]
     succeeded(go_on)
     assert steps_in(tmp_path) == [6, 5, 1]
@@ -150,19 +152,13 @@ def test_old_checkpoints_are_deleted_before_a_resume_is_given_up(
     """As of a training that was killed before it deleted them, or that is to keep fewer, for want of space."""
     disk = Disk(monkeypatch, room=9)
 
-    def keep_five(ranks: ThreadRanks) -> None:
-        state = state_of(ranks, distinct())
-        saver = checkpointer(tmp_path, state, ranks, keep_checkpoints=5)
-        train(saver, state, range(5), every=1)
-        saver.wait()
-
     def go_on(ranks: ThreadRanks) -> None:
         saver = checkpointer(tmp_path, state_of(ranks, distinct()), ranks, keep_checkpoints=2, num_steps=9)
         assert saver.restore() == 5
         saver.pinned = frozenset({2})
         saver.make_room()
 
-    succeeded(keep_five)
+    succeeded(lambda ranks: keep_five(tmp_path, ranks))
     disk.room = 5
     succeeded(go_on)
     assert steps_in(tmp_path) == [5, 4, 2]
