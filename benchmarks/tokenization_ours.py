@@ -19,7 +19,7 @@ from workflows.coordinator import Coordinator
 from workflows.plan import make_plan
 from workflows.runs import committed_outputs, create_run, frozen_plan
 from workflows.step import Step, Workflow
-from workflows.store import Store
+from workflows.store import open_store
 
 
 def _workflow(text: str, tokenizer_file: str, seq_len: int, backend: str, shard_bytes: int) -> Workflow:
@@ -49,7 +49,7 @@ def run(
     from cluster.local import LocalExecutor
 
     workflow = _workflow(text, tokenizer_file, int(seq_len), backend, int(shard_bytes))
-    plan, place = make_plan(workflow, environment()), Store(Path(store))
+    plan, place = make_plan(workflow, environment()), open_store(Path(store))
     Path(store).mkdir()
     coordinator = Coordinator(
         place, create_run(place, plan, "local"), plan, lambda: LocalExecutor(int(num_workers)), lambda states: None
@@ -84,14 +84,14 @@ class Output:
 
 def outputs_of(store: Path) -> dict[str, Path]:
     """The artifacts of the one run in a store, by step."""
-    place = Store(store)
+    place = open_store(store)
     (run_place,) = place.runs()
-    return committed_outputs(place, run_place)
+    return {name: output.path for name, output in committed_outputs(place, run_place).items()}
 
 
 def read_output(store: Path) -> Output:
     """Open the artifacts of the one run in a store."""
-    place = Store(store)
+    place = open_store(store)
     (run_place,) = place.runs()
     outputs = outputs_of(store)
     tokens, packed = outputs["tokenization"], outputs["packing"]
@@ -104,7 +104,7 @@ def read_output(store: Path) -> Output:
     shards = [opened.open_shard(number) for number in range(len(opened.shards))]
     artifact = place.artifact("tokenization", frozen_plan(run_place).step("tokenization").fingerprint)
     commits = [
-        Commit((artifact.directory / "shards" / f"{name}.json").stat().st_mtime, load_manifest(path).stats["tokens"])
+        Commit((artifact.directory / "shards" / f"{name}.json").modified(), load_manifest(path).stats["tokens"])
         for name, path in artifact.committed_shards().items()
     ]
     return Output(

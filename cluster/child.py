@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,15 @@ def die_with_parent(read_fd: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def call_function(function: str, payload: dict[str, Any]) -> None:
-    """Import ``module:name`` and call it."""
+def no_notice() -> str:
+    """Of a place that nobody takes away."""
+    return ""
+
+
+def call_function(function: str, payload: dict[str, Any], notice: Callable[[], str] = no_notice) -> None:
+    """Import ``module:name`` and call it with the payload, and with what tells why it will soon be taken away."""
     module, name = function.split(":")
-    getattr(importlib.import_module(module), name)(payload)
+    getattr(importlib.import_module(module), name)(payload, notice)
 
 
 def main() -> None:

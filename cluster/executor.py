@@ -22,8 +22,9 @@ class Call:
     """Where the output of the processes goes, ``rank-0.log`` and so on."""
     cpus: float = 1.0
     """Cores of one process."""
-    gang_size: int = 0
-    """0 for a single process; otherwise the number of ranks, all started or none."""
+    gang_sizes: tuple[int, ...] = ()
+    """None for a single process; otherwise the numbers of ranks that will do, ascending: as many as there is room for
+    are started together."""
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -36,6 +37,18 @@ class Ended:
     """Empty if every process returned; otherwise what the executor saw (an exit code, a lost node)."""
     killed: bool = False
     """Whether a process was ended from outside (a signal, a lost node) instead of raising."""
+    preempted: bool = False
+    """Whether that was a node taken away after a notice."""
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Why a call waits."""
+
+    reason: str
+    """What it wants, and what there is."""
+    is_beyond: bool
+    """Whether it wants more than there is even when nothing else runs."""
 
 
 class Executor(Protocol):
@@ -46,8 +59,17 @@ class Executor(Protocol):
         """Cores for all calls together: what is started beyond them waits in the executor."""
         ...
 
+    @property
+    def may_grow(self) -> bool:
+        """Whether there may be more of everything later."""
+        ...
+
     def start(self, call: Call) -> None:
         """Queue a call; it starts when there are cores for it."""
+        ...
+
+    def shortage(self, call: Call) -> Shortage | None:
+        """Why a call that was queued has not begun; None if nothing is missing (it is being started)."""
         ...
 
     def wait(self, timeout_s: float) -> list[Ended]:

@@ -2,9 +2,12 @@
 
 import os
 import tempfile
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.logged import run_logged
+from cluster.nodes import drain_notice, nodes, ranks_that_fit, wants_gpus
 
 _LEAN_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -15,10 +18,15 @@ _LEAN_TRAIN = {
 _START_TIMEOUT_S = "120"
 _COLLECTIVE_TIMEOUT_S = 600
 """Of joining; a stage that watches over its ranks sets its own afterwards."""
+_MORE_WAIT_S = 15.0
+"""Time that fewer ranks than wanted wait for more to fit: a lost node may be replaced, another call may just end."""
+_LOOK_EVERY_S = 0.5
+GPUS_ENV = "DLM_GPUS"
+"""Tells a process how many GPUs it has to itself."""
 
 
-def run_gang(function: str, payload: dict[str, Any], size: int, cpus: float, log_dir: str) -> None:
-    """Run ``module:function`` on ``size`` ranks and wait; raises if any of them fails.
+def run_gang(function: str, payload: dict[str, Any], sizes: Sequence[int], cpus: float, log_dir: str) -> None:
+    """Run ``module:function`` on as many ranks of ``sizes`` as fit and wait; raises if any of them fails.
 
     No retries here: the coordinator counts them.  Nothing is reported to Ray Train, since ranks write their
     checkpoints to the store themselves; its own bookkeeping goes to a temporary directory.
@@ -28,14 +36,15 @@ def run_gang(function: str, payload: dict[str, Any], size: int, cpus: float, log
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    backend = _backend(size)
+    size, on_gpus = _wait_for_room(sizes, cpus)
+    print(f"starting {size} of at most {sizes[-1]} ranks, {'one GPU each' if on_gpus else 'without GPUs'}", flush=True)  # noqa: T201
     with tempfile.TemporaryDirectory(prefix="dlm-train-") as storage:
         trainer = TorchTrainer(
             _run_rank,
-            train_loop_config={"function": function, "payload": payload, "log_dir": log_dir},
-            torch_config=TorchConfig(backend=backend, timeout_s=_COLLECTIVE_TIMEOUT_S),
+            train_loop_config={"function": function, "payload": payload, "log_dir": log_dir, "on_gpus": on_gpus},
+            torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
             scaling_config=ScalingConfig(
-                num_workers=size, use_gpu=backend == "nccl", resources_per_worker={"CPU": cpus}
+                num_workers=size, use_gpu=on_gpus, resources_per_worker={"CPU": cpus}, placement_strategy="PACK"
             ),
             run_config=RunConfig(
                 name="gang",
@@ -46,13 +55,31 @@ def run_gang(function: str, payload: dict[str, Any], size: int, cpus: float, log
         trainer.fit()
 
 
-def _backend(size: int) -> str:
-    """NCCL if torch can use a GPU for every rank; otherwise gloo, and a stage may refuse what it finds."""
-    import torch
+def _wait_for_room(sizes: Sequence[int], cpus: float) -> tuple[int, bool]:
+    """The largest size there is room for, and whether on GPUs.
 
-    return "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= size else "gloo"
+    The coordinator ends the wait when it takes too long.
+    """
+    settle_s = time.monotonic() + _MORE_WAIT_S
+    while True:
+        found = nodes()
+        on_gpus = wants_gpus(found)
+        room = ranks_that_fit(found, cpus, 1.0 if on_gpus else 0.0, free=True)
+        fitting = [size for size in sizes if size <= room]
+        if fitting and (fitting[-1] == sizes[-1] or time.monotonic() >= settle_s):
+            return fitting[-1], on_gpus
+        time.sleep(_LOOK_EVERY_S)
 
 
 def _run_rank(config: dict[str, Any]) -> None:
+    import ray
+    import torch.distributed
+
     os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
-    run_logged(config["function"], config["payload"], config["log_dir"], int(os.environ["RANK"]))
+    os.environ[GPUS_ENV] = "1" if config["on_gpus"] else "0"
+    own = ray.get_runtime_context().get_node_id()
+    gang: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gang, own)
+    run_logged(
+        config["function"], config["payload"], config["log_dir"], int(os.environ["RANK"]), drain_notice(set(gang))
+    )

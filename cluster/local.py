@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.child import PARENT_PIPE_ENV
-from cluster.executor import Call, Ended, Executor
+from cluster.executor import Call, Ended, Executor, Shortage
 
 _POLL_S = 0.01
 _KILL_AFTER_S = 10.0
@@ -53,6 +53,18 @@ class LocalExecutor(Executor):
         """Cores for all calls together."""
         return self._num_cpus
 
+    @property
+    def may_grow(self) -> bool:
+        """No: it is one machine."""
+        return False
+
+    def shortage(self, call: Call) -> Shortage | None:
+        """What runs already, for a call that is still in the queue."""
+        if call not in self._queue:
+            return None
+        used = sum(_cores(running.call) for running in self._running.values())
+        return Shortage(f"wants {_cores(call):g} cores; {used:g} of {self._num_cpus:g} are taken", is_beyond=False)
+
     def start(self, call: Call) -> None:
         """Queue a call.  What keeps its processes from being started is told by ``wait``."""
         assert call.key not in self._running, f"{call.key} is running already"
@@ -62,8 +74,8 @@ class LocalExecutor(Executor):
     def _start_what_fits(self) -> None:
         while self._queue:
             call = self._queue[0]
-            used = sum(r.call.cpus * max(1, r.call.gang_size) for r in self._running.values())
-            if self._running and used + call.cpus * max(1, call.gang_size) > self._num_cpus:
+            used = sum(_cores(running.call) for running in self._running.values())
+            if self._running and used + _cores(call) > self._num_cpus:
                 return
             self._queue.pop(0)
             try:
@@ -76,10 +88,10 @@ class LocalExecutor(Executor):
         call.log_dir.mkdir(parents=True, exist_ok=True)
         payload_path = call.log_dir / "payload.json"
         payload_path.write_text(json.dumps(call.payload))
-        port = _free_port() if call.gang_size else 0
+        port = _free_port() if call.gang_sizes else 0
         processes: list[subprocess.Popen[bytes]] = []
         try:
-            for rank in range(max(1, call.gang_size)):
+            for rank in range(_processes(call)):
                 processes.append(self._spawn_rank(call, rank, port, payload_path))
         except OSError:
             _stop(processes)
@@ -88,8 +100,8 @@ class LocalExecutor(Executor):
 
     def _spawn_rank(self, call: Call, rank: int, port: int, payload: Path) -> subprocess.Popen[bytes]:
         env = {**os.environ, **call.env, PARENT_PIPE_ENV: str(self._pipe_read), "PYTHONUNBUFFERED": "1"}
-        if call.gang_size:
-            size = str(call.gang_size)
+        if call.gang_sizes:
+            size = str(_processes(call))
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_SIZE": size}
             env |= {"LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with (call.log_dir / f"rank-{rank}.log").open("ab") as log:
@@ -140,6 +152,15 @@ class LocalExecutor(Executor):
         self._running.clear()
         for fd in (self._pipe_write, self._pipe_read):
             os.close(fd)
+
+
+def _processes(call: Call) -> int:
+    """All that a gang may have: what one machine has does not change."""
+    return call.gang_sizes[-1] if call.gang_sizes else 1
+
+
+def _cores(call: Call) -> float:
+    return call.cpus * _processes(call)
 
 
 def _casualties(processes: list[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:

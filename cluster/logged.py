@@ -1,7 +1,7 @@
 """Calls in a worker process of Ray, their output in the log of the run instead of Ray's own."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def redirected(path: Path) -> Iterator[None]:
             os.close(old)
 
 
-def run_logged(function: str, payload: dict[str, Any], log_dir: str, rank: int) -> None:
+def run_logged(function: str, payload: dict[str, Any], log_dir: str, rank: int, notice: Callable[[], str]) -> None:
     """Call ``module:function`` with its output in ``log_dir``."""
     with redirected(Path(log_dir) / f"rank-{rank}.log"):
-        call_function(function, payload)
+        call_function(function, payload, notice)

@@ -1,6 +1,6 @@
 """The executor on Ray: one task a call, retries off, gangs through Ray Train.
 
-Without an address it starts a Ray of its own in this process, which ends with it.
+Without an address it starts a Ray of its own in this process, which ends with it; with one it connects to a cluster.
 """
 
 import logging
@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.executor import Call, Ended, Executor
+from cluster.executor import Call, Ended, Executor, Shortage
 from cluster.gang import run_gang
 from cluster.logged import redirected, run_logged
+from cluster.nodes import drain_notice, nodes, shortage
 from cluster.reaper import dismiss_reaper, start_reaper
 
 _LEAN_RAY = {
@@ -33,16 +34,18 @@ _KILL_AFTER_S = 10.0
 
 
 def _run_task(function: str, payload: dict[str, Any], log_dir: str, env: dict[str, str]) -> None:
+    import ray
+
     os.environ.update(env)
-    run_logged(function, payload, log_dir, 0)
+    run_logged(function, payload, log_dir, 0, drain_notice({ray.get_runtime_context().get_node_id()}))
 
 
 def _run_gang(
-    function: str, payload: dict[str, Any], log_dir: str, env: dict[str, str], size: int, cpus: float
+    function: str, payload: dict[str, Any], log_dir: str, env: dict[str, str], sizes: tuple[int, ...], cpus: float
 ) -> None:
     os.environ.update(env)
     with redirected(Path(log_dir) / "gang.log"):
-        run_gang(function, payload, size, cpus, log_dir)
+        run_gang(function, payload, sizes, cpus, log_dir)
 
 
 @contextmanager
@@ -69,30 +72,47 @@ def _lost_process(error: Exception) -> bool:
     return not isinstance(error, RayTaskError | TaskCancelledError)
 
 
+def _was_preempted(error: Exception) -> bool:
+    """Whether Ray knows that a node was taken away after a notice."""
+    failures = [error, *getattr(error, "worker_failures", {}).values()]
+    return any(type(e).__name__ == "PreemptionError" or getattr(e, "preempted", False) for e in failures)
+
+
 class RayExecutor(Executor):
     """Ray tasks; the truth about what they did is in the files they write."""
 
-    def __init__(self, num_cpus: int) -> None:
-        """Start a Ray with ``num_cpus`` logical cores in this process."""
-        os.environ.update(_LEAN_RAY)
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = _TOKEN
-        import ray
-
-        self._ray, self._num_cpus = ray, float(num_cpus)
+    def __init__(self, num_cpus: int, address: str = "") -> None:
+        """Start a Ray with ``num_cpus`` logical cores in this process, or connect to the cluster at an address."""
+        self._is_embedded = not address
+        self._num_cpus = float(num_cpus)
         self._refs: dict[Any, str] = {}
         self._kill_at_s: dict[Any, float] = {}
+        self._reaper = None
+        if self._is_embedded:
+            os.environ.update(_LEAN_RAY)
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = _TOKEN
+        import ray
+
+        self._ray = ray
+        with _own_signal_handlers():
+            if self._is_embedded:
+                self._start(num_cpus)
+            else:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        self._node_id = ray.get_runtime_context().get_node_id()
+
+    def _start(self, num_cpus: int) -> None:
         self._reaper = start_reaper()
         try:
-            with _own_signal_handlers():
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                )
+            self._ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+            )
         except BaseException:
             dismiss_reaper(self._reaper)
             raise
@@ -100,15 +120,31 @@ class RayExecutor(Executor):
     @property
     def num_cpus(self) -> float:
         """Logical cores for all calls together."""
-        return self._num_cpus
+        return self._num_cpus if self._is_embedded else sum(node.cpus for node in nodes())
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether nodes may join."""
+        return not self._is_embedded
+
+    def shortage(self, call: Call) -> Shortage | None:
+        """What the nodes lack."""
+        return shortage(call, nodes())
 
     def start(self, call: Call) -> None:
-        """Submit a call; Ray starts it when there are cores for it."""
+        """Submit a call; Ray starts it when there are cores for it.
+
+        What drives a gang runs on the node of this process: if that is lost, so is this attempt of the run anyway.
+        """
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         call.log_dir.mkdir(parents=True, exist_ok=True)
         common = (call.function, call.payload, str(call.log_dir), call.env)
-        if call.gang_size:
-            task = self._ray.remote(_run_gang).options(num_cpus=0, max_retries=0, name=call.key)
-            ref = task.remote(*common, call.gang_size, call.cpus)
+        if call.gang_sizes:
+            here = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
+            task = self._ray.remote(_run_gang)
+            task = task.options(num_cpus=0, max_retries=0, name=call.key, scheduling_strategy=here)
+            ref = task.remote(*common, call.gang_sizes, call.cpus)
         else:
             task = self._ray.remote(_run_task).options(num_cpus=call.cpus, max_retries=0, name=call.key)
             ref = task.remote(*common)
@@ -129,7 +165,7 @@ class RayExecutor(Executor):
         try:
             self._ray.get(ref)
         except Exception as error:  # noqa: BLE001 - whatever Ray raises is the answer
-            return Ended(key, f"{type(error).__name__}: {error}", _lost_process(error))
+            return Ended(key, f"{type(error).__name__}: {error}", _lost_process(error), _was_preempted(error))
         return Ended(key)
 
     def cancel(self, *keys: str) -> None:
@@ -150,4 +186,5 @@ class RayExecutor(Executor):
         if self._refs:
             self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=_CANCEL_WAIT_S)
         self._ray.shutdown()
-        dismiss_reaper(self._reaper)
+        if self._reaper is not None:
+            dismiss_reaper(self._reaper)

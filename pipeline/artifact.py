@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.config import from_json, to_json
 from pipeline.errors import CorruptionError, UserError
@@ -63,6 +63,8 @@ class Manifest:
     """Versions of the packages and the machine."""
     shard: dict[str, Any] = field(default_factory=dict)
     """Of a piece of a map stage: the shard that it was made from."""
+    external: Any = None
+    """What identified the data from outside the store that it was made from."""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -89,13 +91,18 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
     fsync_dir(path.parent)
 
 
+def json_bytes(value: Any) -> bytes:
+    """A value as it is written to disk: indented JSON."""
+    return (json.dumps(to_json(value), indent=1, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """``write_atomic`` of indented JSON."""
-    write_atomic(path, (json.dumps(to_json(value), indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(path, json_bytes(value))
 
 
-def create_exclusive(path: Path, value: Any) -> bool:
-    """Create a JSON file completely or not at all; False if it was there already.
+def create_file(path: Path, data: bytes) -> bool:
+    """Create a file completely or not at all; False if it was there already.
 
     The content is written aside and linked into place: link(2) is atomic and exclusive, locally and on NFS,
     and no reader can see the file half written.
@@ -103,20 +110,30 @@ def create_exclusive(path: Path, value: Any) -> bool:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as handle:
-            handle.write((json.dumps(to_json(value), indent=1, allow_nan=False) + "\n").encode())
+            handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
         try:
             os.link(temporary, path)
         except FileExistsError:
-            return False
+            if temporary.stat().st_nlink == 1:
+                return False
+            # Linked all the same: a server of NFS that answers twice says so.
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
     return True
 
 
-def read_json(path: Path) -> Any:
+class Readable(Protocol):
+    """A file that can be read: a path, or a place in a storage."""
+
+    def read_bytes(self) -> bytes:
+        """All of it."""
+        ...
+
+
+def read_json(path: Readable) -> Any:
     """Parse a JSON file; CorruptionError if it is not one."""
     try:
         return json.loads(path.read_bytes())
@@ -169,15 +186,24 @@ def record_files(directory: Path) -> list[FileRecord]:
     return records
 
 
-def load_manifest(directory: Path) -> Manifest:
+class Folder(Protocol):
+    """Where an artifact lies: a directory, or a place in a storage."""
+
+    def __truediv__(self, name: str, /) -> Readable:
+        """A file in it."""
+        ...
+
+
+def load_manifest(directory: Folder) -> Manifest:
     """The manifest of an artifact; UserError if there is none, CorruptionError if it cannot be trusted."""
     path = directory / MANIFEST
-    if not path.is_file():
+    try:
+        value = read_json(path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise UserError(
             f"{directory} is not a finished artifact: it has no {MANIFEST}. Point to a directory that a stage "
             "has completed, or run that stage again"
-        )
-    value = read_json(path)
+        ) from None
     version = value.get("schema_version") if isinstance(value, Mapping) else None
     if version != SCHEMA_VERSION:
         raise CorruptionError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}")
@@ -187,15 +213,21 @@ def load_manifest(directory: Path) -> Manifest:
         raise CorruptionError(f"{path} is not a manifest: {error}") from error
 
 
+def check_file_sizes(where: str, manifest: Manifest, found: Mapping[str, int]) -> None:
+    """CorruptionError unless every file of a manifest was found (path -> bytes) with its size."""
+    for record in manifest.files:
+        size = found.get(record.path)
+        if size != record.size_bytes:
+            state = "is missing" if size is None else f"has {size} bytes"
+            raise CorruptionError(f"{where}/{record.path} {state}, the manifest says {record.size_bytes} bytes")
+
+
 def open_artifact(directory: Path) -> Manifest:
     """Manifest of an artifact whose files are all there with the recorded sizes."""
     manifest = load_manifest(directory)
-    for record in manifest.files:
-        path = directory / record.path
-        found = path.stat().st_size if path.is_file() else None
-        if found != record.size_bytes:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise CorruptionError(f"{path} {state}, the manifest says {record.size_bytes} bytes")
+    paths = {record.path: directory / record.path for record in manifest.files}
+    sizes = {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
+    check_file_sizes(str(directory), manifest, sizes)
     return manifest
 
 

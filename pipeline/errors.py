@@ -4,7 +4,9 @@ import errno
 import re
 from typing import Literal
 
-ErrorClass = Literal["user", "code", "transient", "infra", "memory", "numerics", "stopped"]
+ErrorClass = Literal[
+    "user", "code", "transient", "infra", "memory", "numerics", "stopped", "poison", "unschedulable",
+]  # fmt: skip
 
 
 class UserError(ValueError):

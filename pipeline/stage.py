@@ -188,6 +188,7 @@ def build_manifest(
     started_at: float,
     elapsed_s: float,
     shard: Shard | None = None,
+    external: Any = None,
 ) -> Manifest:
     """Hash what a stage wrote below ``out`` and describe it."""
     return Manifest(
@@ -202,6 +203,7 @@ def build_manifest(
         elapsed_s=elapsed_s,
         environment=environment(),
         shard=shard or {},
+        external=external,
     )
 
 
@@ -355,7 +357,7 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
         stats = run_here(stage, config, inputs, context)
         check_external(stage, config, external)
         elapsed_s = time.monotonic() - start_s
-        manifest = build_manifest(stage, config, own, inputs, attempt, stats, started_at, elapsed_s)
+        manifest = build_manifest(stage, config, own, inputs, attempt, stats, started_at, elapsed_s, external=external)
         write_json(attempt / MANIFEST, manifest)
         attempt.rename(out)
         fsync_dir(out.parent)

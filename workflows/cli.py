@@ -21,13 +21,16 @@ from pipeline.artifact import read_json
 from pipeline.config import flatten, parse_value, to_json
 from pipeline.errors import CorruptionError, LeaseLostError, UserError, is_disk_full
 from workflows import listings, runs
-from workflows.coordinator import Coordinator, StepState
+from workflows.coordinator import Coordinator
+from workflows.copies import local_copy, scratch
 from workflows.display import Display, duration
+from workflows.lease import LeaseHeldError
 from workflows.plan import Plan, explain
 from workflows.recipes import RECIPES
 from workflows.report.text import scaled
+from workflows.state import StepState
 from workflows.step import load_stage
-from workflows.store import LeaseHeldError, RunPlace, Store
+from workflows.store import RunPlace, Store, open_store, open_writable_store
 
 EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED = 2, 3, 4, 5, 75
 _TYPER_INTERRUPTED = 130
@@ -69,24 +72,25 @@ def _say(message: str) -> None:
     errors.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
-def _store(path: str) -> Store:
+def _store(url: str) -> Store:
     """A store to look at; it need not exist."""
-    root = Path(path).expanduser().resolve()
-    if any(folder.is_file() for folder in (root, *root.parents)):
-        raise UserError(f"--store {path} is or lies in a file; choose a directory")
-    return Store(root)
+    root = Path(url).expanduser().resolve()
+    if "://" not in url and any(folder.is_file() for folder in (root, *root.parents)):
+        raise UserError(f"--store {url} is or lies in a file; choose a directory")
+    return open_store(url)
 
 
-def _writable_store(path: str) -> Store:
+def _writable_store(url: str) -> Store:
     """A store to work in, made if it is not there."""
-    store = _store(path)
-    try:
-        store.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--store {path}: {error.strerror}; choose a directory that can be written") from None
-    if not os.access(store.root, os.W_OK):
-        raise UserError(f"--store {path} cannot be written; choose another directory")
-    return store
+    store = _store(url)
+    if store.root.is_local:
+        try:
+            store.root.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--store {url}: {error.strerror}; choose a directory that can be written") from None
+        if not os.access(store.root.path, os.W_OK):
+            raise UserError(f"--store {url} cannot be written; choose another directory")
+    return open_writable_store(url)
 
 
 def _settings(items: list[str]) -> list[tuple[str, Any]]:
@@ -257,7 +261,7 @@ class _stop_on_signal:
 
 def _store_option(store: Store) -> str:
     """The option that names this store in a command to copy; nothing for the default one."""
-    return "" if store.root == Path(DEFAULT_STORE).resolve() else f" --store {shlex.quote(str(store.root))}"
+    return "" if store.url == str(Path(DEFAULT_STORE).resolve()) else f" --store {shlex.quote(store.url)}"
 
 
 def _print_outcome(store: Store, run: RunPlace, states: list[StepState], status: str) -> None:
@@ -311,7 +315,7 @@ def _print_figures(store: Store, run: RunPlace) -> None:
         if stats["tokens_per_s"] is not None:
             figures.append(("training speed", f"{stats['tokens_per_s']:,.0f} tokens/s"))
     if "report" in outputs:
-        figures.append(("report", str(outputs["report"] / "report.html")))
+        figures.append(("report", str(local_copy(outputs["report"]) / "report.html")))
     console.print()
     for label, value in figures:
         console.print(f"{label:<21} {value}", highlight=False, markup=False, soft_wrap=True)
@@ -361,13 +365,14 @@ def report_command(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE)
     run = runs.require_run_id(place, run_id)
     outputs = runs.committed_outputs(place, run)
     if "report" in outputs:
-        print(outputs["report"] / "report.html")
+        print(local_copy(outputs["report"]) / "report.html")
         return
     from workflows.report.run import render_partial
 
-    path = run.directory / "report.html"
+    path = (run.directory.path if run.directory.is_local else scratch(run.directory)) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
     sources = runs.report_sources(run)
-    there = {name: outputs[source] for name, source in sources.items() if source in outputs}
+    there = {name: local_copy(outputs[source]) for name, source in sources.items() if source in outputs}
     render_partial(f"{run.run_id} (unfinished)", there, path, wanted=sources)
     print(path)
 

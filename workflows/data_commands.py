@@ -16,6 +16,7 @@ from pipeline.data.rows import open_rows
 from pipeline.data.vocabulary import Vocabulary, load_vocabulary
 from pipeline.errors import UserError
 from workflows import runs
+from workflows.copies import local_copy
 from workflows.plan import Plan, PlannedStep, step_config
 from workflows.store import RunPlace, Store
 
@@ -57,10 +58,10 @@ def prepared_data(store: Store, run: RunPlace, step_name: str = "") -> Prepared:
             raise UserError(f"run {run.run_id} has no finished {step.name} step; see dlm status {run.run_id}")
     training = step_config(chosen) if is_training else None
     return Prepared(
-        outputs[corpus.name],
-        outputs[tokenization.name],
-        outputs[packing.name],
-        load_vocabulary(outputs[tokenizer.name]),
+        local_copy(outputs[corpus.name]),
+        local_copy(outputs[tokenization.name]),
+        local_copy(outputs[packing.name]),
+        load_vocabulary(local_copy(outputs[tokenizer.name])),
         dict(training.mixture) if training else {},
         training.data_seed if training else 0,
         training.num_steps * training.global_batch_seqs if training else None,

@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from workflows.coordinator import StepState
+from workflows.state import StepState
 
 _STYLES = {
     "cached": "green",
@@ -18,6 +18,8 @@ _STYLES = {
     "blocked": "yellow",
     "stopped": "yellow",
     "waiting": "yellow",
+    "queued": "yellow",
+    "skipped": "dim",
     "pending": "dim",
 }
 _PLAIN_EVERY_S = 15.0

@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.artifact import load_manifest
 from pipeline.config import diff, from_json, identity, to_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.stage import Stage, external_identity, stage_fingerprint
 from workflows.graph import ordered_steps
 from workflows.step import Step, Workflow, load_stage
 from workflows.store import ArtifactPlace, Store
+
+_SHOWN_CHANGES = 3
+_OTHER_CHANGES = 8
+"""An artifact that differs in more settings than these is another thing."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,25 @@ def step_config(step: PlannedStep) -> Any:
     return from_json(kind, step.config, where=step.name)
 
 
+def gang_sizes(stage: Stage, config: Any) -> tuple[int, ...]:
+    """Numbers of ranks that a gang may have, ascending; none for a stage of another kind.
+
+    All from ``min_workers`` to ``workers`` with which the configuration holds: the global batch divides among them.
+    """
+    if stage.kind != "gang":
+        return ()
+    fewest = getattr(config, "min_workers", 0) or config.workers
+    return tuple(size for size in range(fewest, config.workers + 1) if _holds(config, size))
+
+
+def _holds(config: Any, workers: int) -> bool:
+    try:
+        dataclasses.replace(config, workers=workers, **({"min_workers": 0} if hasattr(config, "min_workers") else {}))
+    except ValueError:
+        return False
+    return True
+
+
 def explain(plan: Plan, store: Store) -> list[Action]:
     """For every step: cached, or run and the reason."""
     actions: list[Action] = []
@@ -116,34 +138,61 @@ def explain(plan: Plan, store: Store) -> list[Action]:
     return actions
 
 
+@dataclass(frozen=True)
+class Nearest:
+    """The committed artifact of a stage that differs least from one that is to be made."""
+
+    run_id: str
+    """The run that made it."""
+    changes: dict[str, tuple[Any, Any]]
+    """Field -> (in that artifact, wanted)."""
+
+
 def _why(plan: Plan, step: PlannedStep, stage: Stage, store: Store, to_run: set[str]) -> str:
-    """The smallest difference from an artifact that exists."""
-    place = store.artifact(stage.name, step.fingerprint)
-    if _has_state(place):
+    """The smallest difference from an artifact that exists, in a line."""
+    if _has_state(store.artifact(stage.name, step.fingerprint)):
         return "started before and not finished"
-    wanted = _recorded(step, plan)
-    nearest: dict[str, tuple[Any, Any]] | None = None
-    for other in store.artifacts(stage.name):
-        recorded = _committed_record(other, stage)
-        if recorded is not None:
-            found = diff(recorded, wanted)
-            if nearest is None or len(found) < len(nearest):
-                nearest = found
+    nearest = find_nearest(plan, step, stage, store)
     if nearest is None:
         return "never run"
-    own = {key: change for key, change in nearest.items() if not key.startswith("inputs.")}
+    data = [key.removeprefix("external").removeprefix(".") for key in nearest.changes if key.startswith("external")]
+    own = {key: change for key, change in nearest.changes.items() if not key.startswith(("inputs.", "external"))}
+    if len(own) > _OTHER_CHANGES:
+        return f"never run like this; the nearest, of run {nearest.run_id}, differs in {len(own)} settings"
     if own:
         changes = [f"{key.removeprefix('config.')} {old!r} -> {new!r}" for key, (old, new) in own.items()]
-        return "changed: " + ", ".join(changes)
+        return f"changed since run {nearest.run_id}: {_shortened(changes)}"
+    if data:
+        names = [name for name in data if name]
+        shown = f": {_shortened(names)}" if names else ""
+        return f"outside data changed since run {nearest.run_id}{shown}"
     rebuilt = [f"{name} ({source})" for name, source in step.inputs.items() if source in to_run]
     if rebuilt:
         return "input will be rebuilt: " + ", ".join(rebuilt)
-    changed = [key.removeprefix("inputs.") for key in nearest]
+    changed = [key.removeprefix("inputs.") for key in nearest.changes]
     return "input changed: " + ", ".join(changed) if changed else "outside data changed"
 
 
+def _shortened(items: list[str]) -> str:
+    more = f" and {len(items) - _SHOWN_CHANGES} more" if len(items) > _SHOWN_CHANGES else ""
+    return ", ".join(items[:_SHOWN_CHANGES]) + more
+
+
+def find_nearest(plan: Plan, step: PlannedStep, stage: Stage, store: Store) -> Nearest | None:
+    """The artifact of the stage in the store that is most like the one that a step would make."""
+    wanted = _recorded(step, plan)
+    nearest: Nearest | None = None
+    for place in store.artifacts(stage.name):
+        recorded = _committed_record(place, stage)
+        if recorded is not None:
+            changes = diff(recorded, wanted)
+            if nearest is None or len(changes) < len(nearest.changes):
+                nearest = Nearest(place.made_by(), changes)
+    return nearest
+
+
 def _has_state(place: ArtifactPlace) -> bool:
-    return any(place.state.glob("step-*")) or any((place.directory / "shards").glob("*.json"))
+    return any(name.startswith("step-") for name in place.state.names()) or bool((place.directory / "shards").names())
 
 
 def _recorded(step: PlannedStep, plan: Plan) -> dict[str, Any]:
@@ -151,19 +200,25 @@ def _recorded(step: PlannedStep, plan: Plan) -> dict[str, Any]:
         "config": identity(step_config(step)),
         "code_version": step.code_version,
         "inputs": {name: plan.step(source).fingerprint for name, source in step.inputs.items()},
+        "external": step.external,
     }
 
 
 def _committed_record(place: ArtifactPlace, stage: Stage) -> dict[str, Any] | None:
     try:
-        directory = place.committed()
-        if directory is None:
+        found = place.committed_manifest()
+        if found is None:
             return None
-        manifest = load_manifest(directory)
+        manifest = found[1]
         config = identity(from_json(stage.config, manifest.config))
     except (CorruptionError, UserError):
         return None  # unreadable, or of an older shape of the configuration: nothing to compare with
-    return {"config": config, "code_version": manifest.code_version, "inputs": manifest.inputs}
+    return {
+        "config": config,
+        "code_version": manifest.code_version,
+        "inputs": manifest.inputs,
+        "external": manifest.external,
+    }
 
 
 def check_drift(plan: Plan) -> dict[str, dict[str, tuple[Any, Any]]]:

@@ -7,18 +7,19 @@ import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from cluster.executor import Executor
-from pipeline.artifact import load_manifest, read_json
+from pipeline.artifact import read_json
 from pipeline.config import apply_settings, from_json, to_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.stage import environment
+from pipeline.storage import Place
+from workflows.lease import lease_is_free
 from workflows.plan import Plan, check_drift, make_plan, step_config
 from workflows.recipes import load_recipe
 from workflows.step import Step, Workflow, load_stage
-from workflows.store import RunPlace, Store, lease_is_free
+from workflows.store import RunPlace, Store
 
 ExecutorName = Literal["ray", "local"]
 DEFAULT_EXECUTOR: ExecutorName = "ray"
@@ -189,15 +190,14 @@ def _summarise_step(
     place = store.artifact(load_stage(step.stage).name, step.fingerprint)
     own = [event for event in events if event["step"] == name and event["kind"].startswith("step_")]
     kind = own[-1]["kind"] if own else ""
-    address = f"{place.directory.parent.name}/{place.directory.name}"
+    address = place.address
     try:
-        committed = place.committed()
+        committed = place.committed_manifest()
     except CorruptionError as error:
         return StepSummary(name, "damaged", None, str(error), address)
     if committed is not None:
-        manifest = load_manifest(committed)
         status = "cached" if kind == "step_cached" else "committed"
-        return StepSummary(name, status, manifest.elapsed_s, "", address)
+        return StepSummary(name, status, committed[1].elapsed_s, "", address)
     if kind == "step_failed":
         return StepSummary(name, "failed", None, own[-1]["failure"]["message"], address)
     if kind in ("step_started", "step_retry"):
@@ -207,20 +207,24 @@ def _summarise_step(
 
 
 def _latest_progress(run: RunPlace, step: str) -> str:
-    found = sorted((run.directory / "work").glob(f"*/{step}/*/progress.json"))
-    if not found:
-        return ""
-    value = read_json(found[-1])
-    figures = " ".join(
-        f"{key} {figure:.4g}" if isinstance(figure, float) else f"{key} {figure}"
-        for key, figure in value["figures"].items()
-    )
-    return f"{value['done']}/{value['total']} {figures}".strip()
+    work = run.directory / "work"
+    for attempt in reversed(work.names()):
+        for turn in reversed((work / attempt / step).names()):
+            try:
+                value = read_json(work / attempt / step / turn / "progress.json")
+            except FileNotFoundError:
+                continue
+            figures = " ".join(
+                f"{key} {figure:.4g}" if isinstance(figure, float) else f"{key} {figure}"
+                for key, figure in value["figures"].items()
+            )
+            return f"{value['done']}/{value['total']} {figures}".strip()
+    return ""
 
 
-def committed_outputs(store: Store, run: RunPlace) -> dict[str, Path]:
-    """Step -> directory of its committed artifact, for the steps that have one."""
-    found: dict[str, Path] = {}
+def committed_outputs(store: Store, run: RunPlace) -> dict[str, Place]:
+    """Step -> its committed artifact, for the steps that have one."""
+    found: dict[str, Place] = {}
     for step in frozen_plan(run).steps:
         committed = store.artifact(load_stage(step.stage).name, step.fingerprint).committed()
         if committed is not None:

@@ -6,28 +6,18 @@ starts, commits and decides about failures.
 
 import dataclasses
 import re
-import shutil
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import (
-    MANIFEST,
-    Manifest,
-    create_exclusive,
-    link_or_copy,
-    open_artifact,
-    read_json,
-    record_files,
-    write_json,
-)
+from pipeline.artifact import MANIFEST, Manifest, json_bytes, link_or_copy, read_json, record_files
 from pipeline.config import from_json, to_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.stage import Shard, Stage, shard_fingerprint
-from workflows.store import FINGERPRINT_CHARS, ArtifactPlace, Store
+from pipeline.storage import Place
+from workflows.store import FINGERPRINT_CHARS, ArtifactPlace, Store, open_attempt
 
 _ADOPTERS = 4
 """Threads that hash and link: flushing and reading wait for the disk most of the time."""
@@ -37,62 +27,69 @@ _ADOPTERS = 4
 class ShardRegistry:
     """Where the committed shards of a stage lie, by what determines their files.
 
-    A record is a hint, never believed: a shard that is taken over is compared with its manifest byte for byte.
+    A record is a hint, never believed: a shard that is taken over is compared with its manifest, on a file system byte
+    for byte.  (In an object store it is copied by the store itself; whoever reads it first hashes it.)
     """
 
     store: Store
     stage: Stage
 
     @property
-    def _directory(self) -> Path:
+    def _directory(self) -> Place:
         return self.store.root / "shards" / self.stage.name
 
     def fingerprints(self) -> set[str]:
         """Shards that are registered, whole or not."""
-        return {path.stem for path in self._directory.glob("*.json")}
+        return {name.removesuffix(".json") for name in self._directory.names()}
 
-    def register(self, fingerprint: str, place: ArtifactPlace, directory: Path) -> None:
+    def register(self, fingerprint: str, place: ArtifactPlace, directory: Place) -> None:
         """Record a finished shard of an artifact, unless one with the same files is recorded already."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        relative = directory.relative_to(place.directory / "attempts").as_posix()
-        value = {"artifact": place.directory.name, "directory": relative}
-        create_exclusive(self._directory / f"{fingerprint}.json", value)
+        value = {"artifact": place.directory.name, "directory": place.name_of(directory)}
+        (self._directory / f"{fingerprint}.json").create(json_bytes(value))
 
-    def adopt(self, fingerprint: str, shard: Shard, config: Any, artifact: str, out: Path) -> Path:
-        """Link a registered shard into ``out``, an empty directory, as the ``shard`` of another artifact.
+    def adopt(self, fingerprint: str, shard: Shard, config: Any, artifact: str, out: Place) -> Place:
+        """Link a registered shard into ``out``, where nothing is, as the ``shard`` of another artifact.
 
         CorruptionError if it is gone or damaged: its record is then removed.  OSError if the disk fails.
         """
         record = self._directory / f"{fingerprint}.json"
         try:
-            found = self._link(fingerprint, read_json(record), out)
+            found = self._link(fingerprint, _read(record), out)
         except (CorruptionError, UserError) as error:
-            record.unlink(missing_ok=True)
-            shutil.rmtree(out, ignore_errors=True)
+            record.remove()
+            out.remove()
             raise CorruptionError(f"shard {shard['name']} cannot be taken over: {error}") from error
-        write_json(
-            out / MANIFEST,
-            dataclasses.replace(found, fingerprint=artifact, config=to_json(config), shard=shard),
-        )
+        manifest = dataclasses.replace(found, fingerprint=artifact, config=to_json(config), shard=shard)
+        (out / MANIFEST).write(json_bytes(manifest))
         return out
 
-    def _link(self, fingerprint: str, record: Any, out: Path) -> Manifest:
+    def _link(self, fingerprint: str, record: Any, out: Place) -> Manifest:
         match record:
             case {"artifact": str(artifact), "directory": directory} if _is_artifact(artifact):
                 source = self.store.artifact(self.stage.name, artifact).attempt(directory)
             case _:
                 raise CorruptionError(f"its record holds {record!r}")
-        found = open_artifact(source)
+        found = open_attempt(source)
         if (found.stage, found.code_version) != (self.stage.name, self.stage.code_version) or (
             "identity" not in found.shard
             or shard_fingerprint(self.stage, from_json(self.stage.config, found.config), found.shard) != fingerprint
         ):
             raise CorruptionError(f"{source} holds another shard")
         for file in found.files:
-            link_or_copy(source / file.path, out / file.path)
-        if record_files(out) != found.files:
+            if source.is_local:
+                link_or_copy(source.path / file.path, out.path / file.path)
+            else:
+                out.storage.copy(f"{source.key}/{file.path}", f"{out.key}/{file.path}")
+        if source.is_local and record_files(out.path) != found.files:
             raise CorruptionError(f"{source} does not have the bytes that were committed (SHA-256 differs)")
         return found
+
+
+def _read(record: Place) -> Any:
+    try:
+        return read_json(record)
+    except FileNotFoundError:
+        raise CorruptionError(f"{record} is gone") from None
 
 
 def _is_artifact(name: str) -> bool:
@@ -105,7 +102,7 @@ class FanOut:
 
     shards: Sequence[Shard]
     """The list of this attempt."""
-    committed: dict[str, Path]
+    committed: dict[str, Place]
     """Directory of each shard that is done, by name."""
     fingerprints: dict[str, str] = field(default_factory=dict[str, str])
     """Of the shards that may be shared, by name."""
@@ -115,7 +112,7 @@ class FanOut:
     num_adopted: int = 0
     refused: list[str] = field(default_factory=list[str])
     """Why registered shards were not taken over."""
-    _adopting: deque[tuple[Shard, Future[Path]]] = field(default_factory=deque[tuple[Shard, Future[Path]]])
+    _adopting: deque[tuple[Shard, Future[Place]]] = field(default_factory=deque[tuple[Shard, Future[Place]]])
 
     @property
     def is_complete(self) -> bool:
@@ -132,7 +129,7 @@ class FanOut:
         """Whether a shard of another artifact is ready to be committed, or known to be of no use."""
         return bool(self._adopting) and self._adopting[0][1].done()
 
-    def adopt(self, registry: ShardRegistry, config: Any, artifact: str, out: Path) -> None:
+    def adopt(self, registry: ShardRegistry, config: Any, artifact: str, out: Place) -> None:
         """Begin to take registered shards over, each into a directory below ``out``; they wait no longer.
 
         Hashing takes long: it is done in threads, so that the caller can go on.
@@ -149,7 +146,7 @@ class FanOut:
             self._adopting.append((shard, future))
         pool.shutdown(wait=False)  # its threads end with the last shard
 
-    def take_adopted(self) -> tuple[Shard, Path] | None:
+    def take_adopted(self) -> tuple[Shard, Place] | None:
         """A shard that was taken over, ready to be committed; one that could not be waits to be run instead."""
         while self.has_adopted:
             shard, future = self._adopting.popleft()
@@ -175,6 +172,5 @@ class FanOut:
         self._adopting.clear()
 
 
-def _adopt(registry: ShardRegistry, fingerprint: str, shard: Shard, config: Any, artifact: str, out: Path) -> Path:
-    out.mkdir(parents=True)
+def _adopt(registry: ShardRegistry, fingerprint: str, shard: Shard, config: Any, artifact: str, out: Place) -> Place:
     return registry.adopt(fingerprint, shard, config, artifact, out)

@@ -5,10 +5,12 @@ Executors call ``run_piece`` with a JSON payload; nothing comes back through the
 """
 
 import contextlib
+import dataclasses
 import importlib
-import json
 import math
 import os
+import shutil
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -16,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import MANIFEST, checked_files, read_json, write_json
+from pipeline.artifact import MANIFEST, checked_files, json_bytes, read_json, write_json
 from pipeline.config import from_json
-from pipeline.errors import ErrorClass, HangError, classify, is_disk_full
+from pipeline.errors import ErrorClass, HangError, UserError, classify, is_disk_full
 from pipeline.stage import (
     StageContext,
     Stats,
@@ -29,26 +31,25 @@ from pipeline.stage import (
     run_here,
     run_shard,
 )
+from pipeline.storage import Place, open_storage
+from workflows.copies import local_copy, scratch, upload_artifact
+from workflows.lease import Lease
 from workflows.step import load_stage
-from workflows.store import Lease
+from workflows.usage import UsageMeter
 
-_PROGRESS_EVERY_S = 0.5
-_STOP_CHECK_EVERY_S = 0.5
+_LOG_EVERY_S = 10.0
+PREEMPTED = "Preempted"
+"""Type of the failure of a piece whose node is taken away; it is nobody's fault and counts as no attempt."""
 
 _FAILURE_RANKING: tuple[ErrorClass, ...] = ("stopped", "user", "numerics", "memory", "code", "transient", "infra")
 """Of the failures of several ranks, the first of the first class explains the others."""
 _LAST_BYTES = 4000
 _RESERVE_BYTES = 64 * 1024
-"""Space set aside while a piece runs, so that a full disk leaves room to write down that it is full."""
-
-
-def _reserve_name(rank: int) -> str:
-    return f".reserve-{rank}"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One call to a worker."""
+    """One call to a worker.  What lies in the store is named by its key there."""
 
     what: Literal["whole", "list", "shard", "finish"]
     """A task or gang as a whole; or the parts of a map stage."""
@@ -56,17 +57,23 @@ class Piece:
     """Package of the stage."""
     step: str
     config: dict[str, Any]
+    store: str
+    """Path or URL."""
+    store_id: str
+    """What marks it, so that a node that sees another directory under the path is found out."""
     inputs: dict[str, str]
-    """Input -> directory of the committed artifact."""
+    """Input -> the committed artifact."""
     out: str
     state: str
-    work_dir: str
+    work: str
     """Where this piece reports."""
+    log_dir: str
+    """Directory of the worker's machine with its output."""
     fingerprint: str
     run_id: str
-    lease_dir: str
+    lease: str
     lease_epoch: int
-    cancel_file: str
+    cancel: str
     external: Any = None
     """Identity of outside data as planned; checked once the stage has read them."""
     shard: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -101,62 +108,143 @@ class _Throttled:
 
 
 class _ProgressFile:
-    """Writes progress.json, at most twice a second and always at the end."""
+    """Writes progress.json, now and then and always at the end."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._next_s = path, 0.0
-        self._started_s = time.monotonic()
+    def __init__(self, file: Place) -> None:
+        self._file, self._next_s = file, 0.0
 
     def __call__(self, done: int, total: int, **figures: Any) -> None:
         now = time.monotonic()
         if now < self._next_s and done != total:
             return
-        self._next_s = now + _PROGRESS_EVERY_S
+        self._next_s = now + 2 * self._file.storage.poll_s
         shown = {k: v for k, v in figures.items() if not isinstance(v, float) or math.isfinite(v)}
         value = {"done": done, "total": total, "figures": shown, "time": time.time()}
-        aside = self._path.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # for display only: never a reason to fail
-            aside.write_text(json.dumps(value))
-            aside.replace(self._path)
+            self._file.write(json_bytes(value), is_durable=False)
 
 
-def run_piece(payload: dict[str, Any]) -> None:
-    """Run one piece; raises what the stage raised, after writing it down."""
+class _LogCopies:
+    """Copies the output of this process to the store while it works, unless it is written there anyway."""
+
+    def __init__(self, log: Path, work: Place) -> None:
+        self._log, self._copy = log, work / log.name
+        self._over = threading.Event()
+        self._thread = None if work.is_local else threading.Thread(target=self._run, name="log", daemon=True)
+        self._copied = -1
+
+    def __enter__(self) -> "_LogCopies":
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        while not self._over.wait(_LOG_EVERY_S):
+            self._upload()
+
+    def _upload(self) -> None:
+        with contextlib.suppress(OSError):  # what cannot be shown is no reason to fail
+            size = self._log.stat().st_size
+            if size != self._copied:
+                self._copy.storage.upload(self._log, self._copy.key)
+                self._copied = size
+
+    def __exit__(self, *details: object) -> None:
+        if self._thread is not None:
+            self._over.set()
+            self._thread.join()
+            self._upload()
+
+
+def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
+    """Run one piece; raises what the stage raised, after writing it down.
+
+    ``notice`` tells why this process will soon be taken away, or nothing.
+    """
     piece = from_json(Piece, payload)
     rank = int(os.environ.get("RANK", "0"))
-    work_dir = Path(piece.work_dir)
-    lease = Lease(Path(piece.lease_dir), piece.lease_epoch)
-    cancel_file = Path(piece.cancel_file)
-    context = StageContext(
-        out=Path(piece.out),
-        state=Path(piece.state),
-        fingerprint=piece.fingerprint,
-        progress=_ProgressFile(work_dir / "progress.json"),
-        should_stop=_Throttled(cancel_file.exists, _STOP_CHECK_EVERY_S),
-        fence=lease.check,
-        failed=lambda error: _write_failure(work_dir, error, rank),
-        labels={"run_id": piece.run_id, "step": piece.step},
-    )
-    reserve = work_dir / _reserve_name(rank)
+    root = Place(open_storage(piece.store))
+    work = root / piece.work
+    log = Path(piece.log_dir) / f"rank-{rank}.log"
+    with _LogCopies(log, work), UsageMeter(work, rank), _Reserve(work, rank) as reserve:
+        cancel = _Throttled((root / piece.cancel).exists, 2 * root.storage.poll_s)
+        try:
+            _check_store(root, piece)
+            lease = Lease(root / piece.lease, piece.lease_epoch)
+            lease.check()
+            if cancel():
+                raise Stopped("the run was asked to stop")
+            context = StageContext(
+                out=_prepared(root / piece.out),
+                state=_prepared(root / piece.state),
+                fingerprint=piece.fingerprint,
+                progress=_ProgressFile(work / "progress.json"),
+                should_stop=lambda: cancel() or bool(notice()),
+                fence=lease.check,
+                failed=lambda error: _write_failure(work, reserve, error, rank),
+                labels={"run_id": piece.run_id, "step": piece.step},
+            )
+            result = _work(piece, root, context)
+            if rank == 0:
+                (work / "done.json").write(json_bytes(result))
+        except Stopped as stopped:
+            reason = "" if cancel() else notice()
+            _write_failure(work, reserve, stopped, rank, reason)
+            raise
+        except BaseException as error:
+            _write_failure(work, reserve, error, rank)
+            raise
+
+
+def _check_store(root: Place, piece: Piece) -> None:
+    """UserError if what this machine finds under the store's name is another directory, or none."""
     try:
-        reserve.write_bytes(bytes(_RESERVE_BYTES))
-        lease.check()
-        if cancel_file.exists():
-            raise Stopped("the run was asked to stop")
-        result = _work(piece, context)
-        if rank == 0:
-            write_json(work_dir / "done.json", result)
-        reserve.unlink()
-    except BaseException as error:
-        _write_failure(work_dir, error, rank)
-        raise
+        found = read_json(root / "store.json")["id"]
+    except (FileNotFoundError, KeyError):
+        found = None
+    if found != piece.store_id:
+        raise UserError(
+            f"{os.uname().nodename} does not see the store at {piece.store}: "
+            + ("there is none" if found is None else "another one lies there")
+            + ". Mount one directory on all nodes, or use s3:// or gs://"
+        )
 
 
-def _work(piece: Piece, context: StageContext) -> Any:
+def _prepared(place: Place) -> Path:
+    """A directory of this machine in the place of one in the store."""
+    directory = place.path if place.is_local else scratch(place)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+class _Reserve:
+    """Space set aside while a piece runs, so that a full disk leaves room to write down that it is full."""
+
+    def __init__(self, work: Place, rank: int) -> None:
+        self._path = work.path / f".reserve-{rank}" if work.is_local else None
+
+    def __enter__(self) -> "_Reserve":
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_bytes(bytes(_RESERVE_BYTES))
+        return self
+
+    def release(self) -> None:
+        """Give the space back."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def __exit__(self, *details: object) -> None:
+        self.release()
+
+
+def _work(piece: Piece, root: Place, context: StageContext) -> Any:
     stage = load_stage(piece.stage)
     kind: type[Any] = stage.config
     config = from_json(kind, piece.config, where=piece.step)
-    inputs = {name: Path(path) for name, path in piece.inputs.items()}
+    if stage.kind == "gang" and (size := int(os.environ.get("WORLD_SIZE", "1"))) != config.workers:
+        config = dataclasses.replace(config, workers=size)
+    inputs = {name: local_copy(root / key) for name, key in piece.inputs.items()}
     start_s = time.monotonic()
     if piece.what == "list":
         shards = list_shards(stage, config, inputs, context)
@@ -164,9 +252,10 @@ def _work(piece: Piece, context: StageContext) -> Any:
         return shards
     if piece.what == "shard":
         run_shard(stage, config, inputs, piece.shard, context)
+        _deliver(root / piece.out, context.out)
         return None
     if piece.what == "finish":
-        shard_dirs = [Path(path) for path in piece.shard_dirs]
+        shard_dirs = [local_copy(root / key) for key in piece.shard_dirs]
         for directory in shard_dirs:
             checked_files(directory, "*")
         stats: Stats | None = importlib.import_module(stage.module).finish(config, inputs, shard_dirs, context)
@@ -176,50 +265,69 @@ def _work(piece: Piece, context: StageContext) -> Any:
     if os.environ.get("RANK", "0") == "0":
         elapsed_s = time.time() - piece.started_at if piece.started_at else time.monotonic() - start_s
         manifest = build_manifest(
-            stage, config, piece.fingerprint, inputs, context.out, stats, piece.started_at, elapsed_s
+            stage,
+            config,
+            piece.fingerprint,
+            inputs,
+            context.out,
+            stats,
+            piece.started_at,
+            elapsed_s,
+            external=piece.external,
         )
         write_json(context.out / MANIFEST, manifest)
+        _deliver(root / piece.out, context.out)
     return None
 
 
-def _write_failure(work_dir: Path, error: BaseException, rank: int) -> None:
+def _deliver(place: Place, directory: Path) -> None:
+    """Bring what was made here to the store, where it was not made there."""
+    if not place.is_local:
+        upload_artifact(directory, place)
+        shutil.rmtree(directory)
+
+
+def _write_failure(work: Place, reserve: _Reserve, error: BaseException, rank: int, preempted: str = "") -> None:
     """Write the failure down; nothing if even that is impossible, since the error itself goes on."""
-    (work_dir / _reserve_name(rank)).unlink(missing_ok=True)
+    reserve.release()
     error_class: ErrorClass = "stopped" if isinstance(error, Stopped) else classify(error)
-    message = str(error)
-    if is_disk_full(error):
-        message = f"no space is left on the disk of {work_dir}: {error}. Free some, then resume the run"
+    kind, message = type(error).__name__, str(error)
+    if preempted:
+        error_class, kind, message = "infra", PREEMPTED, f"{preempted}; {message}"
+    elif is_disk_full(error):
+        message = f"no space is left on the disk of {work}: {error}. Free some, then resume the run"
     elif error_class == "memory" and "RANK" in os.environ:
         message = (
-            f"out of memory ({message or type(error).__name__}). Take fewer rows at a time "
+            f"out of memory ({message or kind}). Take fewer rows at a time "
             "(pretrain.micro_batch_seqs), more workers, or a machine with more memory"
         )
     trace = "".join(traceback.format_exception(error))
-    failure = Failure(error_class, type(error).__name__, message, trace, rank, time.time())
+    failure = Failure(error_class, kind, message, trace, rank, time.time())
     with contextlib.suppress(OSError):
-        write_json(work_dir / f"failure-{rank}.json", failure)
+        (work / f"failure-{rank}.json").write(json_bytes(failure))
 
 
-def first_failure(work_dir: Path) -> Failure | None:
+def first_failure(work: Place) -> Failure | None:
     """The failure that explains the others: ranks that lost a peer fail too, later and less tellingly.
 
     One that came first and is a hang explains all others, whatever collectives make of it.
     """
-    found = [from_json(Failure, read_json(path)) for path in sorted(work_dir.glob("failure-*.json"))]
+    names = [name for name in work.names() if name.startswith("failure-")]
+    found = [from_json(Failure, read_json(work / name)) for name in names]
     if not found:
         return None
+    if taken_away := [f for f in found if f.type == PREEMPTED]:
+        return taken_away[0]
     earliest = min(found, key=lambda f: f.time)
     if earliest.type == HangError.__name__:
         return earliest
     return min(found, key=lambda f: (_FAILURE_RANKING.index(f.error_class), f.time))
 
 
-def last_words(work_dir: Path) -> str:
+def last_words(work: Place) -> str:
     """The ends of the logs of processes that left no failure behind: a crash shows its stack there, if anywhere."""
     ends: list[str] = []
-    for path in sorted(work_dir.glob("*.log")):
-        with path.open("rb") as log:
-            log.seek(max(0, path.stat().st_size - _LAST_BYTES))
-            if end := log.read().decode(errors="replace").strip():
-                ends.append(f"the end of {path}:\n{end}\n")
+    for name in (name for name in work.names() if name.endswith(".log")):
+        if end := (work / name).read_bytes()[-_LAST_BYTES:].decode(errors="replace").strip():
+            ends.append(f"the end of {work / name}:\n{end}\n")
     return "\n".join(ends)

@@ -37,7 +37,14 @@ def executor(request: pytest.FixtureRequest) -> Executor:
 def call(function: str, out: Path, key: str = "", gang_size: int = 0, cpus: float = 1.0, **payload: object) -> Call:
     out.mkdir(exist_ok=True)
     name = key or function
-    return Call(name, f"{CALLS}:{function}", {"out": str(out), **payload}, out / "log" / name, cpus, gang_size)
+    return Call(
+        name,
+        f"{CALLS}:{function}",
+        {"out": str(out), **payload},
+        out / "log" / name,
+        cpus,
+        (gang_size,) if gang_size else (),
+    )
 
 
 def collect(executor: Executor, *calls: Call) -> dict[str, Ended]:

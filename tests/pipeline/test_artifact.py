@@ -18,8 +18,9 @@ from pipeline.artifact import (
     Manifest,
     checked,
     checked_files,
-    create_exclusive,
+    create_file,
     file_sha256,
+    json_bytes,
     link_or_copy,
     list_files,
     load_manifest,
@@ -248,10 +249,10 @@ def test_write_json_of_nan_keeps_the_old_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_create_exclusive_a_second_time_keeps_the_first(tmp_path: Path) -> None:
+def test_create_file_a_second_time_keeps_the_first(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
-    assert create_exclusive(path, {"owner": 1})
-    assert not create_exclusive(path, {"owner": 2})
+    assert create_file(path, json_bytes({"owner": 1}))
+    assert not create_file(path, json_bytes({"owner": 2}))
     assert read_json(path) == {"owner": 1}
     assert os.listdir(tmp_path) == ["lease.json"]
 
@@ -259,7 +260,7 @@ def test_create_exclusive_a_second_time_keeps_the_first(tmp_path: Path) -> None:
 _RACE = """
 import json, sys, time
 from pathlib import Path
-from pipeline.artifact import create_exclusive
+from pipeline.artifact import create_file, json_bytes
 root, me, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 (root / f"ready-{me}").touch()
 while not (root / "go").exists():
@@ -267,7 +268,7 @@ while not (root / "go").exists():
 won = []
 for number in range(rounds):
     path = root / "locks" / f"{number}.json"
-    if create_exclusive(path, {"owner": me, "filler": "x" * 100_000}):
+    if create_file(path, json_bytes({"owner": me, "filler": "x" * 100_000})):
         won.append(number)
     whole = json.loads(path.read_text())
     assert len(whole["filler"]) == 100_000
@@ -275,7 +276,7 @@ print(json.dumps(won))
 """
 
 
-def test_create_exclusive_raced_by_processes_has_one_winner_and_never_half_a_file(tmp_path: Path) -> None:
+def test_create_file_raced_by_processes_has_one_winner_and_never_half_a_file(tmp_path: Path) -> None:
     rounds = 20
     (tmp_path / "locks").mkdir()
     racers = [

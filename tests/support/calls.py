@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _LONG_S = 60.0
 
 
-def write_down(payload: dict[str, Any]) -> None:
+def write_down(payload: dict[str, Any], notice: Callable[[], str]) -> None:
     """Say and write what this process was given."""
     rank = os.environ.get("RANK", "none")
     sys.stdout.write(f"rank {rank} says {payload['word']}\n")
@@ -22,7 +23,7 @@ def write_down(payload: dict[str, Any]) -> None:
     (Path(payload["out"]) / f"{payload['word']}-{rank}.json").write_text(json.dumps({**found, "pid": os.getpid()}))
 
 
-def fail(payload: dict[str, Any]) -> None:
+def fail(payload: dict[str, Any], notice: Callable[[], str]) -> None:
     """Raise on the rank of the payload, and sleep on the others."""
     _start(payload)
     if os.environ.get("RANK", "0") == payload["rank"]:
@@ -30,7 +31,7 @@ def fail(payload: dict[str, Any]) -> None:
     time.sleep(_LONG_S)
 
 
-def be_killed(payload: dict[str, Any]) -> None:
+def be_killed(payload: dict[str, Any], notice: Callable[[], str]) -> None:
     """Be killed on the rank of the payload; on the others, raise because of it or sleep."""
     _start(payload)
     if os.environ.get("RANK", "0") == payload["rank"]:
@@ -40,7 +41,7 @@ def be_killed(payload: dict[str, Any]) -> None:
     time.sleep(_LONG_S)
 
 
-def raise_or_abort(payload: dict[str, Any]) -> None:
+def raise_or_abort(payload: dict[str, Any], notice: Callable[[], str]) -> None:
     """Raise on the rank of the payload; the others abort, as libraries of collectives do when they lose a peer."""
     _start(payload)
     if os.environ.get("RANK", "0") == payload["rank"]:
@@ -49,17 +50,17 @@ def raise_or_abort(payload: dict[str, Any]) -> None:
     os.abort()
 
 
-def sleep(payload: dict[str, Any]) -> None:
+def sleep(payload: dict[str, Any], notice: Callable[[], str]) -> None:
     """Sleep for long, with a process of its own that does as well."""
     subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({_LONG_S})"])
     _start(payload)
     time.sleep(_LONG_S)
 
 
-def ignore_requests_to_end(payload: dict[str, Any]) -> None:
+def ignore_requests_to_end(payload: dict[str, Any], notice: Callable[[], str]) -> None:
     """Sleep for long, deaf to SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sleep(payload)
+    sleep(payload, notice)
 
 
 def _start(payload: dict[str, Any]) -> None:

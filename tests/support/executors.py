@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.child import call_function
-from cluster.executor import Call, Ended, Executor
+from cluster.executor import Call, Ended, Executor, Shortage
 
 NUM_CPUS = 4
 _DRAIN_S = 60.0
@@ -25,6 +25,13 @@ class Kept(Executor):
     @property
     def num_cpus(self) -> float:
         return self._executor.num_cpus
+
+    @property
+    def may_grow(self) -> bool:
+        return self._executor.may_grow
+
+    def shortage(self, call: Call) -> Shortage | None:
+        return self._executor.shortage(call)
 
     def start(self, call: Call) -> None:
         self._keys.add(call.key)
@@ -62,6 +69,13 @@ class Inline(Executor):
     @property
     def num_cpus(self) -> float:
         return self._num_cpus
+
+    @property
+    def may_grow(self) -> bool:
+        return False
+
+    def shortage(self, call: Call) -> Shortage | None:
+        return None
 
     def start(self, call: Call) -> None:
         self._calls.append(call)

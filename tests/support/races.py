@@ -8,10 +8,17 @@ from typing import Any
 from pipeline.artifact import MANIFEST, Manifest, open_artifact, record_files, write_json
 from pipeline.errors import LeaseLostError
 from pipeline.stage import Shard
-from workflows.store import ArtifactPlace, Lease, LeaseHeldError, acquire_lease
+from pipeline.storage import Place, open_storage
+from workflows.lease import Lease, LeaseHeldError, acquire_lease
+from workflows.store import ArtifactPlace
 
 NUM_ROUNDS = 15
 NUM_PLACES = 15
+
+
+def place_at(path: Path) -> Place:
+    """A directory as a place of the store."""
+    return Place(open_storage(str(path)))
 
 
 def race_for_lease(directory: Path, barrier: Barrier, answers: Any) -> None:
@@ -19,7 +26,7 @@ def race_for_lease(directory: Path, barrier: Barrier, answers: Any) -> None:
     barrier.wait()
     for number in range(NUM_ROUNDS):
         try:
-            lease = acquire_lease(directory, "race")
+            lease = acquire_lease(place_at(directory), "race")
         except LeaseHeldError:
             lease = None
         barrier.wait()
@@ -30,20 +37,21 @@ def race_for_lease(directory: Path, barrier: Barrier, answers: Any) -> None:
         barrier.wait()
 
 
-def finished_attempt(place: ArtifactPlace, lease: Lease, text: str, shard: Shard | None = None) -> Path:
+def finished_attempt(place: ArtifactPlace, lease: Lease, text: str, shard: Shard | None = None) -> Place:
     """An attempt that is ready to be committed."""
     attempt = place.new_attempt(lease)
-    (attempt / "value.txt").write_text(text)
+    attempt.path.mkdir(parents=True)
+    (attempt.path / "value.txt").write_text(text)
     fingerprint = f"{place.directory.name}{64 * 'f'}"[:64]
-    manifest = Manifest("toy", fingerprint, 1, {}, {}, record_files(attempt), {"text": text}, shard=shard or {})
-    write_json(attempt / MANIFEST, manifest)
+    manifest = Manifest("toy", fingerprint, 1, {}, {}, record_files(attempt.path), {"text": text}, shard=shard or {})
+    write_json(attempt.path / MANIFEST, manifest)
     return attempt
 
 
 def race_to_commit(root: Path, name: str, barrier: Barrier, answers: Any) -> None:
     """Commit an attempt of its own in every place, all under the same lease."""
     for number in range(NUM_PLACES):
-        place = ArtifactPlace(root / str(number))
+        place = ArtifactPlace(place_at(root) / str(number))
         attempt = finished_attempt(place, Lease(place.lease_dir, 1), name * 1000)
         barrier.wait()
         answers.put((number, str(place.commit(attempt, Lease(place.lease_dir, 1), name))))
@@ -52,17 +60,17 @@ def race_to_commit(root: Path, name: str, barrier: Barrier, answers: Any) -> Non
 def read_all_the_time(root: Path, barrier: Barrier, answers: Any) -> None:
     """Wait for the commit in every place by asking without a pause; whatever shows up must be whole."""
     for number in range(NUM_PLACES):
-        place = ArtifactPlace(root / str(number))
+        place = ArtifactPlace(place_at(root) / str(number))
         barrier.wait()
         deadline = time.monotonic() + 30.0
         while (committed := place.committed()) is None:
-            assert time.monotonic() < deadline, f"nothing was committed in {place.directory}"
-        text = open_artifact(committed).stats["text"]
-        assert (committed / "value.txt").read_text() == text
+            assert time.monotonic() < deadline, f"nothing was committed in {place.directory.path}"
+        text = open_artifact(committed.path).stats["text"]
+        assert (committed.path / "value.txt").read_text() == text
         answers.put((number, str(committed)))
 
 
-def hold_and_vanish(directory: Path) -> None:
+def hold_and_vanish(directory: Place) -> None:
     """Take a lease and end without giving it up."""
     acquire_lease(directory, "vanish")
 

@@ -17,12 +17,14 @@ from pipeline.stage import environment
 from tests.support.toy_stages.letters.config import LettersConfig
 from tests.support.toy_stages.trouble import ToyConfig
 from workflows import cli
-from workflows.coordinator import Coordinator, StepState
+from workflows.coordinator import Coordinator
+from workflows.lease import acquire_lease
 from workflows.plan import Plan, make_plan
 from workflows.recipes import RECIPES
 from workflows.runs import create_run
+from workflows.state import StepState
 from workflows.step import Step, Workflow, load_stage
-from workflows.store import RunPlace, Store, acquire_lease
+from workflows.store import RunPlace, Store
 
 STAGES = "tests.support.toy_stages"
 PIECES = {"source", "aside", "double-list", "double-0", "double-1", "double-2", "double-finish", "total-0", "total-1"}
@@ -83,11 +85,13 @@ def fabricate(store: Store, plan: Plan, *only: str) -> None:
         place = store.artifact(stage.name, step.fingerprint)
         lease = acquire_lease(place.lease_dir, "test")
         attempt = place.new_attempt(lease)
-        (attempt / "value.txt").write_text("1")
+        attempt.path.mkdir(parents=True)
+        (attempt.path / "value.txt").write_text("1")
         inputs = {name: plan.step(source).fingerprint for name, source in step.inputs.items()}
-        files, stats = record_files(attempt), {"value": 1}
-        manifest = Manifest(stage.name, step.fingerprint, step.code_version, step.config, inputs, files, stats)
-        write_json(attempt / MANIFEST, manifest)
+        files, stats = record_files(attempt.path), {"value": 1}
+        made = (stage.name, step.fingerprint, step.code_version, step.config, inputs, files, stats)
+        manifest = Manifest(*made, external=step.external)
+        write_json(attempt.path / MANIFEST, manifest)
         place.commit(attempt, lease, "test")
         lease.release()
 
@@ -95,7 +99,7 @@ def fabricate(store: Store, plan: Plan, *only: str) -> None:
 def value_of(state: StepState) -> int:
     """The number that a step committed, its artifact verified."""
     assert state.output is not None
-    return open_artifact(state.output).stats["value"]
+    return open_artifact(state.output.path).stats["value"]
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> None:

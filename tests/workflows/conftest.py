@@ -13,15 +13,15 @@ from cluster.local import LocalExecutor
 from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
 from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, Kept, ray_executor
 from tests.support.toy_workflow import toy_workflow
-from workflows import cli, coordinator
+from workflows import cli, retries
 from workflows.recipes import RECIPES
-from workflows.store import Store
+from workflows.store import Store, open_store
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """An empty store."""
-    return Store(tmp_path / "store")
+    return open_store(tmp_path / "store")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ Dlm = Callable[..., Done]
 def dlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], store: Store) -> Dlm:
     """The command line, with the toy recipe beside the real ones."""
     monkeypatch.setitem(RECIPES, "toy", toy_workflow)
-    monkeypatch.setenv("DLM_STORE", str(store.root))
+    monkeypatch.setenv("DLM_STORE", str(store.root.path))
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: str) -> Done:
@@ -66,7 +66,7 @@ def log(tmp_path: Path) -> Path:
 @pytest.fixture
 def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries follow at once."""
-    monkeypatch.setattr(coordinator, "_BACKOFF_S", 0.01)
+    monkeypatch.setattr(retries, "BACKOFF_S", 0.01)
 
 
 @pytest.fixture(scope="session")

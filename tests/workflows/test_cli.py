@@ -11,7 +11,7 @@ from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import fabricate, toy_plan, toy_workflow
 from tests.workflows.conftest import Dlm, Done
 from workflows import runs
-from workflows.store import acquire_lease
+from workflows.lease import acquire_lease
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ def assert_refused(done: Done, *words: str, code: int = 2) -> None:
 )
 def test_cli_refuses_with_code_2_and_a_message(dlm, store, arguments, words):
     assert_refused(dlm(*arguments), *words)
-    assert not (store.root / "runs").exists()
+    assert not (store.root.path / "runs").exists()
 
 
 def test_cli_with_a_file_for_a_store_is_refused(dlm, tmp_path):
@@ -122,7 +122,7 @@ def test_cli_imports_neither_torch_nor_ray_to_look(store, arguments):
         "heavy = {'torch', 'ray', 'deepspeed', 'transformers', 'pyarrow'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    env = {**os.environ, "DLM_STORE": str(store.root)}
+    env = {**os.environ, "DLM_STORE": str(store.root.path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
 
@@ -144,9 +144,9 @@ def test_cli_plan_of_quickstart_with_more_steps_names_what_would_run(dlm, store,
 
 def test_cli_plan_changes_nothing_in_the_store(dlm, store):
     fabricate(store, toy_plan(), "source")
-    before = sorted(store.root.rglob("*"))
+    before = sorted(store.root.path.rglob("*"))
     assert dlm("plan", "toy").code == 0
-    assert sorted(store.root.rglob("*")) == before
+    assert sorted(store.root.path.rglob("*")) == before
 
 
 def test_cli_of_an_empty_store_lists_nothing(dlm, store):
@@ -199,7 +199,7 @@ def test_cli_run_with_a_defective_stage_shows_where_it_broke(dlm, store, log):
     done = run_toy(dlm, log, "source.trouble=code")
     assert done.code == 3
     assert "RuntimeError: source has a defect" in done.stderr
-    assert str(store.root / "runs" / "r1" / "work") in done.stderr
+    assert str(store.root.path / "runs" / "r1" / "work") in done.stderr
 
 
 def test_cli_resume_after_the_outside_data_changed_ends_with_code_4(dlm, store, log, tmp_path):
@@ -219,8 +219,8 @@ def test_cli_names_the_command_for_a_new_run_with_what_the_old_one_was_given(dlm
     failed = dlm("run", "toy", "--run-id", "r1", *given)
     assert failed.code == 3
     again = f"dlm run toy --executor local --set 'source.path={path}' --set total.trouble=user {' '.join(logs)}"
-    assert f"with the same data and settings: dlm resume r1 --store {store.root}" in failed.stderr
-    assert f"with other data or settings:     {again} --store {store.root} [--set PATH=VALUE]" in failed.stderr
+    assert f"with the same data and settings: dlm resume r1 --store {store.root.path}" in failed.stderr
+    assert f"with other data or settings:     {again} --store {store.root.path} [--set PATH=VALUE]" in failed.stderr
     path.write_text("afterwards")
     assert_refused(dlm("resume", "r1"), again, code=4)
 
@@ -231,8 +231,8 @@ def test_cli_on_a_damaged_artifact_ends_with_code_3_naming_what_to_delete(dlm, s
     place = store.artifact("toy-source", plan.step("source").fingerprint)
     committed = place.committed()
     assert committed is not None
-    (committed / "value.txt").unlink()
-    assert_refused(dlm("plan", "toy"), f"delete {place.directory}", code=3)
+    (committed.path / "value.txt").unlink()
+    assert_refused(dlm("plan", "toy"), f"delete {place.directory.path}", code=3)
 
 
 def test_cli_plan_settings_lists_every_setting_as_it_would_be_set(dlm):

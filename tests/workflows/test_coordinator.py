@@ -4,19 +4,22 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.child import no_notice
 from cluster.executor import Executor
 from cluster.local import LocalExecutor
 from pipeline.artifact import read_json, write_json
 from pipeline.config import to_json
 from pipeline.stage import Stopped
 from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, Kept
+from tests.support.races import place_at
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, coordinate, fabricate, is_gone, toy_plan, value_of, wait_until
 from workflows import runs
 from workflows.coordinator import Coordinator
+from workflows.lease import LeaseHeldError, acquire_lease
 from workflows.plan import Plan
 from workflows.step import load_stage
-from workflows.store import LeaseHeldError, Store, acquire_lease
+from workflows.store import Store
 from workflows.worker import Failure, Piece, first_failure, run_piece
 
 
@@ -191,8 +194,8 @@ def test_map_resumed_executes_a_shard_without_identity_again_if_any_value_of_it_
     run = runs.create_run(store, plan, "local", "r1")
     coordinate(store, run, local)
     shards = store.artifact("toy-double", plan.step("double").fingerprint).committed_shards()
-    manifest = read_json(shards["1"] / "manifest.json")
-    write_json(shards["1"] / "manifest.json", {**manifest, "shard": {**manifest["shard"], "place": 7}})
+    manifest = read_json(shards["1"].path / "manifest.json")
+    write_json(shards["1"].path / "manifest.json", {**manifest, "shard": {**manifest["shard"], "place": 7}})
     assert value_of(coordinate(store, run, local)["double"]) == 9
     assert executions(log) == {**SHARDS, "double-list": 2, "double-1": 2, "double-finish": 2}
 
@@ -244,16 +247,16 @@ def test_worker_that_starts_after_the_stop_request_does_nothing(store, log):
     run = runs.create_run(store, plan, "local", "r1")
     run.cancel_file.touch()
     step = plan.step("source")
-    lease = acquire_lease(run.directory / "lease", "test")
+    lease = acquire_lease(run.lease_dir, "test")
     out = run.directory / "out"
-    out.mkdir()
-    directories = {name: str(out) for name in ("out", "state", "work_dir")}
+    keys = {name: out.key for name in ("out", "state", "work")}
     piece = Piece(
-        "whole", step.stage, "source", step.config, {}, **directories, fingerprint=step.fingerprint, run_id="r1",
-        lease_dir=str(lease.directory), lease_epoch=lease.epoch, cancel_file=str(run.cancel_file),
+        "whole", step.stage, "source", step.config, store.url, store.store_id, {}, **keys, log_dir=str(out.path),
+        fingerprint=step.fingerprint, run_id="r1", lease=lease.folder.key, lease_epoch=lease.epoch,
+        cancel=run.cancel_file.key,
     )  # fmt: skip
     with pytest.raises(Stopped):
-        run_piece(to_json(piece))
+        run_piece(to_json(piece), no_notice)
     assert executions(log) == {}
     found = first_failure(out)
     assert found is not None
@@ -261,7 +264,7 @@ def test_worker_that_starts_after_the_stop_request_does_nothing(store, log):
 
 
 def test_stop_request_during_back_off_is_heard_at_once(store, log, monkeypatch):
-    monkeypatch.setattr("workflows.coordinator._BACKOFF_S", 3600.0)
+    monkeypatch.setattr("workflows.retries.BACKOFF_S", 3600.0)
     run = runs.create_run(store, toy_plan(log, ("source",), source__trouble="connection"), "local", "r1")
 
     def stop_while_waiting(states) -> None:
@@ -382,7 +385,7 @@ def test_step_whose_lease_was_taken_over_commits_nothing_and_waits(store, log, n
         if not heirs and (log / "double-1").exists():
             double.lease.release()
             heirs.append(acquire_lease(place.lease_dir, "heir"))
-            write_json(Path(double.pieces[next(iter(double.pieces))].work_dir) / "done.json", None)
+            (next(iter(double.flights.values())).work / "done.json").write(b"null")
             for process in [p for piece in ("double-0", "double-1", "double-2") for p in pids(log, piece)]:
                 process.kill()
         if heirs and double.status == "waiting":
@@ -415,19 +418,19 @@ def failure(error_class, rank: int, time: float) -> Failure:
 def test_first_failure_is_the_most_telling_then_the_earliest(tmp_path, failures, shown):
     for error_class, rank, time in failures:
         write_json(tmp_path / f"failure-{rank}.json", failure(error_class, rank, time))
-    found = first_failure(tmp_path)
+    found = first_failure(place_at(tmp_path))
     assert found is not None
     assert found.rank == shown
 
 
 def test_first_failure_of_nothing_is_none(tmp_path):
-    assert first_failure(tmp_path) is None
+    assert first_failure(place_at(tmp_path)) is None
 
 
 def test_damaged_artifact_fails_its_step_with_what_to_delete(store, log):
     fabricate(store, toy_plan(log))
     states = coordinate(store, toy_plan(log), no_executor)
-    (states["source"].output / "value.txt").unlink()
+    (states["source"].output.path / "value.txt").unlink()
     again = coordinate(store, toy_plan(log), no_executor)
     assert statuses(again) == {"source": "failed", "double": "blocked", "aside": "cached", "total": "blocked"}
     assert "delete" in again["source"].failure.message
@@ -445,5 +448,5 @@ def test_progress_of_a_running_step_reaches_the_display(store, log):
 
     coordinate(store, run, local, on_change)
     assert seen[0]["total"] > seen[0]["done"]
-    record = next((run.directory / "work").glob("*/source/*/progress.json"))
+    record = next((run.directory.path / "work").glob("*/source/*/progress.json"))
     assert read_json(record)["total"] == seen[0]["total"]

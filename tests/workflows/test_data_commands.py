@@ -23,17 +23,17 @@ from workflows import runs
 from workflows.data_commands import prepared_data, print_shown
 from workflows.plan import make_plan
 from workflows.step import Step, Workflow
-from workflows.store import Store
+from workflows.store import open_store
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
     """A store with a run from text to rows."""
     root = tmp_path_factory.mktemp("data")
-    store = Store(root / "store")
+    store = open_store(root / "store")
     plan = data_plan(write_sources(root / "text"), tokenizer_file, "best_fit")
     coordinate(store, runs.create_run(store, plan, "local", "r1"), Inline)
-    return store.root
+    return store.root.path
 
 
 def test_data_show_prints_counts_lengths_and_rows_without_steering_the_terminal(dlm: Dlm, finished: Path) -> None:
@@ -78,7 +78,7 @@ def test_data_of_a_run_with_two_of_each_are_those_that_the_chosen_step_was_made_
     dlm: Dlm, tmp_path: Path, tokenizer_file: Path
 ) -> None:
     """Two chains, x and y, whose steps of different stages come in different orders."""
-    folder, store = write_sources(tmp_path / "text"), Store(tmp_path / "store")
+    folder, store = write_sources(tmp_path / "text"), open_store(tmp_path / "store")
     steps: dict[str, Step] = {}
     for name, seed in (("x", 0), ("y", 1)):
         corpus = CorpusConfig(
@@ -113,19 +113,19 @@ def test_data_of_a_run_with_two_of_each_are_those_that_the_chosen_step_was_made_
         assert load_manifest(data.tokens).inputs["corpus"] == load_manifest(data.corpus).fingerprint
         assert load_manifest(data.rows).inputs["tokens"] == load_manifest(data.tokens).fingerprint
         assert data.num_samples == num_samples
-    assert dlm("data", "verify", "packed", "--store", str(store.root), "--step", "rows-x").code == 0
+    assert dlm("data", "verify", "packed", "--store", str(store.root.path), "--step", "rows-x").code == 0
     for command in ("show", "verify"):
-        done = dlm("data", command, "trained", "--store", str(store.root))
+        done = dlm("data", command, "trained", "--store", str(store.root.path))
         assert done.code == 2
         assert "it has 2 pretrain steps; choose one with --step: train-x, train-y, rows-y, rows-x" in done.stderr
-        done = dlm("data", command, "packed", "--store", str(store.root), "--step", "corpus-x")
+        done = dlm("data", command, "packed", "--store", str(store.root.path), "--step", "corpus-x")
         assert done.code == 2
         assert "'corpus-x' is no training or packing; choose one with --step: rows-y, rows-x" in done.stderr
 
 
 def test_data_of_a_run_that_packs_nothing_is_exit_2(dlm: Dlm, tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()
-    store = Store(tmp_path / "store")
+    store = open_store(tmp_path / "store")
     runs.create_run(store, copies_plan(tmp_path / "log", "abc"), "local", "r1")
     done = dlm("data", "show", "r1")
     assert done.code == 2
@@ -136,7 +136,7 @@ def test_data_of_a_run_that_packs_nothing_is_exit_2(dlm: Dlm, tmp_path: Path) ->
 def test_data_of_a_run_without_rows_is_exit_2_with_the_missing_step(
     dlm: Dlm, finished: Path, tokenizer_file: Path, command: str
 ) -> None:
-    store = Store(finished)
+    store = open_store(finished)
     if not (finished / "runs" / "r0").exists():
         runs.create_run(store, data_plan(finished.parent / "text", tokenizer_file, "document"), "local", "r0")
     done = dlm("data", command, "r0", "--store", str(finished))

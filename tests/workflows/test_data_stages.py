@@ -24,7 +24,7 @@ from tests.support.toy_workflow import coordinate
 from workflows import runs
 from workflows.plan import Plan, make_plan
 from workflows.step import Step, Workflow
-from workflows.store import Store
+from workflows.store import Store, open_store
 
 MAPS = ("corpus", "tokenization", "packing")
 
@@ -72,14 +72,14 @@ def test_every_file_is_the_same_for_any_number_of_workers_and_any_order(
     tmp_path: Path, tokenizer_file: Path, policy: str
 ) -> None:
     plan = data_plan(write_sources(tmp_path / "text"), tokenizer_file, policy)
-    wanted = files_of(Store(tmp_path / "one"), plan, Inline, "r1")
+    wanted = files_of(open_store(tmp_path / "one"), plan, Inline, "r1")
     assert len(wanted["packing"]) > 12
-    found = files_of(Store(tmp_path / "two"), plan, lambda: Inline(num_cpus=99, newest_first=True), "r1")
+    found = files_of(open_store(tmp_path / "two"), plan, lambda: Inline(num_cpus=99, newest_first=True), "r1")
     assert found == wanted
 
 
 def test_a_changed_file_redoes_its_own_shards_in_every_stage(tmp_path: Path, tokenizer_file: Path) -> None:
-    folder, store = write_sources(tmp_path / "text"), Store(tmp_path / "store")
+    folder, store = write_sources(tmp_path / "text"), open_store(tmp_path / "store")
     plan = data_plan(folder, tokenizer_file)
     files_of(store, plan, Inline, "r1")
     shards = {name: _num_shards(plan, store, name) for name in MAPS}
@@ -90,7 +90,7 @@ def test_a_changed_file_redoes_its_own_shards_in_every_stage(tmp_path: Path, tok
         (event,) = [e for e in store.run("r2").events() if e["kind"] == "shards_adopted" and e["step"] == name]
         num_shards = _num_shards(changed, store, name)
         assert 0.7 * shards[name] < event["adopted"] < num_shards, name
-    assert again == files_of(Store(tmp_path / "fresh"), changed, Inline, "r1")
+    assert again == files_of(open_store(tmp_path / "fresh"), changed, Inline, "r1")
 
 
 def _num_shards(plan: Plan, store: Store, name: str) -> int:
@@ -116,7 +116,7 @@ def test_shards_listed_of_changed_files_are_never_filed_under_the_planned_finger
     tmp_path: Path, corpus: tuple[Path, Callable[[], Plan]]
 ) -> None:
     file, plan = corpus
-    store = Store(tmp_path / "store")
+    store = open_store(tmp_path / "store")
     run = runs.create_run(store, plan(), "local", "r1")
     write_sentences(file, "LATER!")
     planned = runs.frozen_plan(run)
@@ -127,7 +127,7 @@ def test_shards_listed_of_changed_files_are_never_filed_under_the_planned_finger
     output = coordinate(store, run, Inline)["corpus"].output
     assert output is not None
     assert load_manifest(output).fingerprint == planned.step("corpus").fingerprint
-    text = (output / "train-text-00000.arrow").read_bytes()
+    text = (output.path / "train-text-00000.arrow").read_bytes()
     assert b"before" in text
     assert b"LATER!" not in text
 
@@ -137,7 +137,7 @@ def test_a_corpus_interrupted_after_its_list_is_built_from_the_same_bytes(
     tmp_path: Path, corpus: tuple[Path, Callable[[], Plan]], other: str
 ) -> None:
     file, plan = corpus
-    store = Store(tmp_path / "store")
+    store = open_store(tmp_path / "store")
     run = runs.create_run(store, plan(), "local", "r1")
 
     def stop_once_listed(states) -> None:
@@ -161,8 +161,8 @@ def test_a_corpus_interrupted_after_its_list_is_built_from_the_same_bytes(
 
 def test_a_killed_tokenization_worker_costs_its_shard_alone(tmp_path: Path, tokenizer_file: Path) -> None:
     plan = data_plan(write_sources(tmp_path / "text"), tokenizer_file, shard_bytes=1_000_000)
-    wanted = files_of(Store(tmp_path / "calm"), plan, Inline, "r1")
-    store = Store(tmp_path / "store")
+    wanted = files_of(open_store(tmp_path / "calm"), plan, Inline, "r1")
+    store = open_store(tmp_path / "store")
     killed = threading.Event()
 
     class Killing(LocalExecutor):

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from workflows import display
-from workflows.coordinator import StepState
 from workflows.display import Display, duration
 from workflows.plan import PlannedStep
+from workflows.state import StepState
 
 STARTED_AT = 1_000.0
 

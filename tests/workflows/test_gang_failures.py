@@ -10,10 +10,11 @@ from cluster.executor import Ended, Executor
 from cluster.local import LocalExecutor
 from pipeline.artifact import write_json
 from tests.support.executors import NUM_CPUS, Inline
+from tests.support.races import place_at
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import coordinate, fabricate, toy_plan
 from workflows import runs
-from workflows.coordinator import StepState
+from workflows.state import StepState
 from workflows.store import RunPlace, Store
 from workflows.worker import Failure, first_failure, last_words
 
@@ -53,7 +54,7 @@ def test_gang_that_hangs_is_ended_by_its_watchdog_tried_again_and_the_log_has_th
     (retry,) = retries(run)
     assert (retry["error_class"], retry["type"], retry["rank"]) == ("transient", "HangError", 1)
     assert retry["message"] == "rank 1 made no progress for 0.3 s in phase 'start'; rank 0 has left no sign"
-    (text,) = [path.read_text() for path in sorted((run.directory / "work").glob("001/total/*/rank-1.log"))[:1]]
+    (text,) = [path.read_text() for path in sorted((run.directory.path / "work").glob("001/total/*/rank-1.log"))[:1]]
     assert f"watchdog: {retry['message']}" in text
     assert "in _have_trouble" in text
 
@@ -117,7 +118,7 @@ def test_step_that_crashes_after_its_end_has_succeeded_with_a_warning(store, log
 
 
 def test_rank_that_dies_without_a_word_is_told_with_the_end_of_its_log(store, log, monkeypatch):
-    monkeypatch.setattr("workflows.coordinator.RETRIES", {})
+    monkeypatch.setattr("workflows.retries.RETRIES", {})
     state, _ = run_gang(store, log, local, trouble="kill", where="total-1")
     assert state.failure.error_class == "infra"
     assert state.failure.message == "rank 1 ended with signal 9"
@@ -129,18 +130,18 @@ def test_a_hang_that_came_first_explains_the_failures_after_it_and_one_that_came
 
     fail(0, "RuntimeError", "code", 2.0)
     fail(1, "HangError", "transient", 1.0)
-    assert first_failure(tmp_path).rank == 1
+    assert first_failure(place_at(tmp_path)).rank == 1
     fail(1, "HangError", "transient", 3.0)
-    assert first_failure(tmp_path).rank == 0
+    assert first_failure(place_at(tmp_path)).rank == 0
 
 
 def test_last_words_are_the_ends_of_all_logs_that_are_not_empty(tmp_path):
     (tmp_path / "rank-0.log").write_text("x" * 9000 + "the end\n")
     (tmp_path / "rank-1.log").write_text("")
     (tmp_path / "gang.log").write_bytes(b"caf\xe9")
-    words = last_words(tmp_path)
+    words = last_words(place_at(tmp_path))
     assert words.count("the end of") == 2
     assert "the end\n" in words
     assert len(words) < 5000
     assert "caf�" in words
-    assert last_words(tmp_path / "none") == ""
+    assert last_words(place_at(tmp_path / "none")) == ""

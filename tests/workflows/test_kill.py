@@ -32,12 +32,12 @@ def start(store: Store, log: Path, executor: str, step: str, piece: str, trouble
     """A run r1 that is in the middle of a slow piece when this returns."""
     logs = {f"{s.name}__log": str(log) for s in toy_workflow().steps}
     settings = {**logs, f"{step}__trouble": trouble, f"{step}__where": piece}
-    process = toy("run", "toy", "--store", str(store.root), "--executor", executor, "--run-id", "r1", **settings)
+    process = toy("run", "toy", "--store", str(store.root.path), "--executor", executor, "--run-id", "r1", **settings)
     try:
         wait_until(lambda: (log / piece).exists() or process.poll() is not None, f"{piece} runs", 90.0)
         assert process.poll() is None, "the run ended by itself"
         progress = f"work/001/{piece if step == 'double' else step}/*/progress.json"
-        wait_until(lambda: list((store.root / "runs" / "r1").glob(progress)), f"{piece} makes progress")
+        wait_until(lambda: list((store.root.path / "runs" / "r1").glob(progress)), f"{piece} makes progress")
     except BaseException:
         process.kill()
         raise
@@ -48,7 +48,7 @@ def finish(store: Store, log: Path, again: set[str]) -> None:
     """Resume r1 to its end; only the pieces of the killed step may have been executed again."""
     assert runs.summarise(store, store.run("r1")).status == "interrupted"
     before = executions(log)
-    assert toy("resume", "r1", "--store", str(store.root)).wait(timeout=120) == 0
+    assert toy("resume", "r1", "--store", str(store.root.path)).wait(timeout=120) == 0
     found = executions(log)
     assert set(found) == PIECES
     assert {name: count for name, count in found.items() if name not in again} == {
@@ -122,13 +122,13 @@ def test_signal_ends_a_run_as_resumable(store, log, signals, ends_as):
     logs = {f"{s.name}__log": str(log) for s in toy_workflow().steps}
     settings = {**logs, "source__trouble": trouble}
     process = toy(
-        "run", "toy", "--store", str(store.root), "--executor", "local", "--run-id", "r1", **settings
+        "run", "toy", "--store", str(store.root.path), "--executor", "local", "--run-id", "r1", **settings
     )  # fmt: skip
     wait_until((log / "source").exists, "the source runs")
     found = children_of(process, at_least=1)
     for number in signals:
         process.send_signal(number)
-        wait_until((store.root / "runs" / "r1" / "cancel").exists, "the request is heard")
+        wait_until((store.root.path / "runs" / "r1" / "cancel").exists, "the request is heard")
     assert process.wait(timeout=30) == 75
     assert_gone(found)
     assert runs.summarise(store, store.run("r1")).status == ends_as

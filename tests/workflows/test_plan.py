@@ -198,7 +198,7 @@ def test_explain_a_full_store_says_cached(store: Store):
 def test_explain_a_changed_setting_names_it_with_both_values_and_what_follows(store: Store):
     fabricate(store, toy_plan())
     found = reasons(toy_plan(double__number=5), store)
-    assert found["double"] == "run: changed: number 1 -> 5"
+    assert found["double"] == "run: changed since run test: number 1 -> 5"
     assert found["total"] == "run: input will be rebuilt: value (double)"
     assert found["source"].startswith("cached")
     assert found["aside"].startswith("cached")
@@ -226,19 +226,21 @@ def test_explain_an_execution_setting_changes_nothing(store: Store):
 def test_explain_a_changed_code_version_says_so(store: Store, monkeypatch: pytest.MonkeyPatch):
     fabricate(store, toy_plan())
     monkeypatch.setattr(source_config, "STAGE", replace(source_config.STAGE, code_version=2))
-    assert reasons(toy_plan(), store)["source"] == "run: changed: code_version 1 -> 2"
+    assert reasons(toy_plan(), store)["source"] == "run: changed since run test: code_version 1 -> 2"
 
 
 def test_explain_changed_outside_data_says_so(store: Store, text: Path):
     fabricate(store, toy_plan(source__path=str(text)))
     text.write_text("longer than before, by a few bytes")
-    assert reasons(toy_plan(source__path=str(text)), store)["source"] == "run: outside data changed"
+    assert (
+        reasons(toy_plan(source__path=str(text)), store)["source"] == "run: outside data changed since run test: bytes"
+    )
 
 
 @pytest.mark.parametrize("trace", ["shards/0.json", "state/step-000100/model.safetensors"])
 def test_explain_unfinished_work_says_started_before(store: Store, trace: str):
     plan = toy_plan()
-    path = store.artifact("toy-double", plan.step("double").fingerprint).directory / trace
+    path = store.artifact("toy-double", plan.step("double").fingerprint).directory.path / trace
     path.parent.mkdir(parents=True)
     path.write_text("{}")
     assert reasons(plan, store)["double"] == "run: started before and not finished"
@@ -250,9 +252,9 @@ def test_explain_ignores_an_artifact_whose_configuration_has_an_older_shape(stor
     place = store.artifact("toy-source", plan.step("source").fingerprint)
     committed = place.committed()
     assert committed is not None
-    manifest = read_json(committed / "manifest.json")
+    manifest = read_json(committed.path / "manifest.json")
     manifest["config"]["colour"] = manifest["config"].pop("number")
-    (committed / "manifest.json").write_text(json.dumps(manifest))
+    (committed.path / "manifest.json").write_text(json.dumps(manifest))
     assert reasons(toy_plan(source__number=2), store)["source"] == "run: never run"
 
 
@@ -262,8 +264,8 @@ def test_explain_a_damaged_artifact_names_what_to_delete(store: Store):
     place = store.artifact("toy-source", plan.step("source").fingerprint)
     committed = place.committed()
     assert committed is not None
-    (committed / "value.txt").unlink()
-    with pytest.raises(CorruptionError, match=f"delete {place.directory}"):
+    (committed.path / "value.txt").unlink()
+    with pytest.raises(CorruptionError, match=f"delete {place.directory.path}"):
         explain(plan, store)
 
 
@@ -274,7 +276,7 @@ def test_explain_quickstart_with_more_steps_names_training_and_what_follows(stor
     actions = explain(runs.plan_recipe("quickstart", [source, ("pretrain.num_steps", steps + 1)]), store)
     assert [action.step for action in actions if action.action == "run"] == TRAINED
     (training,) = [action for action in actions if action.step == "pretrain"]
-    assert training.reason == f"changed: num_steps {steps} -> {steps + 1}"
+    assert training.reason == f"changed since run test: num_steps {steps} -> {steps + 1}"
 
 
 # --- settings that do not fit each other ------------------------------------------------------------------------------

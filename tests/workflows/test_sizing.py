@@ -184,7 +184,7 @@ def test_deepspeed_configuration_is_printed_without_torch(store):
         "heavy = {'torch', 'ray', 'deepspeed', 'pyarrow'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    env = {**os.environ, "DLM_STORE": str(store.root)}
+    env = {**os.environ, "DLM_STORE": str(store.root.path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
 

@@ -13,25 +13,22 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.artifact import create_exclusive, read_json
+from pipeline.artifact import read_json
 from pipeline.errors import CorruptionError, UserError
+from pipeline.storage import FileStorage, Place
 from tests.support import races
-from tests.support.races import finished_attempt, is_fenced
+from tests.support.races import finished_attempt, is_fenced, place_at
 from tests.support.toy_workflow import wait_until
-from workflows import store as store_module
-from workflows.store import (
+from workflows.lease import (
     STALE_AFTER_S,
-    ArtifactPlace,
-    EventLog,
     Lease,
     LeaseHeldError,
     Owner,
-    RunPlace,
-    Store,
     _started_at,
     acquire_lease,
     lease_is_free,
 )
+from workflows.store import ArtifactPlace, EventLog, RunPlace, Store, open_store
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -43,13 +40,13 @@ def place(store: Store) -> ArtifactPlace:
 
 def silence(lease: Lease, for_s: float) -> None:
     """As if the last heartbeat had been so long ago."""
-    past = lease._heartbeat.stat().st_mtime - for_s
-    os.utime(lease._heartbeat, (past, past))
+    past = lease._heartbeat.modified() - for_s
+    os.utime(lease._heartbeat.path, (past, past))
 
 
 def move_owner(lease: Lease, **changes: Any) -> None:
     """As if another process had taken the lease."""
-    path = lease.directory / f"{lease.epoch:06d}.json"
+    path = lease.folder.path / f"{lease.epoch:06d}.json"
     path.write_text(json.dumps({**read_json(path), **changes}))
 
 
@@ -89,7 +86,7 @@ def test_lease_refused_leaves_the_holder_undisturbed(place: ArtifactPlace):
     with pytest.raises(LeaseHeldError):
         acquire_lease(place.lease_dir, "second")
     lease.heartbeat()
-    assert len(list(place.lease_dir.iterdir())) == 2
+    assert len(place.lease_dir.names()) == 2
 
 
 def test_lease_that_was_released_is_taken_over(place: ArtifactPlace):
@@ -147,12 +144,12 @@ def test_lease_heartbeat_keeps_it(place: ArtifactPlace):
 
 def test_lease_without_a_first_heartbeat_is_still_held(place: ArtifactPlace):
     lease = acquire_lease(place.lease_dir, "first")
-    lease._heartbeat.unlink()
+    lease._heartbeat.remove()
     assert not lease_is_free(place.lease_dir)
 
 
 def test_lease_on_nothing_is_free(tmp_path: Path):
-    assert lease_is_free(tmp_path / "nothing")
+    assert lease_is_free(place_at(tmp_path / "nothing"))
 
 
 def test_zombie_with_an_older_epoch_can_do_nothing_more(place: ArtifactPlace):
@@ -188,11 +185,12 @@ def test_commit_race_has_one_winner_and_readers_never_see_a_part(tmp_path: Path)
 def test_commit_of_an_unfinished_attempt_is_refused(place: ArtifactPlace):
     lease = acquire_lease(place.lease_dir, "test")
     attempt = place.new_attempt(lease)
-    (attempt / "value.txt").write_text("1")
+    attempt.path.mkdir(parents=True)
+    (attempt.path / "value.txt").write_text("1")
     with pytest.raises(UserError, match="not a finished artifact"):
         place.commit(attempt, lease, "r1")
     finished = finished_attempt(place, lease, "text")
-    (finished / "value.txt").write_text("cut")
+    (finished.path / "value.txt").write_text("cut")
     with pytest.raises(CorruptionError, match=r"value\.txt has 3 bytes"):
         place.commit(finished, lease, "r1")
     assert place.committed() is None
@@ -212,14 +210,16 @@ def taken_over(
     """Another coordinator takes over between the next commit's look at its lease and its link, and does something."""
     heirs: list[Lease] = []
 
-    def wake_up_too_late(path: Path, value: Any) -> bool:
-        monkeypatch.setattr(store_module, "create_exclusive", create_exclusive)
+    create = FileStorage.create
+
+    def wake_up_too_late(storage: FileStorage, key: str, data: bytes) -> bool:
+        monkeypatch.setattr(FileStorage, "create", create)
         silence(stalled, STALE_AFTER_S + 1.0)
         heirs.append(acquire_lease(place.lease_dir, "heir"))
         then(heirs[0])
-        return create_exclusive(path, value)
+        return create(storage, key, data)
 
-    monkeypatch.setattr(store_module, "create_exclusive", wake_up_too_late)
+    monkeypatch.setattr(FileStorage, "create", wake_up_too_late)
     return heirs
 
 
@@ -243,7 +243,7 @@ def test_commit_of_a_shard_that_finds_another_of_a_newer_coordinator_is_refused(
 ):
     stalled = acquire_lease(place.lease_dir, "stalled")
     old = finished_attempt(place, stalled, "old", {"name": "0", "identity": "old"})
-    newer: list[Path] = []
+    newer: list[Place] = []
 
     def commit_newer(heir: Lease) -> None:
         newer.append(finished_attempt(place, heir, "new", {"name": "0", "identity": "new"}))
@@ -259,7 +259,7 @@ def test_record_of_a_shard_that_is_damaged_is_dropped(place: ArtifactPlace, cont
     lease = acquire_lease(place.lease_dir, "test")
     shard = finished_attempt(place, lease, "1")
     place.commit_shard("0", shard, lease)
-    (place.directory / "shards" / "0.json").write_text(content)
+    (place.directory.path / "shards" / "0.json").write_text(content)
     assert place.committed_shards() == {}
     assert place.commit_shard("0", shard, lease) == shard
 
@@ -269,18 +269,18 @@ def test_committed_but_damaged_artifact_is_reported_with_what_to_delete(place: A
     lease = acquire_lease(place.lease_dir, "test")
     committed = place.commit(finished_attempt(place, lease, "text"), lease, "r1")
     if damage == "missing file":
-        (committed / "value.txt").unlink()
+        (committed.path / "value.txt").unlink()
     elif damage == "short file":
-        (committed / "value.txt").write_text("t")
+        (committed.path / "value.txt").write_text("t")
     elif damage == "no manifest":
-        (committed / "manifest.json").unlink()
+        (committed.path / "manifest.json").unlink()
     elif damage == "bad manifest":
-        (committed / "manifest.json").write_text('{"schema_version": 1, "stage"')
+        (committed.path / "manifest.json").write_text('{"schema_version": 1, "stage"')
     else:
-        (place.directory / "COMMIT.json").write_bytes(b"\0" * 80)
+        (place.directory.path / "COMMIT.json").write_bytes(b"\0" * 80)
     with pytest.raises(CorruptionError) as error:
         place.committed()
-    assert f"delete {place.directory}" in str(error.value)
+    assert f"delete {place.directory.path}" in str(error.value)
 
 
 # --- crashes --------------------------------------------------------------------------------------------------------
@@ -341,13 +341,13 @@ def test_commit_with_a_crash_at_every_call_is_whole_or_absent_and_can_be_done_ag
     outcomes: list[bool] = []
 
     def work(root: Path) -> None:
-        place = ArtifactPlace(root)
+        place = ArtifactPlace(place_at(root))
         lease = acquire_lease(place.lease_dir, "test")
         place.commit(finished_attempt(place, lease, "text"), lease, "r1")
         lease.release()
 
     def check(root: Path, whole: bool) -> None:
-        place = ArtifactPlace(root)
+        place = ArtifactPlace(place_at(root))
         committed = place.committed()
         assert committed is not None or not whole
         outcomes.append(committed is not None)
@@ -356,7 +356,7 @@ def test_commit_with_a_crash_at_every_call_is_whole_or_absent_and_can_be_done_ag
             work(root)
         again = place.committed()
         assert again is not None
-        assert (again / "value.txt").read_text() == "text"
+        assert (again.path / "value.txt").read_text() == "text"
         assert committed in (None, again), "what was committed stays"
 
     made = survive_every_crash(monkeypatch, tmp_path, work, check)
@@ -368,17 +368,17 @@ def test_shard_commit_with_a_crash_at_every_call_is_whole_or_absent(tmp_path: Pa
     outcomes: list[bool] = []
 
     def work(root: Path) -> None:
-        place = ArtifactPlace(root)
+        place = ArtifactPlace(place_at(root))
         lease = Lease(place.lease_dir, 1)
         place.commit_shard("7", finished_attempt(place, lease, "text"), lease)
 
     def check(root: Path, whole: bool) -> None:
-        shards = ArtifactPlace(root).committed_shards()
+        shards = ArtifactPlace(place_at(root)).committed_shards()
         assert set(shards) <= {"7"}
         assert shards or not whole
         outcomes.append(bool(shards))
         for directory in shards.values():
-            assert (directory / "value.txt").read_text() == "text"
+            assert (directory.path / "value.txt").read_text() == "text"
 
     survive_every_crash(monkeypatch, tmp_path, work, check)
     assert {True, False} == set(outcomes)
@@ -391,18 +391,18 @@ def test_run_creation_with_a_crash_at_every_call_leaves_a_whole_plan_or_no_run(
     outcomes: list[bool] = []
 
     def work(root: Path) -> None:
-        run = Store(root).create_run("r1", plan)
+        run = open_store(root).create_run("r1", plan)
         EventLog(run, 1).write("run_started")
 
     def check(root: Path, whole: bool) -> None:
-        runs = Store(root).runs()
+        runs = open_store(root).runs()
         assert [run.plan() for run in runs] in ([], [plan])
         assert all(event["kind"] == "run_started" for run in runs for event in run.events())
         assert runs or not whole
         outcomes.append(bool(runs))
         if not runs:
             work(root)
-            assert Store(root).run("r1").plan() == plan
+            assert open_store(root).run("r1").plan() == plan
 
     survive_every_crash(monkeypatch, tmp_path, work, check)
     assert {True, False} == set(outcomes)
@@ -419,7 +419,7 @@ def test_run_id_that_is_no_plain_name_is_refused_and_nothing_written(store: Stor
         store.create_run(run_id, {})
     with pytest.raises(UserError, match="run id"):
         store.run(run_id)
-    assert not store.root.exists()
+    assert not store.root.path.exists()
 
 
 @pytest.mark.parametrize("run_id", ["r", "7", "quick-start_2.1", "x" * 128])
@@ -445,7 +445,7 @@ def test_run_that_does_not_exist_is_refused_naming_those_that_do(store: Store):
 
 def test_runs_are_listed_newest_first(store: Store):
     for age_s, run_id in enumerate(["c", "a", "b"]):
-        path = store.create_run(run_id, {}).directory / "run.json"
+        path = store.create_run(run_id, {}).directory.path / "run.json"
         os.utime(path, (1e9 - age_s, 1e9 - age_s))
     assert [run.run_id for run in store.runs()] == ["c", "a", "b"]
 

@@ -1,0 +1,107 @@
+"""What the nodes of a Ray cluster have, how much of it is free, and which are about to be taken away.
+
+Ray tells some of this to its own libraries only; whatever is asked of its private side is asked here.
+"""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from cluster.executor import Call, Shortage
+
+_LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One living node that is not about to be taken away."""
+
+    node_id: str
+    cpus: float
+    gpus: float
+    free_cpus: float
+    free_gpus: float
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that will be taken away."""
+    import ray._private.state
+
+    return set(ray._private.state.state.get_draining_nodes() or {})
+
+
+def nodes() -> list[Node]:
+    """The nodes that calls can be started on."""
+    import ray
+    import ray._private.state
+
+    free = ray._private.state.available_resources_per_node()
+    draining = draining_nodes()
+    found: list[Node] = []
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] not in draining:
+            has, left = node["Resources"], free.get(node["NodeID"], {})
+            found.append(
+                Node(
+                    node["NodeID"],
+                    has.get("CPU", 0.0),
+                    has.get("GPU", 0.0),
+                    left.get("CPU", 0.0),
+                    left.get("GPU", 0.0),
+                )
+            )
+    return found
+
+
+def wants_gpus(found: Sequence[Node]) -> bool:
+    """Whether the ranks of a gang get a GPU each: wherever there is any."""
+    return any(node.gpus for node in found)
+
+
+def ranks_that_fit(found: Sequence[Node], cpus: float, gpus: float, *, free: bool) -> int:
+    """How many processes with so many cores and GPUs the nodes hold, with what is free or with all they have."""
+
+    def on(node: Node) -> int:
+        have = [(node.free_cpus if free else node.cpus, cpus), (node.free_gpus if free else node.gpus, gpus)]
+        return min((int(has / wanted + 1e-9) for has, wanted in have if wanted > 0), default=10**6)
+
+    return sum(on(node) for node in found)
+
+
+def shortage(call: Call, found: Sequence[Node]) -> Shortage | None:
+    """Why a call cannot begin on these nodes; None if nothing is missing."""
+    ranks = call.gang_sizes[0] if call.gang_sizes else 1
+    gpus = 1.0 if call.gang_sizes and wants_gpus(found) else 0.0
+    each = _amount(call.cpus, gpus)
+    wants = f"{ranks} workers with {each} each" if ranks > 1 else each
+    if ranks_that_fit(found, call.cpus, gpus, free=False) < ranks:
+        total = _amount(sum(node.cpus for node in found), sum(node.gpus for node in found))
+        most = max(found, key=lambda node: (node.gpus, node.cpus), default=None)
+        largest = f", {_amount(most.cpus, most.gpus)} on the largest" if most and len(found) > 1 else ""
+        where = "1 node" if len(found) == 1 else f"{len(found)} nodes"
+        return Shortage(f"wants {wants}; the cluster has {total} on {where}{largest}", is_beyond=True)
+    if ranks_that_fit(found, call.cpus, gpus, free=True) < ranks:
+        left = _amount(sum(node.free_cpus for node in found), sum(node.free_gpus for node in found))
+        return Shortage(f"wants {wants}; free are {left}", is_beyond=False)
+    return None
+
+
+def _amount(cpus: float, gpus: float) -> str:
+    cores = f"{cpus:g} core{'' if cpus == 1 else 's'}"
+    return f"{cores} and {gpus:g} GPU{'' if gpus == 1 else 's'}" if gpus else cores
+
+
+def drain_notice(watched: Collection[str]) -> Callable[[], str]:
+    """Tells whether one of these nodes will be taken away, looking once a second at most."""
+    next_s, told = 0.0, ""
+
+    def notice() -> str:
+        nonlocal next_s, told
+        now = time.monotonic()
+        if not told and now >= next_s:
+            next_s = now + _LOOK_EVERY_S
+            if leaving := draining_nodes() & set(watched):
+                told = f"node {min(leaving)[:12]} is being taken away"
+        return told
+
+    return notice

@@ -1,0 +1,193 @@
+"""Leases: who may write in a folder of the store, fenced by epochs.
+
+    lease/<epoch>.json       created once: the process that took the lease
+          <epoch>.heartbeat  rewritten while it lives
+          <epoch>.released   it gave the lease up
+
+Taking over is the exclusive creation of the next epoch, so nothing is ever compared and swapped.
+"""
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from pipeline.artifact import json_bytes, read_json
+from pipeline.errors import LeaseLostError
+from pipeline.storage import Place
+
+HEARTBEAT_S = 10.0
+STALE_AFTER_S = 120.0
+
+
+class LeaseHeldError(RuntimeError):
+    """Somebody else is at work here, and alive."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, told apart from a later one with the same number."""
+
+    host: str
+    pid: int
+    started_at: float
+    """By the kernel's own count where there is one: it does not move with the clock."""
+    machine: str
+    """The boot and the process namespace in which ``pid`` means something."""
+
+    @staticmethod
+    def this_process() -> "Owner":
+        """The calling process."""
+        return Owner(socket.gethostname(), os.getpid(), _started_at(os.getpid()), _machine())
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is, or was, a process of this machine."""
+        return (self.host, self.machine) == (socket.gethostname(), _machine())
+
+    def is_dead(self) -> bool:
+        """Whether the process is known to be gone; a process of another host is never known to be."""
+        if not self.is_here:
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True  # ended, and not yet waited for by its parent
+            return _started_at(self.pid) != self.started_at
+        except psutil.NoSuchProcess:
+            return True
+
+
+def _machine() -> str:
+    if not Path("/proc/self/ns/pid").exists():
+        return f"{psutil.boot_time():.0f}"
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot_id} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _started_at(pid: int) -> float:
+    """When a process started; psutil.NoSuchProcess if there is none."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not Path("/proc/self/stat").exists():
+        return psutil.Process(pid).create_time()
+    try:
+        return float(stat.read_text().rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to write in a folder: a higher epoch ends it."""
+
+    folder: Place
+    epoch: int
+
+    @property
+    def _heartbeat(self) -> Place:
+        return self.folder / f"{self.epoch:06d}.heartbeat"
+
+    def heartbeat(self) -> None:
+        """Show that the owner is alive; LeaseLostError once somebody took over."""
+        self.check()
+        self._heartbeat.touch()
+
+    def check(self) -> None:
+        """LeaseLostError if a higher epoch exists."""
+        newest = _newest_epoch(self.folder)
+        if newest > self.epoch:
+            raise LeaseLostError(f"{self.folder}: epoch {newest} took over from epoch {self.epoch}")
+
+    def release(self) -> None:
+        """Give the lease up."""
+        (self.folder / f"{self.epoch:06d}.released").touch()
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who took a lease last, and whether it counts."""
+
+    epoch: int
+    owner: Owner
+    purpose: str
+    age_s: float | None
+    """Since its last heartbeat, by the clock of the storage; None once it was released or its process is known to be
+    dead."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether anybody may take over."""
+        return self.age_s is None or self.age_s > STALE_AFTER_S
+
+    def __str__(self) -> str:
+        heard = "gone" if self.age_s is None else f"last heard of {self.age_s:.0f} s ago"
+        return f"process {self.owner.pid} on {self.owner.host} is at work ({self.purpose}), {heard}"
+
+
+def _newest_epoch(folder: Place) -> int:
+    return max((int(name[:-5]) for name in folder.names() if name.endswith(".json")), default=0)
+
+
+def find_holder(folder: Place) -> Holder | None:
+    """Who took the lease on a folder last; None if nobody ever did.
+
+    A lease is free when it was released, when its process is known to be dead, or when its heartbeat is older than
+    STALE_AFTER_S by the clock of the storage.
+    """
+    epoch = _newest_epoch(folder)
+    if not epoch:
+        return None
+    value = read_json(folder / f"{epoch:06d}.json")
+    owner = Owner(value["host"], value["pid"], value["started_at"], value["machine"])
+    names = folder.names()
+    if f"{epoch:06d}.released" in names or owner.is_dead():
+        return Holder(epoch, owner, value["purpose"], None)
+    heartbeat = f"{epoch:06d}.heartbeat"
+    shown = folder / (heartbeat if heartbeat in names else f"{epoch:06d}.json")
+    return Holder(epoch, owner, value["purpose"], folder.now() - shown.modified())
+
+
+def acquire_lease(folder: Place, purpose: str) -> Lease:
+    """Take the lease on a folder by creating the next epoch.  LeaseHeldError unless it is free."""
+    holder = find_holder(folder)
+    if holder is not None and not holder.is_free:
+        raise LeaseHeldError(str(holder))
+    epoch = holder.epoch + 1 if holder else 1
+    value = {**vars(Owner.this_process()), "purpose": purpose, "token": secrets.token_hex(8)}
+    if not (folder / f"{epoch:06d}.json").create(json_bytes(value)):
+        raise LeaseHeldError(f"{folder}: another process took the lease first")
+    lease = Lease(folder, epoch)
+    lease.heartbeat()
+    return lease
+
+
+def lease_is_free(folder: Place) -> bool:
+    """Whether nobody alive holds the lease on a folder."""
+    holder = find_holder(folder)
+    return holder is None or holder.is_free
+
+
+class Beating:
+    """Keeps leases alive; a storage that cannot be reached for a while is no reason to give up."""
+
+    def __init__(self) -> None:
+        self._next_s, self._last_s = 0.0, time.monotonic()
+
+    def beat(self, leases: Sequence[Lease]) -> None:
+        """Send heartbeats if it is time.  LeaseLostError once somebody took over, OSError before anybody could."""
+        now = time.monotonic()
+        if now < self._next_s:
+            return
+        self._next_s = now + HEARTBEAT_S
+        try:
+            for lease in leases:
+                lease.heartbeat()
+            self._last_s = now
+        except OSError:
+            if now - self._last_s > STALE_AFTER_S / 2:
+                raise
