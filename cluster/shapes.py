@@ -23,6 +23,11 @@ OWN_PREFIXES = ("dlm.io/", "ray.io/")
 
 STOP_GRACE_S = 300
 """How long a stopped job may go on saving; Ray's own default of 3 s ends it in the middle of a checkpoint."""
+DRAIN_S = 270
+"""How long a node that is told to end goes on while its work moves away: Ray tells a gang there that it is preempted.
+
+Within ``STOP_GRACE_S``, after which it is killed.
+"""
 
 _STORES = ("s3", "gs")
 _DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
@@ -226,6 +231,7 @@ def node_env(shape: ClusterShape) -> dict[str, str]:
     return {
         **AUTH_MODE,
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_S),
         "RAY_USAGE_STATS_ENABLED": "0",
         "DLM_STORE": shape.store,
     }

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.shapes import STOP_GRACE_S, ClusterShape, Head, WorkerGroup, node_labels, refuse, resume_command
+from cluster.shapes import STOP_GRACE_S, ClusterShape, Head, WorkerGroup, node_env, node_labels, refuse, resume_command
 
 _BODY = Path(__file__).parent / "slurm_body.sh"
 _HEAD_TRIES = 180
@@ -48,14 +48,12 @@ def slurm_script(shape: ClusterShape, slurm: Slurm, run: str) -> str:
     """The script for ``sbatch``."""
     group = _only_group(shape)
     values = {
-        "store": shape.store,
         "environment": slurm.environment,
         "token_file": slurm.token_path,
         "labels": ",".join(f"{key}={value}" for key, value in node_labels(shape, group).items()),
         "num_cpus": group.cpus,
         "num_gpus": group.gpus,
         "memory_bytes": round(group.memory_gb * 1e9),
-        "grace_s": STOP_GRACE_S,
         "head_tries": _HEAD_TRIES,
         "max_requeues": slurm.max_requeues,
     }
@@ -65,6 +63,7 @@ def slurm_script(shape: ClusterShape, slurm: Slurm, run: str) -> str:
         "",
         "set -euo pipefail",
         *(f"{name}={shlex.quote(str(value))}" for name, value in values.items()),
+        *(f"export {name}={shlex.quote(value)}" for name, value in node_env(shape).items()),
         f"command=({resume_command(run, shape.store)})",
     ]
     return "\n".join(lines) + "\n" + _BODY.read_text(encoding="utf-8")

@@ -15,9 +15,7 @@ case "$(stat -L -c %a "$token_file")" in
 esac
 [ -x "$environment/bin/dlm" ] || refuse "$environment/bin/dlm is no command: slurm.environment has to hold it on every node"
 
-export PATH="$environment/bin:$PATH"
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token_file" RAY_USAGE_STATS_ENABLED=0
-export RAY_JOB_STOP_WAIT_TIME_S="$grace_s" DLM_STORE="$store"
+export PATH="$environment/bin:$PATH" RAY_AUTH_TOKEN_PATH="$token_file"
 unset RAY_AUTH_TOKEN # the file counts
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -131,6 +131,7 @@ def test_every_pod_is_what_the_shape_says(spec: dict[str, Any]) -> None:
         assert "RAY_AUTH_TOKEN" not in env
         assert container["envFrom"] == [{"secretRef": {"name": "credentials"}}]
         assert pod["securityContext"]["runAsNonRoot"] is True
+        assert int(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] or 0) < pod["terminationGracePeriodSeconds"]
         shm = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "21300M" if group is SPOT else "5300M"}}
         assert pod["volumes"] == [shm]
         assert container["volumeMounts"] == [{"name": "shm", "mountPath": "/dev/shm"}]

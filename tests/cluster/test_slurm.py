@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cluster.manifests.slurm import Slurm, slurm_script
-from cluster.shapes import ClusterShape, Head, WorkerGroup, resume_command
+from cluster.shapes import DRAIN_S, ClusterShape, Head, WorkerGroup, resume_command
 
 GROUP = WorkerGroup("nodes", 2, 8, 64, gpus=4, gpu_kind="h100")
 SHAPE = ClusterShape("dlm", "s3://bucket/store", (GROUP,), labels={"team": "x"})
@@ -100,7 +100,8 @@ _COMMANDS = {
     "venv/bin/ray": """case "$1" in
   start)
     trap 'echo "ray ended" >>"$LOG"; exit 0' TERM
-    echo "ray $RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH $RAY_JOB_STOP_WAIT_TIME_S ${RAY_AUTH_TOKEN-unset} $*" >>"$LOG"
+    drain="$RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    echo "ray $RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH $drain ${RAY_AUTH_TOKEN-unset} $*" >>"$LOG"
     [ ! -e "$WORK/no-head" ] || exit 1
     touch "$WORK/started"
     while :; do sleep 0.05; done ;;
@@ -176,7 +177,7 @@ def test_ray_is_started_on_every_node_and_the_run_is_resumed(world: World) -> No
     token = world.work / "token"
     sizes = "--num-cpus=8 --num-gpus=4 --memory=64000000000 --labels=dlm.io/stable=true,dlm.io/gpu=h100,team=x"
     head, worker = (line for line in log if line.startswith("ray token"))
-    common = f"ray token {token} 300 unset start"
+    common = f"ray token {token} {DRAIN_S} unset start"
     assert head == (
         f"{common} --head --node-ip-address=10.1.2.3 --port=6379 --dashboard-host=127.0.0.1 {sizes} "
         "--disable-usage-stats --block"
