@@ -24,7 +24,7 @@ OWN_PREFIXES = ("dlm.io/", "ray.io/")
 STOP_GRACE_S = 300
 """How long a stopped job may go on saving; Ray's own default of 3 s ends it in the middle of a checkpoint."""
 DRAIN_S = 270
-"""How long a node that is told to end goes on while its work moves away: Ray tells a gang there that it is preempted.
+"""How long a node that is told to end goes on while its work moves away; Ray announces that as a preemption.
 
 Within ``STOP_GRACE_S``, after which it is killed.
 """

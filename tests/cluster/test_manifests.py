@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_kuberay_knows_every_field(manifest: dict[str, Any]) -> None:
 
 
 def _drop(path: str) -> Any:
-    def change(spec: dict[str, Any]) -> None:
+    def change(spec: Any) -> None:
         *parents, last = path.split(".")
         for name in parents:
             spec = spec[int(name)] if isinstance(spec, list) else spec[name]
@@ -141,6 +142,8 @@ def test_bounds_of_a_cluster() -> None:
     groups = {group["groupName"]: group for group in CLUSTER["spec"]["workerGroupSpecs"]}
     bounds = {name: tuple(g[key] for key in ("minReplicas", "replicas", "maxReplicas")) for name, g in groups.items()}
     assert bounds == {"steady": (2, 2, 2), "spot": (1, 1, 4)}
+    between = dataclasses.replace(SHAPE, workers=(dataclasses.replace(SPOT, count=3),))
+    assert ray_cluster(between, KUBERNETES)["spec"]["workerGroupSpecs"][0]["replicas"] == 3
     assert CLUSTER["spec"]["enableInTreeAutoscaling"] is True
     fixed = ray_cluster(dataclasses.replace(SHAPE, workers=(STEADY,)), KUBERNETES)["spec"]
     assert fixed["enableInTreeAutoscaling"] is False
@@ -396,3 +399,22 @@ def test_a_flag_of_another_platform_is_refused(arguments: list[str], capsys: pyt
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "usage" in capsys.readouterr().err
+
+
+def test_the_example_of_the_readme_makes_every_kubernetes_file(tmp_path: Path) -> None:
+    readme = Path("cluster/README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^    \{.*?\n\n", readme, re.MULTILINE | re.DOTALL)
+    file = tmp_path / "request.json"
+    file.write_text(example, encoding="utf-8")
+    for kind, more in (("kuberay", []), ("rayjob", ["--run", "run-1"])):
+        assert main([kind, *more, "--json", str(file), "--out", str(tmp_path / kind)]) == 0
+        assert problems(yaml.safe_load((tmp_path / kind).read_text(encoding="utf-8")), FIELDS) == []
+
+
+def test_the_commands_of_the_readme_write_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = Path("README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^    python -m cluster\.manifests (.*)$", readme, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert main([str(Path(word).expanduser()) if word[0] == "~" else word for word in shlex.split(command)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.sh", "rayjob.yaml"]
