@@ -1,0 +1,73 @@
+
+# The head of Ray is the first node, which runs this script too; every node, the first as well, has workers.
+# A run that was interrupted and can go on (exit code 75) is put into the queue again: its start is a resume.
+
+refuse() {
+  echo "$1" >&2
+  exit 2
+}
+
+[ -f "$token_file" ] ||
+  refuse "$token_file is no file: the Ray token has to be there. To make one: (umask 077 && ray get-auth-token --generate)"
+case "$(stat -L -c %a "$token_file")" in
+  *00) ;;
+  *) refuse "$token_file holds the Ray token and others may use it: chmod 600 $token_file" ;;
+esac
+[ -x "$environment/bin/dlm" ] || refuse "$environment/bin/dlm is no command: slurm.environment has to hold it on every node"
+
+export PATH="$environment/bin:$PATH" RAY_AUTH_TOKEN_PATH="$token_file"
+unset RAY_AUTH_TOKEN # the file counts
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head_node="${nodes[0]}"
+read -r head_ip _ < <(srun --nodes=1 --ntasks=1 --nodelist="$head_node" hostname --ip-address)
+export RAY_ADDRESS="$head_ip:6379"
+
+steps=()
+start_ray() { # node, options of ray start
+  local node="$1"
+  shift
+  srun --nodes=1 --ntasks=1 --nodelist="$node" --cpus-per-task="$num_cpus" --kill-on-bad-exit=0 \
+    ray start "$@" --num-cpus="$num_cpus" --num-gpus="$num_gpus" --memory="$memory_bytes" --labels="$labels" \
+    --disable-usage-stats --block &
+  steps+=("$!")
+}
+
+# shellcheck disable=SC2329 # the trap below calls it
+stop_ray() {
+  trap '' TERM
+  for step in "${steps[@]}"; do kill -TERM "$step" 2>/dev/null || true; done
+  wait
+}
+trap stop_ray EXIT
+
+start_ray "$head_node" --head --node-ip-address="$head_ip" --port=6379 --dashboard-host=127.0.0.1
+tries=0
+until ray health-check --address "$RAY_ADDRESS" >/dev/null 2>&1; do
+  tries=$((tries + 1))
+  if [ "$tries" -ge "$head_tries" ] || ! kill -0 "${steps[0]}" 2>/dev/null; then
+    echo "Ray did not start on $head_node ($RAY_ADDRESS): its output stands above" >&2
+    exit 3
+  fi
+  sleep 1
+done
+for node in "${nodes[@]:1}"; do
+  start_ray "$node" --address="$RAY_ADDRESS"
+done
+
+# Slurm sends TERM to this shell alone, in time for a checkpoint: Ray goes on until the driver has ended.
+"${command[@]}" &
+driver=$!
+trap 'told=1; kill -TERM "$driver" 2>/dev/null || true' TERM
+while true; do # a signal ends the wait, not the driver
+  told=0
+  code=0
+  wait "$driver" || code=$?
+  [ "$told" = 1 ] || break
+done
+
+if [ "$code" = 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$max_requeues" ]; then
+  echo "interrupted, and put into the queue again"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
