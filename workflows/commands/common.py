@@ -1,0 +1,91 @@
+"""What the commands have in common: options, the store that is meant, and how something is said."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pipeline.config import parse_value, to_json
+from pipeline.errors import UserError
+from workflows import runs
+from workflows.store import Store, open_store, open_writable_store
+
+EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED = 2, 3, 4, 5, 75
+
+console = Console()
+errors = Console(stderr=True)
+
+DEFAULT_STORE = "dlm-store"
+
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="PATH=VALUE", help="Change a setting, e.g. pretrain.num_steps=500."),
+]
+StoreOption = Annotated[str, typer.Option("--store", envvar="DLM_STORE", help="Directory of runs and artifacts.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ExecutorOption = Annotated[
+    str, typer.Option("--executor", help="ray: an embedded Ray; local: subprocesses without Ray.")
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id.")]
+OptionalRun = Annotated[str, typer.Argument(metavar="[RUN]", help="Run id; the newest by default.")]
+DataOfOption = Annotated[
+    str, typer.Option("--step", help="Training or packing whose data are meant; needed where a run has several.")
+]
+
+
+def say(message: str) -> None:
+    """Print a message for the user on standard error, exactly as it is."""
+    errors.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def find_store(url: str) -> Store:
+    """A store to look at; it need not exist."""
+    root = Path(url).expanduser().resolve()
+    if "://" not in url and any(folder.is_file() for folder in (root, *root.parents)):
+        raise UserError(f"--store {url} is or lies in a file; choose a directory")
+    return open_store(url)
+
+
+def find_writable_store(url: str) -> Store:
+    """A store to work in, made if it is not there."""
+    store = find_store(url)
+    if store.root.is_local:
+        try:
+            store.root.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--store {url}: {error.strerror}; choose a directory that can be written") from None
+        if not os.access(store.root.path, os.W_OK):
+            raise UserError(f"--store {url} cannot be written; choose another directory")
+    return open_writable_store(url)
+
+
+def parse_settings(items: list[str]) -> list[tuple[str, Any]]:
+    """What --set was given, as paths and values."""
+    settings: list[tuple[str, Any]] = []
+    for item in items:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            raise UserError(f"--set {item!r} is not of the form PATH=VALUE, as in pretrain.num_steps=500")
+        settings.append((path, parse_value(text)))
+    return settings
+
+
+def executor_name(name: str) -> runs.ExecutorName:
+    """What --executor was given."""
+    if name not in ("ray", "local"):
+        raise UserError(f"--executor is {name!r}; it is ray or local")
+    return name
+
+
+def print_json(value: Any) -> None:
+    """Print a value for programs."""
+    print(json.dumps(to_json(value), indent=1))
+
+
+def store_option(store: Store) -> str:
+    """The option that names this store in a command to copy; nothing for the default one."""
+    return "" if store.url == str(Path(DEFAULT_STORE).resolve()) else f" --store {shlex.quote(store.url)}"

@@ -1,0 +1,149 @@
+"""Commands that run: start, go on."""
+
+import signal
+from collections import Counter
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.artifact import read_json
+from pipeline.errors import CorruptionError
+from workflows import runs
+from workflows.commands.common import (
+    DEFAULT_STORE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    ExecutorOption,
+    RunArgument,
+    SetOption,
+    StoreOption,
+    console,
+    executor_name,
+    find_writable_store,
+    parse_settings,
+    say,
+    store_option,
+)
+from workflows.coordinator import Coordinator
+from workflows.copies import local_copy
+from workflows.display import Display
+from workflows.plan import Plan
+from workflows.state import StepState
+from workflows.step import load_stage
+from workflows.store import RunPlace, Store
+
+_WITH_TRACEBACK = ("code", "transient", "infra")
+"""Classes of errors that their message alone may not explain."""
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    settings: SetOption = [],  # noqa: B006 - as above
+    store: StoreOption = DEFAULT_STORE,
+    executor: ExecutorOption = runs.DEFAULT_EXECUTOR,
+    run_id: Annotated[str, typer.Option("--run-id", help="Name of the run; made up by default.")] = "",
+) -> None:
+    """Run a recipe; steps whose output exists are not run again."""
+    place = find_writable_store(store)
+    name = executor_name(executor)
+    plan = runs.plan_recipe(recipe, parse_settings(settings))
+    _drive(place, runs.create_run(place, plan, name, run_id, settings), plan, name)
+
+
+def resume(run_id: RunArgument, store: StoreOption = DEFAULT_STORE) -> None:
+    """Go on with a run that failed, was stopped or was killed, with the executor that it was started with."""
+    place = find_writable_store(store)
+    run = place.run(run_id)
+    plan = runs.frozen_plan(run)
+    runs.refuse_drift(plan, runs.command_of(run) + store_option(place))
+    _drive(place, run, plan, runs.frozen_executor(run))
+
+
+def _drive(store: Store, run: RunPlace, plan: Plan, executor: runs.ExecutorName) -> None:
+    with Display(console, run.run_id) as display:
+        coordinator = Coordinator(store, run, plan, runs.executor_factory(executor, plan), display.update)
+        if not console.is_terminal:
+            console.print(f"run {run.run_id}", highlight=False)
+        with _stop_on_signal(coordinator):
+            states = coordinator.run()
+    _print_outcome(store, run, states, coordinator.status)
+
+
+class _stop_on_signal:
+    """The first SIGINT or SIGTERM asks the stages to save and stop; the second interrupts at once."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, signal.default_int_handler)
+        self._coordinator.request_stop()
+        say("stopping: stages save first; interrupt again to stop at once")
+
+    def __exit__(self, *details: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _print_outcome(store: Store, run: RunPlace, states: list[StepState], status: str) -> None:
+    for state in states:
+        if state.status == "failed" and state.failure is not None:
+            is_gang = load_stage(state.step.stage).kind == "gang"
+            where = f" on rank {state.failure.rank}" if is_gang and state.failure.traceback else ""
+            say(f"\n{state.step.name} failed{where}: {state.failure.message}")
+            if state.failure.error_class in _WITH_TRACEBACK and state.failure.type != CorruptionError.__name__:
+                say(f"logs: {run.directory / 'work'}\n{state.failure.traceback}")
+    if status == "failed":
+        where = store_option(store)
+        say("\nwhat was finished is kept")
+        say(f"with the same data and settings: dlm resume {run.run_id}{where}")
+        say(f"with other data or settings:     {runs.command_of(run)}{where} [--set PATH=VALUE]")
+        raise typer.Exit(EXIT_FAILED)
+    if status == "stopped":
+        say(f"stopped; go on with: dlm resume {run.run_id}{store_option(store)}")
+        raise typer.Exit(EXIT_INTERRUPTED)
+    _print_figures(store, run)
+
+
+def _print_figures(store: Store, run: RunPlace) -> None:
+    """The results of a finished run, for the steps that have any."""
+    outputs = runs.committed_outputs(store, run)
+    figures: list[tuple[str, str]] = []
+    if "evaluate" in outputs:
+        r = read_json(outputs["evaluate"] / "results.json")
+        if "nll" in r:
+            nll = ("negative log-likelihood (exact)", f"{r['nll']:.4f} nats/token")
+            bits = ("bits a byte (exact)", f"{r['bpb']:.4f}")
+        else:
+            nll = ("NELBO (bound)", f"{r['nelbo']:.4f} ± {r['nelbo_mc_se']:.4f} nats/token")
+            bits = ("bits a byte (bound)", f"{r['bpb_bound']:.4f} ± {r['bpb_bound_mc_se']:.4f}")
+        figures += [
+            nll,
+            ("unigram entropy", f"{r['unigram_entropy']:.4f} nats/token"),
+            bits,
+            ("unigram, bits a byte", f"{r['unigram_bpb']:.4f}"),
+            ("xz -9, bits a byte", f"{r['xz_bpb']:.4f}  ({r['xz_bytes']:,} of {r['num_bytes']:,} bytes)"),
+        ]
+    if "corpus" in outputs:
+        left_out = Counter[str]()
+        for source in read_json(outputs["corpus"] / "manifest.json")["stats"]["sources"].values():
+            left_out += Counter({"broken": source["broken"], **source["dropped"]})
+        if left_out:
+            what = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
+            figures.append(("left out of the text", f"{what} (which: see the report)"))
+    if "pretrain" in outputs:
+        stats = read_json(outputs["pretrain"] / "manifest.json")["stats"]
+        if stats["tokens_per_s"] is not None:
+            figures.append(("training speed", f"{stats['tokens_per_s']:,.0f} tokens/s"))
+    if "report" in outputs:
+        figures.append(("report", str(local_copy(outputs["report"]) / "report.html")))
+    console.print()
+    for label, value in figures:
+        console.print(f"{label:<21} {value}", highlight=False, markup=False, soft_wrap=True)
