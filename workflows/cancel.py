@@ -16,10 +16,15 @@ class CancelFile:
         self._every_s = 0.0 if file.is_local else file.storage.poll_s
         self._next_s, self._since_s = 0.0, 0.0
         self._grace_s: float | None = None
+        self.is_cancel = False
+        """Whether the request that was seen is for good."""
 
-    def request(self, grace_s: float | None = None) -> None:
-        """Ask all stages to save and stop; those that have not after ``grace_s`` are ended."""
-        self._file.write(json_bytes({"grace_s": grace_s, "time": time.time()}))
+    def request(self, grace_s: float | None = None, is_cancel: bool = False) -> None:
+        """Ask all stages to save and stop; those that have not after ``grace_s`` are ended.
+
+        A run that is cancelled is not to be started again by itself, as one whose machine is wanted back may be.
+        """
+        self._file.write(json_bytes({"grace_s": grace_s, "cancel": is_cancel, "time": time.time()}))
         self._next_s = 0.0
 
     def is_requested(self) -> bool:
@@ -28,7 +33,10 @@ class CancelFile:
         if not self._since_s and now >= self._next_s:
             self._next_s = now + self._every_s
             if self._file.exists():
-                self._since_s, self._grace_s = now, _grace_s(self._file)
+                value = _read(self._file)
+                grace_s = value.get("grace_s")
+                self._grace_s = float(grace_s) if isinstance(grace_s, int | float) else None
+                self._since_s, self.is_cancel = now, value.get("cancel") is True
         return self._since_s > 0
 
     def is_overdue(self) -> bool:
@@ -36,11 +44,10 @@ class CancelFile:
         return self._grace_s is not None and time.monotonic() - self._since_s >= self._grace_s
 
 
-def _grace_s(file: Place) -> float | None:
+def _read(file: Place) -> dict[str, Any]:
     """What a request says; one that says nothing leaves all the time that is needed."""
     try:
-        value: Any = read_json(file)
+        value = read_json(file)
     except CorruptionError:
-        return None
-    found = value.get("grace_s") if isinstance(value, dict) else None  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-    return float(found) if isinstance(found, int | float) else None
+        return {}
+    return value if isinstance(value, dict) else {}  # pyright: ignore[reportUnknownVariableType]

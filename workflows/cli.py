@@ -6,9 +6,11 @@ from typing import Any
 
 import typer
 
+from cluster.auth import AuthError
+from cluster.jobs import ClusterError
 from pipeline.errors import CorruptionError, LeaseLostError, UserError, is_disk_full
 from workflows import runs
-from workflows.commands import choosing, data, looking, running
+from workflows.commands import choosing, data, looking, running, submitting
 from workflows.commands.common import (
     EXIT_DRIFT,
     EXIT_FAILED,
@@ -35,6 +37,8 @@ app.command("models")(choosing.models)
 app.command("plan")(choosing.plan)
 app.command("run")(running.run)
 app.command("resume")(running.resume)
+app.command("submit")(submitting.submit)
+app.command("cancel")(submitting.cancel)
 app.command("status")(looking.status)
 app.command("list")(looking.list_runs)
 app.command("report")(looking.report)
@@ -43,6 +47,8 @@ data_app.command("verify")(data.verify)
 
 _ENDINGS: dict[type[Exception], tuple[int, str, str]] = {
     UserError: (EXIT_USAGE, "", ""),
+    AuthError: (EXIT_USAGE, "", ""),
+    ClusterError: (EXIT_UNSCHEDULABLE, "", ""),
     runs.DriftError: (EXIT_DRIFT, "", ""),
     runs.DoesNotFitError: (EXIT_UNSCHEDULABLE, "", ""),
     LeaseHeldError: (EXIT_UNSCHEDULABLE, "this run is being worked on: ", ""),

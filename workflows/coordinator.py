@@ -57,10 +57,12 @@ class Coordinator:
         make_executor: Callable[[], Executor],
         on_change: Callable[[list[StepState]], None],
         options: Options = Options(),
+        **about: str,
     ) -> None:
+        """Take the lease on a run; ``about`` says what else is to be known of this attempt."""
         self._store, self._run, self._options = store, run, options
         self._make_executor, self._executor, self._queue = make_executor, None, None
-        self._on_change = on_change
+        self._on_change, self._about = on_change, about
         self._run_lease = acquire_lease(run.lease_dir, f"run {run.run_id}")
         self.attempt = self._run_lease.epoch
         self._site = Site(store, run, self.attempt)
@@ -73,7 +75,7 @@ class Coordinator:
 
     def run(self) -> list[StepState]:
         """Go on until every step is over; the executor is closed and the leases released in any case."""
-        self.events.write("run_started")
+        self.events.write("run_started", **self._about)
         try:
             while not all(state.is_over for state in self.states.values()):
                 self._beat()
@@ -103,7 +105,9 @@ class Coordinator:
         statuses = {state.status for state in self.states.values()}
         if "failed" in statuses:
             return "failed"
-        return "stopped" if "stopped" in statuses else "succeeded"
+        if "stopped" in statuses:
+            return "cancelled" if self._cancel.is_cancel else "stopped"
+        return "succeeded"
 
     def request_stop(self) -> None:
         """Ask every stage to save and stop."""

@@ -114,9 +114,15 @@ def gang_sizes(stage: Stage, config: Any) -> tuple[int, ...]:
     return tuple(size for size in range(fewest, config.workers + 1) if _holds(config, size))
 
 
+def with_workers(config: Any, workers: int) -> Any:
+    """The configuration of a gang for another number of ranks; ValueError if it does not hold with so many."""
+    elastic = {"min_workers": 0} if hasattr(config, "min_workers") else {}
+    return dataclasses.replace(config, workers=workers, **elastic)
+
+
 def _holds(config: Any, workers: int) -> bool:
     try:
-        dataclasses.replace(config, workers=workers, **({"min_workers": 0} if hasattr(config, "min_workers") else {}))
+        with_workers(config, workers)
     except ValueError:
         return False
     return True

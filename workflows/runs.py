@@ -23,7 +23,7 @@ from workflows.store import RunPlace, Store
 
 ExecutorName = Literal["ray", "local"]
 DEFAULT_EXECUTOR: ExecutorName = "ray"
-RunStatus = Literal["running", "succeeded", "failed", "stopped", "interrupted", "submitted"]
+RunStatus = Literal["running", "succeeded", "failed", "stopped", "cancelled", "interrupted", "submitted"]
 
 
 class DriftError(RuntimeError):
@@ -78,6 +78,18 @@ def create_run(
     return store.create_run(run_id or new_run_id(plan.workflow), value)
 
 
+def refuse_other_plan(run: RunPlace, plan: Plan) -> None:
+    """UserError if a run of that id exists and would make something else."""
+    frozen = frozen_plan(run)
+    old = {step.name: step.fingerprint for step in frozen.steps}
+    new = {step.name: step.fingerprint for step in plan.steps}
+    if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
+        raise UserError(
+            f"there is a run {run.run_id!r} already, with other settings for {', '.join(changed)}; give another "
+            f"--run-id, or go on with it as it is: dlm resume {run.run_id}"
+        )
+
+
 def command_of(run: RunPlace) -> str:
     """The command that a run was started with, for a new one like it; without the option for the store."""
     frozen = run.plan()
@@ -104,8 +116,8 @@ def refuse_drift(plan: Plan, again: str) -> None:
         )
 
 
-def executor_factory(name: ExecutorName, plan: Plan) -> Callable[[], Executor]:
-    """How to start the executor, once a stage has to run."""
+def executor_factory(name: ExecutorName, plan: Plan, address: str = "") -> Callable[[], Executor]:
+    """How to start the executor, once a stage has to run; with an address, on the cluster that is there."""
 
     def make() -> Executor:
         if name == "local":
@@ -114,21 +126,23 @@ def executor_factory(name: ExecutorName, plan: Plan) -> Callable[[], Executor]:
             return LocalExecutor()
         from cluster.ray_executor import RayExecutor  # noqa: PLC0415
 
-        return RayExecutor(num_cpus=_wanted_cpus(plan))
+        return RayExecutor(num_cpus=_wanted_cpus(plan), address=address)
 
     if name == "ray":
-        _check_ray()
+        _check_ray(address)
+    elif address:
+        raise UserError(f"--executor local runs on this machine alone; leave --address {address} out")
     return make
 
 
-def _check_ray() -> None:
+def _check_ray(address: str) -> None:
     """UserError if the executor on Ray would not do what the environment asks for."""
     if importlib.util.find_spec("ray") is None:
         raise UserError("Ray is not installed: pip install 'dlm[cluster]', or run with --executor local")
-    if os.environ.get("RAY_ADDRESS"):
+    if not address and os.environ.get("RAY_ADDRESS"):
         raise UserError(
-            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']!r}, but a run starts a Ray of its own; submitting to a cluster "
-            "is not there yet. Unset it"
+            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']!r}, but this command starts a Ray of its own. Use dlm submit "
+            "to run on that cluster, dlm resume --address auto within it, or unset RAY_ADDRESS"
         )
 
 

@@ -5,7 +5,6 @@ Executors call ``run_piece`` with a JSON payload; nothing comes back through the
 """
 
 import contextlib
-import dataclasses
 import importlib
 import math
 import os
@@ -34,6 +33,7 @@ from pipeline.stage import (
 from pipeline.storage import Place, open_storage
 from workflows.copies import local_copy, scratch, upload_artifact
 from workflows.lease import Lease
+from workflows.plan import with_workers
 from workflows.step import load_stage
 from workflows.usage import UsageMeter
 
@@ -243,7 +243,7 @@ def _work(piece: Piece, root: Place, context: StageContext) -> Any:
     kind: type[Any] = stage.config
     config = from_json(kind, piece.config, where=piece.step)
     if stage.kind == "gang" and (size := int(os.environ.get("WORLD_SIZE", "1"))) != config.workers:
-        config = dataclasses.replace(config, workers=size)
+        config = with_workers(config, size)
     inputs = {name: local_copy(root / key) for name, key in piece.inputs.items()}
     start_s = time.monotonic()
     if piece.what == "list":

@@ -87,6 +87,9 @@ class PretrainConfig:
     noise_seed: int = 0
     workers: int = execution(2)
     """Data-parallel ranks."""
+    min_workers: int = execution(0)
+    """Fewest ranks to go on with where nodes are lost, of the numbers that the global batch divides among; 0 waits for
+    room for all ``workers``."""
     zero_stage: Literal[0, 1, 2, 3] = execution(1)
     ep_size: int = execution(0)
     """Workers that share the experts of a layer through DeepSpeed's AutoEP; 0: every worker holds all experts."""
@@ -156,6 +159,8 @@ class PretrainConfig:
             raise ValueError("architecture.time_conditioning is true, but training gives no time yet; set it to false")
         if self.global_batch_seqs % self.workers:
             raise ValueError(f"global_batch_seqs {self.global_batch_seqs} must be a multiple of workers {self.workers}")
+        if not 0 <= self.min_workers <= self.workers:
+            raise ValueError(f"min_workers is {self.min_workers}; it must lie between 0 and workers {self.workers}")
         if self.micro_batch_seqs < 0 or self.rank_batch_seqs % self.rows_per_pass:
             raise ValueError(
                 f"micro_batch_seqs {self.micro_batch_seqs} must divide global_batch_seqs / workers = "

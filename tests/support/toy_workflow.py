@@ -15,6 +15,7 @@ from pipeline.artifact import MANIFEST, Manifest, open_artifact, record_files, w
 from pipeline.config import apply_settings
 from pipeline.stage import environment
 from tests.support.toy_stages.letters.config import LettersConfig
+from tests.support.toy_stages.relay.config import RelayConfig
 from tests.support.toy_stages.trouble import ToyConfig
 from workflows import cli
 from workflows.coordinator import Coordinator
@@ -118,6 +119,12 @@ def is_gone(process: psutil.Process) -> bool:
         return True
 
 
+def relay_workflow() -> Workflow:
+    """A gang that goes on where it was, with as many ranks as there are."""
+    return Workflow("relay", "counting", (Step("relay", f"{STAGES}.relay", RelayConfig()),))
+
+
 if __name__ == "__main__":
     RECIPES["toy"] = toy_workflow
+    RECIPES["relay"] = relay_workflow
     cli.main()

@@ -1,6 +1,8 @@
 """Commands that run: start, go on."""
 
+import os
 import signal
+import time
 from collections import Counter
 from types import FrameType
 from typing import Annotated, Any
@@ -14,6 +16,7 @@ from workflows.commands.common import (
     DEFAULT_STORE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_UNSCHEDULABLE,
     ExecutorOption,
     RunArgument,
     SetOption,
@@ -25,14 +28,21 @@ from workflows.commands.common import (
     say,
     store_option,
 )
-from workflows.coordinator import Coordinator
+from workflows.coordinator import Coordinator, Options
 from workflows.copies import local_copy
 from workflows.display import Display
+from workflows.lease import HEARTBEAT_S, STALE_AFTER_S, find_holder
 from workflows.plan import Plan
 from workflows.state import StepState
 from workflows.step import load_stage
 from workflows.store import RunPlace, Store
 
+QueueOption = Annotated[
+    float, typer.Option("--queue-timeout", min=0.0, help="Seconds to wait for what a step needs and nobody else uses.")
+]
+FailFastOption = Annotated[bool, typer.Option("--fail-fast", help="Stop everything at the first failure.")]
+_WITHIN = "auto"
+"""The address of the cluster that this machine is part of."""
 _WITH_TRACEBACK = ("code", "transient", "infra")
 """Classes of errors that their message alone may not explain."""
 
@@ -43,26 +53,61 @@ def run(
     store: StoreOption = DEFAULT_STORE,
     executor: ExecutorOption = runs.DEFAULT_EXECUTOR,
     run_id: Annotated[str, typer.Option("--run-id", help="Name of the run; made up by default.")] = "",
+    queue_timeout_s: QueueOption = Options.queue_timeout_s,
+    fail_fast: FailFastOption = False,
 ) -> None:
     """Run a recipe; steps whose output exists are not run again."""
     place = find_writable_store(store)
     name = executor_name(executor)
     plan = runs.plan_recipe(recipe, parse_settings(settings))
-    _drive(place, runs.create_run(place, plan, name, run_id, settings), plan, name)
+    made = runs.create_run(place, plan, name, run_id, settings)
+    _drive(place, made, plan, name, Options(queue_timeout_s, fail_fast))
 
 
-def resume(run_id: RunArgument, store: StoreOption = DEFAULT_STORE) -> None:
+def resume(
+    run_id: RunArgument,
+    store: StoreOption = DEFAULT_STORE,
+    address: Annotated[
+        str,
+        typer.Option(
+            "--address", help="http://HOST:8265 submits a job to that cluster; auto, within a cluster, runs on it."
+        ),
+    ] = "",
+    queue_timeout_s: QueueOption = Options.queue_timeout_s,
+    fail_fast: FailFastOption = False,
+) -> None:
     """Go on with a run that failed, was stopped or was killed, with the executor that it was started with."""
     place = find_writable_store(store)
     run = place.run(run_id)
     plan = runs.frozen_plan(run)
     runs.refuse_drift(plan, runs.command_of(run) + store_option(place))
-    _drive(place, run, plan, runs.frozen_executor(run))
+    if address and address != _WITHIN:
+        from workflows.commands.submitting import hand_over
+
+        hand_over(place, run, address, "", [])
+        return
+    if address == _WITHIN:
+        wait_until_free(run)
+    _drive(place, run, plan, runs.frozen_executor(run), Options(queue_timeout_s, fail_fast), address)
 
 
-def _drive(store: Store, run: RunPlace, plan: Plan, executor: runs.ExecutorName) -> None:
+def wait_until_free(run: RunPlace) -> None:
+    """Wait for the lease of an attempt whose node is gone to become stale; one that is alive keeps it."""
+    deadline = time.monotonic() + STALE_AFTER_S + HEARTBEAT_S
+    while (holder := find_holder(run.lease_dir)) is not None and not holder.is_free:
+        if time.monotonic() >= deadline:
+            return  # whoever tries to take the lease now says who has it
+        console.print(f"waiting: {holder}", highlight=False, markup=False, soft_wrap=True)
+        time.sleep(HEARTBEAT_S / 2)
+
+
+def _drive(
+    store: Store, run: RunPlace, plan: Plan, executor: runs.ExecutorName, options: Options, address: str = ""
+) -> None:
     with Display(console, run.run_id) as display:
-        coordinator = Coordinator(store, run, plan, runs.executor_factory(executor, plan), display.update)
+        make = runs.executor_factory(executor, plan, address)
+        about = {"executor": executor, "address": address, "job": os.environ.get("DLM_JOB_ID", "")}
+        coordinator = Coordinator(store, run, plan, make, display.update, options, **about)
         if not console.is_terminal:
             console.print(f"run {run.run_id}", highlight=False)
         with _stop_on_signal(coordinator):
@@ -101,13 +146,16 @@ def _print_outcome(store: Store, run: RunPlace, states: list[StepState], status:
             if state.failure.error_class in _WITH_TRACEBACK and state.failure.type != CorruptionError.__name__:
                 say(f"logs: {run.directory / 'work'}\n{state.failure.traceback}")
     if status == "failed":
+        unschedulable = all(
+            s.failure is None or s.failure.error_class == "unschedulable" for s in states if s.status == "failed"
+        )
         where = store_option(store)
         say("\nwhat was finished is kept")
         say(f"with the same data and settings: dlm resume {run.run_id}{where}")
         say(f"with other data or settings:     {runs.command_of(run)}{where} [--set PATH=VALUE]")
-        raise typer.Exit(EXIT_FAILED)
-    if status == "stopped":
-        say(f"stopped; go on with: dlm resume {run.run_id}{store_option(store)}")
+        raise typer.Exit(EXIT_UNSCHEDULABLE if unschedulable else EXIT_FAILED)
+    if status in ("stopped", "cancelled"):
+        say(f"{status}; go on with: dlm resume {run.run_id}{store_option(store)}")
         raise typer.Exit(EXIT_INTERRUPTED)
     _print_figures(store, run)
 

@@ -1,0 +1,145 @@
+"""Commands about clusters: submit a run, and end one wherever it runs."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from cluster.jobs import OVER, Jobs
+from workflows import runs
+from workflows.cancel import CancelFile
+from workflows.commands.common import (
+    DEFAULT_STORE,
+    EXIT_INTERRUPTED,
+    RunArgument,
+    SetOption,
+    StoreOption,
+    find_store,
+    find_writable_store,
+    parse_settings,
+    say,
+    store_option,
+)
+from workflows.lease import Holder, find_holder
+from workflows.snapshot import code_archive
+from workflows.store import RunPlace, Store
+from workflows.submit import last_submission, submit_run
+
+AddressOption = Annotated[
+    str,
+    typer.Option(
+        "--address", envvar="RAY_ADDRESS", help="Dashboard of the cluster, http://HOST:8265.", show_envvar=True
+    ),
+]
+PythonOption = Annotated[
+    str, typer.Option("--python", help="Interpreter on the cluster; python by default, on this machine its own.")
+]
+EnvOption = Annotated[
+    list[str], typer.Option("--env", metavar="NAME", help="Variable of this environment that the job gets; no secrets.")
+]
+_POLL_S = 0.5
+_BEYOND_GRACE_S = 5.0
+_GIVE_UP_S = 15.0
+
+
+def submit(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    address: AddressOption,
+    settings: SetOption = [],  # noqa: B006 - typer reads it, nobody changes it
+    store: StoreOption = DEFAULT_STORE,
+    run_id: Annotated[str, typer.Option("--run-id", help="Name of the run; that of an existing one resumes it.")] = "",
+    python: PythonOption = "",
+    env: EnvOption = [],  # noqa: B006 - as above
+) -> None:
+    """Hand a run over to a Ray cluster; with the id of an existing run this is a resume."""
+    place = find_writable_store(store)
+    plan = runs.plan_recipe(recipe, parse_settings(settings))
+    if run_id and (place.run_place(run_id).directory / "run.json").exists():
+        run = place.run(run_id)
+        runs.refuse_other_plan(run, plan)
+    else:
+        run = runs.create_run(place, plan, "ray", run_id, settings)
+    hand_over(place, run, address, python, env)
+
+
+def hand_over(store: Store, run: RunPlace, address: str, python: str, env: list[str]) -> None:
+    """Submit a job for a run and say how to follow it."""
+    with tempfile.TemporaryDirectory(prefix="dlm-code-") as folder:
+        job = submit_run(store, run, address, code_archive(store, run, Path(folder)), python, env)
+    where = store_option(store)
+    print(run.run_id)
+    say(f"job {job.job_id} at {address} ({job.status.lower()})")
+    say(f"see it: dlm status {run.run_id} --watch{where}, dlm logs {run.run_id} -f{where}")
+    say(f"end it: dlm cancel {run.run_id}{where}")
+
+
+def cancel(
+    run_id: RunArgument,
+    store: StoreOption = DEFAULT_STORE,
+    grace: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that stages have to save before they are ended.")
+    ] = 60.0,
+) -> None:
+    """End a run wherever it runs; what was finished is kept, and dlm resume goes on with it."""
+    place = find_store(store)
+    run = place.run(run_id)
+    job = _live_job(run)
+    holder = find_holder(run.lease_dir)
+    if (holder is None or holder.is_free) and job is None:
+        say(f"nothing works on run {run_id}")
+        return
+    CancelFile(run.cancel_file).request(grace, is_cancel=True)
+    if not _ends(run, job, grace + _BEYOND_GRACE_S):
+        _end_by_force(run, holder, job)
+    if not _ends(run, job, _GIVE_UP_S):
+        holder = find_holder(run.lease_dir)
+        say(f"the request was left, but {holder or 'its job'} has not answered; it stops when it sees it")
+        raise typer.Exit(EXIT_INTERRUPTED)
+    say(f"cancelled; go on with: dlm resume {run_id}{store_option(place)}")
+
+
+_LiveJob = tuple[Jobs, str]
+
+
+def _live_job(run: RunPlace) -> _LiveJob | None:
+    """The job that works on a run or waits to; None if there is none or its cluster is gone."""
+    submission = last_submission(run)
+    if submission is None:
+        return None
+    jobs = Jobs(submission.address)
+    job = jobs.find(submission.job_id)
+    return (jobs, submission.job_id) if job is not None and job.status not in OVER else None
+
+
+def _ends(run: RunPlace, job: _LiveJob | None, within_s: float) -> bool:
+    """Whether nothing works on a run any more, waiting for that."""
+    deadline = time.monotonic() + within_s
+    while True:
+        holder = find_holder(run.lease_dir)
+        is_free = holder is None or holder.is_free
+        if is_free and (job is None or _is_over(job)):
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_S)
+
+
+def _is_over(job: _LiveJob) -> bool:
+    found = job[0].find(job[1])
+    return found is None or found.status in OVER
+
+
+def _end_by_force(run: RunPlace, holder: Holder | None, job: _LiveJob | None) -> None:
+    """End a coordinator that did not heed the request: its job, or its process if that is of this machine."""
+    if job is not None:
+        job[0].stop(job[1])
+    elif holder is not None and holder.owner.is_here and not holder.owner.is_dead():
+        process = psutil.Process(holder.owner.pid)
+        process.terminate()
+        try:
+            process.wait(_BEYOND_GRACE_S)
+        except psutil.TimeoutExpired:
+            process.kill()

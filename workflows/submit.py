@@ -1,0 +1,85 @@
+"""Runs on a cluster: each attempt is a job there, which goes on from the store as ``dlm resume`` does."""
+
+import getpass
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.auth import is_loopback, secret_env, secret_values
+from cluster.jobs import OVER, Job, Jobs
+from pipeline.artifact import json_bytes, read_json
+from pipeline.errors import UserError
+from workflows.lease import find_holder
+from workflows.store import RunPlace, Store
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job that was handed over for a run."""
+
+    job_id: str
+    address: str
+    user: str
+    time: float
+
+
+def submit_run(
+    store: Store, run: RunPlace, address: str, code: Path, python: str = "", env_names: Sequence[str] = ()
+) -> Job:
+    """Hand over a job that works on a run, unless one does already: that one is returned.
+
+    Args:
+        store: where the run lies; the nodes of the cluster must see it under the same name.
+        run: what to work on.
+        address: of the cluster's dashboard.
+        code: archive of the packages that the job runs.
+        python: interpreter on the cluster; by default that of this process for a cluster of this machine.
+        env_names: variables of this environment that the job gets.
+    """
+    if store.root.is_local and not is_loopback(address) and not store.root.path.is_absolute():
+        raise UserError(f"--store {store.url} is relative; give the path that all nodes see")
+    env = _public_env(env_names)
+    jobs = Jobs(address)
+    python = python or (sys.executable if is_loopback(address) else "python")
+    command = [python, "-m", "workflows.cli", "resume", run.run_id, "--store", store.url, "--address", "auto"]
+    number = (holder.epoch if (holder := find_holder(run.lease_dir)) else 0) + 1
+    while True:
+        job_id = f"{run.run_id}-a{number}"
+        job = jobs.find(job_id)
+        if job is None or job.status not in OVER:
+            break
+        number += 1
+    if job is not None:
+        return job
+    job = jobs.submit(job_id, command, code, {**env, "DLM_JOB_ID": job_id}, {"run": run.run_id, "user": _user()})
+    (run.directory / "jobs" / f"{job_id}.json").write(json_bytes(Submission(job_id, jobs.url, _user(), time.time())))
+    return job
+
+
+def _public_env(names: Sequence[str]) -> Mapping[str, str]:
+    """The variables of these names; UserError for a secret, which everybody who sees the dashboard would read."""
+    env = secret_env(names)
+    secrets = set(secret_values())
+    if leaked := [name for name, value in env.items() if value in secrets]:
+        raise UserError(
+            f"--env {leaked[0]} is a secret, and what a job is given is shown on the dashboard. Set it in the "
+            "environment of the nodes instead (dlm.io manifests have a place for it)"
+        )
+    return env
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def last_submission(run: RunPlace) -> Submission | None:
+    """The job that was handed over last for a run."""
+    folder = run.directory / "jobs"
+    found: list[dict[str, Any]] = [read_json(folder / name) for name in folder.names()]
+    return max((Submission(**value) for value in found), key=lambda one: one.time, default=None)
