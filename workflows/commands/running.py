@@ -15,6 +15,7 @@ from workflows.commands.common import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     ExecutorOption,
+    RecipeArgument,
     RunArgument,
     SetOption,
     StoreOption,
@@ -38,7 +39,7 @@ _WITH_TRACEBACK = ("code", "transient", "infra")
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    recipe: RecipeArgument,
     settings: SetOption = [],  # noqa: B006 - as above
     store: StoreOption = DEFAULT_STORE,
     executor: ExecutorOption = runs.DEFAULT_EXECUTOR,
