@@ -40,14 +40,14 @@ def total(*values: int) -> int:
 
 def stages() -> Any:
     """A first task, chains, and a last one."""
-    first: Any = add.remote("first")
-    ends = []
+    submit: Any = add.remote  # Ray's annotations know nothing of *before
+    first, ends = submit("first"), []
     for chain in range(int(os.environ["BENCH_CHAINS"])):
-        before: Any = first
+        before = first
         for place in range(int(os.environ["BENCH_LENGTH"])):
-            before = add.remote(f"{chain}-{place}", before)
+            before = submit(f"{chain}-{place}", before)
         ends.append(before)
-    return add.remote("last", *ends)
+    return submit("last", *ends)
 
 
 def shards() -> Any:
