@@ -57,7 +57,7 @@ def _wanted(function: object) -> list[str]:
 
 
 def _kind(value: object) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    return "nothing" if value is None else f"something of type {type(value).__name__}"
 
 
 def _told(error: Exception) -> str:

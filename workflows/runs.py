@@ -192,7 +192,11 @@ def _summarise_step(
     store: Store, run: RunPlace, plan: Plan, name: str, events: list[dict[str, Any]], alive: bool
 ) -> StepSummary:
     step = plan.step(name)
-    place = store.artifact(load_stage(step.stage).name, step.fingerprint)
+    try:
+        stage = load_stage(step.stage)
+    except UserError as error:  # of a recipe of the user's own, looked at from elsewhere: the rest can be told
+        return StepSummary(name, "unknown", None, str(error), "")
+    place = store.artifact(stage.name, step.fingerprint)
     own = [event for event in events if event["step"] == name and event["kind"].startswith("step_")]
     kind = own[-1]["kind"] if own else ""
     address = place.address

@@ -13,6 +13,7 @@ from dlm_core.models.presets import PRESETS
 from pipeline.errors import UserError
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.tokenizer.config import TokenizerConfig
+from tests.support.executors import RAY_LIMIT_S
 from tests.support.tiny_run import write_text
 from tests.workflows.conftest import Dlm
 from workflows import listings, runs
@@ -45,6 +46,22 @@ def elsewhere(): return Workflow("w", "", (Step("a", "no_such_stages.a", None),)
 def no_stage(): return Workflow("w", "", (Step("a", "tests.support", None),))
 count = 3
 """
+OWN_STAGE = """
+from dataclasses import dataclass
+from pipeline.stage import Stage
+
+@dataclass(frozen=True)
+class Hello: ...
+
+STAGE = Stage("hello", "task", Hello, "own_stages.run")
+"""
+OWN_STAGE_RECIPE = """
+from own_stages.config import Hello
+from workflows.step import Step, Workflow
+
+def hello():
+    return Workflow("hello", "a stage of one's own", (Step("greet", "own_stages", Hello()),))
+"""
 
 
 @pytest.fixture
@@ -53,15 +70,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    before = set(sys.modules)
     yield tmp_path
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+    forget_modules(tmp_path)
+
+
+def forget_modules(folder: Path) -> None:
+    """As if nothing had been imported from a folder."""
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(str(folder)):
             del sys.modules[name]
 
 
 def write_module(path: Path, text: str) -> None:
     """A module that was not there a moment ago."""
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     importlib.invalidate_caches()
 
@@ -226,6 +248,36 @@ def test_recipe_of_ones_own_is_planned_run_and_told_again_as_it_was_typed(dlm: D
     assert runs.command_of(run) == f"dlm run own_recipes:toy --executor local --set source.log={here / 'log'}"
 
 
+EXECUTORS = ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(RAY_LIMIT_S)])]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_workers_find_stages_of_ones_own_where_dlm_was_called(
+    dlm: Dlm, here: Path, store: Store, monkeypatch: pytest.MonkeyPatch, executor: str
+) -> None:
+    write_module(here / "own_stages" / "__init__.py", "")
+    write_module(here / "own_stages" / "config.py", OWN_STAGE)
+    write_module(
+        here / "own_stages" / "run.py", "def run(config, inputs, context): (context.out / 'a').write_text('b')"
+    )
+    write_module(here / "own_hello.py", OWN_STAGE_RECIPE)
+    done = dlm("run", "own_hello:hello", "--executor", executor)
+    assert done.code == 0, done.stderr
+    (run,) = store.runs()
+    assert (runs.committed_outputs(store, run)["greet"] / "a").read_text() == "b"
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    sys.path.remove(str(here))
+    forget_modules(here)
+    listed, shown, resumed = dlm("list"), dlm("status", run.run_id), dlm("resume", run.run_id)
+    assert (listed.code, run.run_id in listed.stdout, "succeeded" in listed.stdout) == (0, True, True), listed.stderr
+    assert shown.code == 0, shown.stderr
+    assert "there is no module 'own_stages'" in shown.stdout
+    assert resumed.code == 2
+    assert "stage 'own_stages': there is no module 'own_stages'" in resumed.stderr
+    assert "go to the directory that has it" in resumed.stderr
+
+
 def test_command_of_a_recipe_of_ours_names_it(dlm: Dlm, log: Path, store: Store) -> None:
     dlm("run", "toy", "--executor", "local", "--set", "source.trouble=user", "--set", f"source.log={log}")
     (run,) = store.runs()
@@ -242,7 +294,7 @@ def test_command_of_a_recipe_of_ours_names_it(dlm: Dlm, log: Path, store: Store)
         ("own_recipes.toy:toy", r"there is no module 'own_recipes\.toy'"),
         ("own_recipes:toys", r"own_recipes\.py has no function 'toys'; did you mean toy\?"),
         ("own_recipes:qqq", r"has no function 'qqq'; define it there"),
-        ("own_recipes:count", r"count is a int; it must be a function"),
+        ("own_recipes:count", r"count is something of type int; it must be a function"),
         ("own_recipes:wants", r"wants text, more; a recipe takes no arguments"),
         ("own_recipes:raises", r"failed: TypeError: .*\(.*trouble\.py, line \d+\)"),
         ("own_recipes:nothing", r"returned nothing; it must return a workflows\.step\.Workflow"),
