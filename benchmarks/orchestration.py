@@ -182,6 +182,9 @@ def measure(options: Options) -> Measured:
     peers, absent = _find_peers(options)
     sides = {**BASE, **peers}
     with tempfile.TemporaryDirectory(prefix="dlm-orchestration-") as folder:
+        if not options.quick:
+            # All sides work, and their programs are in the page cache, before anything long is begun.
+            measure_sides(sides, QUICK, Path(folder) / "before")
         times = measure_sides(sides, size, Path(folder))
     figures: dict[str, Any] = {
         "wall_s": {

@@ -29,9 +29,14 @@ _LAST = """    @step
 
 """
 _LAST_JOIN = """    @step
-    def end(self, inputs):
+    def last(self, inputs):
         self.value = 1 + sum(before.value for before in inputs)
         Path("value.txt").write_text(str(self.value))
+        self.next(self.end)
+
+    @step
+    def end(self):
+        pass
 
 """
 _SHARDS = """    @step
@@ -62,17 +67,18 @@ if __name__ == "__main__":
 
 
 def stages(num_chains: int, length: int) -> str:
-    """A first step, chains, and a last one."""
-    starts = [f"self.chain_{chain}_0" if length else "self.end" for chain in range(num_chains)]
+    """A first step, chains, and a last one.  A join cannot be the end of a flow, so several chains have a step more."""
+    last = "last" if num_chains > 1 else "end"
+    starts = [f"self.chain_{chain}_0" if length else f"self.{last}" for chain in range(num_chains)]
     steps = [
-        _STEP.format(name=f"chain_{chain}_{place}", then=f"chain_{chain}_{place + 1}" if place + 1 < length else "end")
+        _STEP.format(name=f"chain_{chain}_{place}", then=f"chain_{chain}_{place + 1}" if place + 1 < length else last)
         for chain in range(num_chains)
         for place in range(length)
     ]
-    last = _LAST_JOIN if num_chains > 1 else _LAST
-    return "".join([_HEAD, _FIRST.format(then=", ".join(starts)), *steps, last, _TAIL])
+    end = _LAST_JOIN if num_chains > 1 else _LAST
+    return "".join([_HEAD, _FIRST.format(then=", ".join(starts)), *steps, end, _TAIL])
 
 
 def shards(num_shards: int) -> str:
-    """A fan-out.  Its join cannot be the last step."""
+    """A fan-out, its join and its end."""
     return _HEAD + _SHARDS.format(num_shards=num_shards) + _TAIL

@@ -48,11 +48,11 @@ def test_graphs_are_of_the_asked_size_in_both_layouts():
     assert orchestration.FULL.num_rounds >= 3
 
 
-@pytest.mark.parametrize("graph", [Graph(), Graph(1, 3), Graph(2, 2)])
-def test_flow_of_metaflow_has_a_step_a_stage(graph):
+@pytest.mark.parametrize(("graph", "more"), [(Graph(), 0), (Graph(1, 3), 0), (Graph(2, 2), 1)])
+def test_flow_of_metaflow_has_a_step_a_stage_and_an_end_after_a_join(graph, more):
     source = metaflow_source.stages(graph.num_chains, graph.length)
     compile(source, "flow.py", "exec")
-    assert source.count("@step") == graph.num_results
+    assert source.count("@step") == graph.num_results + more
     assert "range(7)" in metaflow_source.shards(7)
 
 
