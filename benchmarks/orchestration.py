@@ -7,7 +7,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,13 @@ class Times:
     first: dict[str, list[float]]
     again: dict[str, list[float]]
 
-    def more_s(self, name: str, graph: Graph) -> list[float]:
-        """Seconds of each stage or shard beyond the graph of two stages, which stands for the start."""
+    def whole_s(self, name: str, graph: Graph) -> list[float]:
+        """Seconds of the whole program for each of its stages or shards."""
+        number = graph.num_shards or graph.num_results
+        return [s / number for s in self.first[name]]
+
+    def steady_s(self, name: str, graph: Graph) -> list[float]:
+        """The same without the start: what each stage or shard takes beyond the graph of two stages."""
         number = graph.num_shards or graph.num_results - Graph().num_results
         return [(s - start) / number for s, start in zip(self.first[name], self.first[START], strict=False)]
 
@@ -124,54 +129,67 @@ def _find_peers(options: Options) -> tuple[dict[str, Side], dict[str, str]]:
 
 
 def _table(times: Mapping[str, Times], sides: Mapping[str, Side], absent: Mapping[str, str], size: Size) -> str:
-    number = {name: graph.num_shards or graph.num_results for name, graph in size.graphs.items()}
-    headings = [
-        f"{NUM_CORES} cores, {size.num_rounds} rounds",
-        "start s",
-        f"chain of {number[CHAIN]}: ms a stage",
-        f"{size.graphs[CHAINS].num_chains} chains: ms a stage",
-        f"{number[SHARDS]} shards: ms a shard",
-        "chain, whole s",
-        "shards, whole s",
-        "again s: chain",
-        "shards",
+    graphs = {what: graph for what, graph in size.graphs.items() if what != START}
+    names = [
+        f"chain of {graphs[CHAIN].num_results}",
+        f"{graphs[CHAINS].num_chains} chains, {graphs[CHAINS].num_results}",
+        f"{graphs[SHARDS].num_shards} shards",
     ]
-    rows: list[list[str]] = []
-    for name, found in times.items():
-        more = {what: statistics.median(found.more_s(what, size.graphs[what])) for what in (*LAYOUTS, SHARDS)}
-        again = [
-            f"{statistics.median(found.again[what]):.2f}" if found.again[what] else "-" for what in (CHAIN, SHARDS)
+
+    def rows(cells: Callable[[Times, str, Graph], Sequence[float]], scale: float, digits: int) -> list[list[str]]:
+        found = {name: [cells(one, what, graph) for what, graph in graphs.items()] for name, one in times.items()}
+        return [
+            [name, *(f"{scale * statistics.median(values):.{digits}f}" if values else "-" for values in side)]
+            for name, side in found.items()
         ]
-        rows.append(
-            [
-                f"{name} ({sides[name].again_is})" if sides[name].again_is else name,
-                f"{statistics.median(found.first[START]):.1f}",
-                *(f"{1e3 * more[what]:.1f}" for what in (*LAYOUTS, SHARDS)),
-                *(f"{statistics.median(found.first[what]):.1f}" for what in (CHAIN, SHARDS)),
-                *again,
-            ]
-        )
-    lines = [table(headings, rows)]
-    lines += [f"{name}: absent: {reason}" for name, reason in absent.items()]
-    lines.append(
-        "start: two stages, from the start of the program; a stage or shard: what the larger graph takes more than "
-        "that; again: nothing is left to do, in brackets what the side calls that; peers fan out in the first round"
+
+    whole = rows(lambda one, what, graph: one.first[what], 1, 1)
+    for row, one in zip(whole, times.values(), strict=True):
+        row.append(f"{statistics.median(one.first[START]):.1f}")
+    again = rows(lambda one, what, graph: one.again[what], 1, 2)
+    for row, name in zip(again, times, strict=True):
+        row.append(sides[name].again_is or "has nothing")
+    tables = (
+        table([f"seconds in all, {NUM_CORES} cores, rounds: {size.num_rounds}", *names, "two stages"], whole),
+        table(["ms a stage or shard, start included", *names], rows(Times.whole_s, 1e3, 1)),
+        table(["ms a stage or shard, beyond two stages", *names], rows(Times.steady_s, 1e3, 1)),
+        table(["seconds when all is done already", *names, "is"], again),
     )
-    return "\n".join(lines)
+    return "\n\n".join([*tables, *(f"{name} is absent: {reason}" for name, reason in absent.items())])
 
 
 def ratios_of(times: Mapping[str, Times], size: Size) -> dict[str, float]:
     """The keys; of the two layouts, always the one that is worse for us."""
-    more = {name: {what: found.more_s(what, size.graphs[what]) for what in LAYOUTS} for name, found in times.items()}
-    ours, ray = more[OURS], more[BARE_RAY]
+    layouts = [(what, size.graphs[what]) for what in LAYOUTS]
+    ours, ray = times[OURS], times[BARE_RAY]
     found = {
-        "extra_over_ray_s": max(statistics.median(ours[what]) - statistics.median(ray[what]) for what in LAYOUTS),
-        "cached_rerun_s": max(statistics.median(times[OURS].again[what]) for what in size.graphs),
+        "extra_over_ray_s": max(
+            statistics.median(measured(ours, *layout)) - statistics.median(measured(ray, *layout))
+            for layout in layouts
+            for measured in (Times.whole_s, Times.steady_s)
+        ),
+        "cached_rerun_s": max(statistics.median(ours.again[what]) for what in size.graphs),
     }
-    for name in times:
+    for name, theirs in times.items():
         if name not in BASE:
-            found[name] = min(median_ratio(more[name][what], ours[what]) for what in LAYOUTS)
+            for suffix, measured in (("", Times.whole_s), ("_without_start", Times.steady_s)):
+                found[name + suffix] = min(
+                    median_ratio(measured(theirs, *one), measured(ours, *one)) for one in layouts
+                )
     return found
+
+
+def _ms(
+    times: Mapping[str, Times], size: Size, measured: Callable[[Times, str, Graph], list[float]]
+) -> dict[str, dict[str, float]]:
+    return {
+        name: {
+            what: round(1e3 * statistics.median(measured(one, what, graph)), 2)
+            for what, graph in size.graphs.items()
+            if what != START
+        }
+        for name, one in times.items()
+    }
 
 
 def measure(options: Options) -> Measured:
@@ -195,8 +213,8 @@ def measure(options: Options) -> Measured:
             for name, found in times.items()
         },
         "ms_a_stage": {
-            name: {w: round(1e3 * statistics.median(found.more_s(w, size.graphs[w])), 2) for w in (*LAYOUTS, SHARDS)}
-            for name, found in times.items()
+            "start included": _ms(times, size, Times.whole_s),
+            "without start": _ms(times, size, Times.steady_s),
         },
         "versions": {name: list(PEERS[name]) for name in peers},
         "absent": absent,

@@ -30,7 +30,7 @@ def _fake(*, all_results: bool, wrong: int = 0, remade: bool = False, says: str 
         lines += [f"open('value.txt', 'w').write('{graph.value + wrong}')", f"print({says!r})"]
         return [sys.executable, "-S", "-c", "; ".join(lines)]
 
-    return Side(command, command if all_results else None, "cached", "done")
+    return Side(command, command, "cached", "done") if all_results else Side(command)
 
 
 def _own(*words: str) -> argparse.Namespace:
@@ -66,10 +66,13 @@ def test_every_side_is_timed_with_every_graph_in_every_round_but_for_the_fan_out
         assert all(s > 0 for seconds in found.first.values() for s in seconds)
         assert {len(s) for s in found.again.values()} == ({0} if name == "prefect" else {2})
     ratios = orchestration.ratios_of(times, SIZE)
-    assert ratios.keys() == KEYS | {"prefect"}
+    assert ratios.keys() == KEYS | {"prefect", "prefect_without_start"}
     shown = orchestration._table(times, sides, {"dagster": "why not"}, SIZE)
-    assert "ours (cached)" in shown
-    assert "dagster: absent: why not" in shown
+    whole, with_start, without_start, again = (part.splitlines() for part in shown.split("\n\n")[:4])
+    for part in (whole, with_start, without_start, again):
+        assert [line.split("  ")[0] for line in part[2:]] == list(sides)
+    assert [line.split()[-1] for line in again[2:]] == ["cached", "cached", "nothing"]
+    assert "dagster is absent: why not" in shown
 
 
 @pytest.mark.parametrize(
@@ -94,13 +97,21 @@ def _times(start: float, chain: float, chains: float, again: float = 0.0) -> Tim
 
 def test_keys_are_of_the_layout_that_is_worse_for_us():
     times = {
-        OURS: _times(5.0, 5.4, 5.2, again=0.7),
-        BARE_RAY: _times(6.0, 6.2, 6.1),
-        "prefect": _times(9.0, 9.8, 9.3),
+        OURS: _times(5.0, 5.4, 5.1, again=0.7),  # 4 and 4 stages, 2 and 2 beyond the start
+        BARE_RAY: _times(4.0, 4.2, 4.2),
+        "prefect": _times(9.0, 9.2, 9.2),
     }
     times[OURS].again[SHARDS][:] = [0.9, 0.9]
-    found = orchestration.ratios_of(times, SIZE)
-    assert found == pytest.approx({"extra_over_ray_s": 0.2 - 0.1, "cached_rerun_s": 0.9, "prefect": 0.3 / 0.2})
+    assert orchestration.ratios_of(times, SIZE) == pytest.approx(
+        {
+            "extra_over_ray_s": (5.4 - 4.2) / 4,
+            "cached_rerun_s": 0.9,
+            "prefect": 9.2 / 5.4,
+            "prefect_without_start": 0.2 / 0.4,
+        }
+    )
+    times[BARE_RAY] = _times(7.0, 7.2, 7.2)
+    assert orchestration.ratios_of(times, SIZE)["extra_over_ray_s"] == pytest.approx((0.4 - 0.2) / 2)
 
 
 def test_peers_that_are_not_there_are_told_with_what_to_do(tmp_path):
@@ -162,4 +173,4 @@ def test_quick_run_has_table_and_keys(capsys):
     assert report["ratios"].keys() == KEYS
     assert 0 < report["ratios"]["cached_rerun_s"] < min(map(min, report["figures"]["wall_s"][OURS].values()))
     assert report["figures"]["absent"].keys() == PEERS.keys()
-    assert {line.split("  ")[0] for line in shown[2:4]} == {"ours (cached)", "bare Ray"}
+    assert {line.split("  ")[0] for line in shown[2:4]} == {"ours", "bare Ray"}
