@@ -68,7 +68,8 @@ class Times:
     def steady_s(self, name: str, graph: Graph) -> list[float]:
         """The same without the start: what each stage or shard takes beyond the graph of two stages."""
         number = graph.num_shards or graph.num_results - Graph().num_results
-        return [(s - start) / number for s, start in zip(self.first[name], self.first[START], strict=False)]
+        start_s = statistics.median(self.first[START])
+        return [(s - start_s) / number for s in self.first[name]]
 
 
 def _time_graph(name: str, side: Side, graph: Graph, folder: Path) -> tuple[float, float | None]:
@@ -172,10 +173,7 @@ def ratios_of(times: Mapping[str, Times], size: Size) -> dict[str, float]:
     }
     for name, theirs in times.items():
         if name not in BASE:
-            for suffix, measured in (("", Times.whole_s), ("_without_start", Times.steady_s)):
-                found[name + suffix] = min(
-                    median_ratio(measured(theirs, *one), measured(ours, *one)) for one in layouts
-                )
+            found[name] = min(median_ratio(theirs.whole_s(*one), ours.whole_s(*one)) for one in layouts)
     return found
 
 

@@ -66,7 +66,7 @@ def test_every_side_is_timed_with_every_graph_in_every_round_but_for_the_fan_out
         assert all(s > 0 for seconds in found.first.values() for s in seconds)
         assert {len(s) for s in found.again.values()} == ({0} if name == "prefect" else {2})
     ratios = orchestration.ratios_of(times, SIZE)
-    assert ratios.keys() == KEYS | {"prefect", "prefect_without_start"}
+    assert ratios.keys() == KEYS | {"prefect"}
     shown = orchestration._table(times, sides, {"dagster": "why not"}, SIZE)
     whole, with_start, without_start, again = (part.splitlines() for part in shown.split("\n\n")[:4])
     for part in (whole, with_start, without_start, again):
@@ -103,12 +103,7 @@ def test_keys_are_of_the_layout_that_is_worse_for_us():
     }
     times[OURS].again[SHARDS][:] = [0.9, 0.9]
     assert orchestration.ratios_of(times, SIZE) == pytest.approx(
-        {
-            "extra_over_ray_s": (5.4 - 4.2) / 4,
-            "cached_rerun_s": 0.9,
-            "prefect": 9.2 / 5.4,
-            "prefect_without_start": 0.2 / 0.4,
-        }
+        {"extra_over_ray_s": (5.4 - 4.2) / 4, "cached_rerun_s": 0.9, "prefect": 9.2 / 5.4}
     )
     times[BARE_RAY] = _times(7.0, 7.2, 7.2)
     assert orchestration.ratios_of(times, SIZE)["extra_over_ray_s"] == pytest.approx((0.4 - 0.2) / 2)
@@ -156,7 +151,7 @@ def test_our_recipe_makes_every_result_once(tmp_path, graph):
 
 @pytest.mark.ray
 @pytest.mark.timeout(RAY_LIMIT_S)
-@pytest.mark.parametrize("graph", [Graph(2, 1), Graph(num_shards=3)])
+@pytest.mark.parametrize("graph", [Graph(2, 1)])
 def test_bare_ray_writes_every_result(tmp_path, graph):
     first_s, again_s = orchestration._time_graph(BARE_RAY, BASE[BARE_RAY], graph, tmp_path / "work")
     assert first_s > 0
