@@ -264,7 +264,7 @@ def test_workers_find_stages_of_ones_own_where_dlm_was_called(
     done = dlm("run", "own_hello:hello", "--executor", executor)
     assert done.code == 0, done.stderr
     (run,) = store.runs()
-    assert (runs.committed_outputs(store, run)["greet"] / "a").read_text() == "b"
+    assert (runs.committed_outputs(store, run)["greet"] / "a").read_bytes() == b"b"
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
     sys.path.remove(str(here))
@@ -279,7 +279,8 @@ def test_workers_find_stages_of_ones_own_where_dlm_was_called(
 
 
 def test_command_of_a_recipe_of_ours_names_it(dlm: Dlm, log: Path, store: Store) -> None:
-    dlm("run", "toy", "--executor", "local", "--set", "source.trouble=user", "--set", f"source.log={log}")
+    logs = [word for step in ("source", "aside") for word in ("--set", f"{step}.log={log}")]
+    dlm("run", "toy", "--executor", "local", "--set", "source.trouble=user", *logs)
     (run,) = store.runs()
     assert runs.command_of(run).startswith("dlm run toy --executor local --set source.trouble=user")
 
