@@ -38,6 +38,7 @@ bench: .venv/dev.installed
 	$(BIN)/python -m benchmarks.tokenization
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.orchestration --install
 
 mutants: .venv/dev.installed
 	$(BIN)/python -m tests.support.mutants

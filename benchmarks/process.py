@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +30,20 @@ class Cost:
 
 def run_program(function: str, *arguments: str, log: Path, env: Mapping[str, str] | None = None) -> Cost:
     """Call ``module:function`` with strings in a new interpreter; RefusedError with the end of its log if it fails."""
-    command = [sys.executable, "-c", _CALL, function, *arguments]
+    return run_command([sys.executable, "-c", _CALL, function, *arguments], log=log, env=env, name=function)
+
+
+def run_command(
+    command: Sequence[str], *, log: Path, name: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+) -> Cost:
+    """Run a program to its end; RefusedError with its name and the end of its log if it fails."""
     start = time.perf_counter()
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=os.environ | (env or {}))
+        process = subprocess.Popen(command, cwd=cwd, stdout=output, stderr=output, env=os.environ | (env or {}))
         _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         tail = log.read_text(errors="replace")[-_LOG_CHARS:]
-        raise RefusedError(f"{function} ended with exit code {process.returncode}:\n{tail}")
+        raise RefusedError(f"{name} ended with exit code {process.returncode}:\n{tail}")
     return Cost(wall_s, usage.ru_utime + usage.ru_stime)

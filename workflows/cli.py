@@ -1,5 +1,6 @@
 """The command line.  It imports neither torch nor ray: only the workers of a stage that has to run do."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -60,8 +61,13 @@ _ENDINGS: dict[type[Exception], tuple[int, str, str]] = {
 
 
 def main(run: Callable[[], Any] = app) -> None:
-    """Entry point: what the user did wrong ends in a message, not in a traceback."""
+    """Entry point: what the user did wrong ends in a message, not in a traceback.
+
+    Recipes and stages of the user's own are found in the current directory, as with ``python -m``.
+    """
     try:
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
         run()
     except tuple(_ENDINGS) as error:
         code, before, after = next(ending for kind, ending in _ENDINGS.items() if isinstance(error, kind))

@@ -44,6 +44,8 @@ class Plan:
     workflow: str
     steps: list[PlannedStep]
     environment: dict[str, str]
+    recipe: str = ""
+    """What was typed for it, a name or ``module:function``; empty where no recipe made it."""
 
     def step(self, name: str) -> PlannedStep:
         """The step of that name."""

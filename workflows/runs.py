@@ -1,8 +1,10 @@
 """What the commands do with runs: create, go on, look at.  No terminal here."""
 
+import dataclasses
 import datetime
 import importlib.util
 import os
+import re
 import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,7 @@ from workflows.store import RunPlace, Store
 
 ExecutorName = Literal["ray", "local"]
 DEFAULT_EXECUTOR: ExecutorName = "ray"
+_MAX_NAME_CHARS = 80
 RunStatus = Literal["running", "succeeded", "failed", "stopped", "cancelled", "interrupted", "submitted"]
 
 
@@ -44,11 +47,12 @@ def configured(recipe: str, settings: list[tuple[str, Any]]) -> Workflow:
 
 def plan_recipe(recipe: str, settings: list[tuple[str, Any]]) -> Plan:
     """The plan of a recipe with settings."""
-    return make_plan(configured(recipe, settings), environment())
+    return dataclasses.replace(make_plan(configured(recipe, settings), environment()), recipe=recipe)
 
 
 def new_run_id(workflow: str) -> str:
-    """A readable id that sorts by time."""
+    """A readable id that sorts by time, whatever the characters of a workflow's name."""
+    workflow = re.sub(r"[^A-Za-z0-9._-]+", "-", workflow).lstrip("._-")[:_MAX_NAME_CHARS] or "run"
     now = datetime.datetime.now(tz=datetime.UTC)
     return f"{workflow}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
@@ -93,7 +97,8 @@ def refuse_other_plan(run: RunPlace, plan: Plan) -> None:
 def command_of(run: RunPlace) -> str:
     """The command that a run was started with, for a new one like it; without the option for the store."""
     frozen = run.plan()
-    words = ["dlm", "run", frozen_plan(run).workflow]
+    plan = frozen_plan(run)
+    words = ["dlm", "run", plan.recipe or plan.workflow]
     if frozen["executor"] != DEFAULT_EXECUTOR:
         words += ["--executor", frozen["executor"]]
     for setting in frozen.get("settings", ()):
@@ -201,7 +206,11 @@ def _summarise_step(
     store: Store, run: RunPlace, plan: Plan, name: str, events: list[dict[str, Any]], alive: bool
 ) -> StepSummary:
     step = plan.step(name)
-    place = store.artifact(load_stage(step.stage).name, step.fingerprint)
+    try:
+        stage = load_stage(step.stage)
+    except UserError as error:  # of a recipe of the user's own, looked at from elsewhere: the rest can be told
+        return StepSummary(name, "unknown", None, str(error), "")
+    place = store.artifact(stage.name, step.fingerprint)
     own = [event for event in events if event["step"] == name and event["kind"].startswith("step_")]
     kind = own[-1]["kind"] if own else ""
     address = place.address

@@ -4,9 +4,11 @@ import difflib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import flatten, to_json
+from pipeline.errors import UserError
 from pipeline.stage import Stage
 
 
@@ -57,5 +59,17 @@ class Workflow:
 
 
 def load_stage(package: str) -> Stage:
-    """The declaration of a stage, without importing its work."""
-    return importlib.import_module(f"{package}.config").STAGE
+    """The declaration of a stage, without importing its work; UserError if there is none."""
+    name = f"{package}.config"
+    try:
+        stage = getattr(importlib.import_module(name), "STAGE", None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(
+            f"stage {package!r}: there is no module {error.name!r}, neither installed nor in the current directory "
+            f"{Path.cwd()}; go to the directory that has it, or install it"
+        ) from None
+    if not isinstance(stage, Stage):
+        raise UserError(f"stage {package!r}: {name} declares no STAGE = Stage(...); see pipeline/stage.py")
+    return stage

@@ -1,5 +1,9 @@
 """Recipes: every one can be planned, says what is not published, and has a tiny one of the same course."""
 
+import importlib
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from dlm_core.models.presets import PRESETS
 from pipeline.errors import UserError
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.tokenizer.config import TokenizerConfig
+from tests.support.executors import RAY_LIMIT_S
 from tests.support.tiny_run import write_text
 from tests.workflows.conftest import Dlm
 from workflows import listings, runs
@@ -23,6 +28,64 @@ PAIRS = [
     ("llada_moe_tiny", "llada_moe_7b"),
     ("llada2_tiny", "llada2_mini"),
 ]
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+MAX_EXAMPLE_LINES = 12
+OWN = """
+from workflows.step import Step, Workflow
+from tests.support.toy_stages.trouble import ToyConfig
+
+def toy(number=1):
+    return Workflow("my toy/1", "small", (Step("source", "tests.support.toy_stages.source", ToyConfig(number)),))
+
+def wants(text, *, more): ...
+def raises(): return toy("x")
+def nothing(): ...
+def elsewhere(): return Workflow("w", "", (Step("a", "no_such_stages.a", None),))
+def no_stage(): return Workflow("w", "", (Step("a", "tests.support", None),))
+count = 3
+"""
+OWN_STAGE = """
+from dataclasses import dataclass
+from pipeline.stage import Stage
+
+@dataclass(frozen=True)
+class Hello: ...
+
+STAGE = Stage("hello", "task", Hello, "own_stages.run")
+"""
+OWN_STAGE_RECIPE = """
+from own_stages.config import Hello
+from workflows.step import Step, Workflow
+
+def hello():
+    return Workflow("hello", "a stage of one's own", (Step("greet", "own_stages", Hello()),))
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current directory, empty; what is imported from it is forgotten.  Workers find the tests' own stages."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    forget_modules(tmp_path)
+
+
+def forget_modules(folder: Path) -> None:
+    """As if nothing had been imported from a folder."""
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(str(folder)):
+            del sys.modules[name]
+
+
+def write_module(path: Path, text: str) -> None:
+    """A module that was not there a moment ago."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    importlib.invalidate_caches()
 
 
 def config_of(recipe: str, step: str = "pretrain") -> Any:
@@ -168,3 +231,110 @@ def test_tiny_recipes_and_the_quickstart_have_a_text_and_no_deviation() -> None:
     for name in RECIPES.keys() - set(LARGE):
         assert config_of(name, "corpus").source
         assert listings.recipe(load_recipe(name))["deviations"] == []
+
+
+def test_recipe_of_ones_own_is_planned_run_and_told_again_as_it_was_typed(dlm: Dlm, here: Path, store: Store) -> None:
+    (here / "log").mkdir()
+    write_module(here / "own_recipes.py", OWN)
+    arguments = ("own_recipes:toy", "--set", f"source.log={here / 'log'}")
+    planned = dlm("plan", *arguments)
+    assert (planned.code, "never run" in planned.stdout) == (0, True), planned.stderr
+    done = dlm("run", *arguments, "--executor", "local")
+    assert done.code == 0, done.stderr
+    (run,) = store.runs()
+    assert run.run_id.startswith("my-toy-1-")
+    plan = runs.frozen_plan(run)
+    assert (plan.workflow, plan.recipe) == ("my toy/1", "own_recipes:toy")
+    assert runs.command_of(run) == f"dlm run own_recipes:toy --executor local --set source.log={here / 'log'}"
+
+
+EXECUTORS = ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(RAY_LIMIT_S)])]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_workers_find_stages_of_ones_own_where_dlm_was_called(
+    dlm: Dlm, here: Path, store: Store, monkeypatch: pytest.MonkeyPatch, executor: str
+) -> None:
+    write_module(here / "own_stages" / "__init__.py", "")
+    write_module(here / "own_stages" / "config.py", OWN_STAGE)
+    write_module(
+        here / "own_stages" / "run.py", "def run(config, inputs, context): (context.out / 'a').write_text('b')"
+    )
+    write_module(here / "own_hello.py", OWN_STAGE_RECIPE)
+    done = dlm("run", "own_hello:hello", "--executor", executor)
+    assert done.code == 0, done.stderr
+    (run,) = store.runs()
+    assert (runs.committed_outputs(store, run)["greet"] / "a").read_bytes() == b"b"
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    sys.path.remove(str(here))
+    forget_modules(here)
+    listed, shown, resumed = dlm("list"), dlm("status", run.run_id), dlm("resume", run.run_id)
+    assert (listed.code, run.run_id in listed.stdout, "succeeded" in listed.stdout) == (0, True, True), listed.stderr
+    assert shown.code == 0, shown.stderr
+    assert "there is no module 'own_stages'" in shown.stdout
+    assert resumed.code == 2
+    assert "stage 'own_stages': there is no module 'own_stages'" in resumed.stderr
+    assert "go to the directory that has it" in resumed.stderr
+
+
+def test_command_of_a_recipe_of_ours_names_it(dlm: Dlm, log: Path, store: Store) -> None:
+    logs = [word for step in ("source", "aside") for word in ("--set", f"{step}.log={log}")]
+    dlm("run", "toy", "--executor", "local", "--set", "source.trouble=user", *logs)
+    (run,) = store.runs()
+    assert runs.command_of(run).startswith("dlm run toy --executor local --set source.trouble=user")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("own_recipes:", r"not of the form package\.module:function"),
+        ("own_recipes:toy:1", r"not of the form package\.module:function"),
+        ("own recipes:toy", r"not of the form package\.module:function"),
+        ("other_recipes:toy", r"there is no module 'other_recipes', neither installed nor in the current directory"),
+        ("own_recipes.toy:toy", r"there is no module 'own_recipes\.toy'"),
+        ("own_recipes:toys", r"own_recipes\.py has no function 'toys'; did you mean toy\?"),
+        ("own_recipes:qqq", r"has no function 'qqq'; define it there"),
+        ("own_recipes:count", r"count is something of type int; it must be a function"),
+        ("own_recipes:wants", r"wants text, more; a recipe takes no arguments"),
+        ("own_recipes:raises", r"failed: TypeError: .*\(.*trouble\.py, line \d+\)"),
+        ("own_recipes:nothing", r"returned nothing; it must return a workflows\.step\.Workflow"),
+        ("own_recipes:elsewhere", r"stage 'no_such_stages\.a': there is no module 'no_such_stages'"),
+        ("own_recipes:no_stage", r"stage 'tests\.support': there is no module 'tests\.support\.config'"),
+        ("broken_syntax:toy", r"cannot be imported: SyntaxError: .*broken_syntax\.py, line 1"),
+        ("broken_import:toy", r"cannot be imported: ModuleNotFoundError: No module named 'no_such'.*broken_import\.py"),
+        ("broken_start:toy", r"cannot be imported: ZeroDivisionError: .*broken_start\.py, line 2\)"),
+        ("own_recipes.toy", r"there is no recipe 'own_recipes\.toy'.*one of your own is given as module:function"),
+    ],
+)
+def test_recipe_of_ones_own_that_cannot_be_had_is_refused_with_what_to_do(
+    dlm: Dlm, here: Path, store: Store, recipe: str, words: str
+) -> None:
+    for name, text in {
+        "own_recipes": OWN,
+        "broken_syntax": "def toy(:",
+        "broken_import": "import no_such",
+        "broken_start": "\n1 / 0",
+    }.items():
+        write_module(here / f"{name}.py", text)
+    done = dlm("run", recipe, "--executor", "local")
+    assert done.code == 2
+    assert re.search(words, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not store.runs()
+
+
+def test_recipe_in_the_readme_is_short_and_runs(dlm: Dlm, here: Path, store: Store) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(code.splitlines()) <= MAX_EXAMPLE_LINES
+    (command,) = re.findall(r"^    dlm run (my_recipes:\w+)", README, flags=re.MULTILINE)
+    write_module(here / "my_recipes.py", code)
+    (here / "notes").mkdir()
+    for number in range(30):
+        (here / "notes" / f"{number}.txt").write_text(f"Note {number}: {'a word and another. ' * (number + 1)}")
+    done = dlm("run", command, "--executor", "local")
+    assert done.code == 0, done.stderr
+    (run,) = store.runs()
+    outputs = runs.committed_outputs(store, run)
+    assert list(outputs) == ["corpus", "tokenizer"]
+    assert (outputs["tokenizer"] / "tokenizer.json").exists()

@@ -13,6 +13,7 @@ from workflows import listings, runs
 from workflows.commands.common import (
     DEFAULT_STORE,
     JsonOption,
+    RecipeArgument,
     SetOption,
     StoreOption,
     console,
@@ -56,7 +57,7 @@ def models(as_json: JsonOption = False) -> None:
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    recipe: RecipeArgument,
     settings: SetOption = [],  # noqa: B006 - typer reads it, nobody changes it
     store: StoreOption = DEFAULT_STORE,
     show_settings: Annotated[bool, typer.Option("--settings", help="Print every setting and its value.")] = False,

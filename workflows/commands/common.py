@@ -30,6 +30,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 ExecutorOption = Annotated[
     str, typer.Option("--executor", help="ray: an embedded Ray; local: subprocesses without Ray.")
 ]
+RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe, or module:function of one of your own.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id.")]
 OptionalRun = Annotated[str, typer.Argument(metavar="[RUN]", help="Run id; the newest by default.")]
 DataOfOption = Annotated[

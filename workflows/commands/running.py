@@ -18,6 +18,7 @@ from workflows.commands.common import (
     EXIT_INTERRUPTED,
     EXIT_UNSCHEDULABLE,
     ExecutorOption,
+    RecipeArgument,
     RunArgument,
     SetOption,
     StoreOption,
@@ -48,7 +49,7 @@ _WITH_TRACEBACK = ("code", "transient", "infra")
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    recipe: RecipeArgument,
     settings: SetOption = [],  # noqa: B006 - as above
     store: StoreOption = DEFAULT_STORE,
     executor: ExecutorOption = runs.DEFAULT_EXECUTOR,

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable
 
 from pipeline.errors import UserError
+from workflows.own_recipe import own_recipe
 from workflows.recipes.bd3lm import bd3lm_owt, bd3lm_tiny
 from workflows.recipes.llada import llada_8b, llada_tiny
 from workflows.recipes.llada2 import llada2_mini, llada2_tiny
@@ -31,9 +32,12 @@ RECIPES: dict[str, Callable[[], Workflow]] = {make.__name__: make for make in _M
 
 
 def load_recipe(name: str) -> Workflow:
-    """The workflow of a recipe; UserError with the known names otherwise."""
+    """The workflow of a recipe, ours by its name or anybody's as ``module:function``; UserError otherwise."""
+    if ":" in name:
+        return own_recipe(name)
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the recipes are: {', '.join(RECIPES)}"
+        hint += "; one of your own is given as module:function"
         raise UserError(f"there is no recipe {name!r}; {hint}")
     return RECIPES[name]()

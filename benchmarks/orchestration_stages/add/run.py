@@ -1,0 +1,13 @@
+"""One more than the sum of the inputs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.orchestration_stages.add.config import AddConfig
+from pipeline.stage import StageContext
+
+
+def run(config: AddConfig, inputs: Mapping[str, Path], context: StageContext) -> None:
+    """One number in a file."""
+    value = 1 + sum(int((directory / "value.txt").read_text()) for directory in inputs.values())
+    (context.out / "value.txt").write_text(str(value))
