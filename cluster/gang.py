@@ -25,7 +25,9 @@ GPUS_ENV = "DLM_GPUS"
 """Tells a process how many GPUs it has to itself."""
 
 
-def run_gang(function: str, payload: dict[str, Any], sizes: Sequence[int], cpus: float, log_dir: str) -> None:
+def run_gang(
+    function: str, payload: dict[str, Any], sizes: Sequence[int], cpus: float, log_dir: str, may_grow: bool
+) -> None:
     """Run ``module:function`` on as many ranks of ``sizes`` as fit and wait; raises if any of them fails.
 
     No retries here: the coordinator counts them.  Nothing is reported to Ray Train, since ranks write their
@@ -34,15 +36,17 @@ def run_gang(function: str, payload: dict[str, Any], sizes: Sequence[int], cpus:
     os.environ.update(_LEAN_TRAIN)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_TIMEOUT_S)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
-    size, on_gpus = _wait_for_room(sizes, cpus)
+    from cluster.gloo import NodeAddressConfig
+
+    size, on_gpus = _wait_for_room(sizes, cpus, may_grow)
     print(f"starting {size} of at most {sizes[-1]} ranks, {'one GPU each' if on_gpus else 'without GPUs'}", flush=True)  # noqa: T201
     with tempfile.TemporaryDirectory(prefix="dlm-train-") as storage:
         trainer = TorchTrainer(
             _run_rank,
             train_loop_config={"function": function, "payload": payload, "log_dir": log_dir, "on_gpus": on_gpus},
-            torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
+            torch_config=NodeAddressConfig(backend="nccl" if on_gpus else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
             scaling_config=ScalingConfig(
                 num_workers=size, use_gpu=on_gpus, resources_per_worker={"CPU": cpus}, placement_strategy="PACK"
             ),
@@ -55,18 +59,22 @@ def run_gang(function: str, payload: dict[str, Any], sizes: Sequence[int], cpus:
         trainer.fit()
 
 
-def _wait_for_room(sizes: Sequence[int], cpus: float) -> tuple[int, bool]:
+def _wait_for_room(sizes: Sequence[int], cpus: float, may_grow: bool) -> tuple[int, bool]:
     """The largest size there is room for, and whether on GPUs.
 
-    The coordinator ends the wait when it takes too long.
+    What others hold, or a node that may come back, is waited for a while as long as fewer ranks would do, and without
+    end if none would: the coordinator ends the wait.
     """
     settle_s = time.monotonic() + _MORE_WAIT_S
     while True:
         found = nodes()
         on_gpus = wants_gpus(found)
-        room = ranks_that_fit(found, cpus, 1.0 if on_gpus else 0.0, free=True)
+        gpus = 1.0 if on_gpus else 0.0
+        room = ranks_that_fit(found, cpus, gpus, free=True)
+        wanted = sizes[-1] if may_grow else min(sizes[-1], ranks_that_fit(found, cpus, gpus, free=False))
         fitting = [size for size in sizes if size <= room]
-        if fitting and (fitting[-1] == sizes[-1] or time.monotonic() >= settle_s):
+        is_all = bool(fitting) and not any(fitting[-1] < size <= wanted for size in sizes)
+        if is_all or (fitting and time.monotonic() >= settle_s):
             return fitting[-1], on_gpus
         time.sleep(_LOOK_EVERY_S)
 

@@ -41,11 +41,17 @@ def _run_task(function: str, payload: dict[str, Any], log_dir: str, env: dict[st
 
 
 def _run_gang(
-    function: str, payload: dict[str, Any], log_dir: str, env: dict[str, str], sizes: tuple[int, ...], cpus: float
+    function: str,
+    payload: dict[str, Any],
+    log_dir: str,
+    env: dict[str, str],
+    sizes: tuple[int, ...],
+    cpus: float,
+    may_grow: bool,
 ) -> None:
     os.environ.update(env)
     with redirected(Path(log_dir) / "gang.log"):
-        run_gang(function, payload, sizes, cpus, log_dir)
+        run_gang(function, payload, sizes, cpus, log_dir, may_grow)
 
 
 @contextmanager
@@ -144,7 +150,7 @@ class RayExecutor(Executor):
             here = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
             task = self._ray.remote(_run_gang)
             task = task.options(num_cpus=0, max_retries=0, name=call.key, scheduling_strategy=here)
-            ref = task.remote(*common, call.gang_sizes, call.cpus)
+            ref = task.remote(*common, call.gang_sizes, call.cpus, self.may_grow)
         else:
             task = self._ray.remote(_run_task).options(num_cpus=call.cpus, max_retries=0, name=call.key)
             ref = task.remote(*common)

@@ -118,8 +118,17 @@ class Queue:
             since_s = flight.given_at_s if shortage.is_beyond else max(flight.given_at_s, self._idle_since_s)
             limit_s = 0.0 if shortage.is_beyond and not self._executor.may_grow else self._timeout_s
             if now - since_s >= limit_s:
-                overdue[state.step.name] = (state, f"{shortage.reason}, for {now - since_s:.0f} s")
+                overdue[state.step.name] = (state, f"{shortage.reason}{_remedy(state, flight)}")
         for state, flight in flights:
             if flight.has_begun and state.status == "queued":
                 state.status, state.reason = "running", ""
         return list(overdue.values())
+
+
+def _remedy(state: StepState, flight: Flight) -> str:
+    """What to set so that a gang asks for less."""
+    name, config = state.step.name, state.step.config
+    options = [
+        f"{name}.{field}={value}" for field, value in (("workers", "N"), ("min_workers", "1")) if field in config
+    ]
+    return f". Set {' or '.join(options)}" if len(flight.call.gang_sizes) == 1 and options else ""

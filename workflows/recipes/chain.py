@@ -1,5 +1,7 @@
 """The steps that all recipes share: text to tokens to a trained model to numbers about it."""
 
+from dataclasses import replace
+
 from pipeline.convert.config import ConvertConfig
 from pipeline.corpus.config import CorpusConfig
 from pipeline.evaluate.config import EvaluateConfig
@@ -124,7 +126,7 @@ def tiny_chain(name: str, title: str, summary: str, pretrain: PretrainConfig, *,
     return chain(
         name,
         summary,
-        pretrain,
+        replace(pretrain, min_workers=1),
         corpus=SMALL_TEXT,
         tokenizer=TokenizerConfig(vocab_size=2048),
         packing=PackingConfig(seq_len=128),

@@ -24,6 +24,7 @@ def quickstart() -> Workflow:
             global_batch_seqs=8,
             validation=ValidationConfig(every_steps=200, num_rows=32),
             checkpoint_every_steps=200,
+            min_workers=1,
         ),
         corpus=SMALL_TEXT,
         tokenizer=TokenizerConfig(vocab_size=4096),
