@@ -66,7 +66,10 @@ while true; do # a signal ends the wait, not the driver
   [ "$told" = 1 ] || break
 done
 
-if [ "$code" = 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$max_requeues" ]; then
+# A run that somebody ended with dlm cancel could go on, but is not wanted to.
+was_cancelled() { dlm status "${command[2]}" --store "$DLM_STORE" --json | grep -q '"status": "cancelled"'; }
+
+if [ "$code" = 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$max_requeues" ] && ! was_cancelled; then
   echo "interrupted, and put into the queue again"
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -107,7 +107,11 @@ _COMMANDS = {
     while :; do sleep 0.05; done ;;
   health-check) echo "$*" >>"$WORK/looked"; [ -e "$WORK/started" ] ;;
 esac""",
-    "venv/bin/dlm": """echo "dlm $RAY_ADDRESS $DLM_STORE $*" >>"$LOG"
+    "venv/bin/dlm": """if [ "$1" = status ]; then
+  [ "$*" = "status run-1 --store $DLM_STORE --json" ] && cat "$WORK/status"
+  exit
+fi
+echo "dlm $RAY_ADDRESS $DLM_STORE $*" >>"$LOG"
 trap 'echo "dlm saved" >>"$LOG"; sleep 0.3; exit 75' TERM
 until [ "$(grep -c "^ray token" "$LOG")" = 2 ]; do sleep 0.05; done
 touch "$WORK/driving"
@@ -159,6 +163,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     token.write_text("f00d" * 8, encoding="utf-8")
     token.chmod(0o600)
     (tmp_path / "code").write_text("0", encoding="utf-8")
+    (tmp_path / "status").write_text('{\n "status": "stopped"\n}\n', encoding="utf-8")
     slurm = Slurm(str(tmp_path / "venv"), str(token), max_requeues=3)
     (tmp_path / "job.sh").write_text(slurm_script(SHAPE, slurm, "run-1"), encoding="utf-8")
     yield World(
@@ -202,6 +207,13 @@ def test_only_what_can_go_on_is_requeued(world: World, code: int, restarts: str,
     assert returned == code
     assert ("scontrol requeue 77" in world.log()) is requeued
     assert world.log().count("ray ended") == 2
+
+
+def test_a_run_that_was_cancelled_is_not_requeued(world: World) -> None:
+    (world.work / "code").write_text("75", encoding="utf-8")
+    (world.work / "status").write_text('{\n "status": "cancelled"\n}\n', encoding="utf-8")
+    assert world.run() == (75, "")
+    assert "scontrol requeue 77" not in world.log()
 
 
 @pytest.mark.parametrize("signals", [1, 3])
