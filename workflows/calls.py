@@ -83,6 +83,16 @@ class Site:
         return self.store.artifact(load_stage(state.step.stage).name, state.step.fingerprint)
 
 
+def bring_logs(flight: Flight) -> None:
+    """Copy to an object store what this machine has of a call's output that its worker has not brought itself."""
+    if flight.work.is_local:
+        return
+    there = flight.work.sizes()
+    for log in flight.call.log_dir.glob("*.log"):
+        if there.get(log.name) != log.stat().st_size:
+            flight.work.storage.upload(log, f"{flight.work.key}/{log.name}")
+
+
 class Queue:
     """How long the calls of a run have waited for a place, and why."""
 

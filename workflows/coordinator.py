@@ -16,7 +16,7 @@ from pipeline.config import to_json
 from pipeline.errors import CorruptionError, ErrorClass, LeaseLostError, UserError, classify
 from pipeline.stage import Shard, fault_of_shards, shard_fingerprint
 from pipeline.storage import Place
-from workflows.calls import Queue, Site
+from workflows.calls import Queue, Site, bring_logs
 from workflows.cancel import CancelFile
 from workflows.lease import Beating, LeaseHeldError, acquire_lease
 from workflows.plan import Plan, step_config
@@ -278,6 +278,7 @@ class Coordinator:
             return
         self._read_progress(state)  # of a piece that died between two looks at it
         flight = state.flights.pop(ended.key)
+        bring_logs(flight)
         if (flight.work / "done.json").exists():
             self._or_fail(state, lambda: self._piece_done(state, flight, ended))
         else:
