@@ -22,6 +22,7 @@ OVER: frozenset[JobStatus] = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
 _DASHBOARD_PORT = 8265
 _CONNECT_S = 5.0
 _TRIES = 3
+_TAKEN = "already exists"
 _STARTING, _STARTING_S = "No available agent", 60.0
 """What a cluster answers that has just been started, and how long it may."""
 _ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
@@ -124,7 +125,8 @@ class Jobs:
                     )
                 return Job(job_id, "PENDING")
             except ClusterError as error:
-                if _STARTING not in str(error) or time.monotonic() >= deadline:
+                is_taken = _TAKEN in str(error)  # by somebody who asked for the same at the same time
+                if not (is_taken or _STARTING in str(error)) or time.monotonic() >= deadline:
                     raise
                 time.sleep(1.0)
         return known

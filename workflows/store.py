@@ -38,6 +38,10 @@ _MARK = "store.json"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
+class RunExistsError(UserError):
+    """A run of that id was created before."""
+
+
 def open_attempt(directory: Place) -> Manifest:
     """Manifest of an artifact in the store whose files are all there with the recorded sizes."""
     manifest = load_manifest(directory)
@@ -281,7 +285,7 @@ class Store:
         run = self.run_place(run_id)
         self.mark()
         if not (run.directory / "run.json").create(json_bytes(plan)):
-            raise UserError(
+            raise RunExistsError(
                 f"there is a run {run_id!r} already; continue it with: dlm resume {run_id}. "
                 "For other settings leave --run-id out, or give another"
             )

@@ -25,7 +25,7 @@ from workflows.commands.common import (
 )
 from workflows.lease import Holder, find_holder
 from workflows.snapshot import code_archive
-from workflows.store import RunPlace, Store
+from workflows.store import RunExistsError, RunPlace, Store
 from workflows.submit import last_submission, submit_run
 
 AddressOption = Annotated[
@@ -57,11 +57,11 @@ def submit(
     """Hand a run over to a Ray cluster; with the id of an existing run this is a resume."""
     place = find_writable_store(store)
     plan = runs.plan_recipe(recipe, parse_settings(settings))
-    if run_id and (place.run_place(run_id).directory / "run.json").exists():
+    try:
+        run = runs.create_run(place, plan, "ray", run_id, settings)
+    except RunExistsError:
         run = place.run(run_id)
         runs.refuse_other_plan(run, plan)
-    else:
-        run = runs.create_run(place, plan, "ray", run_id, settings)
     hand_over(place, run, address, python, env)
 
 
