@@ -128,6 +128,7 @@ class Coordinator:
                 self._or_fail(state, lambda state=state: self._feed(state))
             elif state.status == "running" and is_time_to_look:
                 self._read_progress(state)
+        self.events.flush()
         if self._queue is not None:
             for state, reason in self._queue.look(self.states.values()):
                 self._attempt_failed(state, _failure("unschedulable", "Unschedulable", reason))
@@ -161,7 +162,7 @@ class Coordinator:
             return
         if committed is not None:
             state.status, state.output = "cached", committed
-            self.events.write("step_cached", state.step.name, artifact=place.directory.name)
+            self.events.cached(state.step.name, place.directory.name)
             return
         if self._options.selected is not None and state.step.name not in self._options.selected:
             state.status, state.reason = "skipped", "was not asked for"

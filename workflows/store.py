@@ -21,7 +21,7 @@ What was not committed does not exist.  Every commit is one exclusive creation o
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,6 +35,8 @@ from workflows.lease import Lease
 FINGERPRINT_CHARS = 12
 STORE_SCHEMA = 1
 _MARK = "store.json"
+_CACHED = "steps_cached"
+"""Kind of the event about all steps that a coordinator found to be there at one look."""
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -220,7 +222,12 @@ class RunPlace:
         """All events in the order of attempts and sequence numbers."""
         folder = self.directory / "events"
         for name in folder.names():
-            yield read_json(folder / name)
+            event = read_json(folder / name)
+            if event["kind"] != _CACHED:
+                yield event
+                continue
+            for step, artifact in event.pop("steps").items():
+                yield {**event, "kind": "step_cached", "step": step, "artifact": artifact}
 
 
 class EventLog:
@@ -229,9 +236,24 @@ class EventLog:
     def __init__(self, run: RunPlace, attempt: int) -> None:
         self._folder = run.directory / "events"
         self._attempt, self._sequence = attempt, 0
+        self._cached: dict[str, str] = {}
+
+    def cached(self, step: str, artifact: str) -> None:
+        """Note that a step was there already, to be recorded with others before anything else is."""
+        self._cached[step] = artifact
+
+    def flush(self) -> None:
+        """Record what was noted."""
+        if self._cached:
+            steps, self._cached = self._cached, {}
+            self._create(_CACHED, "", {"steps": steps})
 
     def write(self, kind: str, step: str = "", **details: Any) -> None:
         """Record that something happened."""
+        self.flush()
+        self._create(kind, step, details)
+
+    def _create(self, kind: str, step: str, details: Mapping[str, Any]) -> None:
         event = {"time": time.time(), "attempt": self._attempt, "kind": kind, "step": step, **details}
         name = f"{self._attempt:03d}-{self._sequence:06d}.json"
         if not (self._folder / name).create(json_bytes(event)):

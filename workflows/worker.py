@@ -186,7 +186,8 @@ def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
             )
             result = _work(piece, root, context)
             if rank == 0:
-                (work / "done.json").write(json_bytes(result))
+                # Whoever loses this file in a power cut has lost the coordinator that waits for it too.
+                (work / "done.json").write(json_bytes(result), is_durable=False)
         except Stopped as stopped:
             reason = "" if cancel() else notice()
             _write_failure(work, reserve, stopped, rank, reason)

@@ -463,3 +463,22 @@ def test_events_of_a_second_coordinator_of_the_same_attempt_are_refused(store: S
     run: RunPlace = store.create_run("r1", {})
     EventLog(run, 1).write("a")
     assert is_fenced(lambda: EventLog(run, 1).write("a"))
+
+
+def test_events_about_steps_that_were_there_are_one_file_and_told_one_by_one_before_what_follows(store: Store):
+    run = store.create_run("r1", {})
+    log = EventLog(run, 1)
+    log.cached("a", "aaaa")
+    log.cached("b", "bbbb")
+    log.write("step_started", "c")
+    log.cached("d", "dddd")
+    log.flush()
+    log.flush()
+    told = [(event["kind"], event["step"], event.get("artifact")) for event in run.events()]
+    assert told == [
+        ("step_cached", "a", "aaaa"),
+        ("step_cached", "b", "bbbb"),
+        ("step_started", "c", None),
+        ("step_cached", "d", "dddd"),
+    ]
+    assert len((run.directory / "events").names()) == 3
