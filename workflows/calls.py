@@ -15,7 +15,7 @@ from workflows.copies import scratch
 from workflows.plan import gang_sizes, step_config
 from workflows.state import Flight, StepState
 from workflows.step import load_stage
-from workflows.store import ArtifactPlace, RunPlace, Store
+from workflows.store import ArtifactPlace, EventLog, RunPlace, Store
 from workflows.worker import Piece
 
 _WORKER = "workflows.worker:run_piece"
@@ -96,8 +96,8 @@ def bring_logs(flight: Flight) -> None:
 class Queue:
     """How long the calls of a run have waited for a place, and why."""
 
-    def __init__(self, executor: Executor, timeout_s: float) -> None:
-        self._executor, self._timeout_s = executor, timeout_s
+    def __init__(self, executor: Executor, timeout_s: float, events: EventLog) -> None:
+        self._executor, self._timeout_s, self._events = executor, timeout_s, events
         self._idle_since_s = time.monotonic()
         self._next_look_s = 0.0
 
@@ -124,6 +124,8 @@ class Queue:
             if shortage is None:
                 continue
             if not any(other.has_begun for other in state.flights.values()):
+                if state.status != "queued":
+                    self._events.write("step_queued", state.step.name, reason=shortage.reason)
                 state.status, state.reason = "queued", shortage.reason
             since_s = flight.given_at_s if shortage.is_beyond else max(flight.given_at_s, self._idle_since_s)
             limit_s = 0.0 if shortage.is_beyond and not self._executor.may_grow else self._timeout_s

@@ -11,7 +11,18 @@ from cluster.auth import AuthError
 from cluster.jobs import ClusterError
 from pipeline.errors import CorruptionError, LeaseLostError, UserError, is_disk_full
 from workflows import runs
-from workflows.commands import choosing, data, looking, running, submitting
+from workflows.commands import (
+    choosing,
+    costs,
+    data,
+    explaining,
+    logs,
+    looking,
+    running,
+    status,
+    submitting,
+    verifying,
+)
 from workflows.commands.common import (
     EXIT_DRIFT,
     EXIT_FAILED,
@@ -40,7 +51,11 @@ app.command("run")(running.run)
 app.command("resume")(running.resume)
 app.command("submit")(submitting.submit)
 app.command("cancel")(submitting.cancel)
-app.command("status")(looking.status)
+app.command("status")(status.status)
+app.command("logs")(logs.logs)
+app.command("explain")(explaining.explain)
+app.command("verify")(verifying.verify)
+app.command("cost")(costs.cost)
 app.command("list")(looking.list_runs)
 app.command("report")(looking.report)
 data_app.command("show")(data.show)

@@ -177,7 +177,7 @@ class Coordinator:
             return
         if self._executor is None:
             self._executor = self._make_executor()
-            self._queue = Queue(self._executor, self._options.queue_timeout_s)
+            self._queue = Queue(self._executor, self._options.queue_timeout_s, self.events)
         self._or_fail(state, lambda: self._start(state, place))
 
     def _start(self, state: StepState, place: ArtifactPlace) -> None:

@@ -1,6 +1,7 @@
-"""The run as a person sees it in the terminal: a live table of steps, and the figures at the end."""
+"""The run as a person sees it in the terminal: a live table of steps while it runs, columns of text afterwards."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -17,11 +18,19 @@ _STYLES = {
     "failed": "bold red",
     "blocked": "yellow",
     "stopped": "yellow",
+    "cancelled": "yellow",
     "waiting": "yellow",
     "queued": "yellow",
     "skipped": "dim",
     "pending": "dim",
+    "submitted": "dim",
+    "succeeded": "bold green",
+    "interrupted": "yellow",
+    "damaged": "bold red",
+    "ok": "green",
+    "run": "bold cyan",
 }
+_GAP = 2
 _PLAIN_EVERY_S = 15.0
 
 
@@ -32,6 +41,33 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{int(seconds // 60)}m{int(seconds % 60):02d}s"
     return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
+
+
+def age(seconds: float) -> str:
+    """How long ago, in one or two units: 12s, 4m, 1h02m."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    return f"{int(seconds // 60)}m" if seconds < 3600 else duration(seconds)
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> list[Text]:
+    """A line for the header and for each row, in columns as wide as their widest cell.
+
+    What goes beyond ``width`` is cut off there; for None, as into a pipe, lines are as long as they get.  The first
+    word of a cell gives its colour, if it is a status.
+    """
+    cells = [[cell.partition("\n")[0] for cell in row] for row in rows]
+    widths = [max(len(row[place]) for row in [list(header), *cells]) + _GAP for place in range(len(header))]
+    lines: list[Text] = []
+    for row in [list(header), *cells]:
+        line = Text(style="" if lines else "dim")
+        for cell, size in zip(row, widths, strict=True):
+            line.append(cell.ljust(size), style=_STYLES.get(cell.partition(" ")[0], "") if lines else "")
+        line.rstrip()
+        if width is not None:
+            line.truncate(width, overflow="ellipsis")
+        lines.append(line)
+    return lines
 
 
 def _scaled(value: float) -> str:

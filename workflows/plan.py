@@ -152,6 +152,7 @@ class Nearest:
 
     run_id: str
     """The run that made it."""
+    place: ArtifactPlace
     changes: dict[str, tuple[Any, Any]]
     """Field -> (in that artifact, wanted)."""
 
@@ -195,7 +196,7 @@ def find_nearest(plan: Plan, step: PlannedStep, stage: Stage, store: Store) -> N
         if recorded is not None:
             changes = diff(recorded, wanted)
             if nearest is None or len(changes) < len(nearest.changes):
-                nearest = Nearest(place.made_by(), changes)
+                nearest = Nearest(place.made_by(), place, changes)
     return nearest
 
 

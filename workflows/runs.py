@@ -1,4 +1,4 @@
-"""What the commands do with runs: create, go on, look at.  No terminal here."""
+"""What the commands do with runs: create, go on.  No terminal here."""
 
 import dataclasses
 import datetime
@@ -8,16 +8,13 @@ import re
 import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.executor import Executor
-from pipeline.artifact import read_json
 from pipeline.config import apply_settings, from_json, to_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.stage import environment
 from pipeline.storage import Place
-from workflows.lease import lease_is_free
 from workflows.plan import Plan, check_drift, make_plan, step_config
 from workflows.recipes import load_recipe
 from workflows.step import Step, Workflow, load_stage
@@ -26,7 +23,6 @@ from workflows.store import RunPlace, Store
 ExecutorName = Literal["ray", "local"]
 DEFAULT_EXECUTOR: ExecutorName = "ray"
 _MAX_NAME_CHARS = 80
-RunStatus = Literal["running", "succeeded", "failed", "stopped", "cancelled", "interrupted", "submitted"]
 
 
 class DriftError(RuntimeError):
@@ -58,8 +54,14 @@ def new_run_id(workflow: str) -> str:
 
 
 def frozen_plan(run: RunPlace) -> Plan:
-    """The plan that a run was created with."""
-    return from_json(Plan, run.plan()["plan"])
+    """The plan that a run was created with; CorruptionError if what lies there is none."""
+    try:
+        return from_json(Plan, run.plan()["plan"])
+    except (CorruptionError, UserError, KeyError, TypeError) as error:
+        raise CorruptionError(
+            f"{run.directory / 'run.json'} holds no plan that this program reads: {error}. Use the version of dlm that "
+            f"made it; if it was damaged, start a new run (what is finished is taken over) and delete {run.directory}"
+        ) from None
 
 
 def frozen_executor(run: RunPlace) -> ExecutorName:
@@ -159,90 +161,6 @@ def _wanted_cpus(plan: Plan) -> int:
         ranks = step_config(step).workers if stage.kind == "gang" else 1
         wanted.append(int(-(-ranks * stage.cpus // 1)))
     return max(wanted)
-
-
-@dataclass(frozen=True)
-class StepSummary:
-    """A step of a run, from what the store knows."""
-
-    step: str
-    status: str
-    elapsed_s: float | None
-    detail: str
-    artifact: str
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """A run, from what the store knows; no process is asked."""
-
-    run_id: str
-    workflow: str
-    status: RunStatus
-    attempts: int
-    started_at: float | None
-    steps: list[StepSummary]
-
-
-def summarise(store: Store, run: RunPlace) -> RunSummary:
-    """Status of a run and its steps.  A run whose coordinator is gone without a word is interrupted."""
-    plan = frozen_plan(run)
-    events = list(run.events())
-    started = [event for event in events if event["kind"] == "run_started"]
-    ended = [event for event in events if event["kind"] == "run_ended"]
-    alive = not lease_is_free(run.lease_dir)
-    status: RunStatus = "submitted"
-    if alive:
-        status = "running"
-    elif ended and ended[-1]["attempt"] == started[-1]["attempt"]:
-        status = ended[-1]["status"]
-    elif started:
-        status = "interrupted"
-    steps = [_summarise_step(store, run, plan, name, events, alive) for name in (s.name for s in plan.steps)]
-    return RunSummary(run.run_id, plan.workflow, status, len(started), started[0]["time"] if started else None, steps)
-
-
-def _summarise_step(
-    store: Store, run: RunPlace, plan: Plan, name: str, events: list[dict[str, Any]], alive: bool
-) -> StepSummary:
-    step = plan.step(name)
-    try:
-        stage = load_stage(step.stage)
-    except UserError as error:  # of a recipe of the user's own, looked at from elsewhere: the rest can be told
-        return StepSummary(name, "unknown", None, str(error), "")
-    place = store.artifact(stage.name, step.fingerprint)
-    own = [event for event in events if event["step"] == name and event["kind"].startswith("step_")]
-    kind = own[-1]["kind"] if own else ""
-    address = place.address
-    try:
-        committed = place.committed_manifest()
-    except CorruptionError as error:
-        return StepSummary(name, "damaged", None, str(error), address)
-    if committed is not None:
-        status = "cached" if kind == "step_cached" else "committed"
-        return StepSummary(name, status, committed[1].elapsed_s, "", address)
-    if kind == "step_failed":
-        return StepSummary(name, "failed", None, own[-1]["failure"]["message"], address)
-    if kind in ("step_started", "step_retry"):
-        detail = _latest_progress(run, name)
-        return StepSummary(name, "running" if alive else "interrupted", None, detail, address)
-    return StepSummary(name, kind.removeprefix("step_") or "pending", None, "", address)
-
-
-def _latest_progress(run: RunPlace, step: str) -> str:
-    work = run.directory / "work"
-    for attempt in reversed(work.names()):
-        for turn in reversed((work / attempt / step).names()):
-            try:
-                value = read_json(work / attempt / step / turn / "progress.json")
-            except FileNotFoundError:
-                continue
-            figures = " ".join(
-                f"{key} {figure:.4g}" if isinstance(figure, float) else f"{key} {figure}"
-                for key, figure in value["figures"].items()
-            )
-            return f"{value['done']}/{value['total']} {figures}".strip()
-    return ""
 
 
 def committed_outputs(store: Store, run: RunPlace) -> dict[str, Place]:

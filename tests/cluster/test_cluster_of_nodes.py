@@ -14,8 +14,8 @@ import pytest
 from tests.support.ray_cluster import ROOT, TOKEN, Running, cluster_env, ray_cluster
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, is_gone, toy_workflow, wait_until
-from workflows import runs
 from workflows.store import RunPlace, Store, open_store
+from workflows.summary import summarise
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
 LONG_S = 120.0
@@ -142,7 +142,7 @@ def test_cancel_frees_the_cluster_in_ten_seconds_and_the_run_can_be_resumed(shar
     assert done.returncode == 0, done.stderr
     wait_until(lambda: all(_is_idle(pid) for pid in pids), "the ranks are gone", 10.0)
     assert time.monotonic() - start_s < 10.0
-    assert runs.summarise(store, run).status == "cancelled"
+    assert summarise(store, run).status == "cancelled"
     _wait_for_free_cores(shared, 3.0)
     counted = ticks(log)
     resume(shared, store)
@@ -263,7 +263,7 @@ def test_head_that_is_lost_costs_nothing_that_was_finished(store, log):
         wait_until(lambda: ticks(log) > 10, "the gang counts", LONG_S)
         cluster.lose()
     counted = ticks(log)
-    assert runs.summarise(store, run).status == "interrupted"
+    assert summarise(store, run).status == "interrupted"
     with ray_cluster(1, 1, 1) as again:
         resume(again, store)
         wait_until(lambda: ended(run), "the run ends", LONG_S)

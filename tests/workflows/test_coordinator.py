@@ -20,6 +20,7 @@ from workflows.lease import LeaseHeldError, acquire_lease
 from workflows.plan import Plan
 from workflows.step import load_stage
 from workflows.store import Store
+from workflows.summary import summarise
 from workflows.worker import Failure, Piece, first_failure, run_piece
 
 
@@ -98,7 +99,7 @@ def test_step_with_a_permanent_failure_blocks_what_needs_it_and_nothing_else(sto
     assert states["source"].failure.error_class == error_class
     assert states["double"].reason == "needs source"
     assert executions(log) == {"source": 1, "aside": 1}
-    summary = runs.summarise(store, run)
+    summary = summarise(store, run)
     assert summary.status == "failed"
     assert summary.steps[0].status == "failed"
     assert summary.steps[0].detail == states["source"].failure.message
@@ -227,7 +228,7 @@ def test_stop_request_lets_stages_stop_and_the_run_can_be_resumed(store, log, pi
     assert statuses(states)[step] == "stopped"
     assert "failed" not in statuses(states).values()
     assert statuses(states)["total"] == "stopped"
-    assert runs.summarise(store, run).status == "stopped"
+    assert summarise(store, run).status == "stopped"
     states = coordinate(store, run, local)
     assert set(statuses(states).values()) <= {"committed", "cached"}
     assert executions(log)[piece] == 2
@@ -291,7 +292,7 @@ def test_interrupted_coordinator_stops_its_workers_and_frees_its_leases(store, l
     with pytest.raises(KeyboardInterrupt):
         coordinate(store, run, local, interrupt)
     assert all(map(is_gone, pids(log, "source")))
-    assert runs.summarise(store, run).status == "interrupted"
+    assert summarise(store, run).status == "interrupted"
     assert set(statuses(coordinate(store, run, local)).values()) == {"committed"}
 
 
@@ -443,7 +444,7 @@ def test_progress_of_a_running_step_reaches_the_display(store, log):
     def on_change(states) -> None:
         if states[0].progress.get("done", 0) > 2 and not seen:
             seen.append(dict(states[0].progress))
-            assert runs.summarise(store, run).status == "running"
+            assert summarise(store, run).status == "running"
             run.cancel_file.touch()
 
     coordinate(store, run, local, on_change)

@@ -12,6 +12,7 @@ from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, PIECES, is_gone, toy_workflow, wait_until
 from workflows import runs
 from workflows.store import Store
+from workflows.summary import summarise
 
 ROOT = Path(__file__).parents[2]
 DEAD_AFTER_S = 20.0
@@ -46,7 +47,7 @@ def start(store: Store, log: Path, executor: str, step: str, piece: str, trouble
 
 def finish(store: Store, log: Path, again: set[str]) -> None:
     """Resume r1 to its end; only the pieces of the killed step may have been executed again."""
-    assert runs.summarise(store, store.run("r1")).status == "interrupted"
+    assert summarise(store, store.run("r1")).status == "interrupted"
     before = executions(log)
     assert toy("resume", "r1", "--store", str(store.root.path)).wait(timeout=120) == 0
     found = executions(log)
@@ -131,4 +132,4 @@ def test_signal_ends_a_run_as_resumable(store, log, signals, ends_as):
         wait_until((store.root.path / "runs" / "r1" / "cancel").exists, "the request is heard")
     assert process.wait(timeout=30) == 75
     assert_gone(found)
-    assert runs.summarise(store, store.run("r1")).status == ends_as
+    assert summarise(store, store.run("r1")).status == ends_as

@@ -26,6 +26,7 @@ from workflows.plan import Plan
 from workflows.shards import ShardRegistry
 from workflows.state import StepState
 from workflows.store import ArtifactPlace, RunPlace, Store, open_store
+from workflows.summary import summarise
 
 ONCE = dict.fromkeys(["copies-list", "copies-000", "copies-001", "copies-002", "copies-finish"], 1)
 
@@ -66,7 +67,7 @@ def test_map_with_a_killed_shard_executes_only_that_one_again(store, log, execut
     (retry,) = events(store, "shard_retry")
     assert (retry["shard"], retry["failure"]["error_class"]) == ("001", "infra")
     assert len(events(store, "step_started")) == 2, "the step itself was not started again"
-    assert runs.summarise(store, store.run("r1")).steps[1].status == "committed"
+    assert summarise(store, store.run("r1")).steps[1].status == "committed"
 
 
 def test_map_with_a_shard_that_fails_three_times_names_it_and_keeps_the_others(store, log, executor, no_backoff):

@@ -1,25 +1,27 @@
 """What the commands have in common: options, the store that is meant, and how something is said."""
 
+import difflib
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from pipeline.config import parse_value, to_json
 from pipeline.errors import UserError
 from workflows import runs
+from workflows.commands.completing import DEFAULT_STORE, complete_recipes, complete_runs
 from workflows.store import Store, open_store, open_writable_store
 
 EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED = 2, 3, 4, 5, 75
 
 console = Console()
 errors = Console(stderr=True)
-
-DEFAULT_STORE = "dlm-store"
 
 SetOption = Annotated[
     list[str],
@@ -30,9 +32,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 ExecutorOption = Annotated[
     str, typer.Option("--executor", help="ray: an embedded Ray; local: subprocesses without Ray.")
 ]
-RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe, or module:function of one of your own.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id.")]
-OptionalRun = Annotated[str, typer.Argument(metavar="[RUN]", help="Run id; the newest by default.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id.", autocompletion=complete_runs)]
+OptionalRun = Annotated[
+    str, typer.Argument(metavar="[RUN]", help="Run id; the newest by default.", autocompletion=complete_runs)
+]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(help="Name of a recipe, or module:function of one of your own.", autocompletion=complete_recipes),
+]
 DataOfOption = Annotated[
     str, typer.Option("--step", help="Training or packing whose data are meant; needed where a run has several.")
 ]
@@ -41,6 +48,25 @@ DataOfOption = Annotated[
 def say(message: str) -> None:
     """Print a message for the user on standard error, exactly as it is."""
     errors.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def page_width() -> int | None:
+    """Columns of the terminal; None where the output goes elsewhere, and lines are not cut."""
+    return console.width if console.is_terminal else None
+
+
+def print_line(line: str | Text) -> None:
+    """Print a line exactly as it is, however long."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def found_or_suggested(what: str, name: str, known: Sequence[str]) -> str:
+    """The name, if it is one of those known; UserError with the closest of them otherwise."""
+    if name in known:
+        return name
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+    raise UserError(f"there is no {what} {name!r}; {hint}")
 
 
 def find_store(url: str) -> Store:

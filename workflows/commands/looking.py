@@ -1,8 +1,9 @@
 """Commands that look at runs, from what the store knows; no process is asked."""
 
 from datetime import datetime
+from typing import Annotated
 
-from rich.table import Table
+import typer
 
 from workflows import runs
 from workflows.commands.common import (
@@ -10,47 +11,50 @@ from workflows.commands.common import (
     JsonOption,
     OptionalRun,
     StoreOption,
-    console,
     find_store,
+    page_width,
     print_json,
+    print_line,
+    say,
 )
 from workflows.copies import local_copy, scratch
-from workflows.display import duration
+from workflows.display import age, columns
+from workflows.summary import RunSummary, summarise_or_say_why, summary_json
+
+_SHOWN_RUNS = 20
 
 
-def status(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
-    """Show where a run stands."""
-    place = find_store(store)
-    summary = runs.summarise(place, runs.require_run_id(place, run_id))
-    if as_json:
-        print_json(summary)
-        return
-    attempts = f"{summary.attempts} attempt{'s' if summary.attempts != 1 else ''}"
-    console.print(f"run {summary.run_id}  [bold]{summary.status}[/bold]  {attempts}", highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("step", "status", "time", "detail", "artifact"):
-        table.add_column(column, overflow="fold")
-    for step in summary.steps:
-        elapsed = duration(step.elapsed_s) if step.elapsed_s is not None else ""
-        table.add_row(step.step, step.status, elapsed, step.detail, step.artifact)
-    console.print(table)
-
-
-def list_runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+def list_runs(
+    store: StoreOption = DEFAULT_STORE,
+    limit: Annotated[int, typer.Option(min=1, help="How many runs are shown, the newest first.")] = _SHOWN_RUNS,
+    as_json: JsonOption = False,
+) -> None:
     """List the runs of a store, newest first."""
     place = find_store(store)
-    summaries = [runs.summarise(place, run) for run in place.runs()]
+    found = place.runs()
+    summaries = [summarise_or_say_why(place, run) for run in found[:limit]]
+    if len(found) > limit:
+        say(f"{len(found) - limit} older ones are not shown; to see all: dlm list --limit {len(found)}")
     if as_json:
-        print_json(summaries)
+        print_json([summary_json(summary) for summary in summaries])
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("run", min_width=max((len(s.run_id) for s in summaries), default=0))
-    for column in ("workflow", "status", "attempts", "started"):
-        table.add_column(column)
-    for s in summaries:
-        started = f"{datetime.fromtimestamp(s.started_at):%Y-%m-%d %H:%M}" if s.started_at else ""
-        table.add_row(s.run_id, s.workflow, s.status, str(s.attempts), started)
-    console.print(table)
+    rows = [(s.run_id, s.status, str(s.attempts), _when(s.started_at), s.workflow, _note(s)) for s in summaries]
+    for line in columns(("run", "status", "attempts", "started", "workflow", ""), rows, page_width()):
+        print_line(line)
+    for summary in summaries:
+        if summary.status == "damaged":
+            print_line(f"\n{summary.run_id} is damaged: {summary.detail}")
+
+
+def _when(started_at: float | None) -> str:
+    return f"{datetime.fromtimestamp(started_at):%Y-%m-%d %H:%M}" if started_at else ""
+
+
+def _note(summary: RunSummary) -> str:
+    """What has to be known with the status."""
+    if summary.is_stale and summary.heartbeat_age_s is not None:
+        return f"lease stale {age(summary.heartbeat_age_s)}"
+    return "" if summary.status == "damaged" else summary.detail
 
 
 def report(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE) -> None:

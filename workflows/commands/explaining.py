@@ -1,0 +1,162 @@
+"""``dlm explain``: why a step would run, field by field."""
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.config import flatten
+from pipeline.errors import CorruptionError, UserError
+from workflows import runs
+from workflows.commands.common import (
+    DEFAULT_STORE,
+    JsonOption,
+    SetOption,
+    StoreOption,
+    find_store,
+    found_or_suggested,
+    parse_settings,
+    print_json,
+    print_line,
+)
+from workflows.commands.completing import complete_runs_and_recipes, complete_steps
+from workflows.plan import Action, Nearest, Plan, PlannedStep, find_nearest
+from workflows.plan import explain as actions_of
+from workflows.recipes import RECIPES
+from workflows.step import load_stage
+from workflows.store import Store
+
+_MOST_FILES = 20
+
+
+def explain(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_RECIPE",
+            help="Name of a recipe, or else a run id.",
+            autocompletion=complete_runs_and_recipes,
+        ),
+    ],
+    step: Annotated[
+        str, typer.Argument(metavar="[STEP]", help="One step; all by default.", autocompletion=complete_steps)
+    ] = "",
+    settings: SetOption = [],  # noqa: B006 - typer reads it, nobody changes it
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show for each step what would happen and why, with every field that differs from the nearest artifact."""
+    place = find_store(store)
+    plan = _plan_of(place, what, settings)
+    names = [planned.name for planned in plan.steps]
+    if step:
+        names = [found_or_suggested("step", step, names)]
+    rows: list[dict[str, Any]] = []
+    for action in actions_of(plan, place):
+        if action.step not in names:
+            continue
+        planned = plan.step(action.step)
+        stage = load_stage(planned.stage)
+        nearest = find_nearest(plan, planned, stage, place) if action.action == "run" else None
+        newer = changed_files(planned, nearest) if nearest is not None else []
+        where = place.artifact(stage.name, planned.fingerprint)
+        rows.append(_row(action, str(where.directory), where.made_by(), nearest, newer))
+        if not as_json:
+            _print(rows[-1], plan, planned)
+    if as_json:
+        print_json(rows)
+
+
+def _plan_of(store: Store, what: str, settings: list[str]) -> Plan:
+    if what in RECIPES or ":" in what:
+        return runs.plan_recipe(what, parse_settings(settings))
+    known = [run.run_id for run in store.runs()]
+    found_or_suggested("recipe or run", what, [*RECIPES, *known])
+    if settings:
+        raise UserError(
+            f"--set {settings[0]} would change nothing: the settings of run {what} are frozen. Explain its recipe "
+            "instead"
+        )
+    return runs.frozen_plan(store.run(what))
+
+
+def _row(
+    action: Action, artifact: str, made_by: str, nearest: Nearest | None, newer: list[tuple[str, float]]
+) -> dict[str, Any]:
+    return {
+        **vars(action),
+        "artifact": artifact,
+        "from_run": made_by,
+        "nearest": None
+        if nearest is None
+        else {
+            "run_id": nearest.run_id,
+            "artifact": str(nearest.place.directory),
+            "changes": {field: {"from": old, "to": new} for field, (old, new) in nearest.changes.items()},
+            "files_changed_since": [path for path, _ in newer],
+        },
+    }
+
+
+def changed_files(step: PlannedStep, nearest: Nearest) -> list[tuple[str, float]]:
+    """Outside files that a step reads and that were written after the nearest artifact was begun, with when.
+
+    Only if it was made from other outside data: the files of the sources that differ, as far as they lie on this
+    machine.
+    """
+    keys = [key.split(".")[1:2] for key in nearest.changes if key.partition(".")[0] == "external"]
+    if not keys:
+        return []
+    try:
+        committed = nearest.place.committed_manifest()
+    except CorruptionError:
+        return []  # damaged since it was compared with; verify tells
+    since = committed[1].started_at if committed is not None else 0.0
+    sources = {key[0] for key in keys if key}
+    paths = [Path(text).expanduser() for name, text in _texts(step.config) if _is_of(name, sources, step.config)]
+    files = {file for path in paths if path.exists() for file in ([path] if path.is_file() else path.rglob("*"))}
+    dated = [(str(file), file.stat().st_mtime) for file in sorted(files) if file.is_file()]
+    return [(file, when) for file, when in dated if since and when >= since]
+
+
+def _is_of(name: str, sources: set[str], config: Any) -> bool:
+    """Whether a setting is about one of the sources, if settings are told apart by source at all."""
+    named = sources & {part for path in flatten(config) for part in path.split(".")}
+    return not named or bool(named & set(name.split(".")))
+
+
+def _texts(config: Any) -> Iterator[tuple[str, str]]:
+    """All strings of a configuration by their path, those of lists too."""
+    for path, value in flatten(config).items():
+        for item in value if isinstance(value, list) else [value]:  # pyright: ignore[reportUnknownVariableType]
+            if isinstance(item, str) and item:
+                yield path, item
+
+
+def _print(row: dict[str, Any], plan: Plan, step: PlannedStep) -> None:
+    by = f", made by run {row['from_run']}" if row["from_run"] else ""
+    print_line(f"{row['step']}  {row['action']}: {row['reason']}{by}")
+    print_line(f"  artifact  {row['artifact']}")
+    nearest = row["nearest"]
+    if nearest is None:
+        return
+    print_line(f"  nearest   {nearest['artifact']}, made by run {nearest['run_id']}")
+    for field, change in nearest["changes"].items():
+        kind, _, name = field.partition(".")
+        old, new = (json.dumps(change[side]) for side in ("from", "to"))
+        if kind == "inputs":
+            made = f" (step {step.inputs[name]})" if name in step.inputs else ""
+            old, new = (str(change[side] or "none")[:12] for side in ("from", "to"))
+            print_line(f"    input {name}{made}: {old} -> {new}")
+        else:
+            told = {"config": name, "external": f"outside data {name}".rstrip()}.get(kind, field)
+            print_line(f"    {told}: {old} -> {new}")
+    files = nearest["files_changed_since"]
+    for path in files[:_MOST_FILES]:
+        written = datetime.fromtimestamp(Path(path).stat().st_mtime)
+        print_line(f"    written since then: {path} ({written:%Y-%m-%d %H:%M:%S})")
+    if len(files) > _MOST_FILES:
+        print_line(f"    and {len(files) - _MOST_FILES} more files")

@@ -1,0 +1,183 @@
+"""``dlm status``: where a run stands, once or until it ends."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
+
+from workflows import runs
+from workflows.commands.common import (
+    DEFAULT_STORE,
+    JsonOption,
+    OptionalRun,
+    StoreOption,
+    console,
+    find_store,
+    page_width,
+    print_json,
+    print_line,
+    store_option,
+)
+from workflows.display import age, columns, duration
+from workflows.store import RunPlace, Store
+from workflows.summary import Event, RunSummary, StepSummary, summarise, summary_json
+
+_WATCH_EVERY_S = 0.5
+_PROGRESS_EVERY_S = 15.0
+"""Into a pipe, how often the progress of a step gives a line; everything else does at once."""
+_MADE = ("committed", "cached")
+
+
+def status(
+    run_id: OptionalRun = "",
+    store: StoreOption = DEFAULT_STORE,
+    why: Annotated[bool, typer.Option("--why", help="What befell each step, and the whole reasons.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on until the run ends, with its exit code; into a pipe, only changes.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show where a run stands: its steps, what failed and why, where logs and artifacts are."""
+    place = find_store(store)
+    run = runs.require_run_id(place, run_id)
+    known: dict[str, Event] = {}
+
+    def look() -> RunSummary:
+        return summarise(place, run, known)
+
+    if watch:
+        every_s = max(_WATCH_EVERY_S, place.root.storage.poll_s)
+        if as_json:
+            summary = _until_the_end(look, _print_json_changes(), every_s)
+        elif console.is_terminal:
+            with Live(console=console, auto_refresh=False) as live:
+                summary = _until_the_end(look, _redraw(live), every_s)
+        else:
+            summary = _until_the_end(look, _print_changes(), every_s)
+    else:
+        summary = look()
+        if as_json:
+            print_json(summary_json(summary))
+        else:
+            for line in run_lines(summary, page_width()):
+                print_line(line)
+    if not as_json:
+        _print_reasons(place, run, summary, list(known.values()) if why else [])
+    if watch:
+        raise typer.Exit(summary.exit_code or 0)
+
+
+def status_words(summary: RunSummary) -> str:
+    """The status of a run, and what has to be known with it."""
+    if summary.is_stale:
+        assert summary.heartbeat_age_s is not None
+        return f"{summary.status} (lease stale {age(summary.heartbeat_age_s)})"
+    return f"{summary.status} ({summary.detail})" if summary.detail else summary.status
+
+
+def run_lines(summary: RunSummary, width: int | None) -> list[Text]:
+    """A line about the run, and one for each step."""
+    head = Text(f"run {summary.run_id}  ")
+    head.append(status_words(summary), style="bold")
+    head.append(f"  {summary.attempts} attempt{'' if summary.attempts == 1 else 's'}")
+    if summary.heartbeat_age_s is not None and not summary.is_stale:
+        head.append(f"  last heard of {age(summary.heartbeat_age_s)} ago")
+    rows = [(step.step, step.status, _time(step), step.detail) for step in summary.steps]
+    return [head, *columns(("step", "status", "time", ""), rows, width)]
+
+
+def _time(step: StepSummary) -> str:
+    return "" if step.elapsed_s is None else duration(step.elapsed_s)
+
+
+def _until_the_end(look: Callable[[], RunSummary], show: Callable[[RunSummary], Any], every_s: float) -> RunSummary:
+    while True:
+        summary = look()
+        show(summary)
+        if summary.exit_code is not None:
+            return summary
+        time.sleep(every_s)
+
+
+def _redraw(live: Live) -> Callable[[RunSummary], None]:
+    return lambda summary: live.update(Group(*run_lines(summary, console.width)), refresh=True)
+
+
+def _print_changes() -> Callable[[RunSummary], None]:
+    """Prints a line for the run when its status changes, and for a step when it does or has come further."""
+    shown: dict[str, tuple[str, str]] = {}
+    next_s: dict[str, float] = {}
+
+    def print_changes(summary: RunSummary) -> None:
+        words = status_words(summary).partition(" ")[0] if summary.is_stale else status_words(summary)
+        if shown.get("") != (words, ""):
+            shown[""] = (words, "")
+            print_line(f"run {summary.run_id}  {status_words(summary)}")
+        for step in summary.steps:
+            now = (step.status, step.detail.partition("\n")[0])
+            before = shown.get(step.step, ("pending", ""))
+            is_progress = step.status == "running" and before[0] == "running"
+            if now == before or (is_progress and time.monotonic() < next_s[step.step]):
+                continue
+            shown[step.step], next_s[step.step] = now, time.monotonic() + _PROGRESS_EVERY_S
+            print_line(f"{step.step:<13} {step.status:<11} {_time(step):<8} {now[1]}".rstrip())
+
+    return print_changes
+
+
+def _print_json_changes() -> Callable[[RunSummary], None]:
+    """Prints the summary as one line of JSON whenever anything but the age of the heartbeat has changed."""
+    shown: list[dict[str, Any]] = []
+
+    def print_changes(summary: RunSummary) -> None:
+        value = summary_json(summary)
+        without_age = {**value, "heartbeat_age_s": None}
+        if shown[-1:] != [without_age]:
+            shown[:] = [without_age]
+            print(json.dumps(value), flush=True)
+
+    return print_changes
+
+
+def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Sequence[Event]) -> None:
+    """What failed and where to look; with events, what befell each step."""
+    for step in summary.steps:
+        if step.error is not None:
+            error = step.error
+            on_rank = f" on rank {error.rank}" if error.logs else ""
+            print_line(f"\n{step.step} failed{on_rank}: {error.error_class} ({error.type}): {error.message}")
+            for log in error.logs:
+                print_line(f"  log: {log}")
+        elif events or step.status in ("damaged", "unknown"):
+            print_line(f"\n{step.step} {step.status}" + (f": {step.detail}" if step.detail else ""))
+        for event in events:
+            if event["step"] == step.step:
+                when = f"{datetime.fromtimestamp(event['time']):%Y-%m-%d %H:%M:%S}"
+                print_line(f"  attempt {event['attempt']}  {when}  {_told(event)}")
+    made = [step for step in summary.steps if step.status in _MADE]
+    if made:
+        width = max(len(step.step) for step in made)
+        print_line("\nartifacts:")
+        for step in made:
+            print_line(f"  {step.step:<{width}}  {step.artifact}")
+    if summary.exit_code:
+        print_line(f"\ngo on with: dlm resume {run.run_id}{store_option(store)}")
+
+
+def _told(event: Event) -> str:
+    """What an event says, in a line."""
+    what = event["kind"].removeprefix("step_").replace("_", " ")
+    if "shard" in event:
+        what += f" of {event['shard']}"
+    if "failure" in event:
+        failure = event["failure"]
+        what += f" after {failure['error_class']} ({failure['type']}, rank {failure['rank']}): {failure['message']}"
+    elif reason := event.get("reason") or event.get("message"):
+        what += f": {reason}"
+    return what.replace("failed after", "failed:").replace("\n", " ")

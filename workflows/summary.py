@@ -1,0 +1,312 @@
+"""Where a run and its steps stand, from what the store knows; no process is asked."""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cluster.auth import redacted, secret_values
+from pipeline.artifact import read_json
+from pipeline.errors import CorruptionError, UserError, classify
+from workflows import runs
+from workflows.lease import STALE_AFTER_S, Holder, find_holder
+from workflows.plan import Plan, PlannedStep
+from workflows.step import load_stage
+from workflows.store import RunPlace, Store
+from workflows.turns import Turn, find_turns
+
+RunStatus = Literal[
+    "running", "succeeded", "failed", "stopped", "cancelled", "interrupted", "submitted", "damaged",
+]  # fmt: skip
+Event = dict[str, Any]
+_OLD_S = 60.0
+"""Progress that was reported longer ago is shown with its age."""
+_FAILED, _CANNOT_BE_SCHEDULED, _RESUMABLE = 3, 5, 75
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a step failed."""
+
+    error_class: str
+    type: str
+    message: str
+    rank: int
+    logs: list[str]
+    """Where the output lies of the processes that failed."""
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """A step of a run."""
+
+    step: str
+    status: str
+    elapsed_s: float | None = None
+    """Time that making its artifact took, in whichever run."""
+    detail: str = ""
+    artifact: str = ""
+    """Path or URL of what was committed; before that, of the folder where it will be."""
+    from_run: str = ""
+    """The other run that made what this one found there."""
+    progress: dict[str, Any] | None = None
+    error: Problem | None = None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run."""
+
+    run_id: str
+    workflow: str
+    status: RunStatus
+    attempts: int
+    started_at: float | None
+    ended_at: float | None
+    """When the last attempt said that it had ended."""
+    heartbeat_age_s: float | None
+    """Since the coordinator was last heard of; None if none is at work."""
+    detail: str
+    steps: list[StepSummary]
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the coordinator was not heard of for so long that anybody may take over."""
+        return self.heartbeat_age_s is not None and self.heartbeat_age_s > STALE_AFTER_S
+
+    @property
+    def error(self) -> tuple[str, Problem] | None:
+        """The first step that failed, and why."""
+        return next(((step.step, step.error) for step in self.steps if step.error is not None), None)
+
+    @property
+    def exit_code(self) -> int | None:
+        """What a command that waits for the run ends with; None while there is something to wait for."""
+        if self.status in ("submitted", "running"):
+            return _RESUMABLE if self.is_stale else None
+        if self.status == "succeeded":
+            return 0
+        if self.status in ("stopped", "cancelled", "interrupted"):
+            return _RESUMABLE
+        classes = {step.error.error_class for step in self.steps if step.error is not None}
+        return _CANNOT_BE_SCHEDULED if classes == {"unschedulable"} else _FAILED
+
+
+def summary_json(summary: RunSummary) -> dict[str, Any]:
+    """A summary for programs; the names and their meaning stay."""
+    found = summary.error
+    return {
+        **{name: value for name, value in vars(summary).items() if name != "steps"},
+        "exit_code": summary.exit_code,
+        "error": None if found is None else {**_problem_json(found[1]), "step": found[0]},
+        "steps": [
+            {**vars(step), "error": None if step.error is None else _problem_json(step.error)} for step in summary.steps
+        ],
+    }
+
+
+def _problem_json(problem: Problem) -> dict[str, Any]:
+    return {"class": problem.error_class, **{k: v for k, v in vars(problem).items() if k != "error_class"}}
+
+
+def read_events(run: RunPlace, known: dict[str, Event]) -> list[Event]:
+    """All events in the order of attempts and sequence numbers; those that are known by name are not read again.
+
+    Messages in them are for whoever looks: the secrets of this machine are replaced.
+    """
+    folder = run.directory / "events"
+    names = folder.names()
+    if new := [name for name in names if name not in known]:
+        secrets = secret_values()
+        for name in new:
+            known[name] = json.loads(redacted(json.dumps(read_json(folder / name)), secrets))
+    return [known[name] for name in names]
+
+
+def summarise(store: Store, run: RunPlace, known: dict[str, Event] | None = None) -> RunSummary:
+    """Status of a run and its steps.  A run whose coordinator is gone without a word is interrupted.
+
+    ``known`` keeps the events from one call to the next.
+    """
+    plan = runs.frozen_plan(run)
+    # The lease first: a run that ends in between has written its end before it gives the lease up.
+    holder = find_holder(run.lease_dir)
+    events = read_events(run, {} if known is None else known)
+    started = [event for event in events if event["kind"] == "run_started"]
+    ended = [event for event in events if event["kind"] == "run_ended"]
+    attempt = started[-1]["attempt"] if started else 0
+    status = _run_status(holder, attempt, ended[-1] if ended else None)
+    turns = functools.cache(lambda: [t for t in find_turns(run, [s.name for s in plan.steps]) if t.attempt == attempt])
+    steps: dict[str, StepSummary] = {}
+    for step in plan.steps:
+        own = [event for event in events if event["step"] == step.name and event["kind"].startswith("step_")]
+        steps[step.name] = _summarise_step(_Seen(store, run, plan, status, attempt, turns), step, own, steps)
+    detail = ""
+    if status in ("failed", "stopped", "cancelled", "interrupted") and all(_is_made(step) for step in steps.values()):
+        status, detail = "succeeded", _finished_by(steps.values(), events)
+    age_s = holder.age_s if holder is not None and status == "running" else None
+    return RunSummary(
+        run_id=run.run_id,
+        workflow=plan.workflow,
+        status=status,
+        attempts=len(started),
+        started_at=started[0]["time"] if started else None,
+        ended_at=ended[-1]["time"] if ended and status != "running" else None,
+        heartbeat_age_s=age_s,
+        detail=detail,
+        steps=list(steps.values()),
+    )
+
+
+def summarise_or_say_why(store: Store, run: RunPlace) -> RunSummary:
+    """A summary even of a run that cannot be read, for a list that must not stop there."""
+    try:
+        return summarise(store, run)
+    except (CorruptionError, UserError) as error:
+        problem = Problem(classify(error), type(error).__name__, str(error), 0, [])
+        step = StepSummary("", "damaged", detail=str(error), error=problem)
+        return RunSummary(run.run_id, "", "damaged", 0, None, None, None, str(error), [step])
+
+
+def _run_status(holder: Holder | None, attempt: int, ended: Event | None) -> RunStatus:
+    has_ended = ended is not None and ended["attempt"] == attempt
+    age_s = None if holder is None else holder.age_s
+    if age_s is not None and not (has_ended and age_s > STALE_AFTER_S):
+        return "running"
+    if attempt > (0 if holder is None else holder.epoch):
+        return "running"  # taken up since the lease was read
+    if has_ended:
+        assert ended is not None
+        return ended["status"]
+    return "interrupted" if attempt else "submitted"
+
+
+def _is_made(step: StepSummary) -> bool:
+    return step.status in ("committed", "cached")
+
+
+def _finished_by(steps: Iterable[StepSummary], events: Sequence[Event]) -> str:
+    """The other runs that made what this one did not come to."""
+    found = {event["step"] for event in events if event["kind"] in ("step_cached", "step_committed")}
+    others = sorted({step.from_run for step in steps if step.step not in found and step.from_run})
+    return f"finished by {'run' if len(others) == 1 else 'runs'} {', '.join(others)}" if others else ""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is known of the run while its steps are looked at."""
+
+    store: Store
+    run: RunPlace
+    plan: Plan
+    status: RunStatus
+    attempt: int
+    """The last one; 0 before the first."""
+    turns: Callable[[], list[Turn]]
+    """Of the last attempt."""
+
+
+def _summarise_step(seen: _Seen, step: PlannedStep, own: list[Event], others: dict[str, StepSummary]) -> StepSummary:
+    try:
+        stage = load_stage(step.stage)
+    except UserError as error:  # of a recipe of the user's own, looked at from elsewhere: the rest can be told
+        return StepSummary(step.name, "unknown", detail=str(error))
+    place = seen.store.artifact(stage.name, step.fingerprint)
+    where = str(place.directory)
+    try:
+        committed = place.committed_manifest()
+    except CorruptionError as error:
+        return StepSummary(step.name, "damaged", detail=str(error), artifact=where)
+    if committed is not None:
+        attempt, manifest = committed
+        made_by = place.made_by()
+        if made_by == seen.run.run_id:
+            return StepSummary(step.name, "committed", manifest.elapsed_s, artifact=str(attempt))
+        return StepSummary(
+            step.name, "cached", manifest.elapsed_s, f"from run {made_by}", str(attempt), from_run=made_by
+        )
+    last = own[-1] if own and own[-1]["attempt"] == seen.attempt else None
+    if last is None:
+        status, detail = _not_begun(seen, step, own, others)
+        return StepSummary(step.name, status, detail=detail, artifact=where)
+    if last["kind"] == "step_failed":
+        problem = _problem(seen, step, last["failure"])
+        return StepSummary(step.name, "failed", detail=problem.message, artifact=where, error=problem)
+    if last["kind"] in ("step_cached", "step_committed"):
+        return StepSummary(step.name, "pending", detail="its artifact was there and was deleted since", artifact=where)
+    if last["kind"] in ("step_stopped", "step_skipped"):
+        detail = last.get("message", "was not asked for")
+        return StepSummary(step.name, last["kind"].removeprefix("step_"), detail=detail, artifact=where)
+    if seen.status == "running":
+        if last["kind"] == "step_retry":
+            failure = last["failure"]
+            detail = f"again after {failure['error_class']} {failure['type']}: {failure['message']}"
+            return StepSummary(step.name, "pending", detail=detail, artifact=where)
+        if last["kind"] == "step_waiting" or (last["kind"] == "step_queued" and not _has_begun(seen, step, own)):
+            return StepSummary(step.name, last["kind"].removeprefix("step_"), detail=last["reason"], artifact=where)
+    progress = _latest_progress(seen, step)
+    status = "running" if seen.status == "running" else "interrupted"
+    return StepSummary(step.name, status, detail=_told(progress), artifact=where, progress=progress)
+
+
+def _not_begun(seen: _Seen, step: PlannedStep, own: list[Event], others: dict[str, StepSummary]) -> tuple[str, str]:
+    """Status and detail of a step that the last attempt did not come to."""
+    sources = [others[source] for source in step.inputs.values()]
+    if failed := [source.step for source in sources if source.status in ("failed", "blocked")]:
+        return "blocked", f"needs {failed[0]}"
+    if any(source.status == "skipped" for source in sources):
+        return "skipped", "was not asked for, nor what it needs"
+    if seen.status in ("stopped", "cancelled"):
+        return "stopped", "the run was asked to stop"
+    if not own:
+        return "pending", ""
+    what = {"step_failed": "failed", "step_stopped": "stopped"}.get(own[-1]["kind"], "begun")
+    message = own[-1].get("failure", own[-1]).get("message", "")
+    return "pending", f"{what} in attempt {own[-1]['attempt']}" + (f": {message}" if message else "")
+
+
+def _has_begun(seen: _Seen, step: PlannedStep, own: list[Event]) -> bool:
+    """Whether a call of the step runs that waited for a place before."""
+    epoch = next((event["epoch"] for event in reversed(own) if event["kind"] == "step_started"), 0)
+    turns = [turn for turn in seen.turns() if turn.step == step.name and turn.epoch == epoch]
+    return any(turn.ranks("usage") and not turn.is_over for turn in turns)
+
+
+def _problem(seen: _Seen, step: PlannedStep, failure: dict[str, Any]) -> Problem:
+    turns = [turn for turn in seen.turns() if turn.step == step.name and not turn.is_done and turn.ranks("rank")]
+    told = [turn for turn in turns if failure["rank"] in turn.ranks("failure")]
+    logs: list[str] = []
+    if turns:
+        turn = (told or turns)[-1]
+        ranks = [failure["rank"]] if failure["rank"] in turn.ranks("failure") else turn.ranks("rank")
+        logs = [str(turn.log(rank)) for rank in ranks]
+    return Problem(failure["error_class"], failure["type"], failure["message"], failure["rank"], logs)
+
+
+def _latest_progress(seen: _Seen, step: PlannedStep) -> dict[str, Any] | None:
+    """What was last reported of a step; of a map step, how many of its shards are committed."""
+    turns = [turn for turn in seen.turns() if turn.step == step.name]
+    stage = load_stage(step.stage)
+    if stage.kind == "map":
+        listed = [turn for turn in turns if turn.call == f"{step.name}-list" and turn.is_done]
+        if not listed:
+            return None
+        total = len(read_json(listed[-1].folder / "done.json"))
+        done = len((seen.store.artifact(stage.name, step.fingerprint).directory / "shards").names())
+        return {"done": done, "total": total, "figures": {}, "time": time.time()}
+    reported = [turn for turn in turns if "progress.json" in turn.files]
+    return read_json(reported[-1].folder / "progress.json") if reported else None
+
+
+def _told(progress: dict[str, Any] | None) -> str:
+    if progress is None:
+        return ""
+    figures = [
+        f"{key} {figure:.4g}" if isinstance(figure, float) else f"{key} {figure}"
+        for key, figure in progress["figures"].items()
+    ]
+    age_s = time.time() - progress["time"]
+    old = [f"({age_s / 60:.0f} min ago)"] if age_s > _OLD_S else []
+    return " ".join([f"{progress['done']}/{progress['total']}", *figures, *old])
