@@ -2,10 +2,10 @@
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import write_json
+from pipeline.artifact import json_bytes
+from pipeline.storage import Place
 from workflows.lease import Lease, acquire_lease
 from workflows.plan import Plan
 from workflows.runs import create_run
@@ -37,7 +37,7 @@ def begin(run: RunPlace, events: list[Step]) -> Lease:
 def end(run: RunPlace, attempt: int, status: str) -> None:
     """What a coordinator writes last."""
     value = {"time": time.time(), "attempt": attempt, "kind": "run_ended", "step": "", "status": status}
-    write_json(run.directory.path / "events" / f"{attempt:03d}-999999.json", value)
+    (run.directory / "events" / f"{attempt:03d}-999999.json").write(json_bytes(value))
 
 
 def age_lease(lease: Lease, seconds: float) -> None:
@@ -48,16 +48,15 @@ def age_lease(lease: Lease, seconds: float) -> None:
     os.utime(lease.folder.path / f"{lease.epoch:06d}.heartbeat", (then, then))
 
 
-def fabricate_turn(run: RunPlace, attempt: int, call: str, turn: str = "000001", **files: Any) -> Path:
+def fabricate_turn(run: RunPlace, attempt: int, call: str, turn: str = "000001", **files: Any) -> Place:
     """Reports of a call: usage_0={...} is usage-0.json, log_0="text" the output of rank 0, done=value done.json."""
-    folder = run.work_dir(attempt, call).path / turn
-    folder.mkdir(parents=True)
+    folder = run.work_dir(attempt, call) / turn
     for name, value in files.items():
         kind, _, rank = name.partition("_")
         if kind == "log":
-            (folder / f"rank-{rank}.log").write_text(value)
+            (folder / f"rank-{rank}.log").write(value.encode())
         else:
-            write_json(folder / (f"{kind}-{rank}.json" if rank else f"{kind}.json"), value)
+            (folder / (f"{kind}-{rank}.json" if rank else f"{kind}.json")).write(json_bytes(value))
     return folder
 
 

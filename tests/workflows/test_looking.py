@@ -214,7 +214,7 @@ def test_watch_into_a_pipe_prints_changes_only_and_ends_with_the_run(dlm, store)
     def go_on() -> None:
         for done in range(1, 8):
             time.sleep(0.2)
-            (folder / "progress.json").write_text(json.dumps({**written, "done": done}))
+            (folder / "progress.json").write(json.dumps({**written, "done": done}).encode())
         end(run, 1, "stopped")
         lease.release()
 
