@@ -1,0 +1,181 @@
+"""``dlm logs``: which there are, the one that tells most, following, secrets."""
+
+import threading
+import time
+
+import pytest
+
+from pipeline.storage import OBJECT_STORES, ObjectStorage, Place
+from tests.support.fabricated import begin, end, fabricate_run, fabricate_turn, failure, usage
+from tests.support.toy_workflow import toy_plan
+from workflows import store as stores
+from workflows.commands import common, logs
+from workflows.commands.logs import find_logs, most_telling
+from workflows.runs import create_run
+from workflows.store import RunPlace, Store
+
+TEXT = "".join(f"line {number}\n" for number in range(100))
+
+
+def chosen(run: RunPlace) -> str:
+    return "/".join(str(most_telling(find_logs(run)).place).rsplit("/", 4)[1:])
+
+
+def test_logs_of_a_failed_gang_begin_with_the_rank_that_failed_first(store):
+    run = fabricate_run(store, toy_plan())
+    fabricate_turn(run, 1, "source", log_0="fine", done=None)
+    fabricate_turn(
+        run, 1, "total", log_0="a", log_1="b", failure_0=failure("infra", time=2.0), failure_1=failure(time=1.0, rank=1)
+    )
+    assert chosen(run) == "001/total/000001/rank-1.log"
+
+
+def test_logs_of_a_failure_that_was_made_good_are_not_the_ones(store):
+    run = fabricate_run(store, toy_plan())
+    fabricate_turn(run, 1, "aside", "000001", log_0="a", failure_0=failure())
+    fabricate_turn(run, 1, "aside", "000002", log_0="a", done=None)
+    fabricate_turn(run, 1, "source", log_0="at work", usage_0=usage(1.0))
+    assert chosen(run) == "001/source/000001/rank-0.log"
+    fabricate_turn(run, 2, "aside", "000003", log_0="a", done=None)
+    assert chosen(run) == "002/aside/000003/rank-0.log"
+
+
+def test_logs_without_a_choice_are_listed_before_the_end_of_the_one(dlm, store):
+    run = fabricate_run(store, toy_plan())
+    folder = fabricate_turn(run, 1, "source", log_0=TEXT, failure_0=failure())
+    fabricate_turn(run, 1, "double-2", log_0="fine", done=None)
+    shown = dlm("logs").stdout
+    listed, _, text = shown.partition(f"==> {folder}/rank-0.log <==\n")
+    assert [line.split() for line in listed.splitlines() if line] == [
+        ["attempt", "step", "part", "rank", "turn"],
+        ["1", "double", "double-2", "0", "done", "000001"],
+        ["1", "source", "source", "0", "failed", "000001"],
+    ]
+    assert text == "".join(f"line {number}\n" for number in range(50, 100))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--step", "double"], "two\n"),
+        (["--step", "double-1"], "one\n"),
+        (["--rank", "1"], "r1\n"),
+        (["--attempt", "1", "--step", "total", "--rank", "0"], "r0\n"),
+        (["--step", "source", "--lines", "2"], "line 98\nline 99\n"),
+        (["--step", "source", "--lines", "1000"], TEXT),
+    ],
+    ids=str,
+)
+def test_logs_of_a_step_a_part_a_rank_or_an_attempt(dlm, store, arguments, expected):
+    run = fabricate_run(store, toy_plan())
+    fabricate_turn(run, 1, "total", log_0="r0\n", log_1="r1\n", failure_0=failure())
+    fabricate_turn(run, 1, "source", log_0=TEXT, done=None)
+    fabricate_turn(run, 2, "double-1", log_0="one\n", done=None)
+    fabricate_turn(run, 2, "double-2", log_0="two\n", failure_0=failure())
+    done = dlm(
+        "logs", "r1", *(["--attempt", "1"] if "--rank" in arguments or "source" in arguments else []), *arguments
+    )
+    assert done.code == 0, done.stderr
+    assert done.stdout.partition("<==\n")[2] == expected
+    assert "attempt  step" not in done.stdout, "what was chosen is not listed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--step", "sorce"], ["sorce", "did you mean source?"]),
+        (["--rank", "4"], ["--rank is 4", "rank 0"]),
+        (["--attempt", "3"], ["--attempt is 3", "attempt 1"]),
+    ],
+)
+def test_logs_that_are_not_there_are_refused_with_those_that_are(dlm, store, arguments, words):
+    fabricate_turn(fabricate_run(store, toy_plan()), 1, "source", log_0=TEXT)
+    done = dlm("logs", "r1", *arguments)
+    assert (done.code, done.stdout) == (2, "")
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_run_without_logs_says_so(dlm, store):
+    fabricate_run(store, toy_plan())
+    assert "no logs yet" in dlm("logs").stdout
+
+
+def test_end_of_a_long_log_is_whole_lines(store, tmp_path):
+    text = "".join(f"{number} {'ü' * 1000}\n" for number in range(300)) + "last"
+    (tmp_path / "log").write_text(text)
+    tail, size = logs.tail_of(Place(stores.open_storage(str(tmp_path)), "log"), 150)
+    assert tail == "".join(line + "\n" for line in text.split("\n")[-150:-1]) + "last"
+    assert size == len(text.encode())
+
+
+def test_logs_hide_secrets_also_those_of_several_lines(dlm, store, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "abcdefgh12345")
+    monkeypatch.setenv("HUB_TOKEN", "first-line-of-key\nsecond-line-of-key")
+    text = "login abcdefgh12345 ok\nfirst-line-of-key\nsecond-line-of-key\nrest\n"
+    fabricate_turn(fabricate_run(store, toy_plan()), 1, "source", log_0=text, done=None)
+    for arguments in (["logs"], ["logs", "-n", "2"], ["logs", "-f"], ["logs", "-f", "-n", "2"]):
+        shown = dlm(*arguments).stdout
+        assert "rest" in shown
+        assert not any(secret in shown for secret in ("abcdefgh12345", "first-line-of", "second-line-of"))
+
+
+@pytest.mark.parametrize("ends_with", ["done", "failure", "run", "turn"])
+def test_followed_log_is_printed_as_it_grows_until_the_call_ends(dlm, store, monkeypatch, ends_with):
+    monkeypatch.setenv("WANDB_API_KEY", "abcdefgh12345")
+    run = create_run(store, toy_plan(), "local", "r1")
+    lease = begin(run, [])
+    folder = fabricate_turn(run, 1, "source", log_0="old\nhalf ").path
+
+    def go_on() -> None:
+        with (folder / "rank-0.log").open("ab") as log:
+            for text in (b"a line\nabcdef", b"gh12345 is \xc3", b"\xbc\nno end"):
+                time.sleep(0.4)
+                log.write(text)
+                log.flush()
+        time.sleep(0.4)
+        if ends_with == "run":
+            end(run, 1, "stopped")
+            lease.release()
+        elif ends_with == "turn":
+            fabricate_turn(run, 1, "source", "000002", log_0="new")
+        else:
+            (folder / {"done": "done.json", "failure": "failure-0.json"}[ends_with]).write_text("null")
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    followed = dlm("logs", "r1", "--step", "source", "-f")
+    thread.join()
+    assert followed.code == 0
+    assert followed.stdout.partition("<==\n")[2] == "old\nhalf a line\n*** is ü\nno end\n"
+
+
+@pytest.fixture
+def objects(monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store that is in no file system."""
+    monkeypatch.setitem(OBJECT_STORES, "memory", "fsspec")
+    storage = ObjectStorage("memory", f"/bucket-{time.monotonic_ns()}/store")
+    found = Store(Place(storage))
+    monkeypatch.setattr(ObjectStorage, "poll_s", 0.1)
+    monkeypatch.setattr(common, "open_store", lambda url: found)
+    return found
+
+
+def test_logs_of_an_object_store_are_read_and_followed(dlm, objects):
+    run = create_run(objects, toy_plan(), "local", "r1")
+    lease = begin(run, [])
+    folder = fabricate_turn(run, 1, "source", log_0="one\n")
+    fabricate_turn(run, 1, "double-1", log_0="fine\n", done=None)
+    assert "double-1" in dlm("logs", "--store", "memory://b/s").stdout
+
+    def go_on() -> None:
+        time.sleep(0.5)
+        (folder / "rank-0.log").write(b"one\ntwo\n")
+        time.sleep(0.5)
+        (folder / "done.json").write(b"null")
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    followed = dlm("logs", "-f", "--step", "source", "--store", "memory://b/s")
+    thread.join()
+    lease.release()
+    assert followed.stdout.partition("<==\n")[2] == "one\ntwo\n"
