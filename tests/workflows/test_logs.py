@@ -5,14 +5,14 @@ import time
 
 import pytest
 
-from pipeline.storage import OBJECT_STORES, ObjectStorage, Place
+from pipeline.storage import Place
 from tests.support.fabricated import begin, end, fabricate_run, fabricate_turn, failure, usage
 from tests.support.toy_workflow import toy_plan
 from workflows import store as stores
-from workflows.commands import common, logs
+from workflows.commands import logs
 from workflows.commands.logs import find_logs, most_telling
 from workflows.runs import create_run
-from workflows.store import RunPlace, Store
+from workflows.store import RunPlace
 
 TEXT = "".join(f"line {number}\n" for number in range(100))
 
@@ -147,17 +147,6 @@ def test_followed_log_is_printed_as_it_grows_until_the_call_ends(dlm, store, mon
     thread.join()
     assert followed.code == 0
     assert followed.stdout.partition("<==\n")[2] == "old\nhalf a line\n*** is ü\nno end\n"
-
-
-@pytest.fixture
-def objects(monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A store that is in no file system."""
-    monkeypatch.setitem(OBJECT_STORES, "memory", "fsspec")
-    storage = ObjectStorage("memory", f"/bucket-{time.monotonic_ns()}/store")
-    found = Store(Place(storage))
-    monkeypatch.setattr(ObjectStorage, "poll_s", 0.1)
-    monkeypatch.setattr(common, "open_store", lambda url: found)
-    return found
 
 
 def test_logs_of_an_object_store_are_read_and_followed(dlm, objects):

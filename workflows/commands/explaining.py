@@ -1,8 +1,10 @@
 """``dlm explain``: why a step would run, field by field."""
 
 import json
+import os
 from collections.abc import Iterator
 from datetime import datetime
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,8 +118,11 @@ def changed_files(step: PlannedStep, nearest: Nearest) -> list[tuple[str, float]
         return []  # damaged since it was compared with; verify tells
     since = committed[1].started_at if committed is not None else 0.0
     sources = {key[0] for key in keys if key}
-    paths = [Path(text).expanduser() for name, text in _texts(step.config) if _is_of(name, sources, step.config)]
-    files = {file for path in paths if path.exists() for file in ([path] if path.is_file() else path.rglob("*"))}
+    texts = [os.path.expanduser(text) for name, text in _texts(step.config) if _is_of(name, sources, step.config)]
+    paths = [
+        Path(path) for text in texts if os.sep in text or Path(text).exists() for path in glob(text, recursive=True)
+    ]
+    files = {file for path in paths for file in ([path] if path.is_file() else path.rglob("*"))}
     dated = [(str(file), file.stat().st_mtime) for file in sorted(files) if file.is_file()]
     return [(file, when) for file, when in dated if since and when >= since]
 

@@ -1,0 +1,133 @@
+"""``dlm explain``, what a shell completes, and names that are mistyped."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.fabricated import fabricate_run
+from tests.support.toy_workflow import fabricate, toy_plan
+from tests.workflows.conftest import Dlm
+from workflows import runs
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows_of(dlm: Dlm, *arguments: str) -> dict[str, Any]:
+    done = dlm("explain", *arguments, "--json")
+    assert done.code == 0, done.stderr
+    return {row["step"]: row for row in json.loads(done.stdout)}
+
+
+def test_every_changed_field_is_shown_against_the_nearest_artifact(dlm, store):
+    fabricate(store, toy_plan(source__number=9), "source")
+    fabricate(store, toy_plan())
+    rows = rows_of(dlm, "toy", "--set", "double.number=5")
+    assert (rows["source"]["action"], rows["source"]["from_run"]) == ("cached", "test")
+    assert rows["double"]["nearest"]["changes"] == {"config.number": {"from": 1, "to": 5}}
+    assert rows["double"]["nearest"]["run_id"] == "test"
+    old, new = (toy_plan(**more).step("double").fingerprint for more in ({}, {"double__number": 5}))
+    assert rows["total"]["nearest"]["changes"] == {"inputs.value": {"from": old, "to": new}}
+    shown = dlm("explain", "toy", "--set", "double.number=5").stdout
+    assert "    number: 1 -> 5\n" in shown
+    assert f"    input value (step double): {old[:12]} -> {new[:12]}\n" in shown
+
+
+def test_one_step_of_a_run_is_explained_from_its_frozen_plan(dlm, store):
+    fabricate(store, toy_plan())
+    fabricate_run(store, toy_plan(total__number=3))
+    rows = rows_of(dlm, "r1", "total")
+    assert list(rows) == ["total"]
+    assert rows["total"]["nearest"]["changes"] == {"config.number": {"from": 1, "to": 3}}
+    assert str(store.root.path / "artifacts" / "toy-total") in dlm("explain", "r1", "total").stdout
+
+
+def test_outside_file_that_changed_is_named(dlm, store, tmp_path):
+    texts = {name: tmp_path / name for name in ("old.txt", "new.txt")}
+    for path in texts.values():
+        path.write_text("to be or not to be")
+        os.utime(path, (time.time() - 1000, time.time() - 1000))
+    settings = [("corpus.source", {"text": str(tmp_path / "*.txt"), "web": str(texts["old.txt"])})]
+    plan = runs.plan_recipe("quickstart", settings)
+    fabricate(store, plan, "corpus")
+    manifest = next(store.root.path.glob("artifacts/corpus/*/attempts/*/manifest.json"))
+    value = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**value, "started_at": time.time() - 500}))
+    texts["new.txt"].write_text("that is the question")
+    done = dlm("explain", "quickstart", "corpus", "--set", f"corpus.source={json.dumps(settings[0][1])}")
+    assert "outside data text.sha256: " in done.stdout
+    assert "web.sha256" not in done.stdout
+    assert f"written since then: {texts['new.txt']} (" in done.stdout
+    assert "old.txt (" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["explain", "toi"], ["no recipe or run 'toi'", "did you mean toy?"]),
+        (["explain", "toy", "sourse"], ["no step 'sourse'", "did you mean source?"]),
+        (["explain", "run-on"], ["did you mean run-one?"]),
+        (["explain", "run-one", "--set", "source.number=3"], ["frozen", "recipe"]),
+        (["plan", "quickstrt"], ["did you mean quickstart?"]),
+        (["statsu"], ["No such command 'statsu'", "Did you mean 'status'?"]),
+        (["verfy"], ["Did you mean 'verify'?"]),
+    ],
+)
+def test_mistyped_name_gets_a_suggestion(dlm, store, arguments, words):
+    fabricate_run(store, toy_plan(), run_id="run-one")
+    done = dlm(*arguments)
+    assert (done.code, done.stdout) == (2, "")
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def installed_dlm(*arguments: str, **env: str) -> str:
+    """What ``dlm`` prints when it is called by that name."""
+    code = f"import sys; sys.argv = ['dlm', *{arguments!r}]; from workflows.cli import main; main()"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=50)
+    assert done.stderr == ""
+    return done.stdout
+
+
+def completions(line: str, store: str) -> list[str]:
+    """What bash offers after a line, of which the last word is being typed."""
+    place = str(len(line.split(" ")) - 1)
+    return installed_dlm(_DLM_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=place, DLM_STORE=store).split()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("dlm sta", ["status"]),
+        ("dlm status ", ["r2", "r1"]),
+        ("dlm logs r1", ["r1"]),
+        ("dlm resume r", ["r2", "r1"]),
+        ("dlm plan quick", ["quickstart"]),
+        ("dlm run bd3lm_", ["bd3lm_tiny", "bd3lm_owt"]),
+        ("dlm explain r2 to", ["total"]),
+        ("dlm logs r1 --step so", ["source"]),
+        ("dlm status --store /nowhere/at/all ", []),
+    ],
+)
+def test_shell_completes_commands_runs_recipes_and_steps(store, line, expected):
+    for number in (1, 2):
+        fabricate_run(store, toy_plan(), run_id=f"r{number}")
+        os.utime(store.root.path / "runs" / f"r{number}" / "run.json", (number, number))
+    assert completions(line, store.url) == expected
+
+
+def test_shell_completion_of_a_store_that_cannot_be_read_is_empty(store):
+    store.mark()
+    (store.root.path / "store.json").write_text("{")
+    assert completions("dlm status ", store.url) == []
+
+
+def test_shell_gets_the_script_that_asks():
+    shown = installed_dlm("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert "_DLM_COMPLETE=complete_bash" in shown
+    assert "-F _dlm_completion dlm" in shown
