@@ -109,7 +109,18 @@ def test_cli_models_lists_every_preset_with_its_counts(dlm):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["plan", "quickstart"], ["recipes"], ["models"], ["list"], ["status", "r1"], ["--help"]],
+    [
+        ["plan", "quickstart"],
+        ["recipes"],
+        ["models"],
+        ["list"],
+        ["status", "r1"],
+        ["--help"],
+        ["logs", "r1"],
+        ["explain", "r1"],
+        ["verify", "r1"],
+        ["cost", "r1"],
+    ],
     ids=lambda arguments: arguments[0],
 )
 def test_cli_imports_neither_torch_nor_ray_to_look(store, arguments):

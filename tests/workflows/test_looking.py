@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 
+from cluster.executor import Call, Ended, Shortage
+from tests.support.executors import Inline
 from tests.support.fabricated import age_lease, begin, end, fabricate_run, fabricate_turn, failure, usage
-from tests.support.toy_workflow import copies_plan, fabricate, toy_plan, toy_workflow, wait_until
+from tests.support.toy_workflow import coordinate, copies_plan, fabricate, toy_plan, toy_workflow, wait_until
 from tests.workflows.conftest import Dlm
+from workflows import calls
 from workflows.lease import STALE_AFTER_S
 from workflows.runs import create_run
+from workflows.state import StepState
 from workflows.store import RunPlace, Store
 from workflows.summary import StepSummary, summarise
 
@@ -45,6 +49,38 @@ def test_queued_step_says_what_it_wants_until_a_worker_begins(store):
     fabricate_turn(run, 1, "source", usage_0=usage(0.1), progress=progress)
     step = step_of(store, run, "source")
     assert (step.status, step.detail) == ("running", "3/9 loss 1.5")
+
+
+class Full(Inline):
+    """Has room for nothing at first."""
+
+    until_s = 0.0
+
+    def shortage(self, call: Call) -> Shortage | None:
+        return Shortage("wants 8 GPUs; there are 4", is_beyond=False)
+
+    def wait(self, timeout_s: float) -> list[Ended]:
+        self.until_s = self.until_s or time.monotonic() + 1.0
+        if time.monotonic() > self.until_s:
+            return super().wait(timeout_s)
+        time.sleep(0.05)
+        return []
+
+
+def test_coordinator_writes_once_why_a_step_is_queued(store, log, monkeypatch):
+    monkeypatch.setattr(calls, "_SHOWN_AFTER_S", 0.0)
+    seen: set[tuple[str, str]] = set()
+    run = create_run(store, toy_plan(log, ("source",)), "local", "r1")
+
+    def look(states: list[StepState]) -> None:
+        step = step_of(store, run, "source")
+        seen.add((step.status, step.detail))
+
+    coordinate(store, run, Full, look)
+    kinds = [event["kind"] for event in run.events() if event["step"] == "source"]
+    assert kinds == ["step_started", "step_queued", "step_committed"]
+    assert ("queued", "wants 8 GPUs; there are 4") in seen
+    assert step_of(store, run, "source").status == "committed"
 
 
 def test_call_of_an_earlier_attempt_of_the_step_does_not_end_its_queue(store):
