@@ -119,6 +119,28 @@ def test_logs_hide_secrets_also_those_of_several_lines(dlm, store, monkeypatch):
         assert not any(secret in shown for secret in ("abcdefgh12345", "first-line-of", "second-line-of"))
 
 
+def test_run_whose_first_log_is_still_to_come_is_waited_for(dlm, store):
+    run = create_run(store, toy_plan(), "local", "r1")
+
+    def write() -> None:
+        time.sleep(0.7)
+        lease = begin(run, [])
+        fabricate_turn(run, 1, "source", log_0="here\n", done=None)
+        lease.release()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    followed = dlm("logs", "r1", "-f")
+    thread.join()
+    assert "waiting for the first log" in followed.stderr
+    assert followed.stdout.endswith("here\n")
+
+
+def test_run_that_ended_without_a_log_is_not_waited_for(dlm, store):
+    end(fabricate_run(store, toy_plan(), []), 1, "stopped")
+    assert "no logs yet" in dlm("logs", "r1", "-f").stdout
+
+
 @pytest.mark.parametrize("ends_with", ["done", "failure", "run", "turn"])
 def test_followed_log_is_printed_as_it_grows_until_the_call_ends(dlm, store, monkeypatch, ends_with):
     monkeypatch.setenv("WANDB_API_KEY", "abcdefgh12345")

@@ -20,11 +20,13 @@ from workflows.commands.common import (
     found_or_suggested,
     page_width,
     print_line,
+    say,
 )
 from workflows.commands.completing import complete_steps
 from workflows.display import columns
 from workflows.lease import lease_is_free
 from workflows.store import RunPlace, Store
+from workflows.summary import summarise
 from workflows.turns import Turn, find_turns
 from workflows.worker import first_failure
 
@@ -68,7 +70,7 @@ def logs(
     """Print the end of a log: of what failed or runs, if none is chosen, after the list of those there are."""
     place = find_store(store)
     run = runs.require_run_id(place, run_id)
-    there = find_logs(run)
+    there = _awaited_logs(place, run) if follow else find_logs(run)
     if not there:
         print_line(f"run {run.run_id} has written no logs yet")
         return
@@ -86,6 +88,17 @@ def logs(
     if whole:
         print_line(hide(whole))
     _follow(place, run, log, end, rest, hide)
+
+
+def _awaited_logs(store: Store, run: RunPlace) -> list[Log]:
+    """The logs of a run, as soon as there is one; none if the run ends without."""
+    there = find_logs(run)
+    if not there:
+        say(f"waiting for the first log of run {run.run_id}")
+    while not there and summarise(store, run).exit_code is None:
+        time.sleep(max(_FOLLOW_EVERY_S, store.root.storage.poll_s))
+        there = find_logs(run)
+    return there
 
 
 def find_logs(run: RunPlace) -> list[Log]:
