@@ -33,7 +33,8 @@ class Problem:
     error_class: str
     type: str
     message: str
-    rank: int
+    rank: int | None
+    """The one that told it; None where workers were killed, or none had begun."""
     logs: list[str]
     """Where the output lies of the processes that failed."""
 
@@ -165,7 +166,7 @@ def summarise_or_say_why(store: Store, run: RunPlace) -> RunSummary:
     try:
         return summarise(store, run)
     except (CorruptionError, UserError) as error:
-        problem = Problem(classify(error), type(error).__name__, str(error), 0, [])
+        problem = Problem(classify(error), type(error).__name__, str(error), None, [])
         step = StepSummary("", "damaged", detail=str(error), error=problem)
         return RunSummary(run.run_id, "", "damaged", 0, None, None, None, str(error), [step])
 
@@ -275,14 +276,27 @@ def _has_begun(seen: _Seen, step: PlannedStep, own: list[Event]) -> bool:
 
 
 def _problem(seen: _Seen, step: PlannedStep, failure: dict[str, Any]) -> Problem:
-    turns = [turn for turn in seen.turns() if turn.step == step.name and not turn.is_done and turn.ranks("rank")]
-    told = [turn for turn in turns if failure["rank"] in turn.ranks("failure")]
+    """The failure with its logs: of the rank that told it, or of all ranks of a turn that was killed."""
+    own = [turn for turn in seen.turns() if turn.step == step.name]
+    made_good = {turn.call for turn in own if turn.is_done}
     logs: list[str] = []
-    if turns:
-        turn = (told or turns)[-1]
-        ranks = [failure["rank"]] if failure["rank"] in turn.ranks("failure") else turn.ranks("rank")
-        logs = [str(turn.log(rank)) for rank in ranks]
-    return Problem(failure["error_class"], failure["type"], failure["message"], failure["rank"], logs)
+    rank: int | None = None
+    for turn in own:
+        if _has_told(turn, failure):
+            rank = failure["rank"]
+            logs = [str(turn.log(failure["rank"]))]
+            break
+        if turn.call not in made_good:
+            logs = [str(turn.log(rank)) for rank in turn.ranks("rank")]
+    return Problem(failure["error_class"], failure["type"], failure["message"], rank, logs)
+
+
+def _has_told(turn: Turn, failure: dict[str, Any]) -> bool:
+    """Whether it is this failure that was written down there."""
+    rank = failure["rank"]
+    if rank not in turn.ranks("failure"):
+        return False
+    return read_json(turn.folder / f"failure-{rank}.json")["time"] == failure["time"]
 
 
 def _latest_progress(seen: _Seen, step: PlannedStep) -> dict[str, Any] | None:

@@ -129,6 +129,31 @@ def test_failed_step_says_class_rank_and_where_its_log_is_and_blocks_the_rest(dl
     }
 
 
+def test_log_of_a_failed_shard_is_that_of_the_shard(store):
+    told = failure("poison", "shard 001 failed 3 times: it broke")
+    plan = copies_plan("")
+    run = fabricate_run(store, plan, [("step_failed", "copies", {"failure": told})])
+    fabricate_turn(run, 1, "copies-000", "000001", log_0="a", failure_0=failure())
+    fabricate_turn(run, 1, "copies-000", "000001-2", log_0="a", done=None)
+    fabricate_turn(run, 1, "copies-001", "000001", log_0="b", failure_0=failure())
+    folder = fabricate_turn(run, 1, "copies-001", "000001-2", log_0="b", failure_0={**told, "message": "it broke"})
+    fabricate_turn(run, 1, "copies-002", "000001", log_0="c", failure_0=failure())
+    fabricate_turn(run, 1, "copies-003", "000001", log_0="d", done=None)
+    error = step_of(store, run, "copies").error
+    assert error is not None
+    assert (error.logs, error.rank) == ([f"{folder}/rank-0.log"], 0)
+
+
+def test_log_of_workers_that_were_killed_is_that_of_all_ranks_of_the_last_turn(store):
+    killed = failure("infra", "rank 1 was killed", type="WorkerDied")
+    run = fabricate_run(store, toy_plan(), [("step_failed", "total", {"failure": killed})])
+    fabricate_turn(run, 1, "total", "000001", log_0="a", log_1="b")
+    folder = fabricate_turn(run, 1, "total", "000002", log_0="a", log_1="b", failure_0=failure("infra"))
+    error = step_of(store, run, "total").error
+    assert error is not None
+    assert (error.logs, error.rank) == ([f"{folder}/rank-0.log", f"{folder}/rank-1.log"], None)
+
+
 def test_names_of_the_json_of_a_status_stay(dlm, store):
     fabricate_run(store, toy_plan())
     status = status_of(dlm)

@@ -150,7 +150,7 @@ def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Seq
     for step in summary.steps:
         if step.error is not None:
             error = step.error
-            on_rank = f" on rank {error.rank}" if error.logs else ""
+            on_rank = "" if error.rank is None else f" on rank {error.rank}"
             print_line(f"\n{step.step} failed{on_rank}: {error.error_class} ({error.type}): {error.message}")
             for log in error.logs:
                 print_line(f"  log: {log}")
