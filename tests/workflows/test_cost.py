@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.artifact import read_json
 from pipeline.stage import environment
+from pipeline.storage import Place, open_storage
 from tests.support.fabricated import fabricate_run, fabricate_turn, failure, usage
 from tests.support.toy_stages.burn.config import BurnConfig
 from tests.support.toy_workflow import STAGES, fabricate, toy_plan, wait_until
@@ -20,6 +22,7 @@ from workflows.plan import make_plan
 from workflows.runs import create_run
 from workflows.step import Step, Workflow
 from workflows.store import Store
+from workflows.usage import UsageMeter
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +57,23 @@ def test_cost_in_hours_and_of_cached_steps_is_printed(dlm, store):
     lines = [line.split() for line in dlm("cost").stdout.splitlines()]
     assert lines[1] == ["source", "0", "0.0s", "0.0s", "0.0000", "0.0000", "cached", "from", "run", "test"]
     assert lines[-1] == ["total", "1", "30m00s", "2h00m", "2.0000", "2.0000"]
+
+
+def test_meter_counts_children_while_they_live_and_after_their_end(tmp_path):
+    place = Place(open_storage(str(tmp_path)))
+    code = "import time\nwhile time.process_time() < 0.6: pass\ntime.sleep(60)"
+
+    def used_s() -> float:
+        return read_json(place / "usage-0.json")["cpu_s"] if (place / "usage-0.json").exists() else 0.0
+
+    with UsageMeter(place, 0):
+        child = subprocess.Popen([sys.executable, "-c", code])
+        try:
+            wait_until(lambda: used_s() >= 0.6, "the child is counted")
+        finally:
+            child.kill()
+            child.wait()
+    assert used_s() >= 0.6
 
 
 def accounts(log: Path) -> dict[str, float]:

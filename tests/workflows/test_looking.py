@@ -18,12 +18,13 @@ from tests.support.executors import Inline
 from tests.support.fabricated import age_lease, begin, end, fabricate_run, fabricate_turn, failure, usage
 from tests.support.toy_workflow import coordinate, copies_plan, fabricate, toy_plan, toy_workflow, wait_until
 from tests.workflows.conftest import Dlm
-from workflows import calls
+from workflows import calls, summary
 from workflows.lease import STALE_AFTER_S
 from workflows.runs import create_run
 from workflows.state import StepState
 from workflows.store import RunPlace, Store
 from workflows.summary import StepSummary, summarise
+from workflows.turns import find_turns
 
 ROOT = Path(__file__).parents[2]
 STARTED = ("step_started", "source", {"epoch": 1, "artifact": ""})
@@ -245,6 +246,39 @@ def test_coordinator_not_heard_of_is_shown_as_stale_and_counts_as_interrupted(dl
     assert status_of(dlm)["exit_code"] == 75
     assert dlm("status", "r1", "--watch").code == 75
     assert "lease stale 4m" in dlm("list").stdout
+
+
+def test_run_that_ends_or_begins_while_it_is_looked_at_is_not_interrupted(store, monkeypatch):
+    run = create_run(store, toy_plan(), "local", "r1")
+    lease = begin(run, [STARTED])
+    read_events, find_holder = summary.read_events, summary.find_holder
+
+    def ends_afterwards(*arguments: Any) -> Any:
+        events = read_events(*arguments)
+        end(run, 1, "succeeded")
+        lease.release()
+        return events
+
+    monkeypatch.setattr(summary, "read_events", ends_afterwards)
+    assert summarise(store, run).status == "running"
+    monkeypatch.setattr(summary, "read_events", read_events)
+    assert summarise(store, run).status == "succeeded"
+
+    def begins_afterwards(*arguments: Any) -> Any:
+        holder = find_holder(*arguments)
+        begin(run, [STARTED])
+        return holder
+
+    monkeypatch.setattr(summary, "find_holder", begins_afterwards)
+    assert summarise(store, run).status == "running"
+
+
+def test_call_belongs_to_the_step_with_the_longest_name(store):
+    run = create_run(store, toy_plan(), "local", "r1")
+    for call in ("a", "a-0", "a-b", "a-b-0", "ab"):
+        fabricate_turn(run, 1, call, done=None)
+    found = {turn.call: turn.step for turn in find_turns(run, ["a", "a-b"])}
+    assert found == {"a": "a", "a-0": "a", "a-b": "a-b", "a-b-0": "a-b", "ab": "ab"}
 
 
 @pytest.mark.parametrize(
