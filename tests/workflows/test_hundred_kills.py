@@ -16,6 +16,7 @@ from tests.support.toy_workflow import PIECES, coordinate, is_gone, toy_plan, to
 from tests.workflows.test_kill import toy
 from workflows import runs
 from workflows.store import RunPlace, Store, open_store
+from workflows.summary import summarise
 
 _LIMIT_S = 900
 _LONGEST_S = 4.0
@@ -84,7 +85,7 @@ def _kill(tmp_path: Path, times: int) -> None:
         committed = [event["step"] for event in run.events() if event["kind"] == "step_committed"]
         assert len(committed) == len(set(committed)), "a step was committed twice"
         assert set(executions(log)) == PIECES - ({"aside"} if number > 1 else set())
-        assert runs.summarise(store, run).status == "succeeded"
+        assert summarise(store, run).status == "succeeded"
 
 
 def test_coordinator_killed_three_times_at_random_moments_makes_what_a_calm_run_makes(tmp_path):
