@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from cluster.executor import Executor
@@ -181,11 +181,3 @@ def require_run_id(store: Store, run_id: str) -> RunPlace:
     if not runs:
         raise UserError(f"there is no run in {store.root}; start one with: dlm run quickstart")
     return runs[0]
-
-
-def report_sources(run: RunPlace) -> Mapping[str, str]:
-    """The steps that the report of a run is made from, by the names that the report stage gives its inputs."""
-    for step in frozen_plan(run).steps:
-        if load_stage(step.stage).name == "report":
-            return step.inputs
-    raise UserError(f"workflow {frozen_plan(run).workflow} has no report")

@@ -19,9 +19,10 @@ from workflows.report.chart import Line, line_chart, nice_ticks, thin
 from workflows.report.config import STAGE, ReportConfig
 from workflows.report.film import film_strip
 from workflows.report.loss import trailing_mean
-from workflows.report.page import pipeline_edges, unigram_verdict, xz_verdict
+from workflows.report.page import pipeline_edges
 from workflows.report.picture import STAGES, draw_picture, picture_edges
 from workflows.report.run import render_partial, run
+from workflows.report.sections import unigram_verdict, xz_verdict
 from workflows.report.text import duration, plain, scaled
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -170,7 +171,7 @@ def test_report_of_a_whole_run_is_well_formed_and_self_contained(tmp_path: Path)
     assert "Run <1>" in page.text
     for drawing in re.findall(r'<svg class="figure.*?</svg>(?=</div>)', source):
         ElementTree.fromstring(drawing)
-    assert len(re.findall(r'<svg class="figure', source)) == 2
+    assert len(re.findall(r'<svg class="figure', source)) == 3  # the curve also as a phone shows it, and the graph
     assert "unfinished" not in page.text
 
 

@@ -188,7 +188,7 @@ def test_report_with_every_figure_is_well_formed_and_escapes_the_names_of_phases
     forge(artifacts["pretrain"], "metrics.jsonl")
     source, page = render(artifacts, tmp_path / "report.html")
     drawings = re.findall(r'<svg class="figure.*?</svg>(?=</div>|</figure>)', source)
-    assert len(drawings) == 2 + 7
+    assert len(drawings) == 3 + 7
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     assert page.tags.count("figcaption") == 7

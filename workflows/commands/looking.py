@@ -17,7 +17,6 @@ from workflows.commands.common import (
     print_line,
     say,
 )
-from workflows.copies import local_copy, scratch
 from workflows.display import age, columns
 from workflows.summary import RunSummary, summarise_or_say_why, summary_json
 
@@ -58,18 +57,9 @@ def _note(summary: RunSummary) -> str:
 
 
 def report(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE) -> None:
-    """Print the path of a run's report; an unfinished run gets one of what there is."""
+    """Print the path of the page of a run, brought up to date; while the run goes on its page is live."""
     place = find_store(store)
     run = runs.require_run_id(place, run_id)
-    outputs = runs.committed_outputs(place, run)
-    if "report" in outputs:
-        print(local_copy(outputs["report"]) / "report.html")
-        return
-    from workflows.report.run import render_partial
+    from workflows.live.writer import write_report
 
-    path = (run.directory.path if run.directory.is_local else scratch(run.directory)) / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sources = runs.report_sources(run)
-    there = {name: local_copy(outputs[source]) for name, source in sources.items() if source in outputs}
-    render_partial(f"{run.run_id} (unfinished)", there, path, wanted=sources)
-    print(path)
+    print(write_report(place, run))

@@ -12,6 +12,20 @@ from workflows.report.config import STAGE
 
 
 @dataclass(frozen=True)
+class Metrics:
+    """What a training measured by step."""
+
+    lines: tuple[dict[str, Any], ...] = ()
+    """One record a step, or one every so many."""
+    num_steps: int = 0
+    """Steps that were measured, whether their records are here or not."""
+    num_not_finite: int = 0
+    """Of those, without a finite loss."""
+    every: int = 1
+    """Of so many steps one is here, and those with a figure that most do not have."""
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything the page shows; what belongs to a missing artifact is empty."""
 
@@ -20,8 +34,7 @@ class ReportData:
     """Name of each artifact that is there -> its manifest."""
     missing: tuple[str, ...] = ()
     """Names of artifacts that a whole report needs and that are not there."""
-    metrics: tuple[dict[str, Any], ...] = ()
-    """One record a training step."""
+    metrics: Metrics = Metrics()
     results: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The evaluation's results.json."""
     samples: tuple[dict[str, Any], ...] = ()
@@ -48,16 +61,32 @@ def likelihood_figures(results: Mapping[str, Any]) -> LikelihoodFigures:
     return LikelihoodFigures("nelbo", "ppl_bound", "bpb_bound", False)
 
 
+_WEIGHTS = {
+    "last": "the last weights",
+    "ema": "the running average of the weights (EMA)",
+    "average": "the mean of several checkpoints",
+}
+
+
+def weights_evaluated(data: ReportData) -> str:
+    """In words, which of a training's weights the figures are of; empty where that is not known."""
+    made = data.manifests.get("weights")
+    return "" if made is None else _WEIGHTS.get(made.config.get("weights", ""), "")
+
+
 INPUTS = (*STAGE.inputs, *STAGE.optional_inputs)
 
 
-def collect(title: str, artifacts: Mapping[str, Path], wanted: Collection[str] = INPUTS) -> ReportData:
+def collect(
+    title: str, artifacts: Mapping[str, Path], wanted: Collection[str] = INPUTS, *, with_metrics: bool = True
+) -> ReportData:
     """Read what the report needs, every file verified before it is parsed; ``wanted`` is all that the run makes."""
+    lines = _lines(artifacts, "pretrain", "metrics.jsonl") if with_metrics else ()
     return ReportData(
         title=title,
         manifests={name: open_artifact(path) for name, path in artifacts.items()},
         missing=tuple(name for name in INPUTS if name in wanted and name not in artifacts),
-        metrics=_lines(artifacts, "pretrain", "metrics.jsonl"),
+        metrics=Metrics(lines, len(lines), sum(line["loss"] is None for line in lines)),
         results=read_json(checked(artifacts["evaluation"], "results.json")) if "evaluation" in artifacts else {},
         samples=_lines(artifacts, "samples", "samples.jsonl"),
     )

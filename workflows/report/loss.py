@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from workflows.report import svg
-from workflows.report.chart import Level, Line, line_chart, phase_bands, thin, visible_range
+from workflows.report.chart import Level, Line, Size, line_chart, phase_bands, thin, visible_range
 
+WIDE = Size()
 _RAW_POINTS = 2000
 """Points of the faint line; a longer training is thinned to the extremes of each stretch."""
 _SMOOTH_POINTS = 600
@@ -35,7 +36,7 @@ def trailing_mean(values: Sequence[float | None], window: int) -> list[float | N
     return means
 
 
-def loss_chart(metrics: Sequence[Mapping[str, Any]], unigram: float | None) -> LossChart | None:
+def loss_chart(metrics: Sequence[Mapping[str, Any]], unigram: float | None, size: Size = WIDE) -> LossChart | None:
     """Loss by step, raw and smoothed, with the level of the unigram entropy; None without a finite loss."""
     steps = [line["step"] for line in metrics]
     losses: list[float | None] = [line["loss"] for line in metrics]
@@ -57,5 +58,6 @@ def loss_chart(metrics: Sequence[Mapping[str, Any]], unigram: float | None) -> L
         y_label="training loss (nats/token)",
         y_range=y_range,
         bands=phase_bands(metrics),
+        size=size,
     )
     return LossChart(drawing, sum(not y_range[0] <= loss <= y_range[1] for loss in numbers))

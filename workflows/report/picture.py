@@ -70,7 +70,7 @@ def draw_picture() -> str:
 def draw_loss(pretrain: Path, evaluation: Path) -> str:
     """The training loss of two committed artifacts on a card of its own, as a whole SVG file."""
     data = collect("", {"pretrain": pretrain, "evaluation": evaluation})
-    chart = loss_chart(data.metrics, data.results["unigram_entropy"])
+    chart = loss_chart(data.metrics.lines, data.results["unigram_entropy"])
     assert chart is not None, "no step had a finite loss"
     return _card(chart.drawing, "Training loss by step")
 

@@ -49,6 +49,8 @@ dl { margin: 0; }
 .scroll { overflow-x: auto; }
 .figure { display: block; width: 100%; height: auto; margin: 12px 0 4px; }
 .figure.chart { min-width: 560px; }
+.narrow .figure.chart { min-width: 0; }
+.narrow { display: none; }
 .figure.graph { min-width: 820px; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 14px 24px; }
 .panels figure { margin: 8px 0 0; }
@@ -87,6 +89,8 @@ pre {
 summary { cursor: pointer; color: var(--muted); font-size: 13.5px; }
 details { margin-top: 10px; }
 @media (max-width: 560px) {
+  .wide { display: none; }
+  .narrow { display: block; }
   body { padding: 0 12px 40px; }
   section { padding: 16px; }
   .film { grid-template-columns: 1fr; gap: 0; }

@@ -55,12 +55,18 @@ class Drawing:
     height: float
 
 
-def embed(drawing: Drawing, label: str, css_class: str) -> str:
-    """A drawing as an <svg> element to put into a page; ``label`` describes it to a screen reader."""
+def embed(drawing: Drawing, label: str, css_class: str, description: str = "") -> str:
+    """A drawing as an <svg> element to put into a page; label and description tell a screen reader what it shows."""
+    told = f"<title>{escape(label)}</title>" + (f"<desc>{escape(description)}</desc>" if description else "")
     return (
         f'<svg class="{css_class}" viewBox="0 0 {drawing.width:g} {drawing.height:g}" role="img" '
-        f'aria-label="{escape(label)}" style="max-width:{drawing.width:g}px">{drawing.body}</svg>'
+        f'aria-label="{escape(label)}" style="max-width:{drawing.width:g}px">{told}{drawing.body}</svg>'
     )
+
+
+def for_both_widths(wide: str, narrow: str) -> str:
+    """A drawing made twice, of which the page shows the one that fits the screen."""
+    return f'<div class="scroll wide">{wide}</div><div class="narrow">{narrow}</div>'
 
 
 def text(x: float, y: float, content: str, css_class: str, anchor: str = "start") -> str:
@@ -94,6 +100,8 @@ class Node:
     """Shown as a coloured label at the right of the title: task, map, gang, or nothing."""
     share: float | None = None
     """Filled part, in [0, 1], of a bar along the lower edge; None for no bar."""
+    state: str = ""
+    """Class of the frame, for one that is drawn otherwise than the rest."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,10 @@ def layered_graph(nodes: Sequence[Node], edges: Collection[Edge], layout: Layout
         short = sorted(edge for edge in edges if layer[edge[1]] == layer[edge[0]] + 1)
         drawn, height = _lanes(sorted(set(edges) - set(short)), layer, place, height, layout)
         parts += drawn
-    parts += [_curve(place[a], place[b], layout) for a, b in short]
+    boxes = set(place.values())
+    parts += [
+        (_detour if _is_hidden(place[a], place[b], boxes) else _curve)(place[a], place[b], layout) for a, b in short
+    ]
     parts += [_box(node, *place[node.name], layout) for node in nodes]
     return Drawing("".join(parts), width, height)
 
@@ -203,6 +214,21 @@ def _curve(a: Point, b: Point, layout: Layout) -> str:
     bend = (x0 + end) / 2
     path = f'<path d="M{x0:g} {y0:g}C{bend:g} {y0:g} {bend:g} {y1:g} {end:g} {y1:g}H{tip:g}" class="edge"/>'
     return path + _head(x1, y1, "right" if forwards else "left", "head")
+
+
+def _is_hidden(a: Point, b: Point, boxes: Collection[Point]) -> bool:
+    """Whether a straight edge down from one box to another would run behind a third, and seem to come from that."""
+    return any(x == a[0] == b[0] and a[1] < y < b[1] for x, y in boxes)
+
+
+def _detour(a: Point, b: Point, layout: Layout) -> str:
+    """Edge between two boxes of a column, in the gap beside it."""
+    side = -1 if a[0] > 0 else 1
+    x = a[0] if side < 0 else a[0] + layout.node_width
+    y0, y1 = a[1] + layout.node_height * 0.7, b[1] + layout.node_height * 0.3
+    lane = x + side * layout.gap_x * 0.6
+    corners = [(x, y0), (lane, y0), (lane, y1), (x + 5 * side, y1)]
+    return f'<path d="{_rounded(corners, 6)}" class="edge"/>' + _head(x, y1, "right" if side < 0 else "left", "head")
 
 
 def _head(x: float, y: float, direction: str, css_class: str) -> str:
@@ -262,7 +288,8 @@ def _box(node: Node, x: float, y: float, layout: Layout) -> str:
     width, height = layout.node_width, layout.node_height
     inside = width - 2 * _PADDING
     middle = y + height / 2
-    parts = [f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="8" class="box"/>']
+    css_class = f"box {escape(node.state)}".rstrip()
+    parts = [f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="8" class="{css_class}"/>']
     parts.append(text(x + _PADDING, middle - 5, fit(node.name, inside, 14), "name"))
     parts.append(text(x + _PADDING, middle + 14, fit(node.subtitle, inside, 11), "sub"))
     if node.kind:
