@@ -192,5 +192,5 @@ def test_report_with_every_figure_is_well_formed_and_escapes_the_names_of_phases
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     assert page.tags.count("figcaption") == 7
-    assert page.texts.count("<0>") == page.texts.count("<1>") == 1 + 7
+    assert page.texts.count("<0>") == page.texts.count("<1>") == 2 + 7
     assert "nan" not in "".join(drawings)

@@ -34,6 +34,7 @@ _STAGE_INPUTS = {
 }
 """What the sections of a report call what a stage makes."""
 _METRICS = "metrics.jsonl"
+_IN_THE_WAY = ("failed", "damaged", "blocked")
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,9 @@ class Watcher:
                 work = self._run.directory / "work"
                 reported = latest_progress(work, last.attempt, [summary.step])
                 view |= _progress(reported, None, summary.status)
+            failed = [s for s in self._plan.step(summary.step).inputs.values() if found[s]["status"] in _IN_THE_WAY]
+            if summary.status == "pending" and failed:  # of which no event tells
+                view |= {"status": "blocked", "detail": f"needs {failed[0]}"}
             found[summary.step] = view
         return found
 

@@ -1,8 +1,8 @@
 """Stylesheet and script of the page of a run, beside what it has in common with the report of the stage."""
 
-LIGHT = {"good": "#1a6b33", "bad": "#b3261e", "busy": "#2455ae", "wait": "#8a4208", "idle": "#566072", "on": "#ffffff"}
-DARK = {"good": "#6fd68a", "bad": "#ff9a91", "busy": "#8fb7ff", "wait": "#f0a35e", "idle": "#98a4b6", "on": "#10141b"}
-"""Colours of what a status means, each readable as text on a card of the page and under ``on``."""
+LIGHT = {"good": "#1a6b33", "bad": "#b3261e", "busy": "#2455ae", "wait": "#8a4208", "idle": "#566072"}
+DARK = {"good": "#6fd68a", "bad": "#ff9a91", "busy": "#8fb7ff", "wait": "#f0a35e", "idle": "#98a4b6"}
+"""Colours of what a status means, each readable as text on the page and on its cards."""
 _MEANING = {
     "good": ("committed", "cached", "succeeded"),
     "bad": ("failed", "damaged", "killed"),

@@ -25,7 +25,7 @@ _TITLES = {
     "masked_fraction": "Masked share of the tokens",
     "mask_rate_low": "Lowest mask rate trained on",
     "mask_rate_high": "Highest mask rate trained on",
-    "router_balance": "Balance loss of the routers (1 if all experts are used alike; more is less even)",
+    "router_balance": "Balance loss of the routers (an even spread gives 1, but 1 is no proof of it)",
     "router_z": "z-loss of the routers",
     "expert_load_max": "Busiest expert's tokens over an even share",
     "expert_load_min": "Idlest expert's tokens over an even share",

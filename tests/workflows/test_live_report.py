@@ -1,0 +1,493 @@
+"""The page of a run while a coordinator works on it and afterwards, and what it is made from."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from cluster.local import LocalExecutor
+from pipeline.storage import ObjectStorage, Place
+from tests.support.executors import NUM_CPUS
+from tests.support.toy_workflow import coordinate, fabricate, toy_plan
+from tests.workflows.conftest import Dlm
+from tests.workflows.test_report import Page
+from workflows.lease import acquire_lease
+from workflows.live import drawings, writer
+from workflows.live.history import Cost, Costs, Event, tell, with_last_signs
+from workflows.live.page import MOST_EVENTS, MOST_ROWS, MOST_TROUBLES, render
+from workflows.live.readers import CostReader, EventReader, MetricsReader
+from workflows.live.snapshot import Snapshot, StepView, Watcher
+from workflows.live.style import DARK, LIGHT, SCRIPT
+from workflows.live.writer import PAGE, LiveReport, write_report
+from workflows.plan import PlannedStep
+from workflows.report import svg
+from workflows.report.data import Metrics
+from workflows.runs import create_run
+from workflows.state import StepState
+from workflows.store import EventLog, RunPlace, Store
+
+FAILURE = {
+    "error_class": "infra", "type": "WorkerDied", "message": "gone", "traceback": "last words", "rank": 1, "time": 0.0,
+}  # fmt: skip
+
+
+def executor() -> LocalExecutor:
+    return LocalExecutor(NUM_CPUS)
+
+
+def page_of(run: RunPlace) -> str:
+    return (run.directory / PAGE).read_bytes().decode()
+
+
+def text_of(source: str) -> str:
+    return Page(source).text
+
+
+def event(time_s: float, kind: str, step: str = "", attempt: int = 1, **details: Any) -> Event:
+    return {"time": time_s, "attempt": attempt, "kind": kind, "step": step, **details}
+
+
+def step_view(name: str, status: str = "committed", inputs: dict[str, str] | None = None) -> StepView:
+    planned = PlannedStep(name, "pipeline.corpus", {}, inputs or {}, 1, None, "f" * 64)
+    return StepView(name, "corpus", status, "", 0.0, 0.0, 0.0, 0.0, "corpus/ffffffffffff", planned)
+
+
+def snapshot(steps: list[StepView], events: list[Event], status: str = "running", **changes: Any) -> Snapshot:
+    history = tell(events, status == "running", 1000.0)
+    head = ("r1", "toy", status, 1.7e9, "/store")
+    return Snapshot(
+        *head, facts={}, environment={}, steps=tuple(steps), history=history, events=tuple(events), **changes
+    )
+
+
+# History
+
+
+def test_an_attempt_without_an_end_was_killed_and_lasted_until_its_last_sign():
+    events = [
+        event(100, "run_started"),
+        event(101, "step_started", "a", epoch=1),
+        event(110, "step_started", "b", epoch=1),
+        event(500, "run_started", attempt=2),
+        event(501, "step_started", "a", attempt=2, epoch=2),
+        event(503, "step_committed", "a", attempt=2),
+        event(504, "run_ended", attempt=2, status="succeeded"),
+    ]
+    history = with_last_signs(tell(events, False, 1000.0), Costs(last_sign_s={(1, "a", 1): 30.0}))
+    assert [(s.step, s.start_s, s.end_s, s.outcome) for s in history.spans] == [
+        ("a", 101, 131, "killed"),
+        ("b", 110, 110, "killed"),
+        ("a", 501, 503, "committed"),
+    ]
+    assert [(s.attempt, s.end_s, s.outcome) for s in history.sessions] == [(1, 131, "killed"), (2, 504, "succeeded")]
+
+
+def test_while_a_coordinator_is_alive_its_attempts_go_on():
+    history = tell([event(100, "run_started"), event(101, "step_started", "a", epoch=1)], True, 160.0)
+    assert [(s.end_s, s.outcome) for s in history.spans] == [(160.0, "running")]
+    assert history.sessions[-1].outcome == "running"
+
+
+def test_failures_that_are_alike_are_told_once_with_what_followed_the_last():
+    retries = [event(100 + i, "shard_retry", "map", shard=f"s{i}", failure=FAILURE, backoff_s=2.0) for i in range(3)]
+    given_up = event(110, "step_failed", "map", failure={**FAILURE, "message": "poisoned", "error_class": "poison"})
+    first, last = tell([event(99, "step_started", "map", epoch=7), *retries, given_up], False, 0.0).troubles
+    assert (first.count, first.shards, first.epoch) == (3, ("s0", "s1", "s2"), 7)
+    assert first.after == "the shard was tried again after 2.0 s"
+    assert (last.error_class, last.after) == ("poison", "the step was given up")
+
+
+# Readers
+
+
+def test_events_are_read_once(store: Store):
+    run = create_run(store, toy_plan(), "local", "r1")
+    log, reader = EventLog(run, 1), EventReader(run)
+    log.write("run_started")
+    assert [e["kind"] for e in reader.read()] == ["run_started"]
+    (run.directory / "events" / "001-000000.json").write(b"damaged since")
+    log.write("run_ended", status="failed")
+    assert [e["kind"] for e in reader.read()] == ["run_started", "run_ended"]
+
+
+def _use(run: RunPlace, folder: str, cpu_s: float, gpus: float = 0.0, *, rank: int = 0, done: bool = False) -> None:
+    place = run.directory / "work" / folder
+    used = {"cpu_s": cpu_s, "elapsed_s": 10.0, "gpus": gpus, "host": "h"}
+    (place / f"usage-{rank}.json").write(json.dumps(used).encode())
+    if done:
+        (place / "done.json").write(b"{}")
+
+
+def test_costs_are_summed_by_attempt_and_step_over_calls_turns_and_ranks(store: Store):
+    run = create_run(store, toy_plan(), "local", "r1")
+    _use(run, "001/train/000001", 5.0, gpus=2.0)
+    _use(run, "001/train/000001", 6.0, gpus=2.0, rank=1)
+    _use(run, "001/train-more/000001", 100.0)
+    _use(run, "002/train/000003", 7.0)
+    _use(run, "002/train-list/000003", 1.0, done=True)
+    _use(run, "002/train-s0/000003", 1.0)
+    _use(run, "002/train-s0/000003-2", 2.0)
+    costs = CostReader(run, ["train", "train-more"]).read(1000)
+    assert costs.of == {
+        (1, "train"): Cost(11.0, 40.0, 2),
+        (1, "train-more"): Cost(100.0, 0.0, 1),
+        (2, "train"): Cost(11.0, 0.0, 4),
+    }
+    assert costs.last_sign_s[2, "train", 3] == 10.0
+
+
+def test_costs_of_many_calls_are_read_some_at_a_time_and_those_that_go_on_again(store: Store):
+    run = create_run(store, toy_plan(), "local", "r1")
+    for number in range(5):
+        _use(run, f"001/map-{number}/000001", 1.0, done=True)
+    _use(run, "001/map-x/000001", 1.0)
+    reader = CostReader(run, ["map"])
+    seen = [reader.read(2) for _ in range(3)]
+    assert [(costs.of[1, "map"].cpu_s, costs.num_unread) for costs in seen] == [(2.0, 4), (4.0, 2), (6.0, 0)]
+    _use(run, "001/map-x/000001", 9.0)
+    assert reader.read(2).of[1, "map"].cpu_s == 14.0
+
+
+def _line(step: int, **figures: Any) -> str:
+    return json.dumps({"step": step, "loss": 2.0, "lr": 0.1, **figures}) + "\n"
+
+
+def test_metrics_are_read_as_they_are_written_and_anew_when_they_were_rewound(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    reader = MetricsReader(path)
+    assert reader.read() == Metrics()
+    path.write_text(_line(0) + _line(1)[:-5])
+    assert reader.read().num_steps == 1
+    path.write_text(_line(0) + _line(1, loss=None) + _line(2))
+    found = reader.read()
+    assert [line["step"] for line in found.lines] == [0, 1, 2]
+    assert (found.num_steps, found.num_not_finite) == (3, 1)
+    aside = tmp_path / "aside"
+    aside.write_text(_line(0) + _line(1, loss=9.0))
+    aside.replace(path)
+    assert [line["loss"] for line in reader.read().lines] == [2.0, 9.0]
+
+
+def test_metrics_of_a_long_training_are_thinned_but_for_rare_figures(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(_line(i, **({"val_nelbo": 1.0} if i % 999 == 0 else {})) for i in range(30_000)))
+    found = MetricsReader(path).read()
+    assert found.num_steps == 30_000
+    assert len(found.lines) <= 4000
+    assert found.every > 1
+    assert sum("val_nelbo" in line for line in found.lines) == len(range(0, 30_000, 999))
+
+
+# The page of a run that goes on
+
+
+def test_page_is_live_while_the_run_goes_on_and_over_at_its_end(store: Store, log: Path):
+    run = create_run(store, toy_plan(log), "local", "r1")
+    pages: set[str] = set()
+    with LiveReport(store, run, toy_plan(log), every_s=0.01) as report:
+
+        def look(states: list[StepState]) -> None:
+            report.update(states)
+            if (run.directory / PAGE).exists():
+                pages.add(page_of(run))
+
+        coordinate(store, run, executor, look)
+    live = [page for page in pages if "▶ running" in page]
+    assert len(live) > 1
+    for page in live:
+        assert f"<script>{SCRIPT}</script>" in page
+        assert '<noscript><meta http-equiv="refresh"' in page
+        assert "It loads itself again while the run goes on." in text_of(page)
+    assert any("double: running" in page for page in live)
+    last = page_of(run)
+    assert "<script" not in last
+    assert "refresh" not in last
+    text = text_of(last)
+    assert "This run is over: everything was made." in text
+    assert "4 of 4 steps done · 1 attempt" in text
+    assert "dlm run toy --executor local" in text
+    assert not report.problem
+
+
+def test_page_needs_nothing_else_and_its_drawings_are_told_in_words(store: Store, log: Path):
+    run = create_run(store, toy_plan(log), "local", "r1")
+    coordinate(store, run, executor)
+    source = write_report(store, run).read_text()
+    page = Page(source)
+    assert page.addresses == []
+    assert not {"link", "img", "iframe", "object", "form"} & set(page.tags)
+    assert "url(" not in source
+    drawn = re.findall(r'<svg class="figure.*?</svg>(?=</div>)', source)
+    assert len(drawn) == 4
+    for drawing in drawn:
+        root = ElementTree.fromstring(drawing)
+        assert [child.tag for child in root[:2]] == ["title", "desc"]
+    assert "total: committed, from aside and double" in page.text
+    assert re.search(r"; double: committed after [\d.]+ s; ", page.text)
+
+
+def test_the_policy_of_the_page_allows_its_own_script_only():
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    page = render(snapshot([step_view("a", "running")], []), 3.0)
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in page
+
+
+def test_run_that_failed_says_which_step_and_why_and_what_waits_for_it(store: Store, log: Path):
+    plan = toy_plan(log, double__trouble="user", double__where="double-1")
+    run = create_run(store, plan, "local", "r1")
+    with LiveReport(store, run, plan) as report:
+        states = coordinate(store, run, executor, report.update)
+    failure = states["double"].failure
+    assert failure is not None
+    page = Page(page_of(run))
+    assert "double failed." in page.text
+    assert page.texts.count(failure.message) == 3  # at the top, in the table, among the failures
+    assert "double: UserError" in page.text
+    assert "Something that was given does not fit; it would fail again." in page.text
+    assert f"{store.url}/runs/r1/work/001/double" in page.texts
+    assert "dlm resume r1 --store" in page.text
+    assert re.search(r"total +⊘ blocked +needs double", page.text)
+
+
+def test_text_from_outside_is_escaped_and_secrets_are_not_shown(store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SOME_TOKEN", "hush & <hush>")
+    run = create_run(store, toy_plan(), "local", "r1", settings=["source.path=<script>alert(4)</script>"])
+    events = EventLog(run, 1)
+    events.write("run_started")
+    events.write("step_started", "source", epoch=1)
+    said = {
+        "message": "<script>alert(1)</script> hush & <hush>",
+        "traceback": "<script>alert(2)</script> hush & <hush>",
+    }
+    events.write("step_failed", "source", failure={**FAILURE, **said, "type": "<script>alert(3)</script>"})
+    events.write("run_ended", status="failed")
+    source = write_report(store, run).read_text()
+    assert "<script" not in source
+    for number in range(1, 5):
+        assert f"&lt;script&gt;alert({number})&lt;/script&gt;" in source
+    assert "hush" not in source
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; ***" in source
+
+
+def test_what_goes_wrong_with_the_page_stands_in_its_place_and_does_not_reach_the_run(
+    store: Store, log: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*details: object) -> str:
+        raise RuntimeError("no <ink>")
+
+    monkeypatch.setattr(writer, "render", refuse)
+    run = create_run(store, toy_plan(log, only=("source",)), "local", "r1")
+    with LiveReport(store, run, toy_plan(log, only=("source",))) as report:
+        states = coordinate(store, run, executor, report.update)
+    assert states["source"].status == "committed"
+    assert report.problem == "the page of the run could not be made: RuntimeError: no <ink>"
+    assert "RuntimeError: no &lt;ink&gt;" in page_of(run)
+
+
+def test_page_that_cannot_be_written_is_told_and_does_not_reach_the_run(store: Store, log: Path):
+    plan = toy_plan(log, only=("source",))
+    run = create_run(store, plan, "local", "r1")
+    (run.directory / PAGE / "in the way").write(b"")
+    with LiveReport(store, run, plan) as report:
+        states = coordinate(store, run, executor, report.update)
+    assert states["source"].status == "committed"
+    assert report.problem.startswith("the page of the run could not be written: IsADirectoryError")
+
+
+def test_updates_between_two_pages_cost_a_glance(store: Store, monkeypatch: pytest.MonkeyPatch):
+    plan = toy_plan()
+    run = create_run(store, plan, "local", "r1")
+    made: list[str] = []
+    first = threading.Event()
+
+    def count(*details: object) -> str:
+        made.append(threading.current_thread().name)
+        first.set()
+        return ""
+
+    monkeypatch.setattr(writer, "render", count)
+    states = [StepState(step) for step in plan.steps]
+    with LiveReport(store, run, plan, every_s=1000.0) as report:
+        report.update(states)
+        assert first.wait(10.0)
+        for _ in range(1000):
+            report.update(states)
+    assert made == ["report", threading.current_thread().name]
+
+
+def test_page_of_a_run_that_was_not_begun_here_is_left_alone(store: Store):
+    plan = toy_plan()
+    run = create_run(store, plan, "local", "r1")
+    (run.directory / PAGE).write(b"somebody else's")
+    with LiveReport(store, run, plan):
+        pass
+    assert page_of(run) == "somebody else's"
+
+
+def test_last_page_of_a_run_that_ended_in_an_error_says_that_nobody_works_on_it(store: Store, log: Path):
+    plan = toy_plan(log)
+    run = create_run(store, plan, "local", "r1")
+
+    def break_off(report: LiveReport) -> Callable[[list[StepState]], None]:
+        def look(states: list[StepState]) -> None:
+            report.update(states)
+            if states[0].status == "running":
+                raise KeyboardInterrupt
+
+        return look
+
+    with pytest.raises(KeyboardInterrupt), LiveReport(store, run, plan) as report:
+        coordinate(store, run, executor, break_off(report))
+    text = text_of(page_of(run))
+    assert "Nobody works on this run" in text
+    assert "dlm resume r1" in text
+
+
+# dlm report
+
+
+def test_dlm_report_brings_the_page_up_to_date_unless_somebody_works_on_the_run(dlm: Dlm, store: Store):
+    plan = toy_plan()
+    run = create_run(store, plan, "local", "r1")
+    path = str(run.directory.path / PAGE)
+    assert dlm("report").stdout == f"{path}\n"
+    assert "0 of 4 steps done" in page_of(run)
+    fabricate(store, plan, "source")
+    lease = acquire_lease(run.lease_dir, "test")
+    assert dlm("report", "r1").stdout == f"{path}\n"
+    assert "0 of 4 steps done" in page_of(run)
+    lease.release()
+    assert dlm("report", "r1").stdout == f"{path}\n"
+    assert "1 of 4 steps done" in page_of(run)
+
+
+def test_report_of_a_run_in_an_object_store_is_copied_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("DLM_CACHE", str(tmp_path))
+    store = Store(Place(ObjectStorage("memory", f"live-{os.getpid()}")))
+    run = create_run(store, toy_plan(), "local", "r1")
+    copy = write_report(store, run)
+    assert copy.is_relative_to(tmp_path)
+    assert copy.read_bytes() == (run.directory / PAGE).read_bytes()
+    assert "Nobody has begun to work on this run." in text_of(copy.read_text())
+
+
+def test_damaged_artifact_is_told_on_the_page(store: Store):
+    plan = toy_plan()
+    run = create_run(store, plan, "local", "r1")
+    fabricate(store, plan, "source")
+    step = plan.step("source")
+    committed = store.artifact("toy-source", step.fingerprint).committed()
+    assert committed is not None
+    (committed.path / "value.txt").write_text("longer than it was")
+    text = text_of(write_report(store, run).read_text())
+    assert "source failed." in text
+    assert "has been damaged since" in text
+
+
+def test_settings_that_are_not_the_recipes_are_listed(dlm: Dlm, store: Store):
+    run = create_run(store, toy_plan(total__number=5), "local", "r1")
+    dlm("report", "r1")
+    assert "total.number 1 5" in text_of(page_of(run))
+
+
+# Looks
+
+
+def test_page_of_a_huge_run_stays_small():
+    names = [f"step-{i:04d}" for i in range(1000)]
+    steps = [step_view(name, "running" if i % 2 else "failed") for i, name in enumerate(names)]
+    events = [event(1, "run_started")]
+    for i in range(20_000):
+        name, long = names[i % 700], f"message {i} " + "x" * 20_000 * (i % 700 == 0)
+        events.append(event(2 + i / 100, "step_started", name, epoch=i))
+        failure = {**FAILURE, "message": long, "traceback": long}
+        events.append(event(2.005 + i / 100, "step_retry", name, failure=failure, backoff_s=1.0))
+        events.append(event(2.005 + i / 100, "shard_retry", "step-0000", shard=f"s{i}", failure=FAILURE, backoff_s=1.0))
+    costs = Costs({(attempt, name): Cost(1.0, 1.0, 1) for name in names for attempt in range(3)})
+    page = render(snapshot(steps, events, costs=costs), 3.0)
+    assert len(page) < 3_000_000
+    text = text_of(page)
+    assert "850 more steps are not drawn; the table has them." in text
+    assert f"{1000 - MOST_ROWS} more steps are not listed." in text
+    assert f"{60_001 - MOST_EVENTS:,} earlier ones are in the folder events of the run." in text
+    assert f"{20_001 - MOST_TROUBLES:,} earlier ones are not shown." in text
+    assert "and 19,995 more" in text
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize(
+    ("colours", "ground"), [(LIGHT, "#ffffff"), (LIGHT, "#f6f7f9"), (DARK, "#181e28"), (DARK, "#10141b")]
+)
+def test_what_a_status_means_is_readable(colours: dict[str, str], ground: str):
+    for name, colour in colours.items():
+        low, high = sorted((_luminance(colour), _luminance(ground)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, name
+
+
+def test_every_status_has_a_sign_beside_its_name():
+    statuses = ("committed", "running", "failed", "blocked", "stopped", "queued", "pending", "skipped")
+    page = render(snapshot([step_view(s, s) for s in statuses], []), 3.0)
+    for status in statuses:
+        assert f"{drawings.mark_of(status)} {status}</span>" in page
+
+
+def test_queue_reason_and_progress_stand_on_the_page():
+    waiting = step_view("train", "queued")
+    waiting = StepView(**{**vars(waiting), "detail": "wants 8 GPUs, the cluster has 4"})
+    going_on = StepView(**{**vars(step_view("map", "running")), "done": 30.0, "total": 120.0, "detail": "30 of 120"})
+    page = render(snapshot([waiting, going_on], []), 3.0)
+    assert "wants 8 GPUs, the cluster has 4" in page
+    assert 'value="0.2500" aria-label="map: 25%"' in page
+    assert "▶ running 25%" in page
+
+
+def test_time_line_shortens_the_pauses_between_attempts():
+    events: list[Event] = []
+    for attempt, start in ((1, 100.0), (2, 1_000_000.0)):
+        events += [event(start, "run_started", attempt=attempt)]
+        events += [event(start, "step_started", "a", attempt=attempt, epoch=attempt)]
+        events += [event(start + 50, "step_retry", "a", attempt=attempt, failure=FAILURE, backoff_s=1.0)]
+    drawn = drawings.time_line([step_view("a")], tell(events, False, 0.0))
+    bars = [tuple(map(float, b)) for b in re.findall(r'<rect x="([\d.]+)" y="\S+" width="([\d.]+)" height="14"', drawn)]
+    (x1, width1), (x2, width2) = bars[:2]
+    assert width1 == pytest.approx(width2, abs=0.2)
+    assert width1 > 300
+    assert 0 < x2 - (x1 + width1) < width1 / 2
+    assert "↻ tried again, 1 min 40 s in 2 attempts" in drawn
+
+
+def test_folded_graph_leads_an_edge_around_a_box_that_lies_between():
+    nodes = [svg.Node(name) for name in ("root", "left", "above", "below")]
+    layout = svg.Layout(node_width=100, node_height=40, gap_x=20, gap_y=10, layers_per_row=2)
+    edges = {("root", "left"), ("left", "above"), ("left", "below")}
+    drawing = svg.layered_graph(nodes, edges, layout)
+    down = re.findall(r'd="M(\d+) (\d+)V', drawing.body)
+    assert len(down) == 1  # to the box right below; the other edge leaves at the side
+    assert svg.implied_edges(edges) == set()
+
+
+def test_watcher_without_a_coordinator_tells_what_an_interrupted_step_had_done(store: Store):
+    plan = toy_plan()
+    run = create_run(store, plan, "local", "r1")
+    events = EventLog(run, 1)
+    events.write("run_started")
+    events.write("step_started", "source", epoch=1)
+    progress = {"done": 3, "total": 12, "figures": {"loss": 1.5}, "time": 1.0}
+    (run.directory / "work" / "001" / "source" / "000001" / "progress.json").write(json.dumps(progress).encode())
+    seen = Watcher(store, run, plan).look(None, 1000)
+    assert seen.status == "killed"
+    (source, *_) = seen.steps
+    assert (source.status, source.done, source.total) == ("interrupted", 3.0, 12.0)
