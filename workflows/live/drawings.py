@@ -37,7 +37,7 @@ _LEAST_WIDTH = 700.0
 """As in the stylesheet, of figures of class steps."""
 _ROW_PX = 26.0
 _STACKED_ROW_PX = 40.0
-_LABEL_PX = 190.0
+_LABEL_PX = 230.0
 """Room for how a row ends, at the right of its last bar."""
 
 
@@ -181,7 +181,7 @@ def _bars(spans: Sequence[Span], scale: _Scale, y: float, label_until: float | N
         )
     if label_until is not None:
         x = max(scale(span.attempt, span.end_s) for span in shown) + 8
-        parts.append(svg.text(x, y + 11, svg.fit(_summary(spans), label_until - x, 11), "legend"))
+        parts.append(svg.text(x, y + 11, svg.fit(_summary(spans), label_until - x, 10), "legend"))
     return parts
 
 

@@ -27,7 +27,7 @@ _MOST_SHARDS = 5
 
 _MEANS: Mapping[str, str] = {
     "user": "Something that was given does not fit; it would fail again. Change it, and run with the change.",
-    "transient": "A connection or a service failed; such failures are tried again, up to five times.",
+    "transient": "A connection or a service failed; such failures are tried again.",
     "infra": "A process, a node or its place was lost; the step goes on from what it had saved.",
     "memory": "Memory or disk ran out; it is tried once more. Give it more room, or smaller pieces.",
     "poison": "It failed again and again at the same place, so trying on would not help.",
