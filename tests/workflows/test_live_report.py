@@ -1,6 +1,7 @@
 """The page of a run while a coordinator works on it and afterwards, and what it is made from."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from cluster.local import LocalExecutor
+from pipeline.config import to_json
 from pipeline.storage import ObjectStorage, Place
 from tests.support.executors import NUM_CPUS
 from tests.support.toy_workflow import coordinate, fabricate, toy_plan
@@ -491,3 +493,34 @@ def test_watcher_without_a_coordinator_tells_what_an_interrupted_step_had_done(s
     assert seen.status == "killed"
     (source, *_) = seen.steps
     assert (source.status, source.done, source.total) == ("interrupted", 3.0, 12.0)
+
+
+def test_attempts_of_the_run_are_listed_with_where_they_ran():
+    events = [
+        event(1_000, "run_started", executor="ray", address="auto", job=""),
+        event(2_000, "run_started", attempt=2, executor="ray", address="http://head:8265", job="raysubmit_1"),
+        event(2_001, "step_started", "a", attempt=2, epoch=1),
+        event(2_060, "run_ended", attempt=2, status="cancelled"),
+    ]
+    text = text_of(render(snapshot([step_view("a", "stopped")], events, "cancelled"), 3.0))
+    assert "2 cancelled 1970-01-01 00:33:20 1 min 00 s executor ray, address http://head:8265, job raysubmit_1" in text
+    assert "1 killed 1970-01-01 00:16:40 0.0 s executor ray, address auto" in text
+    assert "This run was cancelled. What was finished is kept." in text
+    assert "dlm resume r1" in text
+
+
+def test_run_whose_stage_is_not_known_here_has_a_page(store: Store):
+    plan = toy_plan()
+    strange = dataclasses.replace(plan.steps[-1], stage="nowhere.to_be_found")
+    run = store.create_run(
+        "r1",
+        {
+            "plan": to_json(dataclasses.replace(plan, steps=[*plan.steps[:-1], strange])) | {"recipe": "mine:own"},
+            "executor": "local",
+            "settings": [],
+        },
+    )
+    text = text_of(write_report(store, run).read_text())
+    assert "Recipe mine:own · 0 of 4 steps done" in text
+    assert re.search(r"total +○ unknown", text)
+    assert "mine:own is no recipe that comes with dlm" in text

@@ -25,6 +25,7 @@ _MARKS = {
     "damaged": "✕",
     "blocked": "⊘",
     "stopped": "■",
+    "cancelled": "■",
     "interrupted": "■",
     "killed": "✕",
     "tried again": "↻",

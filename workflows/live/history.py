@@ -27,6 +27,8 @@ class Session:
     """The last that is known of it."""
     outcome: str
     """running, killed, or what the coordinator said at its end."""
+    about: str = ""
+    """Where it ran, in words."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,18 @@ def _sessions(events: Sequence[Event], is_alive: bool, now_s: float) -> tuple[Se
         attempt = event["attempt"]
         session = found.get(attempt, Session(attempt, event["time"], event["time"], "killed"))
         outcome = event["status"] if event["kind"] == "run_ended" else session.outcome
-        found[attempt] = replace(session, end_s=max(session.end_s, event["time"]), outcome=outcome)
+        about = _about(event) if event["kind"] == "run_started" else session.about
+        found[attempt] = replace(session, end_s=max(session.end_s, event["time"]), outcome=outcome, about=about)
     if found and is_alive:
         last = found[max(found)]
         if last.outcome == "killed":
             found[last.attempt] = replace(last, end_s=now_s, outcome="running")
     return tuple(found[attempt] for attempt in sorted(found))
+
+
+def _about(event: Event) -> str:
+    told = {key: value for key, value in event.items() if key not in ("time", "attempt", "kind", "step")}
+    return ", ".join(f"{key} {value}" for key, value in told.items() if value)
 
 
 def _spans(events: Sequence[Event], sessions: Mapping[int, Session]) -> tuple[Span, ...]:

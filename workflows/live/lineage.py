@@ -72,7 +72,7 @@ def _shown(value: Any) -> str:
 def _changes(seen: Snapshot) -> str:
     """Settings that are not the recipe's."""
     if seen.changes is None:
-        return note(f"The recipe {seen.workflow} is not known here, so the settings cannot be compared with it.")
+        return note(f"{seen.workflow} is no recipe that comes with dlm, so settings are not compared with it.")
     found = [
         (f"{step}.{field}", old, new) for step, fields in seen.changes.items() for field, (old, new) in fields.items()
     ]

@@ -112,6 +112,7 @@ _END = {
     "succeeded": "This run is over: everything was made.",
     "failed": "This run is over: it failed. What was finished is kept.",
     "stopped": "This run was stopped on request. What was finished is kept.",
+    "cancelled": "This run was cancelled. What was finished is kept.",
     "killed": "Nobody works on this run: its coordinator ended without a word. What was finished is kept.",
     "submitted": "Nobody has begun to work on this run.",
 }
@@ -141,7 +142,7 @@ def _banner(seen: Snapshot) -> str:
             f'<section class="alert bad"><p><strong>{mark_of("failed")} {plain(step.name)} failed.</strong> '
             f'<span class="message">{message}</span></p></section>'
         )
-    if seen.status in ("failed", "stopped", "killed"):
+    if seen.status in ("failed", "stopped", "cancelled", "killed"):
         parts.append(
             f'<section class="alert"><p>To go on with it: <code>dlm resume {plain(seen.run_id)} --store '
             f"{plain(seen.store)}</code></p></section>"
@@ -261,7 +262,20 @@ def _time_line(seen: Snapshot) -> str:
         "A bar is an attempt of a step, with how the last of them ended; a dashed one was killed or tried again. "
         "Pauses between attempts of the run are shortened."
     )
-    return section("Time line", drawn, note(explanation))
+    return section("Time line", drawn, note(explanation), _sessions(seen))
+
+
+def _sessions(seen: Snapshot) -> str:
+    """The attempts of the run, if there are several or something is known of where it ran."""
+    sessions = seen.history.sessions
+    if len(sessions) < 2 and not any(session.about for session in sessions):
+        return ""
+    rows: list[list[Cell]] = [
+        [str(s.attempt), s.outcome, _utc(s.start_s), Number(duration(s.end_s - s.start_s)), s.about]
+        for s in reversed(sessions[-MOST_ROWS:])
+    ]
+    head: list[Cell] = ["Attempt of the run", "It was or is", "Started (UTC)", Number("Time"), "Where"]
+    return table(head, rows)
 
 
 def _trainings(seen: Snapshot) -> Sequence[str]:

@@ -88,7 +88,7 @@ class Snapshot:
     trainings: tuple[Training, ...] = ()
     results: ReportData | None = None
     changes: Mapping[str, Mapping[str, tuple[Any, Any]]] | None = None
-    """Step -> setting -> (the recipe's, this run's); None where the recipe is not known here."""
+    """Step -> setting -> (the recipe's, this run's); None where it does not come with dlm."""
     problems: tuple[str, ...] = ()
     """What could not be read."""
 
@@ -138,6 +138,7 @@ class Watcher:
         self._committed: dict[str, tuple[Place, Manifest, str]] = {}
         self._results: tuple[frozenset[str], ReportData | None, str] | None = None
         self._secrets = secret_values()
+        self._stages = {step.name: _stage_name(step) for step in plan.steps}
         self._facts = self._clean(_facts(run))
         self._changes = _changes(plan)
 
@@ -161,7 +162,7 @@ class Watcher:
         results = self._read_results(problems)
         return Snapshot(
             run_id=self._run.run_id,
-            workflow=self._plan.workflow,
+            workflow=self._plan.recipe or self._plan.workflow,
             status=history.sessions[-1].outcome if history.sessions else "running" if is_alive else "submitted",
             made_at_s=now_s,
             store=self._clean(self._store.url),
@@ -206,8 +207,8 @@ class Watcher:
         return found
 
     def _step(self, step: PlannedStep, view: Mapping[str, Any], problems: list[str]) -> StepView:
-        stage = load_stage(step.stage)
-        place = self._store.artifact(stage.name, step.fingerprint)
+        stage = self._stages[step.name]
+        place = self._store.artifact(stage, step.fingerprint)
         if step.name not in self._committed and view["status"] in ("committed", "cached"):
             try:
                 if (found := place.committed_manifest()) is not None:
@@ -218,14 +219,14 @@ class Watcher:
         left = f", about {view['left_s']:.0f} s left" if view.get("left_s") else ""
         return StepView(
             name=step.name,
-            stage=stage.name,
+            stage=stage,
             status=view["status"],
             detail=self._clean(view["detail"] + left),
             started_s=view["started_s"],
             ended_s=view["ended_s"],
             done=view["done"],
             total=view["total"],
-            address=place.address,
+            address=place.address if stage else "",
             planned=step,
             manifest=committed[1] if committed else None,
             made_by=committed[2] if committed else "",
@@ -233,7 +234,7 @@ class Watcher:
 
     def _sources(self) -> dict[str, str]:
         """Names that the sections of a report have for inputs -> step that makes them."""
-        by_stage = {load_stage(step.stage).name: step for step in self._plan.steps}
+        by_stage = {self._stages[step.name]: step for step in self._plan.steps}
         if (report := by_stage.get("report")) is not None:
             return dict(report.inputs)
         return {name: by_stage[stage].name for stage, name in _STAGE_INPUTS.items() if stage in by_stage}
@@ -276,6 +277,14 @@ class Watcher:
                 path = checked(local_copy(committed), _METRICS)
             self._metrics[key] = MetricsReader(path)
         return self._metrics[key]
+
+
+def _stage_name(step: PlannedStep) -> str:
+    """Empty for a stage of the user's own that cannot be imported here: where it lies cannot be told, all else can."""
+    try:
+        return load_stage(step.stage).name
+    except UserError:
+        return ""
 
 
 def _facts(run: RunPlace) -> dict[str, str]:
