@@ -130,14 +130,14 @@ def time_line(steps: Sequence[StepView], history: History) -> str:
     """For each step when it was worked on, attempt by attempt, and how each ended."""
     if not history.sessions:
         return ""
-    worked = [step for step in steps if any(span.step == step.name for span in history.spans)][:MOST_STEPS]
+    worked = [step for step in steps if history.spans_of(step.name)][:MOST_STEPS]
     described = "; ".join(_told(step.name, history) for step in worked)
     drawn = (_draw(worked, history, 1070.0, is_stacked=False), _draw(worked, history, 350.0, is_stacked=True))
     return svg.for_both_widths(*(_embed(drawing, "When each step was worked on", described) for drawing in drawn))
 
 
 def _told(step: str, history: History) -> str:
-    spans = [span for span in history.spans if span.step == step]
+    spans = history.spans_of(step)
     words = [f"{span.outcome} after {duration(span.end_s - span.start_s)}" for span in spans[-_MOST_SPANS:]]
     return f"{step}: {', '.join(words)}"
 
@@ -152,7 +152,7 @@ def _draw(steps: Sequence[StepView], history: History, width: float, *, is_stack
     parts = _sessions(history.sessions, scale, top, height - 22, width)
     for number, step in enumerate(steps):
         y = top + number * row_px
-        spans = [span for span in history.spans if span.step == step.name]
+        spans = history.spans_of(step.name)
         if is_stacked:
             parts.append(svg.text(left, y + 12, svg.fit(f"{step.name}: {_summary(spans)}", width - left, 12), "legend"))
         else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 Event = Mapping[str, Any]
@@ -76,6 +77,17 @@ class History:
     """The latest last."""
     warnings: tuple[str, ...] = ()
 
+    @cached_property
+    def _by_step(self) -> Mapping[str, Sequence[Span]]:
+        found: dict[str, list[Span]] = {}
+        for span in self.spans:
+            found.setdefault(span.step, []).append(span)
+        return found
+
+    def spans_of(self, step: str) -> Sequence[Span]:
+        """Attempts of one step, in their order."""
+        return self._by_step.get(step, ())
+
 
 def tell(events: Sequence[Event], is_alive: bool, now_s: float) -> History:
     """The history of a run; while its coordinator is alive, what has not ended goes on until now."""
@@ -124,6 +136,7 @@ def _spans(events: Sequence[Event], sessions: Mapping[int, Session]) -> tuple[Sp
 def _troubles(events: Sequence[Event]) -> tuple[Trouble, ...]:
     """Alike are failures of one step with the same class, type and message; of shards, whatever their names."""
     found: dict[tuple[str, ...], Trouble] = {}
+    shards: dict[tuple[str, ...], dict[str, None]] = {}
     epochs: dict[str, int] = {}
     for event in events:
         step = event["step"]
@@ -134,14 +147,15 @@ def _troubles(events: Sequence[Event]) -> tuple[Trouble, ...]:
         failure = event["failure"]
         key = step, failure["error_class"], failure["type"], failure["message"], event["kind"][:5]
         before = found.pop(key, None)  # put in again at the end: the latest is last
-        shards = (*(before.shards if before else ()), *((event["shard"],) if "shard" in event else ()))
+        if "shard" in event:
+            shards.setdefault(key, {})[event["shard"]] = None
         found[key] = Trouble(
             step=step,
             error_class=failure["error_class"],
             kind=failure["type"],
             message=failure["message"],
             traceback=failure["traceback"],
-            shards=shards,
+            shards=(),
             attempt=event["attempt"],
             epoch=epochs.get(step, 0),
             rank=failure["rank"],
@@ -149,7 +163,7 @@ def _troubles(events: Sequence[Event]) -> tuple[Trouble, ...]:
             count=1 + (before.count if before else 0),
             after=_after(event),
         )
-    return tuple(found.values())
+    return tuple(replace(trouble, shards=tuple(shards.get(key, ()))) for key, trouble in found.items())
 
 
 def _after(event: Event) -> str:
@@ -192,7 +206,9 @@ def with_last_signs(history: History, costs: Costs) -> History:
         else span
         for span in history.spans
     )
-    ends = {attempt: max(s.end_s for s in spans if s.attempt == attempt) for attempt in {s.attempt for s in spans}}
+    ends: dict[int, float] = {}
+    for span in spans:
+        ends[span.attempt] = max(span.end_s, ends.get(span.attempt, 0.0))
     sessions = tuple(
         replace(session, end_s=max(session.end_s, ends.get(session.attempt, 0.0)))
         if session.outcome == "killed"

@@ -174,7 +174,7 @@ def _progress(seen: Snapshot) -> str:
 def _steps(seen: Snapshot) -> str:
     rows: list[list[Cell]] = []
     for step in seen.steps[:MOST_ROWS]:
-        attempts = sum(span.step == step.name for span in seen.history.spans)
+        attempts = len(seen.history.spans_of(step.name))
         rows.append(
             [
                 step.name,
@@ -202,7 +202,7 @@ def _badge(status: str) -> str:
 
 
 def _took(step: StepView, seen: Snapshot) -> str:
-    spans = [span for span in seen.history.spans if span.step == step.name]
+    spans = seen.history.spans_of(step.name)
     if spans:
         return duration(sum(span.end_s - span.start_s for span in spans))
     return duration(step.manifest.elapsed_s) if step.manifest is not None else ""
@@ -233,9 +233,8 @@ def _trouble(trouble: Trouble, seen: Snapshot) -> str:
     where = f"{times} {_utc(trouble.time_s)} UTC in attempt {trouble.attempt} of the run; {trouble.after}"
     shards = ""
     if trouble.shards:
-        distinct = list(dict.fromkeys(trouble.shards))
-        more = f" and {count(len(distinct) - _MOST_SHARDS)} more" if len(distinct) > _MOST_SHARDS else ""
-        shards = f'<p class="detail">Shards: {plain(", ".join(distinct[:_MOST_SHARDS]) + more)}</p>'
+        more = f" and {count(len(trouble.shards) - _MOST_SHARDS)} more" if len(trouble.shards) > _MOST_SHARDS else ""
+        shards = f'<p class="detail">Shards: {plain(", ".join(trouble.shards[:_MOST_SHARDS]) + more)}</p>'
     traceback = ""
     if trouble.traceback:
         summary = "Traceback, or the last output" + (f", of rank {trouble.rank}" if trouble.rank else "")

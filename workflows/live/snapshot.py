@@ -192,7 +192,7 @@ class Watcher:
         """Where the steps stand, as the store tells."""
         found: dict[str, dict[str, Any]] = {}
         for summary in runs.summarise(self._store, self._run).steps:
-            spans = [span for span in history.spans if span.step == summary.step]
+            spans = history.spans_of(summary.step)
             last = spans[-1] if spans else None
             view = {"status": summary.status, "detail": summary.detail, "done": 0.0, "total": 0.0}
             view |= {"started_s": last.start_s if last else 0.0, "ended_s": last.end_s if last else 0.0}

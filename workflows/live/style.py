@@ -62,6 +62,7 @@ svg .span.killed, svg .span.tried-again { fill-opacity: .25; stroke-dasharray: 4
   .flow tr { border-bottom: 1px solid var(--line); padding: 9px 0; }
   .flow th, .flow td { display: inline-block; margin-right: 10px; }
   .flow td:empty { display: none; }
+  .flow .number + :not(.number) { padding-left: 0; }
   .flow td:last-child:not(.number) { display: block; margin: 0; padding: 0; min-width: 0; }
   .flow td:last-child:not(.number) { color: var(--muted); font-size: 13.5px; }
   .facts { grid-template-columns: 1fr; gap: 0; }
