@@ -113,7 +113,7 @@ _END = {
     "failed": "This run is over: it failed. What was finished is kept.",
     "stopped": "This run was stopped on request. What was finished is kept.",
     "cancelled": "This run was cancelled. What was finished is kept.",
-    "killed": "Nobody works on this run: its coordinator ended without a word. What was finished is kept.",
+    "interrupted": "Nobody works on this run: its coordinator ended without a word. What was finished is kept.",
     "submitted": "Nobody has begun to work on this run.",
 }
 
@@ -142,7 +142,7 @@ def _banner(seen: Snapshot) -> str:
             f'<section class="alert bad"><p><strong>{mark_of("failed")} {plain(step.name)} failed.</strong> '
             f'<span class="message">{message}</span></p></section>'
         )
-    if seen.status in ("failed", "stopped", "cancelled", "killed"):
+    if seen.status in ("failed", "stopped", "cancelled", "interrupted"):
         parts.append(
             f'<section class="alert"><p>To go on with it: <code>dlm resume {plain(seen.run_id)} --store '
             f"{plain(seen.store)}</code></p></section>"

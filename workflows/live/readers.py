@@ -1,87 +1,55 @@
 """What of a run is read again and again while it goes on: each reader remembers what cannot change any more."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import read_json
-from pipeline.storage import Place
 from workflows.live.history import Cost, Costs
 from workflows.report.data import Metrics
 from workflows.store import RunPlace
+from workflows.turns import Turn, find_turns
 
 _MOST_LINES = 4000
 """Of a training's metrics that are kept, whatever its length: a chart is 1070 pixels wide."""
 _FIRST_BYTES = 200
 
 
-class EventReader:
-    """The events of a run; each is read once, as none ever changes."""
-
-    def __init__(self, run: RunPlace) -> None:
-        self._folder = run.directory / "events"
-        self._known: dict[str, dict[str, Any]] = {}
-
-    def read(self) -> list[dict[str, Any]]:
-        """All of them, in their order."""
-        for name in self._folder.names():
-            if name not in self._known:
-                self._known[name] = read_json(self._folder / name)
-        return [self._known[name] for name in sorted(self._known)]
-
-
 class CostReader:
     """What the processes of a run used, from the records that they leave in its work folder."""
 
-    def __init__(self, run: RunPlace, steps: Iterable[str]) -> None:
-        self._work = run.directory / "work"
-        self._steps = sorted(steps, key=len, reverse=True)
-        self._over: dict[tuple[str, str], tuple[Cost, dict[int, float]]] = {}
+    def __init__(self, run: RunPlace, steps: Sequence[str]) -> None:
+        self._run, self._steps = run, steps
+        self._over: dict[str, tuple[Cost, float]] = {}
 
     def read(self, most: int) -> Costs:
         """Costs by attempt and step; of calls that are not known to be over, at most ``most`` are looked at."""
         of: dict[tuple[int, str], Cost] = {}
         signs: dict[tuple[int, str, int], float] = {}
         num_looked_at = num_unread = 0
-        attempts = self._work.names()
-        for attempt in attempts:
-            for call in (self._work / attempt).names():
-                step = self._step_of(call)
-                if step is None:
+        turns = find_turns(self._run, self._steps)
+        for turn in turns:
+            if turn.folder.key not in self._over:
+                if num_looked_at >= most:
+                    num_unread += 1
                     continue
-                if (attempt, call) not in self._over:
-                    if num_looked_at >= most:
-                        num_unread += 1
-                        continue
-                    num_looked_at += 1
-                cost, elapsed_s = self._call(attempt, call, attempt != attempts[-1])
-                key = int(attempt), step
-                of[key] = of.get(key, Cost()) + cost
-                for epoch, seconds in elapsed_s.items():
-                    signs[*key, epoch] = max(seconds, signs.get((*key, epoch), 0.0))
+                num_looked_at += 1
+            cost, elapsed_s = self._turn(turn, turn.attempt < turns[-1].attempt)
+            key = turn.attempt, turn.step
+            of[key] = of.get(key, Cost()) + cost
+            signs[*key, turn.epoch] = max(elapsed_s, signs.get((*key, turn.epoch), 0.0))
         return Costs(of, signs, num_unread)
 
-    def _step_of(self, call: str) -> str | None:
-        """Calls are named after their step, and after a shard or a part of it."""
-        return next((step for step in self._steps if call == step or call.startswith(f"{step}-")), None)
-
-    def _call(self, attempt: str, call: str, is_past: bool) -> tuple[Cost, dict[int, float]]:
-        if (found := self._over.get((attempt, call))) is not None:
+    def _turn(self, turn: Turn, is_past: bool) -> tuple[Cost, float]:
+        """What a turn used, and how long its longest process was there."""
+        if (found := self._over.get(turn.folder.key)) is not None:
             return found
-        cost, elapsed_s, is_done = Cost(), dict[int, float](), False
-        folder = self._work / attempt / call
-        for turn in folder.names():
-            epoch = int(turn.partition("-")[0])
-            names = (folder / turn).names()
-            is_done = is_done or "done.json" in names
-            for name in names:
-                if name.startswith("usage-"):
-                    used = read_json(folder / turn / name)
-                    cost += Cost(used["cpu_s"], used["gpus"] * used["elapsed_s"], 1)
-                    elapsed_s[epoch] = max(used["elapsed_s"], elapsed_s.get(epoch, 0.0))
-        if is_past or is_done:
-            self._over[attempt, call] = cost, elapsed_s
+        used = [read_json(turn.folder / f"usage-{rank}.json") for rank in turn.ranks("usage")]
+        cost = sum((Cost(one["cpu_s"], one["gpus"] * one["elapsed_s"], 1) for one in used), Cost())
+        elapsed_s = max((one["elapsed_s"] for one in used), default=0.0)
+        if is_past or turn.is_done:
+            self._over[turn.folder.key] = cost, elapsed_s
         return cost, elapsed_s
 
 
@@ -141,15 +109,3 @@ class MetricsReader:
 
     def _is_rare(self, values: Mapping[str, Any]) -> bool:
         return not self._usual.issuperset(values)
-
-
-def latest_progress(work: Place, attempt: int, calls: Iterable[str]) -> dict[str, Any]:
-    """The last report of a step that runs as a whole, empty if there is none."""
-    for call in calls:
-        folder = work / f"{attempt:03d}" / call
-        for turn in reversed(folder.names()):
-            try:
-                return read_json(folder / turn / "progress.json")
-            except FileNotFoundError:
-                continue
-    return {}

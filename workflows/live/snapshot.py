@@ -12,15 +12,15 @@ from pipeline.errors import CorruptionError, UserError
 from pipeline.storage import Place
 from workflows import runs
 from workflows.copies import local_copy, scratch
-from workflows.lease import lease_is_free
 from workflows.live.history import Costs, History, tell, with_last_signs
-from workflows.live.readers import CostReader, EventReader, MetricsReader, latest_progress
+from workflows.live.readers import CostReader, MetricsReader
 from workflows.plan import Plan, PlannedStep
 from workflows.recipes import RECIPES
 from workflows.report.data import Metrics, ReportData, collect
 from workflows.state import StepState
 from workflows.step import load_stage
 from workflows.store import ArtifactPlace, RunPlace, Store
+from workflows.summary import Event, RunSummary, read_events, summarise
 
 _STAGE_INPUTS = {
     "corpus": "corpus",
@@ -34,7 +34,6 @@ _STAGE_INPUTS = {
 }
 """What the sections of a report call what a stage makes."""
 _METRICS = "metrics.jsonl"
-_IN_THE_WAY = ("failed", "damaged", "blocked")
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Watcher:
 
     def __init__(self, store: Store, run: RunPlace, plan: Plan) -> None:
         self._store, self._run, self._plan = store, run, plan
-        self._events = EventReader(run)
+        self._events: dict[str, Event] = {}
         self._costs = CostReader(run, [step.name for step in plan.steps])
         self._metrics: dict[str, MetricsReader] = {}
         self._committed: dict[str, tuple[Place, Manifest, str]] = {}
@@ -151,19 +150,20 @@ class Watcher:
             most_calls: calls whose costs are read at most, of those that are not known to be over.
         """
         now_s = time.time()
-        events = self._clean(self._events.read())
-        is_alive = views is not None or not lease_is_free(self._run.lease_dir)
-        history = tell(events, is_alive, now_s)
+        summary = summarise(self._store, self._run, self._events) if views is None else None
+        events = read_events(self._run, self._events)
+        history = tell(events, summary is None or summary.status == "running", now_s)
         costs = self._costs.read(most_calls)
         problems: list[str] = []
-        if views is None:
-            views = self._views(history, is_alive)
+        if summary is not None:
+            views = self._views(summary, history)
+        assert views is not None
         steps = tuple(self._step(step, views[step.name], problems) for step in self._plan.steps)
         results = self._read_results(problems)
         return Snapshot(
             run_id=self._run.run_id,
             workflow=self._plan.recipe or self._plan.workflow,
-            status=history.sessions[-1].outcome if history.sessions else "running" if is_alive else "submitted",
+            status=summary.status if summary else history.sessions[-1].outcome if history.sessions else "running",
             made_at_s=now_s,
             store=self._clean(self._store.url),
             facts=self._facts,
@@ -188,22 +188,14 @@ class Watcher:
             return type(value)(self._clean(one) for one in value)  # pyright: ignore
         return value
 
-    def _views(self, history: History, is_alive: bool) -> dict[str, dict[str, Any]]:
+    def _views(self, summary: RunSummary, history: History) -> dict[str, dict[str, Any]]:
         """Where the steps stand, as the store tells."""
         found: dict[str, dict[str, Any]] = {}
-        for summary in runs.summarise(self._store, self._run).steps:
-            spans = history.spans_of(summary.step)
-            last = spans[-1] if spans else None
-            view = {"status": summary.status, "detail": summary.detail, "done": 0.0, "total": 0.0}
+        for step in summary.steps:
+            last = next(reversed(history.spans_of(step.step)), None)
+            view: dict[str, Any] = {"status": step.status, "detail": step.detail}
             view |= {"started_s": last.start_s if last else 0.0, "ended_s": last.end_s if last else 0.0}
-            if last is not None and summary.status in ("running", "interrupted"):
-                work = self._run.directory / "work"
-                reported = latest_progress(work, last.attempt, [summary.step])
-                view |= _progress(reported, None, summary.status)
-            failed = [s for s in self._plan.step(summary.step).inputs.values() if found[s]["status"] in _IN_THE_WAY]
-            if summary.status == "pending" and failed:  # of which no event tells
-                view |= {"status": "blocked", "detail": f"needs {failed[0]}"}
-            found[summary.step] = view
+            found[step.step] = view | _progress(step.progress or {}, None, step.status)
         return found
 
     def _step(self, step: PlannedStep, view: Mapping[str, Any], problems: list[str]) -> StepView:
