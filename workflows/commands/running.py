@@ -33,6 +33,7 @@ from workflows.coordinator import Coordinator, Options
 from workflows.copies import local_copy
 from workflows.display import Display
 from workflows.lease import HEARTBEAT_S, STALE_AFTER_S, find_holder
+from workflows.live.writer import LiveReport
 from workflows.plan import Plan
 from workflows.state import StepState
 from workflows.step import load_stage
@@ -105,14 +106,21 @@ def wait_until_free(run: RunPlace) -> None:
 def _drive(
     store: Store, run: RunPlace, plan: Plan, executor: runs.ExecutorName, options: Options, address: str = ""
 ) -> None:
-    with Display(console, run.run_id) as display:
+    with Display(console, run.run_id) as display, LiveReport(store, run, plan) as page:
+
+        def changed(states: list[StepState]) -> None:
+            display.update(states)
+            page.update(states)
+
         make = runs.executor_factory(executor, plan, address)
         about = {"executor": executor, "address": address, "job": os.environ.get("DLM_JOB_ID", "")}
-        coordinator = Coordinator(store, run, plan, make, display.update, options, **about)
+        coordinator = Coordinator(store, run, plan, make, changed, options, **about)
         if not console.is_terminal:
             console.print(f"run {run.run_id}", highlight=False)
         with _stop_on_signal(coordinator):
             states = coordinator.run()
+    if page.problem:
+        say(page.problem)
     _print_outcome(store, run, states, coordinator.status)
 
 
