@@ -20,6 +20,8 @@ from pipeline.errors import UserError
 
 T = TypeVar("T")
 
+_AS_LIKELY = 0.05
+"""Names that are so little less like a word than the likest one are suggested too."""
 _STRICT = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 
 
@@ -121,8 +123,12 @@ def _dataclasses_in(*hints: Any) -> list[type]:
 
 
 def _suggestion(word: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; allowed here: {', '.join(allowed)}"
+    def likeness(name: str) -> float:
+        return difflib.SequenceMatcher(None, word, name).ratio()
+
+    close = difflib.get_close_matches(word, allowed, n=3, cutoff=0.5)
+    close = [name for name in close if likeness(name) > likeness(close[0]) - _AS_LIKELY]
+    return f"; did you mean {' or '.join(close)}?" if close else f"; allowed here: {', '.join(allowed)}"
 
 
 def _parts(hint: Any) -> list[Any]:
@@ -213,15 +219,29 @@ def parse_json(text: str) -> Any:
 
 
 def parse_value(text: str) -> Any:
-    """The value in ``--set path=value``: JSON where it is JSON, otherwise the text itself."""
+    """The value in ``--set path=value``: JSON where it is JSON, otherwise the text itself.
+
+    UserError for what begins as an object, a list or a quoted text and is none: no setting is meant to begin so.
+    """
     try:
         return parse_json(text)
-    except json.JSONDecodeError:
+    except json.JSONDecodeError as error:
+        if text.lstrip()[:1] in ("{", "[", '"'):
+            raise UserError(f"{text} is no JSON: {error}; a shell takes quotes away unless they are quoted") from None
         return text
 
 
 def apply_settings(configs: Mapping[str, Any], settings: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return the named configurations with ``path = value`` applied, e.g. ("pretrain.num_steps", 10).
+
+    Raises UserError as ``merge_settings``, and for values that the configurations refuse.
+    """
+    values = merge_settings(configs, settings)
+    return {name: from_json(type(config), values[name], where=name) for name, config in configs.items()}
+
+
+def merge_settings(configs: Mapping[str, Any], settings: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The named configurations as JSON with ``path = value`` applied, whether they are valid or not.
 
     The first part of a path names the configuration; an object given for a nested one is merged into it.
     Raises UserError for a path that leads nowhere, with a suggestion.
@@ -230,11 +250,22 @@ def apply_settings(configs: Mapping[str, Any], settings: Sequence[tuple[str, Any
     for path, value in settings:
         name, *rest = path.split(".")
         if name not in configs:
-            raise UserError(f"unknown setting {path}{_suggestion(name, list(configs))}")
+            raise UserError(f"unknown setting {path}{_suggestion(name, list(configs))}{_elsewhere(path, values)}")
         if not rest and not isinstance(value, Mapping):
             raise UserError(f"{path} needs a field, as in {path}.FIELD=VALUE, or a JSON object")
-        values[name] = _merged(values[name], rest, value, path, type(configs[name]))
-    return {name: from_json(type(config), values[name], where=name) for name, config in configs.items()}
+        try:
+            values[name] = _merged(values[name], rest, value, path, type(configs[name]))
+        except UserError as error:
+            raise UserError(f"{error}{_elsewhere(path, values)}") from None
+    return values
+
+
+def _elsewhere(path: str, values: Mapping[str, Any]) -> str:
+    """Settings of other configurations that end like a path, for one that was looked for in the wrong place."""
+    name, _, rest = path.partition(".")
+    last = f".{rest.rpartition('.')[2]}"
+    found = [other for other in flatten(values) if other.endswith(last) and other.partition(".")[0] != name]
+    return f" (there is {' and '.join(found[:3])})" if rest and found else ""
 
 
 def _merged(current: Any, rest: Sequence[str], value: Any, path: str, hint: Any) -> Any:
