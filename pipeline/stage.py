@@ -81,6 +81,8 @@ class Stage:
     """
     ready: Callable[[Any, str], None] | None = None
     """ready(config, step) raises UserError for what a recipe leaves to its user: asked before a run, not for a plan."""
+    advice: Callable[[Any], list[str]] | None = None
+    """advice(config) -> sentences that begin with the name of a field, on what is allowed and hardly ever meant."""
     cpus: float = 1.0
     """CPU cores of a task, of one shard, or of one rank."""
 

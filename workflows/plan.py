@@ -1,17 +1,17 @@
 """Plans: a workflow resolved to fingerprints, and why each of its steps would run.
 
 A plan is frozen when a run is created.  Workers never plan; a resume only checks that the plan still describes
-what it would do.
+what it would do (workflows/amendments.py has what may change).
 """
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.config import diff, from_json, identity, to_json
+from pipeline.config import diff, fingerprint, flatten, from_json, identity, to_json
 from pipeline.errors import CorruptionError, UserError
-from pipeline.stage import Stage, external_identity, stage_fingerprint
+from pipeline.stage import Stage, external_identity, stage_identity
 from workflows.graph import ordered_steps
 from workflows.step import Step, Workflow, load_stage
 from workflows.store import ArtifactPlace, Store
@@ -35,6 +35,14 @@ class PlannedStep:
     external: Any
     """Identity of data from outside the store, such as the SHA-256 of the input files."""
     fingerprint: str
+    salt: str = ""
+    """Of a step that is made anew although nothing changed: part of the fingerprint only where it is set."""
+    accepted: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Field -> the value that it has by now, where the committed artifact was accepted in spite of that."""
+
+
+class DriftError(RuntimeError):
+    """A frozen plan no longer describes what would be done."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,8 @@ class Action:
     action: Literal["cached", "run"]
     reason: str
     fingerprint: str
+    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict[str, tuple[Any, Any]])
+    """Field -> (in the nearest artifact, wanted), of a step that would run."""
 
 
 def make_plan(workflow: Workflow, environment: Mapping[str, str]) -> Plan:
@@ -67,15 +77,29 @@ def make_plan(workflow: Workflow, environment: Mapping[str, str]) -> Plan:
 
     Hashes input files; raises UserError if one is missing, or if the settings of a step do not fit those before it.
     """
+    return Plan(workflow.name, resolved(ordered_steps(workflow)), dict(environment))
+
+
+def resolved(
+    steps: Iterable[Step], kept: Mapping[str, PlannedStep] = {}, salts: Mapping[str, str] = {}
+) -> list[PlannedStep]:
+    """Steps, each after those that it needs, with their fingerprints.
+
+    Those in ``kept`` stay what they were frozen as, but for execution settings; ``salts`` are by name of step.
+    """
     planned: dict[str, PlannedStep] = {}
     upstream: dict[str, dict[str, Any]] = {}
-    for step in ordered_steps(workflow):
+    for step in steps:
         stage = load_stage(step.stage)
         upstream[step.name] = _upstream(step, planned, upstream)
         if stage.check is not None:
             stage.check(step.config, upstream[step.name], step.name)
-        external = external_identity(stage, step.config)
+        if step.name in kept:
+            planned[step.name] = dataclasses.replace(kept[step.name], config=to_json(step.config))
+            continue
+        external, salt = external_identity(stage, step.config), salts.get(step.name, "")
         fingerprints = {name: planned[source].fingerprint for name, source in step.inputs.items()}
+        what = stage_identity(stage, step.config, fingerprints, external)
         planned[step.name] = PlannedStep(
             name=step.name,
             stage=step.stage,
@@ -83,9 +107,10 @@ def make_plan(workflow: Workflow, environment: Mapping[str, str]) -> Plan:
             inputs=dict(step.inputs),
             code_version=stage.code_version,
             external=external,
-            fingerprint=stage_fingerprint(stage, step.config, fingerprints, external),
+            fingerprint=fingerprint(what | ({"salt": salt} if salt else {})),
+            salt=salt,
         )
-    return Plan(workflow.name, list(planned.values()), dict(environment))
+    return list(planned.values())
 
 
 def _upstream(
@@ -141,8 +166,10 @@ def explain(plan: Plan, store: Store) -> list[Action]:
             actions.append(Action(step.name, "cached", f"at {place.directory.name}", step.fingerprint))
             continue
         to_run.add(step.name)
-        reason = _why(plan, step, stage, store, to_run)
-        actions.append(Action(step.name, "run", reason, step.fingerprint))
+        nearest = find_nearest(plan, step, stage, store)
+        reason = _why(step, place, nearest, to_run)
+        changes = nearest.changes if nearest is not None else {}
+        actions.append(Action(step.name, "run", reason, step.fingerprint, changes))
     return actions
 
 
@@ -157,11 +184,12 @@ class Nearest:
     """Field -> (in that artifact, wanted)."""
 
 
-def _why(plan: Plan, step: PlannedStep, stage: Stage, store: Store, to_run: set[str]) -> str:
+def _why(step: PlannedStep, place: ArtifactPlace, nearest: Nearest | None, to_run: set[str]) -> str:
     """The smallest difference from an artifact that exists, in a line."""
-    if _has_state(store.artifact(stage.name, step.fingerprint)):
+    if _has_state(place):
         return "started before and not finished"
-    nearest = find_nearest(plan, step, stage, store)
+    if step.salt:
+        return "to be made anew, as was asked for"
     if nearest is None:
         return "never run"
     data = [key.removeprefix("external").removeprefix(".") for key in nearest.changes if key.startswith("external")]
@@ -230,22 +258,38 @@ def _committed_record(place: ArtifactPlace, stage: Stage) -> dict[str, Any] | No
     }
 
 
-def check_drift(plan: Plan) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """Steps of a frozen plan that would come out otherwise now -> {field: (frozen, now)}.
+def check_drift(plan: Plan, now: Plan | None = None) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """Steps of a frozen plan that would come out otherwise now -> {field: (frozen, now)}, but for what was accepted.
 
     A run that is resumed must do what it set out to do: the code version of a stage or the data outside the store
-    may have changed since.
+    may have changed since.  ``now`` is a plan of the same settings that was just made, where there is one.
     """
     drifted: dict[str, dict[str, tuple[Any, Any]]] = {}
     for step in plan.steps:
-        stage = load_stage(step.stage)
-        config = step_config(step)
-        now = dataclasses.replace(
-            step,
-            config=to_json(config),
-            code_version=stage.code_version,
-            external=external_identity(stage, config),
-        )
-        if found := diff(to_json(step), to_json(now)):
-            drifted[step.name] = found
+        found = _drift(step, None if now is None else now.step(step.name))
+        if left := {name: change for name, change in found.items() if not _is_accepted(step, name, change[1])}:
+            drifted[step.name] = left
     return drifted
+
+
+def _is_accepted(step: PlannedStep, name: str, value: Any) -> bool:
+    return name in step.accepted and step.accepted[name] == value
+
+
+def _drift(step: PlannedStep, now: PlannedStep | None) -> dict[str, tuple[Any, Any]]:
+    stage = load_stage(step.stage)
+    try:
+        config = step_config(step)
+    except UserError as error:
+        return {"config": ("as it was planned", str(error))}
+    external = external_identity(stage, config) if now is None else now.external
+    wanted = {"config": to_json(config), "code_version": stage.code_version, "external": external}
+    found = diff({"config": step.config, "code_version": step.code_version, "external": step.external}, wanted)
+    own = flatten({"config": identity(config)})
+    # A setting of how to run that came with newer code changes nothing.
+    return {name: change for name, change in found.items() if not name.startswith("config.") or name in own}
+
+
+def artifact_of(step: PlannedStep, store: Store) -> ArtifactPlace:
+    """Where the artifact of a step lies or will lie."""
+    return store.artifact(load_stage(step.stage).name, step.fingerprint)

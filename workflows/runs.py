@@ -11,22 +11,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from cluster.executor import Executor
-from pipeline.config import apply_settings, from_json, to_json
+from pipeline.config import apply_settings, diff, merge_settings, to_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.stage import environment
 from pipeline.storage import Place
-from workflows.plan import Plan, check_drift, make_plan, step_config
+from workflows import snapshot
+from workflows.amendments import describe_drift, effective_plan, newest_code
+from workflows.plan import DriftError, Plan, check_drift, make_plan, step_config
 from workflows.recipes import load_recipe
 from workflows.step import Step, Workflow, load_stage
-from workflows.store import RunPlace, Store
+from workflows.store import RunExistsError, RunPlace, Store
 
 ExecutorName = Literal["ray", "local"]
 DEFAULT_EXECUTOR: ExecutorName = "ray"
 _MAX_NAME_CHARS = 80
-
-
-class DriftError(RuntimeError):
-    """A frozen plan no longer describes what would be done."""
 
 
 class DoesNotFitError(RuntimeError):
@@ -39,6 +37,11 @@ def configured(recipe: str, settings: list[tuple[str, Any]]) -> Workflow:
     configs = apply_settings({step.name: step.config for step in workflow.steps}, settings)
     steps = tuple(Step(s.name, s.stage, configs[s.name], s.inputs) for s in workflow.steps)
     return Workflow(workflow.name, workflow.summary, steps)
+
+
+def merged_values(recipe: str, settings: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Step -> its configuration as JSON with settings applied, whether they fit each other or not."""
+    return merge_settings({step.name: step.config for step in load_recipe(recipe).steps}, settings)
 
 
 def plan_recipe(recipe: str, settings: list[tuple[str, Any]]) -> Plan:
@@ -54,9 +57,12 @@ def new_run_id(workflow: str) -> str:
 
 
 def frozen_plan(run: RunPlace) -> Plan:
-    """The plan that a run was created with; CorruptionError if what lies there is none."""
+    """The plan that holds for a run: the one that it was created with, or that of its newest amendment.
+
+    CorruptionError if what lies there is none.
+    """
     try:
-        return from_json(Plan, run.plan()["plan"])
+        return effective_plan(run)
     except (CorruptionError, UserError, KeyError, TypeError) as error:
         raise CorruptionError(
             f"{run.directory / 'run.json'} holds no plan that this program reads: {error}. Use the version of dlm that "
@@ -70,30 +76,57 @@ def frozen_executor(run: RunPlace) -> ExecutorName:
 
 
 def create_run(
-    store: Store, plan: Plan, executor: ExecutorName, run_id: str = "", settings: Sequence[str] = ()
+    store: Store,
+    plan: Plan,
+    executor: ExecutorName,
+    run_id: str = "",
+    settings: Sequence[str] = (),
+    command: Sequence[str] = (),
 ) -> RunPlace:
-    """Freeze a plan as a new run; ``settings`` are those given for it, as they were typed.
+    """Freeze a plan as a run; ``settings`` and ``command`` are those given for it, as they were typed.
 
-    UserError if a step wants something that the recipe leaves to its user, and was not given it.
+    The run that is there already if it has this id and this plan: whoever submits twice means one run.  UserError
+    naming what differs if it has another plan, and if a step wants something that the recipe leaves to its user, and
+    was not given it.  DriftError if data or code have changed since.
     """
     for step in plan.steps:
         ready = load_stage(step.stage).ready
         if ready is not None:
             ready(step_config(step), step.name)
-    value = {"plan": to_json(plan), "executor": executor, "settings": list(settings)}
-    return store.create_run(run_id or new_run_id(plan.workflow), value)
+    snapshot.refuse_secrets(plan)
+    run_id = run_id or new_run_id(plan.workflow)
+    store.run_place(run_id)
+    value = {
+        "plan": to_json(plan),
+        "executor": executor,
+        "settings": list(settings),
+        **snapshot.origin(store, plan, command),
+    }
+    try:
+        return store.create_run(run_id, value)
+    except RunExistsError:
+        return _same_run(store.run(run_id), plan, executor)
 
 
-def refuse_other_plan(run: RunPlace, plan: Plan) -> None:
-    """UserError if a run of that id exists and would make something else."""
+def _same_run(run: RunPlace, plan: Plan, executor: ExecutorName) -> RunPlace:
+    """A run that exists, if it is the one that was asked for."""
     frozen = frozen_plan(run)
-    old = {step.name: step.fingerprint for step in frozen.steps}
-    new = {step.name: step.fingerprint for step in plan.steps}
-    if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
+    found = diff(_asked(frozen, frozen_executor(run)), _asked(plan, executor))
+    if found:
+        lines = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in found.items()]
         raise UserError(
-            f"there is a run {run.run_id!r} already, with other settings for {', '.join(changed)}; give another "
-            f"--run-id, or go on with it as it is: dlm resume {run.run_id}"
+            f"there is a run {run.run_id!r} already, and it is another one:\n" + "\n".join(lines) + "\n"
+            f"Go on with it as it is: dlm resume {run.run_id} (--set changes how it runs). For a run of its own leave "
+            "--run-id out, or give another"
         )
+    if drifted := check_drift(frozen, plan):
+        raise DriftError(describe_drift(drifted) + f"\nSee: dlm resume {run.run_id}")
+    return run
+
+
+def _asked(plan: Plan, executor: ExecutorName) -> dict[str, Any]:
+    steps = {s.name: {"stage": s.stage, "config": s.config, "inputs": s.inputs} for s in plan.steps}
+    return {"executor": executor, **steps}
 
 
 def command_of(run: RunPlace) -> str:
@@ -108,19 +141,38 @@ def command_of(run: RunPlace) -> str:
     return shlex.join(words)
 
 
-def refuse_drift(plan: Plan, again: str) -> None:
-    """DriftError naming every field of a frozen plan that would come out otherwise now, and how to run ``again``."""
-    drifted = check_drift(plan)
-    if drifted:
-        lines = [
-            f"  {step}: {field} was {old!r}, is now {new!r}"
-            for step, fields in drifted.items()
-            for field, (old, new) in fields.items()
-        ]
-        raise DriftError(
-            "the run was planned for other data or code than there is now:\n" + "\n".join(lines) + "\n"
-            "Bring them back to resume it, or start a new run, which makes again only what changes: " + again
-        )
+def advice(plan: Plan) -> list[str]:
+    """What the user of a plan probably does not mean, though it can be done."""
+    found: list[str] = []
+    for step in plan.steps:
+        stage = load_stage(step.stage)
+        if stage.advice is not None:
+            found += [f"{step.name}.{line}" for line in stage.advice(step_config(step))]
+    return found
+
+
+def crowding(plan: Plan) -> list[str]:
+    """Gangs that have more workers than this machine has cores for."""
+    cores, found = os.cpu_count() or 1, list[str]()
+    for step in plan.steps:
+        stage = load_stage(step.stage)
+        if stage.kind == "gang" and (workers := step_config(step).workers) * stage.cpus > cores:
+            found.append(
+                f"{step.name}.workers is {workers}, and this machine has {cores} core{'s' * (cores > 1)}: they "
+                f"take turns, which is slower than --set {step.name}.workers={max(1, int(cores / stage.cpus))}"
+            )
+    return found
+
+
+def code_change(run: RunPlace) -> str:
+    """That the code differs from the snapshot of a run while its plan still holds; empty if it does not."""
+    code = newest_code(run)
+    if not code or snapshot.code_digest(tuple(code["packages"])) == code["sha256"]:
+        return ""
+    return (
+        f"the code has changed since run {run.run_id} was submitted (its snapshot: code/{code['sha256'][:12]}….zip), "
+        "and no stage raised its code_version: what is still to be made is made by the code of now"
+    )
 
 
 def executor_factory(name: ExecutorName, plan: Plan, address: str = "") -> Callable[[], Executor]:

@@ -1,7 +1,8 @@
 """The store: where runs and artifacts live, and how their writing is made safe.
 
     store.json                              what kind of store this is, created once
-    runs/<run>/  run.json                   the frozen plan, created once
+    runs/<run>/  run.json                   the frozen plan, and what it was submitted with, created once
+                 amendments/<n>.json        the plan that holds from then on (workflows/amendments.py)
                  lease/                     who coordinates the run (workflows/lease.py)
                  events/<attempt>-<n>.json  appended under unique names
                  work/<attempt>/<call>/     logs, progress, usage, failures
@@ -14,6 +15,7 @@
                  COMMIT.json                created once: the attempt that counts
     shards/<stage>/<fingerprint>.json       where a shard lies that other artifacts of the stage may take over
     code/<sha256>.zip                       snapshots of the code that runs were submitted with
+    sweeps/<sweep>.json                     what a sweep varies, and its runs, created once
 
 What was not committed does not exist.  Every commit is one exclusive creation of a complete file.
 """
@@ -206,6 +208,11 @@ class RunPlace:
         return self.directory / "lease"
 
     @property
+    def amendments(self) -> Place:
+        """What was changed of its plan, and accepted, in the order of their numbers."""
+        return self.directory / "amendments"
+
+    @property
     def cancel_file(self) -> Place:
         """Exists once the run was asked to stop."""
         return self.directory / "cancel"
@@ -350,9 +357,11 @@ def open_store(url: str | Path) -> Store:
         return store
     schema = value.get("schema_version") if isinstance(value, dict) else None  # pyright: ignore
     if schema != STORE_SCHEMA:
+        is_newer = isinstance(schema, int) and schema > STORE_SCHEMA
+        which = "a newer dlm" if is_newer else "the version of dlm that made it"
         raise UserError(
-            f"the store {url} has schema version {schema}, this program reads {STORE_SCHEMA}; use the version of dlm "
-            "that made it, or another --store"
+            f"the store {url} has schema version {schema}, this program reads {STORE_SCHEMA}; use {which}, or another "
+            "--store"
         )
     return store
 

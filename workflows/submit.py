@@ -27,7 +27,13 @@ class Submission:
 
 
 def submit_run(
-    store: Store, run: RunPlace, address: str, code: Path, python: str = "", env_names: Sequence[str] = ()
+    store: Store,
+    run: RunPlace,
+    address: str,
+    code: Path,
+    python: str = "",
+    env_names: Sequence[str] = (),
+    words: Sequence[str] = (),
 ) -> Job:
     """Hand over a job that works on a run, unless one does already: that one is returned.
 
@@ -38,13 +44,14 @@ def submit_run(
         code: archive of the packages that the job runs.
         python: interpreter on the cluster; by default that of this process for a cluster of this machine.
         env_names: variables of this environment that the job gets.
+        words: further ones of its command, such as --until STEP.
     """
     if store.root.is_local and not is_loopback(address) and not store.root.path.is_absolute():
         raise UserError(f"--store {store.url} is relative; give the path that all nodes see")
     env = _public_env(env_names)
     jobs = Jobs(address)
     python = python or (sys.executable if is_loopback(address) else "python")
-    command = [python, "-m", "workflows.cli", "resume", run.run_id, "--store", store.url, "--address", "auto"]
+    command = [python, "-m", "workflows.cli", "resume", run.run_id, "--store", store.url, "--address", "auto", *words]
     number = (holder.epoch if (holder := find_holder(run.lease_dir)) else 0) + 1
     while True:
         job_id = f"{run.run_id}-a{number}"

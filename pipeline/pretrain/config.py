@@ -345,6 +345,17 @@ def check_upstream(config: PretrainConfig, upstream: Mapping[str, Any], step: st
                 )
 
 
+def advice(config: PretrainConfig) -> list[str]:
+    """What is allowed in a training and hardly ever meant."""
+    warmup_steps = config.optimizer.lr_schedule.warmup_steps
+    if warmup_steps < config.num_steps:
+        return []
+    return [
+        f"optimizer.lr_schedule.warmup_steps is {warmup_steps}, and num_steps {config.num_steps}: the learning rate "
+        "never reaches its peak"
+    ]
+
+
 STAGE = Stage(
     name="pretrain",
     kind="gang",
@@ -353,5 +364,6 @@ STAGE = Stage(
     inputs=("rows", "tokenizer"),
     optional_inputs=("tokens",),
     check=check_upstream,
+    advice=advice,
     code_version=6,
 )

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -54,6 +55,23 @@ def assert_refused(done: Done, *words: str, code: int = 2) -> None:
         (["report"], ["no run", "dlm run"]),
         (["frobnicate"], ["frobnicate"]),
         (["plan"], ["recipe"]),
+        (["plan", "toy", "--set", 'source={"number": 2'], ["--set source", "no JSON", "column"]),
+        (["plan", "toy", "--set", "double.numbr=2"], ["double.numbr", "did you mean number"]),
+        (["plan", "quickstart", "--set", "pretrain.batch_seqs=2"], ["micro_batch_seqs or global_batch_seqs"]),
+        (["plan", "quickstart", "--set", "pretrain.seq_len=2"], ["there is packing.seq_len"]),
+        (["plan", "quickstart", "--set", "trainer.vocab_size=2"], ["there is tokenizer.vocab_size"]),
+        (["run", "toy", "--from", "totl"], ["--from totl", "did you mean total?", "source, aside, double, total"]),
+        (["run", "toy", "--from", "total"], ["--from total", "not there yet: source, aside, double"]),
+        (["run", "toy", "--only", "double", "--until", "total"], ["--only", "--until"]),
+        (["run", "toy", "--only", "double"], ["--only double", "source"]),
+        (["run", "toy", "--until", "source", "--from", "total"], ["source does not come after total"]),
+        (["plan", "nowhere.recipes:small"], ["nowhere", "no module"]),
+        (["plan", "tests.support.toy_workflow:smal"], ["smal", "no function"]),
+        (["plan", "tests.support.toy_workflow:toy_plan"], ["must return", "Workflow"]),
+        (["plan", "tests.support.bad_workflows:circle"], ["cycle", "source"]),
+        (["plan", "tests.support.bad_workflows:stageless"], ["tests.support.toy_stages.nothing", "no module"]),
+        (["plan", "tests.support.bad_workflows:sourceless"], ["no step 'somewhere'", "double"]),
+        (["plan", "tests.support.bad_workflows:short_of_inputs"], ["takes inputs", "value"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].islower() and len(value[0]) < 9 else "",
 )
@@ -75,9 +93,20 @@ def test_cli_with_an_unwritable_store_is_refused(dlm, tmp_path):
     assert_refused(dlm("run", "toy", "--store", str(tmp_path)), "cannot be written")
 
 
-def test_cli_run_id_that_exists_is_refused_naming_resume(dlm, store):
+def test_cli_run_id_of_another_run_is_refused_naming_what_differs(dlm, store):
     runs.create_run(store, toy_plan(), "local", "r1")
-    assert_refused(dlm("run", "toy", "--run-id", "r1"), "dlm resume r1")
+    other = ["--set", "double.number=4", "--set", "total.workers=3"]
+    done = dlm("run", "toy", "--run-id", "r1", *other)
+    assert_refused(done, "dlm resume r1", "executor: 'local' there, 'ray' now", "double.config.number: 1 there, 4 now")
+    assert "total.config.workers: 2 there, 3 now" in done.stderr
+    assert [run.run_id for run in store.runs()] == ["r1"]
+
+
+def test_cli_the_same_command_with_the_same_run_id_goes_on_with_the_run(dlm, store, log):
+    for _ in range(2):
+        assert run_toy(dlm, log).code == 0
+    assert set(executions(log).values()) == {1}
+    assert json.loads(dlm("status", "--json").stdout)["attempts"] == 2
 
 
 def test_cli_resume_of_a_run_at_work_ends_with_code_5(dlm, store):
@@ -250,3 +279,79 @@ def test_cli_plan_settings_lists_every_setting_as_it_would_be_set(dlm):
     lines = dlm("plan", "quickstart", "--settings", "--set", "pretrain.num_steps=7").stdout.splitlines()
     assert "pretrain.num_steps=7" in lines
     assert 'corpus.source.text.paths=["stdlib"]' in lines
+
+
+def test_cli_plan_settings_are_printed_even_where_they_do_not_fit_and_then_the_error(dlm):
+    done = dlm("plan", "quickstart", "--settings", "--set", "pretrain.workers=3", "--set", "pretrain.num_steps=0")
+    assert done.code == 2
+    lines = done.stdout.splitlines()
+    assert {"pretrain.workers=3", "pretrain.num_steps=0", "packing.seq_len=128"} <= set(lines)
+    assert "num_steps is 0" in done.stderr
+    done = dlm("plan", "quickstart", "--settings", "--set", "corpus.source=/nowhere")
+    assert (done.code, "corpus.source" in done.stdout, "/nowhere" in done.stderr) == (2, True, True)
+
+
+def test_cli_plan_diff_prints_every_field_with_both_values(dlm, store):
+    fabricate(store, toy_plan())
+    lines = dlm("plan", "toy", "--diff", "--set", "double.number=5").stdout.splitlines()
+    assert lines[0].startswith("source: cached")
+    place = next(n for n, line in enumerate(lines) if line.startswith("double: run, changed since run test: number"))
+    assert lines[place + 1] == "  config.number: 1 -> 5"
+    (action,) = [
+        a for a in json.loads(dlm("plan", "toy", "--set", "double.number=5", "--json").stdout) if a["changes"]
+    ][:1]
+    assert action["changes"] == {"config.number": [1, 5]}
+    assert_refused(dlm("plan", "toy", "--diff", "--settings"), "--diff", "--settings")
+
+
+def test_cli_plan_warns_of_what_is_hardly_ever_meant(dlm):
+    few = dlm("plan", "quickstart", "--set", "pretrain.num_steps=50")
+    assert few.code == 0
+    assert "pretrain.optimizer.lr_schedule.warmup_steps is 50, and num_steps 50: the learning rate" in few.stderr
+    assert dlm("plan", "quickstart", "--set", "pretrain.num_steps=51").stderr == ""
+
+
+def test_cli_run_on_this_machine_tells_of_more_workers_than_cores(dlm, log, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    crowded = run_toy(dlm, log, "total.workers=4")
+    assert crowded.code == 0
+    assert "warning: total.workers is 4, and this machine has 1 core: they take turns" in crowded.stderr
+    assert "--set total.workers=2" in crowded.stderr
+    assert "warning" not in dlm("resume", "r1", "--set", "total.workers=2").stderr
+
+
+# --- stores that cannot be used ---------------------------------------------------------------------------------------
+
+
+def test_cli_with_a_read_only_store_is_refused_even_for_root(dlm, store, monkeypatch):
+    store.root.path.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert_refused(dlm("run", "toy"), "cannot be written; choose another directory")
+
+
+def test_cli_with_a_full_store_ends_with_code_3_saying_so(dlm, store, monkeypatch):
+    dlm("run", "toy", "--until", "nothing")  # marks the store
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pipeline.storage.create_file", full)
+    assert_refused(dlm("run", "toy"), "no space is left in the store", code=3)
+    assert store.runs() == []
+
+
+@pytest.mark.parametrize(("schema", "word"), [(99, "use a newer dlm"), (0, "the version of dlm that made it")])
+def test_cli_with_a_store_of_another_schema_is_refused_saying_which_dlm_reads_it(dlm, store, schema, word):
+    store.mark()
+    (store.root.path / "store.json").write_text(json.dumps({"schema_version": schema, "id": "x"}))
+    for arguments in (["run", "toy"], ["list"], ["plan", "toy"]):
+        assert_refused(dlm(*arguments), f"schema version {schema}", word)
+
+
+@pytest.mark.parametrize(
+    "run_id", ["../x", "a/b", "/etc", "..", ".x", "-x", "a b", "a\nb", "a\\b", "x" * 129, "ü", "~x"]
+)
+def test_cli_run_ids_with_path_characters_are_refused_by_every_command_that_takes_one(dlm, store, run_id):
+    for arguments in (["run", "toy", f"--run-id={run_id}"], ["resume", "--", run_id], ["status", "--", run_id]):
+        assert_refused(dlm(*arguments), "is no run id")
+    assert not (store.root.path / "runs").exists()

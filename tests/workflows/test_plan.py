@@ -13,13 +13,14 @@ import pytest
 from pipeline.artifact import read_json
 from pipeline.config import apply_settings, to_json
 from pipeline.errors import CorruptionError, UserError
+from pipeline.stage import stage_fingerprint
 from tests.support.toy_stages.source import config as source_config
 from tests.support.toy_stages.total import config as total_config
 from tests.support.toy_workflow import fabricate, toy_plan
 from workflows import runs
-from workflows.plan import Plan, check_drift, explain, make_plan
+from workflows.plan import Plan, check_drift, explain, make_plan, resolved, step_config
 from workflows.recipes.quickstart import quickstart
-from workflows.step import Step, Workflow
+from workflows.step import Step, Workflow, load_stage
 from workflows.store import Store
 
 TRAINED = ["pretrain", "convert", "evaluate", "generate", "report"]
@@ -337,10 +338,23 @@ def test_drift_of_an_outside_file_is_found(text: Path):
     assert check_drift(plan) == {"source": {"external.bytes": (before, 5)}}
 
 
-def test_drift_is_refused_naming_step_field_and_both_values(text: Path):
-    plan = toy_plan(source__path=str(text))
-    text.write_text("short")
-    with pytest.raises(runs.DriftError) as error:
-        runs.refuse_drift(plan, "dlm run toy")
-    for word in ("source", "external.bytes", "18", "5", "dlm run toy"):
-        assert word in str(error.value)
+def test_drift_of_a_setting_that_came_with_newer_code_is_one_only_if_it_decides_what_comes_out(text: Path):
+    plan = toy_plan()
+    (old,) = [step for step in plan.steps if step.name == "double"]
+    for field, expected in (("workers", {}), ("number", {"double": {"config.number": (None, 1)}})):
+        config = {name: value for name, value in old.config.items() if name != field}
+        steps = [replace(step, config=config) if step is old else step for step in plan.steps]
+        assert check_drift(replace(plan, steps=steps)) == expected
+
+
+def test_salt_gives_another_address_and_no_salt_the_one_that_it_always_was():
+    plan = toy_plan()
+    steps = [Step(s.name, s.stage, step_config(s), s.inputs) for s in plan.steps]
+    again, salted = resolved(steps), resolved(steps, salts={"double": "x"})
+    assert again == plan.steps
+    assert {s.name for s, t in zip(plan.steps, salted, strict=True) if s.fingerprint != t.fingerprint} == {
+        "double", "total",
+    }  # fmt: skip
+    for step in plan.steps:
+        stage, inputs = load_stage(step.stage), {n: plan.step(s).fingerprint for n, s in step.inputs.items()}
+        assert step.fingerprint == stage_fingerprint(stage, step_config(step), inputs, step.external)

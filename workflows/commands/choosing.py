@@ -1,13 +1,13 @@
 """Commands about what can be run: recipes, models, plans."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from dlm_core.models.presets import PRESETS
-from pipeline.config import flatten
+from pipeline.config import flatten, to_json
 from pipeline.errors import UserError
 from workflows import listings, runs
 from workflows.commands.common import (
@@ -20,8 +20,9 @@ from workflows.commands.common import (
     find_store,
     parse_settings,
     print_json,
+    say,
 )
-from workflows.plan import explain
+from workflows.plan import Action, explain
 from workflows.recipes import RECIPES
 from workflows.report.text import scaled
 
@@ -69,16 +70,25 @@ def plan(
     deepspeed: Annotated[
         bool, typer.Option("--deepspeed", help="Print the generated DeepSpeed configuration.")
     ] = False,
+    show_diff: Annotated[
+        bool, typer.Option("--diff", help="Print every field in which a step differs from the nearest that was made.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a run would do and why, without doing it."""
-    plan = runs.plan_recipe(recipe, parse_settings(settings))
-    if dry_run + deepspeed + show_settings > 1:
-        raise UserError("--dry-run, --deepspeed and --settings each print something else; give one of them")
+    if dry_run + deepspeed + show_settings + show_diff > 1:
+        raise UserError("--dry-run, --deepspeed, --settings and --diff each print something else; give one of them")
     idle = [name for name, value in (("--gpu", gpu), ("--mfu", mfu)) if value is not None and not dry_run]
     if idle:
         options, have = " and ".join(idle), "have" if len(idle) > 1 else "has"
         raise UserError(f"{options} {have} no effect without --dry-run; add --dry-run, or leave {options} out")
+    if show_settings:
+        _print_settings(runs.merged_values(recipe, parse_settings(settings)), as_json)
+    plan = runs.plan_recipe(recipe, parse_settings(settings))
+    if show_settings:
+        return
+    for line in runs.advice(plan):
+        say(f"warning: {line}")
     if dry_run or deepspeed:
         from workflows import sizing
 
@@ -91,17 +101,12 @@ def plan(
             else:
                 sizing.print_sizings(console, sized)
         return
-    if show_settings:
-        values = {f"{step.name}.{path}": value for step in plan.steps for path, value in flatten(step.config).items()}
-        if as_json:
-            print_json(values)
-        else:
-            for path, value in values.items():
-                print(f"{path}={json.dumps(value)}")
-        return
     actions = explain(plan, find_store(store))
     if as_json:
         print_json(actions)
+        return
+    if show_diff:
+        _print_changes(actions)
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("step", "action", "why", "address"):
@@ -110,3 +115,20 @@ def plan(
         style = "green" if action.action == "cached" else "bold cyan"
         table.add_row(action.step, f"[{style}]{action.action}[/]", action.reason, action.fingerprint[:12])
     console.print(table)
+
+
+def _print_settings(values: dict[str, Any], as_json: bool) -> None:
+    """As they would be set, also where they do not fit each other: the error then comes after them."""
+    flat = flatten(values)
+    if as_json:
+        print_json(flat)
+        return
+    for path, value in flat.items():
+        print(f"{path}={json.dumps(value)}")
+
+
+def _print_changes(actions: list[Action]) -> None:
+    for action in actions:
+        print(f"{action.step}: {action.action}, {action.reason}")
+        for field, (old, new) in action.changes.items():
+            print(f"  {field}: {json.dumps(to_json(old))} -> {json.dumps(to_json(new))}")

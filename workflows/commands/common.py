@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from rich.text import Text
 from pipeline.config import parse_value, to_json
 from pipeline.errors import UserError
 from workflows import runs
-from workflows.commands.completing import DEFAULT_STORE, complete_recipes, complete_runs
+from workflows.commands.completing import DEFAULT_STORE, complete_recipes, complete_runs, complete_steps
 from workflows.store import Store, open_store, open_writable_store
 
 EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED = 2, 3, 4, 5, 75
@@ -39,6 +40,33 @@ OptionalRun = Annotated[
 RecipeArgument = Annotated[
     str,
     typer.Argument(help="Name of a recipe, or module:function of one of your own.", autocompletion=complete_recipes),
+]
+StepsFrom = Annotated[
+    list[str],
+    typer.Option(
+        "--from",
+        metavar="STEP",
+        help="Work on this step and what comes after; all before must be there.",
+        autocompletion=complete_steps,
+    ),
+]
+StepsUntil = Annotated[
+    list[str],
+    typer.Option(
+        "--until",
+        metavar="STEP",
+        help="Work on this step and what it needs, nothing more.",
+        autocompletion=complete_steps,
+    ),
+]
+StepsOnly = Annotated[
+    list[str],
+    typer.Option(
+        "--only",
+        metavar="STEP",
+        help="Work on this step alone; what it needs must be there.",
+        autocompletion=complete_steps,
+    ),
 ]
 DataOfOption = Annotated[
     str, typer.Option("--step", help="Training or packing whose data are meant; needed where a run has several.")
@@ -90,6 +118,11 @@ def find_writable_store(url: str) -> Store:
     return open_writable_store(url)
 
 
+def typed_command() -> list[str]:
+    """The command as it was typed."""
+    return ["dlm", *sys.argv[1:]]
+
+
 def parse_settings(items: list[str]) -> list[tuple[str, Any]]:
     """What --set was given, as paths and values."""
     settings: list[tuple[str, Any]] = []
@@ -97,7 +130,10 @@ def parse_settings(items: list[str]) -> list[tuple[str, Any]]:
         path, equals, text = item.partition("=")
         if not equals or not path:
             raise UserError(f"--set {item!r} is not of the form PATH=VALUE, as in pretrain.num_steps=500")
-        settings.append((path, parse_value(text)))
+        try:
+            settings.append((path, parse_value(text)))
+        except UserError as error:
+            raise UserError(f"--set {path}: {error}") from None
     return settings
 
 

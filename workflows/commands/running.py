@@ -12,6 +12,7 @@ import typer
 from pipeline.artifact import read_json
 from pipeline.errors import CorruptionError
 from workflows import runs
+from workflows.amendments import Wishes, amend
 from workflows.commands.common import (
     DEFAULT_STORE,
     EXIT_FAILED,
@@ -21,6 +22,9 @@ from workflows.commands.common import (
     RecipeArgument,
     RunArgument,
     SetOption,
+    StepsFrom,
+    StepsOnly,
+    StepsUntil,
     StoreOption,
     console,
     executor_name,
@@ -28,6 +32,7 @@ from workflows.commands.common import (
     parse_settings,
     say,
     store_option,
+    typed_command,
 )
 from workflows.coordinator import Coordinator, Options
 from workflows.copies import local_copy
@@ -35,6 +40,7 @@ from workflows.display import Display
 from workflows.lease import HEARTBEAT_S, STALE_AFTER_S, find_holder
 from workflows.live.writer import LiveReport
 from workflows.plan import Plan
+from workflows.selection import selection, selection_words
 from workflows.state import StepState
 from workflows.step import load_stage
 from workflows.store import RunPlace, Store
@@ -54,7 +60,12 @@ def run(
     settings: SetOption = [],  # noqa: B006 - as above
     store: StoreOption = DEFAULT_STORE,
     executor: ExecutorOption = runs.DEFAULT_EXECUTOR,
-    run_id: Annotated[str, typer.Option("--run-id", help="Name of the run; made up by default.")] = "",
+    run_id: Annotated[
+        str, typer.Option("--run-id", help="Name of the run; made up by default. One that exists is gone on with.")
+    ] = "",
+    from_: StepsFrom = [],  # noqa: B006 - as above
+    until: StepsUntil = [],  # noqa: B006 - as above
+    only: StepsOnly = [],  # noqa: B006 - as above
     queue_timeout_s: QueueOption = Options.queue_timeout_s,
     fail_fast: FailFastOption = False,
 ) -> None:
@@ -62,8 +73,11 @@ def run(
     place = find_writable_store(store)
     name = executor_name(executor)
     plan = runs.plan_recipe(recipe, parse_settings(settings))
-    made = runs.create_run(place, plan, name, run_id, settings)
-    _drive(place, made, plan, name, Options(queue_timeout_s, fail_fast))
+    selected = selection(plan, place, from_, until, only)
+    made = runs.create_run(place, plan, name, run_id, settings, typed_command())
+    plan = runs.frozen_plan(made)
+    _warn(*runs.advice(plan), runs.code_change(made), *runs.crowding(plan))
+    _drive(place, made, plan, name, Options(queue_timeout_s, fail_fast, selected))
 
 
 def resume(
@@ -75,22 +89,44 @@ def resume(
             "--address", help="http://HOST:8265 submits a job to that cluster; auto, within a cluster, runs on it."
         ),
     ] = "",
+    settings: SetOption = [],  # noqa: B006 - as above
+    accept_drift: Annotated[
+        list[str],
+        typer.Option("--accept-drift", metavar="STEP", help="Reuse a committed step, although it would now differ."),
+    ] = [],  # noqa: B006 - as above
+    rebuild: Annotated[
+        list[str],
+        typer.Option("--rebuild", metavar="STEP", help="Make a step anew, and all that depends on it."),
+    ] = [],  # noqa: B006 - as above
+    from_: StepsFrom = [],  # noqa: B006 - as above
+    until: StepsUntil = [],  # noqa: B006 - as above
+    only: StepsOnly = [],  # noqa: B006 - as above
     queue_timeout_s: QueueOption = Options.queue_timeout_s,
     fail_fast: FailFastOption = False,
 ) -> None:
-    """Go on with a run that failed, was stopped or was killed, with the executor that it was started with."""
+    """Go on with a run that failed, was stopped or was killed, with the executor that it was started with.
+
+    --set changes how it runs (workers, micro batch), never what comes out.
+    """
     place = find_writable_store(store)
     run = place.run(run_id)
-    plan = runs.frozen_plan(run)
-    runs.refuse_drift(plan, runs.command_of(run) + store_option(place))
+    if address == _WITHIN:
+        wait_until_free(run)
+    wishes = Wishes(parse_settings(settings), tuple(accept_drift), tuple(rebuild))
+    plan = amend(place, run, wishes, runs.command_of(run) + store_option(place), typed_command())
+    selected = selection(plan, place, from_, until, only)
+    _warn(*runs.advice(plan), runs.code_change(run), *([] if address else runs.crowding(plan)))
     if address and address != _WITHIN:
         from workflows.commands.submitting import hand_over
 
-        hand_over(place, run, address, "", [])
+        hand_over(place, run, address, "", [], selection_words(from_, until, only))
         return
-    if address == _WITHIN:
-        wait_until_free(run)
-    _drive(place, run, plan, runs.frozen_executor(run), Options(queue_timeout_s, fail_fast), address)
+    _drive(place, run, plan, runs.frozen_executor(run), Options(queue_timeout_s, fail_fast, selected), address)
+
+
+def _warn(*lines: str) -> None:
+    for line in filter(None, lines):
+        say(f"warning: {line}")
 
 
 def wait_until_free(run: RunPlace) -> None:
@@ -106,6 +142,13 @@ def wait_until_free(run: RunPlace) -> None:
 def _drive(
     store: Store, run: RunPlace, plan: Plan, executor: runs.ExecutorName, options: Options, address: str = ""
 ) -> None:
+    _print_outcome(store, run, *drive(store, run, plan, executor, options, address))
+
+
+def drive(
+    store: Store, run: RunPlace, plan: Plan, executor: runs.ExecutorName, options: Options, address: str = ""
+) -> tuple[list[StepState], str]:
+    """Work on a run until its steps are over, in sight of the user; where they stand, and the run as a whole."""
     with Display(console, run.run_id) as display, LiveReport(store, run, plan) as page:
 
         def changed(states: list[StepState]) -> None:
@@ -121,7 +164,7 @@ def _drive(
             states = coordinator.run()
     if page.problem:
         say(page.problem)
-    _print_outcome(store, run, states, coordinator.status)
+    return states, coordinator.status
 
 
 class _stop_on_signal:

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,16 +17,21 @@ from workflows.commands.common import (
     EXIT_INTERRUPTED,
     RunArgument,
     SetOption,
+    StepsFrom,
+    StepsOnly,
+    StepsUntil,
     StoreOption,
     find_store,
     find_writable_store,
     parse_settings,
     say,
     store_option,
+    typed_command,
 )
 from workflows.lease import Holder, find_holder
+from workflows.selection import selection, selection_words
 from workflows.snapshot import code_archive
-from workflows.store import RunExistsError, RunPlace, Store
+from workflows.store import RunPlace, Store
 from workflows.submit import last_submission, submit_run
 
 AddressOption = Annotated[
@@ -53,22 +59,26 @@ def submit(
     run_id: Annotated[str, typer.Option("--run-id", help="Name of the run; that of an existing one resumes it.")] = "",
     python: PythonOption = "",
     env: EnvOption = [],  # noqa: B006 - as above
+    from_: StepsFrom = [],  # noqa: B006 - as above
+    until: StepsUntil = [],  # noqa: B006 - as above
+    only: StepsOnly = [],  # noqa: B006 - as above
 ) -> None:
     """Hand a run over to a Ray cluster; with the id of an existing run this is a resume."""
     place = find_writable_store(store)
     plan = runs.plan_recipe(recipe, parse_settings(settings))
-    try:
-        run = runs.create_run(place, plan, "ray", run_id, settings)
-    except RunExistsError:
-        run = place.run(run_id)
-        runs.refuse_other_plan(run, plan)
-    hand_over(place, run, address, python, env)
+    words = selection_words(from_, until, only)
+    selection(plan, place, from_, until, only)
+    run = runs.create_run(place, plan, "ray", run_id, settings, typed_command())
+    for line in filter(None, [*runs.advice(plan), runs.code_change(run)]):
+        say(f"warning: {line}")
+    hand_over(place, run, address, python, env, words)
 
 
-def hand_over(store: Store, run: RunPlace, address: str, python: str, env: list[str]) -> None:
-    """Submit a job for a run and say how to follow it."""
+def hand_over(store: Store, run: RunPlace, address: str, python: str, env: list[str], words: Sequence[str]) -> None:
+    """Submit a job for a run and say how to follow it; ``words`` are further ones of its command."""
     with tempfile.TemporaryDirectory(prefix="dlm-code-") as folder:
-        job = submit_run(store, run, address, code_archive(store, run, Path(folder)), python, env)
+        code = code_archive(runs.frozen_plan(run), Path(folder))
+        job = submit_run(store, run, address, code, python, env, words)
     where = store_option(store)
     print(run.run_id)
     say(f"job {job.job_id} at {address} ({job.status.lower()})")

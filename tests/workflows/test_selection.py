@@ -1,0 +1,58 @@
+import pytest
+
+from pipeline.errors import UserError
+from tests.support.toy_stages.trouble import executions
+from tests.support.toy_workflow import ONCE, fabricate, toy_plan, toy_workflow
+from tests.workflows.conftest import Dlm
+from workflows.selection import selection
+
+EVERY = ("source", "double", "aside", "total")
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "expected"),
+    [
+        ((), {}, None),
+        ((), {"until": ["double"]}, {"source", "double"}),
+        ((), {"until": ["double", "aside"]}, {"source", "double", "aside"}),
+        ((), {"from_": ["source", "aside"]}, set(EVERY)),
+        (("aside",), {"from_": ["source"]}, {"source", "double", "total"}),
+        (("source", "aside"), {"from_": ["double"]}, {"double", "total"}),
+        (("source",), {"from_": ["double"], "until": ["double"]}, {"double"}),
+        ((), {"only": ["source", "double"]}, {"source", "double"}),
+        (("source", "double", "aside"), {"only": ["total"]}, {"total"}),
+    ],
+)
+def test_selection_is_what_was_asked_for(store, there, options, expected):
+    plan = toy_plan()
+    if there:
+        fabricate(store, plan, *there)
+    assert selection(plan, store, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "missing"),
+    [
+        ((), {"from_": ["double"]}, "source, aside"),
+        (("source",), {"from_": ["double"]}, "aside"),
+        (("double", "aside"), {"only": ["total"]}, "source"),
+        ((), {"only": ["double"]}, "source"),
+    ],
+)
+def test_selection_without_what_it_needs_is_refused_naming_that(store, there, options, missing):
+    plan = toy_plan()
+    if there:
+        fabricate(store, plan, *there)
+    with pytest.raises(UserError, match=f"not there yet: {missing}\\."):
+        selection(plan, store, **options)
+
+
+def test_selection_is_carried_out_and_a_resume_does_the_rest(dlm: Dlm, log):
+    sets = [word for step in toy_workflow().steps for word in ("--set", f"{step.name}.log={log}")]
+    done = dlm("run", "toy", "--executor", "local", "--run-id", "r1", "--until", "double", *sets)
+    assert done.code == 0, done.stderr
+    assert executions(log) == {name: 1 for name in ONCE if name.startswith(("source", "double"))}
+    assert dlm("resume", "r1", "--only", "aside").code == 0
+    assert "total-0" not in executions(log)
+    assert dlm("resume", "r1", "--from", "total").code == 0
+    assert executions(log) == ONCE
