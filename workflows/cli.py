@@ -21,6 +21,8 @@ from workflows.commands import (
     running,
     status,
     submitting,
+    sweeping,
+    upkeep,
     verifying,
 )
 from workflows.commands.common import (
@@ -57,6 +59,9 @@ app.command("explain")(explaining.explain)
 app.command("verify")(verifying.verify)
 app.command("cost")(costs.cost)
 app.command("list")(looking.list_runs)
+app.command("sweep")(sweeping.sweep)
+app.command("gc")(upkeep.gc)
+app.command("unlock")(upkeep.unlock)
 app.command("report")(looking.report)
 data_app.command("show")(data.show)
 data_app.command("verify")(data.verify)
