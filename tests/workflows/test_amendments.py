@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,3 +220,33 @@ def test_step_of_a_run_frozen_by_an_early_version_has_no_salt_and_nothing_accept
     assert runs.code_change(run) == ""
     assert runs.command_of(run) == "dlm run toy --executor local"
     assert isinstance(runs.frozen_plan(run).steps[0], PlannedStep)
+
+
+# --- two at a time ----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_run_created_by_several_at_once_is_one_run(store):
+    plan = toy_plan()
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: runs.create_run(store, plan, "local", "r1").run_id, range(8)))
+    assert made == ["r1"] * 8
+    assert [run.run_id for run in store.runs()] == ["r1"]
+
+
+def test_another_amendment_of_the_same_number_is_never_overwritten(store):
+    run = runs.create_run(store, toy_plan(), "local", "r1")
+    amend(store, run, Wishes([("total.workers", 3)]), AGAIN)
+    first = run.amendments / "001.json"
+    (run.amendments / "002.json").write(first.read_bytes())
+    first.remove()
+    before = (run.amendments / "002.json").read_bytes()
+    with pytest.raises(LeaseHeldError, match="another process changes run r1"):
+        amend(store, run, Wishes([("total.workers", 4)]), AGAIN)
+    assert (run.amendments / "002.json").read_bytes() == before
+
+
+def test_the_same_run_with_other_data_than_it_was_created_with_is_drift(store, data):
+    runs.create_run(store, toy_plan(source__path=str(data)), "local", "r1")
+    data.write_text("short")
+    with pytest.raises(DriftError, match=r"external\.bytes was 6, is now 5"):
+        runs.create_run(store, toy_plan(source__path=str(data)), "local", "r1")

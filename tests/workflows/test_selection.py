@@ -1,5 +1,6 @@
 import pytest
 
+from cluster.jobs import Job
 from pipeline.errors import UserError
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, fabricate, toy_plan, toy_workflow
@@ -56,3 +57,29 @@ def test_selection_is_carried_out_and_a_resume_does_the_rest(dlm: Dlm, log):
     assert "total-0" not in executions(log)
     assert dlm("resume", "r1", "--from", "total").code == 0
     assert executions(log) == ONCE
+
+
+def test_selection_of_a_submitted_run_is_in_the_command_of_its_job(dlm: Dlm, store, monkeypatch):
+    commands = []
+
+    class Jobs:
+        def __init__(self, address):
+            self.url = address
+
+        def find(self, job_id):
+            return None
+
+        def submit(self, job_id, command, code, env, metadata):
+            commands.append(command)
+            return Job(job_id, "PENDING", "")
+
+    monkeypatch.setattr("workflows.submit.Jobs", Jobs)
+    where = ["--address", "http://127.0.0.1:8265"]
+    assert dlm("submit", "toy", *where, "--run-id", "r1", "--until", "double", "--until", "aside").code == 0
+    assert dlm("resume", "r1", *where, "--only", "source").code == 0
+    refused = dlm("resume", "r1", *where, "--only", "total")
+    assert (refused.code, "not there yet" in refused.stderr) == (2, True)
+    assert [command[command.index("auto") + 1 :] for command in commands] == [
+        ["--until", "double", "--until", "aside"],
+        ["--only", "source"],
+    ]

@@ -140,3 +140,16 @@ def test_figures_of_evaluation_and_training_stand_in_the_table(dlm: Dlm, store, 
 def test_plan_of_a_sweep_refuses_points_that_differ_in_how_they_run_only():
     with pytest.raises(UserError, match=r'"total\.workers": 1.*"total\.workers": 2'):
         sweep.plan_sweep("tests.support.toy_workflow:toy_workflow", parse_grid(["total.workers=1,2"]), [])
+
+
+def test_sweep_with_an_address_hands_every_run_over_and_runs_nothing_here(dlm: Dlm, store, log, monkeypatch):
+    given = []
+    monkeypatch.setattr("workflows.commands.submitting.hand_over", lambda *arguments: given.append(arguments))
+    command = ["sweep", "toy", "--sweep-id", "s", "--grid", "total.number=3,4", "--address", "http://127.0.0.1:8265"]
+    assert dlm(*command, *sets(log)).code == 2  # --executor local
+    assert dlm(*command, *sets(log)[2:]).code == 0
+    assert [(run.run_id, *rest) for _, run, *rest in given] == [
+        (f"s-{number}", "http://127.0.0.1:8265", "", [], []) for number in (1, 2)
+    ]
+    assert executions(log) == {}
+    assert {row.status for row in sweep.results(store, sweep.open_sweep(store, "s"))} == {"submitted"}

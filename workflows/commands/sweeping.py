@@ -48,12 +48,17 @@ def sweep(
     show: Annotated[
         str, typer.Option("--show", metavar="SWEEP", help="Print the table of a sweep, and run nothing.")
     ] = "",
+    address: Annotated[
+        str, typer.Option("--address", help="http://HOST:8265: hand the runs over to that cluster instead.")
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe at every point of a grid, one run after another; what runs have in common is made once."""
     if show:
-        if recipe or grid or settings or sweep_id:
-            raise UserError("--show prints a sweep that is there; leave the recipe, --grid, --set and --sweep-id out")
+        if recipe or grid or settings or sweep_id or address:
+            raise UserError(
+                "--show prints a sweep that is there; leave the recipe, --grid, --set, --sweep-id and --address out"
+            )
         _print_results(find_store(store), show, as_json)
         return
     if as_json:
@@ -62,10 +67,19 @@ def sweep(
         raise UserError("name a recipe (dlm recipes lists them), or a sweep that is there with --show")
     values = parse_grid(grid)
     name = executor_name(executor)
+    if address and name != "ray":
+        raise UserError(f"--executor {name} runs on this machine alone; leave --address {address} out")
     plans = plan_sweep(recipe, values, parse_settings(settings))
     place = find_writable_store(store)
     sweep_id = sweep_id or runs.new_run_id(f"{plans[0].workflow}-sweep")
     made = create_sweep(place, sweep_id, recipe, name, values, settings, plans, typed_command())
+    if address:
+        from workflows.commands.submitting import hand_over
+
+        for run in made:
+            hand_over(place, run, address, "", [], [])
+        say(f"see all: dlm sweep --show {sweep_id}{store_option(place)}")
+        return
     status = ""
     for run in made:
         if runs.summarise(place, run).status == "succeeded":
