@@ -102,8 +102,7 @@ def amend(store: Store, run: RunPlace, wishes: Wishes, again: str, command: Sequ
         raise DriftError(f"{describe_drift(left)}\n{_advice(store, plan, left, again)}")
     _refuse_lost(store, plan, anew)
 
-    salt = secrets.token_hex(4)
-    salts = {step.name: step.salt for step in plan.steps} | dict.fromkeys(wishes.rebuild, salt)
+    salts = dict.fromkeys(wishes.rebuild, secrets.token_hex(4))
     kept = {step.name: _accepting(step, drifted.get(step.name, {})) for step in plan.steps if step.name not in anew}
     steps = [Step(s.name, s.stage, configs[s.name], s.inputs) for s in plan.steps]
     amended = dataclasses.replace(plan, steps=resolved(steps, kept, salts))

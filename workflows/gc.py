@@ -75,7 +75,7 @@ def _plans(store: Store) -> frozenset[str]:
 
 def find_garbage(store: Store, older_than_s: float, keep_state: bool = False) -> list[Garbage]:
     """What could be deleted: nothing that a run refers to, that is leased or that is younger than the given age."""
-    marked, now = marks(store), store.root.now()
+    marked, now = marks(store), _now(store)
     found: list[Garbage] = []
     for stage in (store.root / "artifacts").names():
         for artifact in store.artifacts(stage):
@@ -92,6 +92,12 @@ def find_garbage(store: Store, older_than_s: float, keep_state: bool = False) ->
         if not known & set(_field(place, "runs") or ()) and now - place.modified() >= older_than_s:
             found.append(_garbage("sweep", place, "none of its runs is there"))
     return found + list(_staging(store, now, older_than_s))
+
+
+def _now(store: Store) -> float:
+    """By the clock that stamps the files of a store."""
+    folder = store.root / "artifacts"
+    return folder.now() if folder.exists() else time.time()
 
 
 def _last_used(artifact: ArtifactPlace) -> float:
