@@ -214,7 +214,7 @@ def collect(store: Store, found: Iterable[Garbage]) -> list[Garbage]:
     deleted: list[Garbage] = []
     marked, next_look_s = marks(store), 0.0
     for one in found:
-        if time.monotonic() >= next_look_s:
+        if store.root.is_local or time.monotonic() >= next_look_s:
             next_look_s = time.monotonic() + store.root.storage.poll_s
             if _plans(store) != marked.plans:  # a run was created, or amended, since
                 marked = marks(store)

@@ -132,6 +132,24 @@ def test_gc_leaves_what_a_run_needs_that_was_created_after_it_looked(store, used
     assert artifact_of(other.step("double"), store).committed() is not None
 
 
+def test_gc_leaves_what_a_run_needs_that_was_created_while_it_deleted(store, used, monkeypatch):
+    others = [toy_plan(double__number=number) for number in (5, 6)]
+    for other in others:
+        fabricate(store, other, "double")
+    remove = gc._remove
+
+    def remove_and_create(one) -> bool:
+        (needed,) = [plan for plan in others if address(store, plan, "double") != one.place.key]
+        runs.create_run(store, needed, "local", "r2")
+        return remove(one)
+
+    seen = find_garbage(store, 0.0)
+    assert len(seen) == 2
+    monkeypatch.setattr(gc, "_remove", remove_and_create)
+    assert len(collect(store, seen)) == 1
+    assert [artifact_of(plan.step("double"), store).directory.exists() for plan in others].count(True) == 1
+
+
 def test_gc_of_a_committed_artifact_takes_other_attempts_and_state(store, used):
     place = artifact_of(used.step("double"), store)
     put(place.directory / "attempts" / "000001-aaaaaaaa", "half")
