@@ -46,8 +46,13 @@ class Wishes:
     rebuild: tuple[str, ...] = ()
     """Steps that are made anew, with all that depend on them."""
 
-    def __bool__(self) -> bool:
-        return bool(self.settings or self.accept or self.rebuild)
+
+@dataclass(frozen=True)
+class Amendment:
+    """The plan that would hold, and how it differs from the one that does: in nothing, where nothing was asked for."""
+
+    plan: Plan
+    changes: list[Change]
 
 
 def _newest(run: RunPlace) -> Any:
@@ -81,11 +86,11 @@ def describe_drift(drifted: Drift) -> str:
     return "the run was planned for other data or code than there is now:\n" + "\n".join(lines)
 
 
-def amend(store: Store, run: RunPlace, wishes: Wishes, again: str, command: Sequence[str] = ()) -> Plan:
-    """Write down what changes of a run, and return the plan that holds now.
+def prepare(store: Store, run: RunPlace, wishes: Wishes, again: str) -> Amendment:
+    """What would change of a run; nothing is written.
 
     UserError for a wish that would change what comes out, or do nothing; DriftError for a step that would come out
-    otherwise now and is neither accepted nor made anew; LeaseHeldError if somebody works on what would change.
+    otherwise now and is neither accepted nor made anew.
     ``again`` is the command for a new run.
     """
     plan = effective_plan(run)
@@ -106,9 +111,7 @@ def amend(store: Store, run: RunPlace, wishes: Wishes, again: str, command: Sequ
     kept = {step.name: _accepting(step, drifted.get(step.name, {})) for step in plan.steps if step.name not in anew}
     steps = [Step(s.name, s.stage, configs[s.name], s.inputs) for s in plan.steps]
     amended = dataclasses.replace(plan, steps=resolved(steps, kept, salts))
-    if changes := list(_changes(plan, amended, drifted, anew)):
-        _write(store, run, amended, changes, command)
-    return amended
+    return Amendment(amended, list(_changes(plan, amended, drifted, anew)))
 
 
 def _with_settings(plan: Plan, settings: list[tuple[str, Any]], again: str) -> dict[str, Any]:
@@ -177,17 +180,19 @@ def _changes(old: Plan, new: Plan, accepted: Drift, anew: frozenset[str]) -> Ite
             yield Change(step.name, what, fields, was.fingerprint, step.fingerprint)
 
 
-def _write(store: Store, run: RunPlace, plan: Plan, changes: list[Change], command: Sequence[str]) -> None:
+def amend(store: Store, run: RunPlace, amendment: Amendment, command: Sequence[str] = ()) -> None:
+    """Write down what changes of a run, if anything does.  LeaseHeldError if somebody is at work on it."""
+    if not amendment.changes:
+        return
     holder = find_holder(run.lease_dir)
     if holder is not None and not holder.is_free:
         raise LeaseHeldError(str(holder))
-    snapshot.refuse_secrets(plan)
+    snapshot.refuse_secrets(amendment.plan)
     number = len(run.amendments.names()) + 1
     value = {
-        "plan": to_json(plan),
-        "changes": to_json(changes),
+        **to_json(amendment),
         "time": time.time(),
-        **snapshot.origin(store, plan, command),
+        **snapshot.origin(store, amendment.plan, command),
     }
     if not (run.amendments / f"{number:03d}.json").create(json_bytes(value)):
         raise LeaseHeldError(

@@ -86,14 +86,9 @@ def create_run(
     """Freeze a plan as a run; ``settings`` and ``command`` are those given for it, as they were typed.
 
     The run that is there already if it has this id and this plan: whoever submits twice means one run.  UserError
-    naming what differs if it has another plan, and if a step wants something that the recipe leaves to its user, and
-    was not given it.  DriftError if data or code have changed since.
+    naming what differs if it has another plan, and as ``require_ready``; DriftError if data or code have changed.
     """
-    for step in plan.steps:
-        ready = load_stage(step.stage).ready
-        if ready is not None:
-            ready(step_config(step), step.name)
-    snapshot.refuse_secrets(plan)
+    require_ready(plan)
     run_id = run_id or new_run_id(plan.workflow)
     store.run_place(run_id)
     value = {
@@ -106,6 +101,15 @@ def create_run(
         return store.create_run(run_id, value)
     except RunExistsError:
         return _same_run(store.run(run_id), plan, executor)
+
+
+def require_ready(plan: Plan) -> None:
+    """UserError if a step wants something that the recipe leaves to its user, and was not given it, or has a secret."""
+    for step in plan.steps:
+        ready = load_stage(step.stage).ready
+        if ready is not None:
+            ready(step_config(step), step.name)
+    snapshot.refuse_secrets(plan)
 
 
 def _same_run(run: RunPlace, plan: Plan, executor: ExecutorName) -> RunPlace:
@@ -167,8 +171,13 @@ def crowding(plan: Plan) -> list[str]:
 def code_change(run: RunPlace) -> str:
     """That the code differs from the snapshot of a run while its plan still holds; empty if it does not."""
     code = newest_code(run)
-    if not code or snapshot.code_digest(tuple(code["packages"])) == code["sha256"]:
+    if not code:
         return ""
+    try:
+        if snapshot.code_digest(tuple(code["packages"])) == code["sha256"]:
+            return ""
+    except UserError as error:
+        return f"the code of run {run.run_id} cannot be compared with that of now: {error}"
     return (
         f"the code has changed since run {run.run_id} was submitted (its snapshot: code/{code['sha256'][:12]}….zip), "
         "and no stage raised its code_version: what is still to be made is made by the code of now"

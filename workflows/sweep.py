@@ -114,8 +114,9 @@ def create_sweep(
 ) -> list[RunPlace]:
     """The runs of a sweep, created or, where the same sweep is there already, found."""
     names = [f"{sweep_id}-{number}" for number in range(1, len(plans) + 1)]
-    for name in names:
+    for name, plan in zip(names, plans, strict=True):
         store.run_place(name)
+        runs.require_ready(plan)
     sweep = Sweep(recipe, executor, grid, list(settings), names)
     record = store.root / "sweeps" / f"{sweep_id}.json"
     if not record.create(json_bytes(sweep)) and (found := diff(read_json(record), to_json(sweep))):

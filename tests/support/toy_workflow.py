@@ -18,6 +18,7 @@ from tests.support.toy_stages.letters.config import LettersConfig
 from tests.support.toy_stages.relay.config import RelayConfig
 from tests.support.toy_stages.trouble import ToyConfig
 from workflows import cli
+from workflows.amendments import Wishes, amend, prepare
 from workflows.coordinator import Coordinator
 from workflows.lease import acquire_lease
 from workflows.plan import Plan, make_plan
@@ -75,6 +76,13 @@ def coordinate(
         run = create_run(store, run, "local")
     coordinator = Coordinator(store, run, cli.runs.frozen_plan(run), executor, on_change)
     return {state.step.name: state for state in coordinator.run()}
+
+
+def amended(store: Store, run: RunPlace, wishes: Wishes, command: tuple[str, ...] = ()) -> Plan:
+    """The plan of a run after what a resume wished for; "dlm run toy" is the command for a new one."""
+    amendment = prepare(store, run, wishes, "dlm run toy")
+    amend(store, run, amendment, command)
+    return amendment.plan
 
 
 def fabricate(store: Store, plan: Plan, *only: str) -> None:

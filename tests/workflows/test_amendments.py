@@ -8,15 +8,13 @@ import pytest
 from pipeline.errors import UserError
 from tests.support.toy_stages.source import config as source_config
 from tests.support.toy_stages.trouble import executions
-from tests.support.toy_workflow import ONCE, coordinate, fabricate, toy_plan, value_of
+from tests.support.toy_workflow import ONCE, amended, coordinate, fabricate, toy_plan, value_of
 from tests.workflows.conftest import Dlm
 from workflows import runs
-from workflows.amendments import Wishes, amend
+from workflows.amendments import Wishes
 from workflows.lease import LeaseHeldError, acquire_lease
 from workflows.plan import DriftError, PlannedStep
 from workflows.store import Store
-
-AGAIN = "dlm run toy"
 
 
 @pytest.fixture
@@ -47,8 +45,8 @@ def test_drift_is_refused_naming_step_field_both_values_and_ways_out(store, data
     run = runs.create_run(store, toy_plan(source__path=str(data)), "local", "r1")
     data.write_text("short")
     with pytest.raises(DriftError) as error:
-        amend(store, run, Wishes(), AGAIN)
-    for word in ("source: external.bytes was 6, is now 5", "--rebuild source", AGAIN):
+        amended(store, run, Wishes())
+    for word in ("source: external.bytes was 6, is now 5", "--rebuild source"):
         assert word in str(error.value)
     assert "--accept-drift" not in str(error.value)  # it is not committed: there is nothing to reuse
     assert amendments(store) == []
@@ -60,9 +58,9 @@ def test_drift_of_a_committed_step_is_accepted_by_name_and_stays_so(store, log, 
     fabricate(store, plan, "source")
     data.write_text("short")
     with pytest.raises(DriftError, match="--accept-drift source"):
-        amend(store, run, Wishes(), AGAIN)
+        amended(store, run, Wishes())
     frozen = (run.directory / "run.json").read_bytes()
-    accepted = amend(store, run, Wishes(accept=("source",)), AGAIN, ["dlm", "resume"])
+    accepted = amended(store, run, Wishes(accept=("source",)), ("dlm", "resume"))
     assert (run.directory / "run.json").read_bytes() == frozen
     assert accepted.step("source").accepted == {"external.bytes": 5}
     assert [step.fingerprint for step in accepted.steps] == [step.fingerprint for step in plan.steps]
@@ -70,20 +68,20 @@ def test_drift_of_a_committed_step_is_accepted_by_name_and_stays_so(store, log, 
     assert amendment["changes"][0]["fields"] == {"external.bytes": [6, 5]}
     assert (changed(store), amendment["command"]) == ({"source": "accepted"}, ["dlm", "resume"])
     assert runs.frozen_plan(run) == accepted
-    assert amend(store, run, Wishes(), AGAIN) == accepted  # said once
+    assert amended(store, run, Wishes()) == accepted  # said once
     states = coordinate(store, run, executor)
     assert {name: state.status for name, state in states.items() if name == "source"} == {"source": "cached"}
     assert "source" not in executions(log)
     data.write_text("shorter")
     with pytest.raises(DriftError, match=r"external\.bytes was 6, is now 7"):
-        amend(store, run, Wishes(), AGAIN)
+        amended(store, run, Wishes())
 
 
 def test_drift_of_a_step_that_is_not_committed_cannot_be_accepted(store, data):
     run = runs.create_run(store, toy_plan(source__path=str(data)), "local", "r1")
     data.write_text("short")
     with pytest.raises(DriftError, match=r"not committed.*--rebuild source"):
-        amend(store, run, Wishes(accept=("source",)), AGAIN)
+        amended(store, run, Wishes(accept=("source",)))
 
 
 def test_drift_that_was_accepted_is_refused_once_the_artifact_is_gone(store, data):
@@ -91,10 +89,10 @@ def test_drift_that_was_accepted_is_refused_once_the_artifact_is_gone(store, dat
     run = runs.create_run(store, plan, "local", "r1")
     fabricate(store, plan, "source")
     data.write_text("short")
-    amend(store, run, Wishes(accept=("source",)), AGAIN)
+    amended(store, run, Wishes(accept=("source",)))
     store.artifact("toy-source", plan.step("source").fingerprint).directory.remove()
     with pytest.raises(DriftError, match="was accepted as it was committed, and is gone"):
-        amend(store, run, Wishes(), AGAIN)
+        amended(store, run, Wishes())
 
 
 @pytest.mark.parametrize(
@@ -111,7 +109,7 @@ def test_drift_that_was_accepted_is_refused_once_the_artifact_is_gone(store, dat
 def test_amend_refuses_what_would_do_nothing_or_change_the_result(store, wishes, message):
     run = runs.create_run(store, toy_plan(), "local", "r1")
     with pytest.raises(UserError, match=message):
-        amend(store, run, wishes, AGAIN)
+        amended(store, run, wishes)
     assert amendments(store) == []
 
 
@@ -119,7 +117,7 @@ def test_amend_of_a_run_at_work_is_refused(store):
     run = runs.create_run(store, toy_plan(), "local", "r1")
     acquire_lease(run.lease_dir, "run r1")
     with pytest.raises(LeaseHeldError):
-        amend(store, run, Wishes([("total.workers", 3)]), AGAIN)
+        amended(store, run, Wishes([("total.workers", 3)]))
     assert amendments(store) == []
 
 
@@ -131,7 +129,7 @@ def test_rebuild_makes_a_step_and_what_follows_at_new_addresses_and_keeps_the_ol
     run = runs.create_run(store, plan, "local", "r1")
     coordinate(store, run, executor)
     before = {step.name: step.fingerprint for step in plan.steps}
-    anew = amend(store, run, Wishes(rebuild=("double",)), AGAIN)
+    anew = amended(store, run, Wishes(rebuild=("double",)))
     after = {step.name: step.fingerprint for step in anew.steps}
     assert {name for name in after if after[name] != before[name]} == {"double", "total"}
     (amendment,) = amendments(store)
@@ -153,7 +151,7 @@ def test_rebuild_twice_gives_a_third_address(store):
     run = runs.create_run(store, plan, "local", "r1")
     seen = {plan.step("double").fingerprint}
     for number in (2, 3):
-        seen.add(amend(store, run, Wishes(rebuild=("double",)), AGAIN).step("double").fingerprint)
+        seen.add(amended(store, run, Wishes(rebuild=("double",))).step("double").fingerprint)
         assert len(seen) == number
     assert [name for name in run.amendments.names()] == ["001.json", "002.json"]
 
@@ -163,10 +161,10 @@ def test_rebuild_takes_data_and_code_as_they_are_now(store, data, monkeypatch):
     data.write_text("short")
     raise_code_version(monkeypatch)
     with pytest.raises(DriftError, match="aside: code_version was 1, is now 2"):
-        amend(store, run, Wishes(rebuild=("source",)), AGAIN)
-    anew = amend(store, run, Wishes(rebuild=("source", "aside")), AGAIN)
+        amended(store, run, Wishes(rebuild=("source",)))
+    anew = amended(store, run, Wishes(rebuild=("source", "aside")))
     assert (anew.step("source").external, anew.step("source").code_version) == ({"bytes": 5}, 2)
-    assert amend(store, run, Wishes(), AGAIN) == anew
+    assert amended(store, run, Wishes()) == anew
 
 
 # --- settings of how it runs ------------------------------------------------------------------------------------------
@@ -175,12 +173,12 @@ def test_rebuild_takes_data_and_code_as_they_are_now(store, data, monkeypatch):
 def test_execution_settings_of_a_run_can_change_and_its_addresses_do_not(store):
     plan = toy_plan()
     run = runs.create_run(store, plan, "local", "r1")
-    amended = amend(store, run, Wishes([("total.workers", 3)]), AGAIN)
-    assert amended.step("total").config["workers"] == 3
-    assert [step.fingerprint for step in amended.steps] == [step.fingerprint for step in plan.steps]
+    plan_now = amended(store, run, Wishes([("total.workers", 3)]))
+    assert plan_now.step("total").config["workers"] == 3
+    assert [step.fingerprint for step in plan_now.steps] == [step.fingerprint for step in plan.steps]
     assert changed(store) == {"total": "set"}
     assert amendments(store)[0]["changes"][0]["fields"] == {"config.workers": [2, 3]}
-    amend(store, run, Wishes([("total.workers", 3)]), AGAIN)
+    amended(store, run, Wishes([("total.workers", 3)]))
     assert len(amendments(store)) == 1  # nothing changed
 
 
@@ -209,6 +207,17 @@ def test_cli_resume_with_drift_ends_with_code_4_and_goes_on_once_it_is_accepted(
     assert executions(log)["source"] == 1
 
 
+def test_cli_resume_that_is_refused_for_its_part_has_changed_nothing(dlm: Dlm, store, log):
+    plan = toy_plan(log)
+    runs.create_run(store, plan, "local", "r1")
+    fabricate(store, plan)
+    refused = dlm("resume", "r1", "--rebuild", "double", "--only", "total")
+    assert (refused.code, "not there yet: double" in refused.stderr) == (2, True)
+    assert amendments(store) == []
+    assert dlm("resume", "r1", "--rebuild", "double", "--only", "double").code == 0
+    assert executions(log) == {name: 1 for name in ONCE if name.startswith("double")}
+
+
 def test_step_of_a_run_frozen_by_an_early_version_has_no_salt_and_nothing_accepted(store):
     run = runs.create_run(store, toy_plan(), "local", "r1")
     value = json.loads((run.directory / "run.json").read_bytes())
@@ -235,13 +244,13 @@ def test_the_same_run_created_by_several_at_once_is_one_run(store):
 
 def test_another_amendment_of_the_same_number_is_never_overwritten(store):
     run = runs.create_run(store, toy_plan(), "local", "r1")
-    amend(store, run, Wishes([("total.workers", 3)]), AGAIN)
+    amended(store, run, Wishes([("total.workers", 3)]))
     first = run.amendments / "001.json"
     (run.amendments / "002.json").write(first.read_bytes())
     first.remove()
     before = (run.amendments / "002.json").read_bytes()
     with pytest.raises(LeaseHeldError, match="another process changes run r1"):
-        amend(store, run, Wishes([("total.workers", 4)]), AGAIN)
+        amended(store, run, Wishes([("total.workers", 4)]))
     assert (run.amendments / "002.json").read_bytes() == before
 
 

@@ -9,10 +9,10 @@ import pytest
 from pipeline.errors import CorruptionError
 from pipeline.storage import Place
 from tests.support.executors import NUM_CPUS
-from tests.support.toy_workflow import coordinate, copies_plan, fabricate, toy_plan
+from tests.support.toy_workflow import amended, coordinate, copies_plan, fabricate, toy_plan
 from tests.workflows.conftest import Dlm
 from workflows import gc, runs
-from workflows.amendments import Wishes, amend
+from workflows.amendments import Wishes
 from workflows.gc import collect, find_garbage, freed_bytes
 from workflows.lease import STALE_AFTER_S, acquire_lease
 from workflows.plan import Plan, artifact_of
@@ -79,7 +79,7 @@ def test_gc_after_a_run_was_deleted_takes_what_it_alone_needed(store, used):
 
 
 def test_gc_keeps_what_the_plan_before_an_amendment_and_the_plan_after_it_need(store, used):
-    anew = amend(store, store.run("r1"), Wishes(rebuild=("double",)), "again")
+    anew = amended(store, store.run("r1"), Wishes(rebuild=("double",)))
     fabricate(store, anew, "double", "total")
     assert found(store) == set()
 

@@ -99,6 +99,14 @@ def test_code_that_changed_under_a_run_is_a_warning(store, monkeypatch):
     assert frozen(store)["code"]["sha256"][:12] in warning
 
 
+def test_code_that_cannot_be_found_any_more_is_a_warning_too(store):
+    run = runs.create_run(store, replace(toy_plan(), recipe="tests.support.toy_workflow:toy_workflow"), "local", "r1")
+    value = frozen(store)
+    value["code"]["packages"].append("nowhere_to_be_found")
+    (run.directory / "run.json").write(json.dumps(value).encode())
+    assert "package nowhere_to_be_found is not there any more" in runs.code_change(run)
+
+
 # --- git, command, user -----------------------------------------------------------------------------------------------
 
 

@@ -75,6 +75,7 @@ def test_sweep_that_fails_somewhere_does_the_rest_and_goes_on_by_the_same_comman
         (["toy", "--grid", 'double={"number": 1,[2'], ["--grid double", "no JSON"]),
         (["toy", "--grid", "double.number=1,2", "--sweep-id", "../x"], ["run id"]),
         (["toy", "--grid", "double.number=1,2", "--json"], ["--show"]),
+        (["llada_8b", "--grid", "pretrain.num_steps=1000000,2000000", "--sweep-id", "s"], ["corpus.source"]),
         (["--show", "s"], ["no sweep 's'", "none in this store"]),
         (["--show", "../s"], ["run id"]),
         (["toy", "--show", "s"], ["leave the recipe"]),

@@ -12,7 +12,7 @@ import typer
 from pipeline.artifact import read_json
 from pipeline.errors import CorruptionError
 from workflows import runs
-from workflows.amendments import Wishes, amend
+from workflows.amendments import Wishes, amend, prepare
 from workflows.commands.common import (
     DEFAULT_STORE,
     EXIT_FAILED,
@@ -113,8 +113,10 @@ def resume(
     if address == _WITHIN:
         wait_until_free(run)
     wishes = Wishes(parse_settings(settings), tuple(accept_drift), tuple(rebuild))
-    plan = amend(place, run, wishes, runs.command_of(run) + store_option(place), typed_command())
+    amendment = prepare(place, run, wishes, runs.command_of(run) + store_option(place))
+    plan = amendment.plan
     selected = selection(plan, place, from_, until, only)
+    amend(place, run, amendment, typed_command())
     _warn(*runs.advice(plan), runs.code_change(run), *([] if address else runs.crowding(plan)))
     if address and address != _WITHIN:
         from workflows.commands.submitting import hand_over
