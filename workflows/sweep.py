@@ -13,8 +13,10 @@ from pipeline.artifact import json_bytes, read_json
 from pipeline.config import diff, from_json, parse_json, parse_value, to_json
 from pipeline.errors import UserError
 from workflows import runs
+from workflows.cost import cost_json, cost_of, total_of
 from workflows.plan import Plan
 from workflows.store import RunPlace, Store
+from workflows.summary import summarise
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Row:
     settings: dict[str, Any]
     status: str
     figures: dict[str, float]
-    """Of its evaluations and trainings, those that are there."""
+    """Of its evaluations and trainings, those that are there, and what it used; shared stages are on the bill of the
+    run that made them."""
 
 
 def parse_grid(items: Sequence[str]) -> list[list[Any]]:
@@ -158,7 +161,7 @@ def results(store: Store, sweep: Sweep) -> list[Row]:
             rows.append(Row(name, point, "not there", {}))
             continue
         run = store.run(name)
-        rows.append(Row(name, point, runs.summarise(store, run).status, _figures(store, run)))
+        rows.append(Row(name, point, summarise(store, run).status, _figures(store, run) | _costs(run)))
     return rows
 
 
@@ -180,3 +183,8 @@ def _figures(store: Store, run: RunPlace) -> dict[str, float]:
             values = {key: read_json(output / "manifest.json")["stats"].get(key) for key in _TRAINED}
         found |= {key if is_one else f"{name}.{key}": value for key, value in values.items() if value is not None}
     return found
+
+
+def _costs(run: RunPlace) -> dict[str, float]:
+    total = cost_json(total_of(cost_of(run)))
+    return {name: total[name] for name in ("cpu_hours", "gpu_hours") if total[name]}

@@ -25,8 +25,8 @@ def test_sweep_of_two_by_two_runs_shared_stages_once_and_prints_one_table(dlm: D
     often = {name: 2 if name.startswith("double") else 4 if name.startswith("total") else 1 for name in ONCE}
     assert executions(log) == often
     lines = done.stdout[done.stdout.index("sweep s") :].splitlines()
-    assert lines[1].split() == ["run", "double.number", "total.number", "status"]
-    assert [line.split() for line in lines[2:]] == [
+    assert lines[1].split() == ["run", "double.number", "total.number", "status", "cpu_hours"]
+    assert [line.split()[:4] for line in lines[2:]] == [
         ["s-1", "1", "3", "succeeded"],
         ["s-2", "1", "4", "succeeded"],
         ["s-3", "2", "3", "succeeded"],
@@ -36,6 +36,8 @@ def test_sweep_of_two_by_two_runs_shared_stages_once_and_prints_one_table(dlm: D
     assert [row["settings"] for row in shown["runs"]] == [
         {"double.number": d, "total.number": t} for d in (1, 2) for t in (3, 4)
     ]
+    costs = [row["figures"]["cpu_hours"] for row in shown["runs"]]
+    assert costs[0] > 2 * costs[1]  # nine pieces of work, and two
     command = runs.command_of(store.run("s-2"))
     assert command.endswith("--set double.number=1 --set total.number=4")
 

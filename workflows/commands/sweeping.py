@@ -29,6 +29,7 @@ from workflows.commands.common import (
 )
 from workflows.coordinator import Options
 from workflows.store import Store
+from workflows.summary import summarise
 from workflows.sweep import Row, create_sweep, open_sweep, parse_grid, plan_sweep, results
 
 _ERROR_SUFFIX = "_mc_se"
@@ -82,7 +83,7 @@ def sweep(
         return
     status = ""
     for run in made:
-        if runs.summarise(place, run).status == "succeeded":
+        if summarise(place, run).status == "succeeded":
             continue
         states, status = running.drive(place, run, runs.frozen_plan(run), name, Options())
         for state in states:
