@@ -15,6 +15,7 @@ from workflows.commands import (
     choosing,
     costs,
     data,
+    doctor,
     explaining,
     logs,
     looking,
@@ -58,6 +59,7 @@ app.command("verify")(verifying.verify)
 app.command("cost")(costs.cost)
 app.command("list")(looking.list_runs)
 app.command("report")(looking.report)
+app.command("doctor")(doctor.doctor)
 data_app.command("show")(data.show)
 data_app.command("verify")(data.verify)
 
