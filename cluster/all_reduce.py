@@ -69,11 +69,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(gang: Gang, first: int, count: int, within_s: float = JOIN_S) -> Measured | None:
+def run_ranks(gang: Gang, first: int, count: int, is_in_cluster: bool, within_s: float = JOIN_S) -> Measured | None:
     """Run ranks of a gang on this machine, a GPU each with NCCL; what rank 0 measured, if it is one of them.
 
-    RuntimeError with the words of the rank that failed first, or that waits after the time is over.
+    They meet as those of a stage do.  RuntimeError with the words of the rank that failed first, or that waits after
+    the time is over.
     """
+    if is_in_cluster:
+        from cluster.gloo import use_node_address
+
+        use_node_address()
     root = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     deadline = time.monotonic() + within_s

@@ -164,10 +164,10 @@ def _all_reduce(machines: Machines, backend: Backend, ranks: dict[Machine, int])
         return Check(name, node, "failure", port.error, _PORTS)
     gang = Gang(backend, sum(ranks.values()), head.host, port.value)
     asked: list[Question[Measured | None]] = []
-    first = 0
+    first, is_in_cluster = 0, machines.dashboard is not None
     for machine, count in ranks.items():
         gpus = count if backend == "nccl" else 0
-        asked.append(Question(machine, all_reduce.run_ranks, (gang, first, count), gpus))
+        asked.append(Question(machine, all_reduce.run_ranks, (gang, first, count, is_in_cluster), gpus))
         first += count
     replies = machines.ask(asked, _GANG_S)
     # of ranks that wait and one that failed, the one that failed says why

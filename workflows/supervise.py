@@ -6,109 +6,120 @@ the store.
 
 import argparse
 import ctypes
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import FrameType
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from workflows.plan import Plan
-from workflows.runs import frozen_plan
-from workflows.step import load_stage
-from workflows.store import RunPlace, Store, open_store
+import psutil
+
+if TYPE_CHECKING:
+    from workflows.store import RunPlace, Store
 
 ENDINGS = frozenset({0, 2, 3, 4, 5, 75})
 """Codes with which ``dlm`` says what happened; all others are those of a process that died."""
 INTERRUPTED = 75
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _MAX_DEATHS = 3
 """Deaths in a row after each of which it is started again, unless something was published in between."""
 _BACKOFF_S, _MAX_BACKOFF_S = 2.0, 60.0
-_PROGRESS = ("step_committed",)
-_LOOK_S = 0.2
+_LOOK_S = 0.1
 _PR_SET_PDEATHSIG = 1
-
-
-def published(store: Store, run: RunPlace) -> frozenset[str]:
-    """Names of all that a run has made and keeps: its committed steps, their shards, checkpoints."""
-    names = {f"{event['kind']} {event['step']}" for event in run.events() if event["kind"] in _PROGRESS}
-    plan: Plan = frozen_plan(run)
-    for step in plan.steps:
-        place = store.artifact(load_stage(step.stage).name, step.fingerprint)
-        for folder in (place.directory / "shards", place.state):
-            names |= {str(folder / name) for name in folder.names()}
-    return frozenset(names)
+_SI_KERNEL = 0x80
+_RAY_JOB = "JobSupervisor"
+"""In the title of the process by which Ray runs a job."""
 
 
 @dataclass
 class Supervisor:
-    """Runs a command until it ends by itself."""
+    """Runs a command until it ends by itself.  The process must have blocked ``_SIGNALS`` before it had threads."""
 
     command: Sequence[str]
     published: Callable[[], frozenset[str]]
     """What the command has made so far: it made progress if there is something new."""
     backoff_s: float = _BACKOFF_S
-    _child: "subprocess.Popen[bytes] | None" = None
-    _asked: list[int] = field(default_factory=list[int])
-    """Signals that asked this process to end."""
 
     def run(self) -> int:
-        """The code to exit with: that of the command, 128 and the signal for one that died of it once too often."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._pass_on)
-        seen, deaths = self.published(), 0
+        """The code to exit with: that of the command; 128 and the signal for one that died of it once too often."""
+        seen, deaths = self._published(frozenset()), 0
         while True:
-            code = self._run_once()
+            code, is_asked = self._run_once()
             if code in ENDINGS:
                 return code
-            if self._asked:
+            if is_asked:
                 return INTERRUPTED
-            found = self.published()
+            found = self._published(seen)
             deaths = 1 if found - seen else deaths + 1
             seen |= found
             how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             if deaths > _MAX_DEATHS:
-                _say(f"{how}, {deaths} times without anything new in the store: given up")
+                _say(f"the coordinator {how}; after {_MAX_DEATHS} new starts without progress it is given up")
                 return code if code > 0 else 128 - code
             wait_s = min(self.backoff_s * 2 ** (deaths - 1), _MAX_BACKOFF_S)
             _say(f"the coordinator {how}; it is started again in {wait_s:g} s ({deaths} of {_MAX_DEATHS})")
-            if self._is_asked_within(wait_s):
+            if signal.sigtimedwait(_SIGNALS, wait_s) is not None:
                 return INTERRUPTED
 
-    def _run_once(self) -> int:
-        if self._asked:
-            return INTERRUPTED
-        self._child = subprocess.Popen(self.command, preexec_fn=_end_with_parent)
-        if self._asked:  # while it was being started, nobody was there to be told
-            self._child.send_signal(self._asked[0])
-        return self._child.wait()
+    def _published(self, otherwise: frozenset[str]) -> frozenset[str]:
+        try:
+            return self.published()
+        except OSError as error:  # the store may be what the coordinator died of
+            _say(f"what the run has made cannot be read now: {error}")
+            return otherwise
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self._asked.append(number)
-        if self._child is not None and self._child.returncode is None:
-            self._child.send_signal(number)
+    def _run_once(self) -> tuple[int, bool]:
+        """Its code, and whether it was asked to end."""
+        child = subprocess.Popen(self.command, preexec_fn=_prepare_child)
+        is_asked = False
+        while child.poll() is None:
+            found = signal.sigtimedwait(_SIGNALS, _LOOK_S)
+            if found is not None:
+                is_asked = True
+                if not _was_sent_to_all(found):
+                    child.send_signal(found.si_signo)
+        return child.returncode, is_asked
 
-    def _is_asked_within(self, wait_s: float) -> bool:
-        deadline = time.monotonic() + wait_s
-        while not self._asked and time.monotonic() < deadline:
-            time.sleep(_LOOK_S)
-        return bool(self._asked)
+
+def _was_sent_to_all(found: signal.struct_siginfo) -> bool:
+    """Whether the child got this signal too: a second one would not let it save.
+
+    A terminal tells all processes in its foreground, and Ray all that descend from the command of a job.
+    """
+    if found.si_code == _SI_KERNEL:
+        return True
+    try:
+        return _RAY_JOB in " ".join(psutil.Process(found.si_pid).cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
 
 
-def _end_with_parent() -> None:
-    """Have the kernel ask this process to stop when the supervisor is killed: nobody would start it again."""
+def _prepare_child() -> None:
+    """Let it hear signals, and be asked to stop when the supervisor is killed: nobody would start it again."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _say(message: str) -> None:
-    print(f"supervisor: {message}", file=sys.stderr, flush=True)  # noqa: T201
+def published(store: "Store", run: "RunPlace") -> frozenset[str]:
+    """Names of what a run has made and keeps: committed steps, shards, checkpoints."""
+    from workflows.runs import frozen_plan  # noqa: PLC0415 - as in main
+    from workflows.step import load_stage  # noqa: PLC0415
+
+    names = {f"step {event['step']}" for event in run.events() if event["kind"] == "step_committed"}
+    for step in frozen_plan(run).steps:
+        place = store.artifact(load_stage(step.stage).name, step.fingerprint)
+        for folder in (place.directory / "shards", place.state):
+            names |= {
+                str(folder / name) for name in folder.names() if name.endswith(".json") or name.startswith("step-")
+            }
+    return frozenset(names)
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Supervise the coordinator of a run."""
+def _supervise(words: Sequence[str] | None = None) -> None:
+    from workflows.store import open_store  # noqa: PLC0415 - as in main
+
     parser = argparse.ArgumentParser(prog="python -m workflows.supervise", description=__doc__)
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--store", required=True)
@@ -118,8 +129,21 @@ def main(words: Sequence[str] | None = None) -> int:
     run = store.run(given.run)
     resume = ["resume", given.run, "--store", given.store, "--address", given.address]
     command = [sys.executable, "-m", "workflows.cli", *resume]
-    return Supervisor(command, lambda: published(store, run)).run()
+    sys.exit(Supervisor(command, lambda: published(store, run)).run())
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"supervisor: {message}\n")
+    sys.stderr.flush()
+
+
+def main() -> None:
+    """Supervise the coordinator of a run."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    from workflows import cli  # noqa: PLC0415 - libraries start threads, which must not hear what was blocked before
+
+    cli.main(_supervise)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
