@@ -15,7 +15,7 @@ from cluster.jobs import ClusterError
 from cluster.nodes import draining_nodes
 
 T = TypeVar("T")
-_CONNECT_S = 60.0
+_ANSWER_S, _FETCH_S = 5.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -116,18 +116,7 @@ class ClusterNodes(Machines):
         import ray
 
         self._ray = ray
-        try:
-            about: Any = ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:
-            if "Authentication" in type(error).__name__ or "uthenticat" in str(error):
-                raise AuthError(
-                    "this cluster does not take this token. Set RAY_AUTH_TOKEN_PATH to a file with the token that it "
-                    "was started with"
-                ) from None
-            raise ClusterError(
-                f"this machine is part of no cluster that answers: {redacted(str(error))}. Give the address of its "
-                "dashboard instead: --address http://HOST:8265"
-            ) from error
+        about: Any = _connected()
         url = urlsplit(f"//{about.dashboard_url}") if about.dashboard_url else None
         self._dashboard = (url.hostname, url.port) if url and url.hostname and url.port else None
         self._ids: dict[str, str] = {}
@@ -185,9 +174,34 @@ class ClusterNodes(Machines):
         from ray.exceptions import RayError
 
         try:
-            return Reply(machine, self._ray.get(ref, timeout=_CONNECT_S))
+            return Reply(machine, self._ray.get(ref, timeout=_FETCH_S))
         except (RayError, ImportError) as error:
             return Reply(machine, error=_told(error))
+
+
+def _connected() -> Any:
+    """What Ray says of the cluster that it is now connected to."""
+    import ray
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    try:
+        address = canonicalize_bootstrap_address_or_die("auto")
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"this machine is part of no cluster that answers: {error}. Give the address of the dashboard of one: "
+            "--address http://HOST:8265"
+        ) from None
+    try:
+        return ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        if isinstance(error, ConnectionError) or "Authentication" in type(error).__name__:
+            raise AuthError(  # Ray itself says no more than that it could not connect
+                f"there is a Ray at {address}, and it does not let us in: its token is not that of this environment. "
+                "Set RAY_AUTH_TOKEN_PATH to a file with the token that it was started with"
+            ) from None
+        raise ClusterError(f"the Ray at {address} refused: {redacted(str(error))}") from error
 
 
 def _told(error: BaseException) -> str:

@@ -33,7 +33,7 @@ from workflows.snapshot import PACKAGES, code_archive
 from workflows.store import open_store
 from workflows.store_checks import local_root, store_checks
 
-_SURVEY_S = 150.0
+_SURVEY_S, _PORT_S = 120.0, 20.0
 _GANG_S = all_reduce.JOIN_S + 30.0
 _JOB_S = 600.0
 _POLL_S = 1.0
@@ -51,12 +51,13 @@ _PORTS = (
 
 def examine(machines: Machines, url: str, is_reduced: bool) -> list[Check]:
     """All checks, on all machines; ``is_reduced`` with an all-reduce between them."""
-    checks: list[Check] = []
-    checks += _node_checks(machines)
-    checks += _survey_checks(machines, url)
-    checks += store_checks(machines, url)
-    if is_reduced:
-        checks += all_reduce_checks(machines)
+    checks = _node_checks(machines)
+    surveyed, answering = _survey_checks(machines, url)
+    checks += surveyed
+    if answering:  # who was silent once is not waited for again
+        checks += store_checks(machines, answering, url)
+        if is_reduced:
+            checks += all_reduce_checks(machines, answering)
     return list(without_secrets(checks))
 
 
@@ -79,7 +80,8 @@ def _node_checks(machines: Machines) -> list[Check]:
     return [*checks, dashboard_check("all", [host], port)]
 
 
-def _survey_checks(machines: Machines, url: str) -> list[Check]:
+def _survey_checks(machines: Machines, url: str) -> tuple[list[Check], list[Machine]]:
+    """What the machines have, and which of them answered."""
     is_in_cluster = machines.dashboard is not None
     root = local_root(url)
     asked = [
@@ -88,15 +90,17 @@ def _survey_checks(machines: Machines, url: str) -> list[Check]:
     checks: list[Check] = []
     versions: dict[str, dict[str, str]] = {}
     codes: dict[str, str] = {}
+    answering: list[Machine] = []
     for reply in machines.ask(asked, _SURVEY_S):
         name = reply.machine.name
         if reply.value is None:
             checks.append(_silent(name, reply.error))
         else:
+            answering.append(reply.machine)
             found, codes[name] = reply.value
             checks += found.checks
             versions[name] = found.versions
-    return [*checks, *agreement_checks(versions), *_same_code(codes)]
+    return [*checks, *agreement_checks(versions), *_same_code(codes)], answering
 
 
 def _silent(node: str, error: str) -> Check:
@@ -142,9 +146,8 @@ def _same_code(digests: dict[str, str]) -> list[Check]:
 # --- the network between them -----------------------------------------------------------------------------------------
 
 
-def all_reduce_checks(machines: Machines) -> list[Check]:
+def all_reduce_checks(machines: Machines, found: Sequence[Machine]) -> list[Check]:
     """A rank a node with gloo, two on a single one; with NCCL a rank a GPU where there are any."""
-    found = machines.machines
     each = 2 if len(found) == 1 else 1
     checks = [_all_reduce(machines, "gloo", {machine: each for machine in found})]
     with_gpus = {machine: machine.gpus for machine in found if machine.gpus}
@@ -159,7 +162,7 @@ def all_reduce_checks(machines: Machines) -> list[Check]:
 def _all_reduce(machines: Machines, backend: Backend, ranks: dict[Machine, int]) -> Check:
     head = next(iter(ranks))
     name, node = f"all-reduce ({backend})", "all" if len(ranks) > 1 else head.name
-    (port,) = machines.ask([Question(head, all_reduce.free_port)], _SURVEY_S)
+    (port,) = machines.ask([Question(head, all_reduce.free_port)], _PORT_S)
     if port.value is None:
         return Check(name, node, "failure", port.error, _PORTS)
     gang = Gang(backend, sum(ranks.values()), head.host, port.value)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.everywhere import Machines, Question
+from cluster.everywhere import Machine, Machines, Question
 from cluster.preflight import Check, existing
 from pipeline.errors import CorruptionError, UserError
 from pipeline.storage import FileStorage, Place, Storage, open_storage
@@ -41,10 +41,10 @@ class View:
     """The storage's clock less that of the node; None where it cannot be asked."""
 
 
-def store_checks(machines: Machines, url: str) -> list[Check]:
-    """Look at the store at a path or URL from all machines."""
+def store_checks(machines: Machines, who: Sequence[Machine], url: str) -> list[Check]:
+    """Look at the store at a path or URL from this process and from some machines."""
     storage = open_storage(url)
-    first = machines.machines[0].name
+    first = who[0].name
     checks = [_kind_check(first, storage)]
     base = _base(storage)
     place = Place(open_storage(base) if base != storage.url else storage, f".dlm-doctor-{secrets.token_hex(6)}")
@@ -55,8 +55,8 @@ def store_checks(machines: Machines, url: str) -> list[Check]:
         todo = "choose another --store, or give this user the right to write there"
         return [*checks, Check("store", first, "failure", f"{base} cannot be written: {error}", todo)]
     try:
-        checks += _look(machines, base, place.key, word)
-        checks += _race(machines, base, place)
+        checks += _look(machines, who, base, place.key, word)
+        checks += _race(machines, who, base, place)
     finally:
         place.remove()
     return checks
@@ -82,8 +82,8 @@ def _kind_check(node: str, storage: Storage) -> Check:
 # --- what each node sees ----------------------------------------------------------------------------------------------
 
 
-def _look(machines: Machines, base: str, key: str, word: str) -> list[Check]:
-    asked = [Question(machine, view, (base, key, machine.name, word)) for machine in machines.machines]
+def _look(machines: Machines, who: Sequence[Machine], base: str, key: str, word: str) -> list[Check]:
+    asked = [Question(machine, view, (base, key, machine.name, word)) for machine in who]
     checks: list[Check] = []
     offsets: dict[str, float] = {}
     for reply in machines.ask(asked, _LOOK_S):
@@ -182,9 +182,9 @@ def clock_checks(offsets_s: dict[str, float]) -> list[Check]:
 # --- exclusive creation -----------------------------------------------------------------------------------------------
 
 
-def _race(machines: Machines, base: str, place: Place) -> list[Check]:
+def _race(machines: Machines, who: Sequence[Machine], base: str, place: Place) -> list[Check]:
     """All nodes create the same files at once: exactly one of them may succeed with each."""
-    runners = list(machines.machines) * (_ALONE_CONTESTANTS if len(machines.machines) == 1 else 1)
+    runners = list(who) * (_ALONE_CONTESTANTS if len(who) == 1 else 1)
     asked = [
         Question(machine, compete, (base, f"{place.key}/race", str(number), len(runners)))
         for number, machine in enumerate(runners)
@@ -194,7 +194,7 @@ def _race(machines: Machines, base: str, place: Place) -> list[Check]:
         todo = "exclusive creation is what commits rest on: mend the store, or use another"
         return [Check("exclusive create", one.machine.name, "failure", one.error, todo) for one in failed[:1]]
     won = [reply.value or [] for reply in replies]
-    return [race_check("all" if len(machines.machines) > 1 else runners[0].name, won, place / "race")]
+    return [race_check("all" if len(who) > 1 else who[0].name, won, place / "race")]
 
 
 def compete(base: str, key: str, name: str, contestants: int) -> list[int]:

@@ -30,6 +30,8 @@ from workflows.store import open_writable_store
 from workflows.store_checks import clock_checks, race_check
 
 ROOT = Path(__file__).parents[2]
+HERE = ThisMachine().machines
+TWO = (Machine("a", "127.0.0.1"), Machine("b", "127.0.0.1"))
 A_TOKEN = "a-token-of-the-doctor-0123456789"
 
 
@@ -350,7 +352,7 @@ def look(store: Any, monkeypatch: pytest.MonkeyPatch, kind: type[FileStorage]) -
     """The checks of a store of a kind, which must be as it was afterwards."""
     before = tree(store.root.path.parent)
     monkeypatch.setattr(store_checks, "open_storage", lambda url: kind(Path(url).resolve()))
-    checks = store_checks.store_checks(ThisMachine(), store.url)
+    checks = store_checks.store_checks(ThisMachine(), HERE, store.url)
     assert tree(store.root.path.parent) == before, "nothing is left behind"
     return checks
 
@@ -410,7 +412,7 @@ def test_file_system_without_hard_links_is_a_failure(store, monkeypatch):
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(store_checks.os, "link", refuse)
-    checks = store_checks.store_checks(ThisMachine(), store.url)
+    checks = store_checks.store_checks(ThisMachine(), HERE, store.url)
     assert "Operation not permitted" in only(checks, "hard links", "failure").found
     assert only(checks, "exclusive create", "failure"), "which rests on them"
 
@@ -426,14 +428,6 @@ def test_clocks_of_nodes_are_told_apart():
     assert all("Leases are judged by the storage's clock" in check.todo for check in checks)
 
 
-class Two(ThisMachine):
-    """Two nodes, the second of which sees other folders under the same names."""
-
-    @property
-    def machines(self) -> tuple[Machine, ...]:
-        return Machine("a", "127.0.0.1"), Machine("b", "127.0.0.1")
-
-
 def test_node_that_sees_another_store_is_named(store, monkeypatch, tmp_path):
     open_writable_store(store.url)
     seen = store_checks.view
@@ -442,7 +436,7 @@ def test_node_that_sees_another_store_is_named(store, monkeypatch, tmp_path):
         return seen(str(tmp_path / "home") if node == "b" else base, key, node, word)
 
     monkeypatch.setattr(store_checks, "view", view)
-    checks = store_checks.store_checks(Two(), store.url)
+    checks = store_checks.store_checks(ThisMachine(), TWO, store.url)
     check = only(checks, "store", "failure")
     assert check.node == "b"
     assert "another folder here" in check.found
@@ -479,12 +473,36 @@ def test_relative_store_is_refused_for_another_machine():
         examine_as_job("http://10.0.0.1:8265", "store", True)
 
 
+def test_silent_node_is_not_waited_for_again(store, monkeypatch):
+    class Half(ThisMachine):
+        @property
+        def machines(self) -> tuple[Machine, ...]:
+            return TWO
+
+        def ask(self, questions: Any, within_s: float) -> Any:
+            asked.append([question.machine.name for question in questions])
+            return super().ask(questions, 1.0)
+
+    def around(node: str, root: str, is_in_cluster: bool) -> Any:
+        if node == "b":
+            time.sleep(5.0)
+        return preflight.Survey((), GOOD), "11"
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(doctor, "look_around", around)
+    checks = doctor.examine(Half(), store.url, is_reduced=False)
+    assert only(checks, "answer", "failure").node == "b"
+    assert only(checks, "exclusive create", "ok").node == "a"
+    assert asked[0] == ["a", "b"]
+    assert {name for names in asked[1:] for name in names} == {"a"}
+
+
 # --- all-reduce -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.distributed
 def test_two_ranks_give_the_right_sums_and_times():
-    (check,) = all_reduce_checks(ThisMachine())
+    (check,) = all_reduce_checks(ThisMachine(), HERE)
     assert check.status == "ok", check
     assert check.found.startswith("2 ranks: 1 MiB in ")
     assert "64 MiB in " in check.found
@@ -495,7 +513,7 @@ def test_peers_that_cannot_be_reached_end_in_time_with_what_to_do(monkeypatch):
     with pytest.raises(RuntimeError, match="rank 1 was not through after 4 s"):
         run_ranks(Gang("gloo", 2, "127.0.0.1", free_port()), 1, 1, False, within_s=4.0)
     monkeypatch.setattr(all_reduce, "run_ranks", lambda *args: 1 / 0)
-    (check,) = all_reduce_checks(ThisMachine())
+    (check,) = all_reduce_checks(ThisMachine(), HERE)
     assert check.status == "failure"
     assert "NCCL_SOCKET_IFNAME" in check.todo
 
@@ -510,13 +528,9 @@ def test_wrong_sums_are_found(monkeypatch):
 
 
 def test_gpus_in_use_are_not_waited_for(monkeypatch):
-    class Busy(ThisMachine):
-        @property
-        def machines(self) -> tuple[Machine, ...]:
-            return (Machine("a", "127.0.0.1", gpus=8, has_free_gpus=False),)
-
+    busy = Machine("a", "127.0.0.1", gpus=8, has_free_gpus=False)
     monkeypatch.setattr(doctor, "_all_reduce", lambda machines, backend, ranks: Check(backend, "a", "ok", ""))
-    checks = all_reduce_checks(Busy())
+    checks = all_reduce_checks(ThisMachine(), [busy])
     assert [(check.name, check.status) for check in checks] == [("gloo", "ok"), ("all-reduce (nccl)", "warning")]
 
 
@@ -564,3 +578,13 @@ def test_command_that_cannot_look_says_why(dlm, monkeypatch, words, code, told):
     done = dlm("doctor", "--no-all-reduce", *words)
     assert done.code == code
     assert told in done.stderr
+
+
+@pytest.mark.ray
+def test_command_within_no_cluster_says_so_at_once(dlm, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    start_s = time.monotonic()
+    done = dlm("doctor", "--address", "auto")
+    assert time.monotonic() - start_s < 20.0
+    assert done.code == 5
+    assert "part of no cluster that answers" in done.stderr
