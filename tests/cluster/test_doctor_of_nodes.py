@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from cluster.jobs import OVER, Jobs
+from tests.support.checks import of, only, tree
 from tests.support.ray_cluster import ROOT, TOKEN, Running, cluster_env, ray_cluster
 from tests.support.toy_workflow import wait_until
-from tests.workflows.test_doctor import of, only, tree
 from tests.workflows.test_supervise import DRIVER
 from workflows.doctor import Check, parsed_checks
 from workflows.snapshot import code_archive
