@@ -15,6 +15,7 @@ from workflows.commands import (
     choosing,
     costs,
     data,
+    doctor,
     explaining,
     logs,
     looking,
@@ -63,6 +64,7 @@ app.command("sweep")(sweeping.sweep)
 app.command("gc")(upkeep.gc)
 app.command("unlock")(upkeep.unlock)
 app.command("report")(looking.report)
+app.command("doctor")(doctor.doctor)
 data_app.command("show")(data.show)
 data_app.command("verify")(data.verify)
 

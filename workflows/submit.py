@@ -24,6 +24,10 @@ class Submission:
     address: str
     user: str
     time: float
+    python: str = ""
+    """As it was given; empty for what the address decides."""
+    env: tuple[str, ...] = ()
+    """Names of variables that the job got."""
 
 
 def submit_run(
@@ -50,8 +54,8 @@ def submit_run(
         raise UserError(f"--store {store.url} is relative; give the path that all nodes see")
     env = _public_env(env_names)
     jobs = Jobs(address)
-    python = python or (sys.executable if is_loopback(address) else "python")
-    command = [python, "-m", "workflows.cli", "resume", run.run_id, "--store", store.url, "--address", "auto", *words]
+    given, python = python, python or (sys.executable if is_loopback(address) else "python")
+    command = [python, "-m", "workflows.supervise", run.run_id, "--store", store.url, "--address", "auto", *words]
     number = (holder.epoch if (holder := find_holder(run.lease_dir)) else 0) + 1
     while True:
         job_id = f"{run.run_id}-a{number}"
@@ -62,7 +66,8 @@ def submit_run(
     if job is not None:
         return job
     job = jobs.submit(job_id, command, code, {**env, "DLM_JOB_ID": job_id}, {"run": run.run_id, "user": _user()})
-    (run.directory / "jobs" / f"{job_id}.json").write(json_bytes(Submission(job_id, jobs.url, _user(), time.time())))
+    submission = Submission(job_id, jobs.url, _user(), time.time(), given, tuple(env_names))
+    (run.directory / "jobs" / f"{job_id}.json").write(json_bytes(submission))
     return job
 
 

@@ -19,6 +19,8 @@ from workflows.store import RunPlace, Store, open_store
 from workflows.summary import summarise
 
 _LIMIT_S = 900
+_FIRST = 100
+"""The source beside makes a small number: that of another run would be its own."""
 _LONGEST_S = 4.0
 """A run takes about as long."""
 
@@ -41,7 +43,10 @@ def _descendants(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
 
 def _run_with_kills(store: Store, log: Path, number: int, most: int, chance: random.Random) -> int:
     """Run the workflow to its end, killed at a random moment of each attempt; how many kills that took."""
-    settings = {**{f"{step.name}__log": str(log) for step in toy_workflow().steps}, "source__number": str(number)}
+    settings = {
+        **{f"{step.name}__log": str(log) for step in toy_workflow().steps},
+        "source__number": str(_FIRST + number),
+    }
     run_id, kills = f"r{number}", 0
     while True:
         if (store.root / "runs" / run_id / "run.json").exists():
@@ -66,7 +71,7 @@ def _calm_files(folder: Path, number: int) -> dict[str, dict[str, str]]:
     """What a run that nobody disturbs makes."""
     (folder / "log").mkdir(parents=True)
     store = open_store(folder / "store")
-    run = runs.create_run(store, toy_plan(folder / "log", source__number=number), "local")
+    run = runs.create_run(store, toy_plan(folder / "log", source__number=_FIRST + number), "local")
     coordinate(store, run, lambda: LocalExecutor(2))
     return _files(store, run)
 

@@ -17,6 +17,7 @@ from pipeline.config import parse_value, to_json
 from pipeline.errors import UserError
 from workflows import runs
 from workflows.commands.completing import DEFAULT_STORE, complete_recipes, complete_runs, complete_steps
+from workflows.coordinator import Options
 from workflows.store import Store, open_store, open_writable_store
 
 EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED = 2, 3, 4, 5, 75
@@ -71,6 +72,11 @@ StepsOnly = Annotated[
 DataOfOption = Annotated[
     str, typer.Option("--step", help="Training or packing whose data are meant; needed where a run has several.")
 ]
+
+QueueOption = Annotated[
+    float, typer.Option("--queue-timeout", min=0.0, help="Seconds to wait for what a step needs and nobody else uses.")
+]
+FailFastOption = Annotated[bool, typer.Option("--fail-fast", help="Stop everything at the first failure.")]
 
 
 def say(message: str) -> None:
@@ -152,3 +158,9 @@ def print_json(value: Any) -> None:
 def store_option(store: Store) -> str:
     """The option that names this store in a command to copy; nothing for the default one."""
     return "" if store.url == str(Path(DEFAULT_STORE).resolve()) else f" --store {shlex.quote(store.url)}"
+
+
+def option_words(queue_timeout_s: float, is_fail_fast: bool) -> list[str]:
+    """The words that give a job's command the options of how it runs."""
+    words = ["--fail-fast"] if is_fail_fast else []
+    return words if queue_timeout_s == Options.queue_timeout_s else [*words, "--queue-timeout", f"{queue_timeout_s:g}"]

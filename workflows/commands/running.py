@@ -19,6 +19,8 @@ from workflows.commands.common import (
     EXIT_INTERRUPTED,
     EXIT_UNSCHEDULABLE,
     ExecutorOption,
+    FailFastOption,
+    QueueOption,
     RecipeArgument,
     RunArgument,
     SetOption,
@@ -29,6 +31,7 @@ from workflows.commands.common import (
     console,
     executor_name,
     find_writable_store,
+    option_words,
     parse_settings,
     say,
     store_option,
@@ -45,10 +48,6 @@ from workflows.state import StepState
 from workflows.step import load_stage
 from workflows.store import RunPlace, Store
 
-QueueOption = Annotated[
-    float, typer.Option("--queue-timeout", min=0.0, help="Seconds to wait for what a step needs and nobody else uses.")
-]
-FailFastOption = Annotated[bool, typer.Option("--fail-fast", help="Stop everything at the first failure.")]
 _WITHIN = "auto"
 """The address of the cluster that this machine is part of."""
 _WITH_TRACEBACK = ("code", "transient", "infra")
@@ -121,7 +120,8 @@ def resume(
     if address and address != _WITHIN:
         from workflows.commands.submitting import hand_over
 
-        hand_over(place, run, address, "", [], selection_words(from_, until, only))
+        words = [*selection_words(from_, until, only), *option_words(queue_timeout_s, fail_fast)]
+        hand_over(place, run, address, "", [], words)
         return
     _drive(place, run, plan, runs.frozen_executor(run), Options(queue_timeout_s, fail_fast, selected), address)
 

@@ -15,6 +15,8 @@ from workflows.cancel import CancelFile
 from workflows.commands.common import (
     DEFAULT_STORE,
     EXIT_INTERRUPTED,
+    FailFastOption,
+    QueueOption,
     RunArgument,
     SetOption,
     StepsFrom,
@@ -23,11 +25,13 @@ from workflows.commands.common import (
     StoreOption,
     find_store,
     find_writable_store,
+    option_words,
     parse_settings,
     say,
     store_option,
     typed_command,
 )
+from workflows.coordinator import Options
 from workflows.lease import Holder, find_holder
 from workflows.selection import selection, selection_words
 from workflows.snapshot import code_archive
@@ -62,11 +66,13 @@ def submit(
     from_: StepsFrom = [],  # noqa: B006 - as above
     until: StepsUntil = [],  # noqa: B006 - as above
     only: StepsOnly = [],  # noqa: B006 - as above
+    queue_timeout_s: QueueOption = Options.queue_timeout_s,
+    fail_fast: FailFastOption = False,
 ) -> None:
     """Hand a run over to a Ray cluster; with the id of an existing run this is a resume."""
     place = find_writable_store(store)
     plan = runs.plan_recipe(recipe, parse_settings(settings))
-    words = selection_words(from_, until, only)
+    words = [*selection_words(from_, until, only), *option_words(queue_timeout_s, fail_fast)]
     selection(plan, place, from_, until, only)
     run = runs.create_run(place, plan, "ray", run_id, settings, typed_command())
     for line in filter(None, [*runs.advice(plan), runs.code_change(run)]):
@@ -76,6 +82,8 @@ def submit(
 
 def hand_over(store: Store, run: RunPlace, address: str, python: str, env: list[str], words: Sequence[str]) -> None:
     """Submit a job for a run and say how to follow it; ``words`` are further ones of its command."""
+    last = last_submission(run)  # what was said of the cluster then holds
+    python, env = python or (last.python if last else ""), env or (list(last.env) if last else [])
     with tempfile.TemporaryDirectory(prefix="dlm-code-") as folder:
         code = code_archive(runs.frozen_plan(run), Path(folder))
         job = submit_run(store, run, address, code, python, env, words)

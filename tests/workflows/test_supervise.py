@@ -1,0 +1,198 @@
+"""The supervisor of a coordinator, around children that do as they are told."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.local import LocalExecutor
+from tests.support.executors import NUM_CPUS
+from tests.support.toy_workflow import coordinate, fabricate, is_gone, toy_plan, wait_until
+from workflows import runs
+from workflows.supervise import published
+
+ROOT = Path(__file__).parents[2]
+CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+starts = folder / "starts"
+number = len(starts.read_text().splitlines()) if starts.exists() else 0
+plan = (folder / "plan").read_text().split(",")
+def stop(n, frame):
+    with (folder / "heard").open("a") as file: file.write(f"{n}\\n")
+    time.sleep(0.5)
+    sys.exit(75)
+if plan[0] == "work":
+    signal.signal(signal.SIGTERM, stop), signal.signal(signal.SIGINT, stop)
+with starts.open("a") as file: file.write(f"{os.getpid()}\\n")
+word, _, made = plan[min(number, len(plan) - 1)].partition("+")
+if made: (folder / f"made-{number}").touch()
+if word in ("work", "deaf"): time.sleep(60)
+if word.startswith("-"): os.kill(os.getpid(), -int(word))
+sys.exit(int(word))
+"""
+DRIVER = f"""
+import signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+from pathlib import Path
+from workflows.supervise import Supervisor
+folder = Path(sys.argv[1])
+def made():
+    if (folder / "outage").exists(): raise ConnectionError("no store")
+    return frozenset(path.name for path in folder.glob("made-*"))
+sys.exit(Supervisor([sys.executable, "-c", {CHILD!r}, str(folder)], made, float(sys.argv[2])).run())
+"""
+
+
+class Supervised:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self, plan: str, backoff_s: float = 0.02, **options: object) -> "subprocess.Popen[str]":
+        (self.folder / "plan").write_text(plan)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(self.folder), str(backoff_s)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        return self.process
+
+    def run(self, plan: str) -> tuple[int, str]:
+        process = self.start(plan)
+        _, stderr = process.communicate(timeout=50)
+        return process.returncode, stderr
+
+    @property
+    def pids(self) -> list[int]:
+        path = self.folder / "starts"
+        return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def child(self) -> psutil.Process:
+        wait_until(lambda: self.pids, "the child works")
+        return psutil.Process(self.pids[-1])
+
+    def heard(self) -> list[int]:
+        path = self.folder / "heard"
+        return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def supervised(tmp_path: Path) -> Iterator[Supervised]:
+    made = Supervised(tmp_path)
+    yield made
+    if made.process is not None:
+        for pid in made.pids:
+            if psutil.pid_exists(pid):
+                psutil.Process(pid).kill()
+        made.process.kill()
+        made.process.communicate()
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 5, 75])
+def test_endings_of_the_coordinator_are_final(supervised, code):
+    assert supervised.run(f"{code}")[0] == code
+    assert len(supervised.pids) == 1
+
+
+@pytest.mark.parametrize("death", ["-9", "-11", "1", "130"])
+def test_coordinator_that_dies_is_started_again(supervised, death):
+    code, stderr = supervised.run(f"{death},0")
+    assert code == 0
+    assert len(supervised.pids) == 2
+    assert "started again" in stderr
+    assert ("SIGKILL" in stderr) == (death == "-9")
+
+
+@pytest.mark.parametrize(("death", "code"), [("-9", 137), ("1", 1)])
+def test_without_progress_three_new_starts_are_all(supervised, death, code):
+    assert supervised.run(death)[0] == code
+    assert len(supervised.pids) == 4
+
+
+def test_progress_gives_three_new_starts_again(supervised):
+    assert supervised.run("1,1,1,1+made,1,1,1+made,1,1,0")[0] == 0
+    assert len(supervised.pids) == 10
+
+
+def test_store_that_cannot_be_read_is_no_progress_and_no_end(supervised):
+    (supervised.folder / "outage").touch()
+    code, stderr = supervised.run("1+made")
+    assert code == 1
+    assert len(supervised.pids) == 4
+    assert "no store" in stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_is_passed_on_once_and_the_child_may_save(supervised, number):
+    process = supervised.start("work")
+    supervised.child()
+    process.send_signal(number)
+    assert process.wait(20) == 75
+    assert supervised.heard() == [number]
+    assert len(supervised.pids) == 1
+
+
+def test_child_that_dies_of_the_signal_is_not_started_again(supervised):
+    process = supervised.start("deaf")
+    supervised.child()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+    assert len(supervised.pids) == 1
+
+
+def test_signal_while_it_waits_to_start_again_ends_it(supervised):
+    process = supervised.start("1", backoff_s=30.0)
+    child = supervised.child()
+    wait_until(lambda: is_gone(child), "the child is gone")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 75
+    assert len(supervised.pids) == 1
+
+
+def test_ray_tells_the_child_itself_so_the_supervisor_does_not(supervised, tmp_path):
+    """Ray's JobSupervisor signals every descendant of a job's command: twice would end it before it has saved."""
+    process = supervised.start("work")
+    child = supervised.child()
+    code = f"import os; [os.kill(pid, 15) for pid in ({process.pid}, {child.pid})]; import time; time.sleep(2)"
+    script = tmp_path / "ray::JobSupervisor.run"
+    script.write_text(code)
+    teller = subprocess.Popen([sys.executable, str(script)])
+    assert process.wait(20) == 75
+    teller.wait()
+    assert supervised.heard() == [signal.SIGTERM]
+
+
+def test_child_is_asked_to_stop_when_the_supervisor_is_killed(supervised):
+    process = supervised.start("work")
+    child = supervised.child()
+    process.kill()
+    wait_until(lambda: is_gone(child), "the child is gone")
+    assert supervised.heard() == [signal.SIGTERM]
+
+
+def test_committed_steps_and_shards_are_progress(store, log):
+    plan = toy_plan(log)
+    fabricate(store, plan, "source", "aside")
+    run = runs.create_run(store, plan, "local", "r1")
+    before = published(store, run)
+    coordinate(store, run, lambda: LocalExecutor(NUM_CPUS))
+    new = published(store, run) - before
+    assert {name for name in new if name.startswith("step ")} == {"step double", "step total"}
+    assert len([name for name in new if "/shards/" in name]) == 3
+
+
+def test_run_that_is_not_there_is_a_usage_error(store):
+    command = [sys.executable, "-m", "workflows.supervise", "r1", "--store", store.url]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 2
+    assert "there is no run 'r1'" in done.stderr

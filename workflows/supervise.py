@@ -1,0 +1,152 @@
+"""Keeps the coordinator of a run alive: ``python -m workflows.supervise RUN --store URL --address auto``.
+
+Ray does not try a job again.  The coordinator's own endings are final; one that dies is started again, and goes on from
+the store.
+"""
+
+import argparse
+import ctypes
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from workflows.store import RunPlace, Store
+
+ENDINGS = frozenset({0, 2, 3, 4, 5, 75})
+"""Codes with which ``dlm`` says what happened; all others are those of a process that died."""
+INTERRUPTED = 75
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_MAX_DEATHS = 3
+"""Deaths in a row after each of which it is started again, unless something was published in between."""
+_BACKOFF_S, _MAX_BACKOFF_S = 2.0, 60.0
+_LOOK_S = 0.1
+_PR_SET_PDEATHSIG = 1
+_SI_KERNEL = 0x80
+_RAY_JOB = "JobSupervisor"
+"""In the title of the process by which Ray runs a job."""
+
+
+@dataclass
+class Supervisor:
+    """Runs a command until it ends by itself.  The process must have blocked ``_SIGNALS`` before it had threads."""
+
+    command: Sequence[str]
+    published: Callable[[], frozenset[str]]
+    """What the command has made so far: it made progress if there is something new."""
+    backoff_s: float = _BACKOFF_S
+
+    def run(self) -> int:
+        """The code to exit with: that of the command; 128 and the signal for one that died of it once too often."""
+        seen, deaths = self._published(frozenset()), 0
+        while True:
+            code, is_asked = self._run_once()
+            if code in ENDINGS:
+                return code
+            if is_asked:
+                return INTERRUPTED
+            found = self._published(seen)
+            deaths = 1 if found - seen else deaths + 1
+            seen |= found
+            how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            if deaths > _MAX_DEATHS:
+                _say(f"the coordinator {how}; after {_MAX_DEATHS} new starts without progress it is given up")
+                return code if code > 0 else 128 - code
+            wait_s = min(self.backoff_s * 2 ** (deaths - 1), _MAX_BACKOFF_S)
+            _say(f"the coordinator {how}; it is started again in {wait_s:g} s ({deaths} of {_MAX_DEATHS})")
+            if signal.sigtimedwait(_SIGNALS, wait_s) is not None:
+                return INTERRUPTED
+
+    def _published(self, otherwise: frozenset[str]) -> frozenset[str]:
+        try:
+            return self.published()
+        except OSError as error:  # the store may be what the coordinator died of
+            _say(f"what the run has made cannot be read now: {error}")
+            return otherwise
+
+    def _run_once(self) -> tuple[int, bool]:
+        """Its code, and whether it was asked to end."""
+        child = subprocess.Popen(self.command, preexec_fn=_prepare_child)
+        is_asked = False
+        while child.poll() is None:
+            found = signal.sigtimedwait(_SIGNALS, _LOOK_S)
+            if found is not None:
+                is_asked = True
+                if not _was_sent_to_all(found):
+                    child.send_signal(found.si_signo)
+        return child.returncode, is_asked
+
+
+def _was_sent_to_all(found: signal.struct_siginfo) -> bool:
+    """Whether the child got this signal too: a second one would not let it save.
+
+    A terminal tells all processes in its foreground, and Ray all that descend from the command of a job.
+    """
+    if found.si_code == _SI_KERNEL:
+        return True
+    try:
+        return _RAY_JOB in " ".join(psutil.Process(found.si_pid).cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
+
+def _prepare_child() -> None:
+    """Let it hear signals, and be asked to stop when the supervisor is killed: nobody would start it again."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def published(store: "Store", run: "RunPlace") -> frozenset[str]:
+    """Names of what a run has made and keeps: committed steps, shards, checkpoints."""
+    from workflows.runs import frozen_plan  # noqa: PLC0415 - as in main
+    from workflows.step import load_stage  # noqa: PLC0415
+
+    names = {f"step {event['step']}" for event in run.events() if event["kind"] == "step_committed"}
+    for step in frozen_plan(run).steps:
+        place = store.artifact(load_stage(step.stage).name, step.fingerprint)
+        for folder in (place.directory / "shards", place.state):
+            names |= {
+                str(folder / name) for name in folder.names() if name.endswith(".json") or name.startswith("step-")
+            }
+    return frozenset(names)
+
+
+def _supervise(words: Sequence[str] | None = None) -> None:
+    from workflows.store import open_store  # noqa: PLC0415 - as in main
+
+    about = "Whatever else is given is passed on to dlm resume."
+    parser = argparse.ArgumentParser(
+        prog="python -m workflows.supervise", description=__doc__, epilog=about, allow_abbrev=False
+    )
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--address", default="auto")
+    given, more = parser.parse_known_args(words)
+    store = open_store(given.store)
+    run = store.run(given.run)
+    resume = ["resume", given.run, "--store", given.store, "--address", given.address, *more]
+    command = [sys.executable, "-m", "workflows.cli", *resume]
+    sys.exit(Supervisor(command, lambda: published(store, run)).run())
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"supervisor: {message}\n")
+    sys.stderr.flush()
+
+
+def main() -> None:
+    """Supervise the coordinator of a run."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    from workflows import cli  # noqa: PLC0415 - libraries start threads, which must not hear what was blocked before
+
+    cli.main(_supervise)
+
+
+if __name__ == "__main__":
+    main()
