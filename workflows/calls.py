@@ -121,7 +121,8 @@ class Queue:
             if flight.has_begun or now - flight.given_at_s < _SHOWN_AFTER_S:
                 continue
             shortage = self._executor.shortage(flight.call)
-            if shortage is None:
+            if shortage is None:  # it is being started, and holds what the others wait for
+                self._idle_since_s = now
                 continue
             if not any(other.has_begun for other in state.flights.values()):
                 if state.status != "queued":
