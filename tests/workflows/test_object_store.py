@@ -1,6 +1,5 @@
 """Runs, races and a training whose store is an object store behind a real API server."""
 
-import dataclasses
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from tests.workflows.test_store import run_together
 from workflows import runs
 from workflows.cancel import CancelFile
 from workflows.copies import local_copy
+from workflows.lease import Lease
 from workflows.state import StepState
 from workflows.store import Store, open_writable_store
 
@@ -176,8 +176,9 @@ def test_a_training_killed_goes_on_from_the_store_on_other_machines_to_the_same_
     state = store.root / object_training.STATE
     assert [name for name in state.names() if name.endswith(".json")][-1] == "step-00000008.json"
     shutil.rmtree(tmp_path / "first")
+    Lease(store.root / "lease", piece.lease_epoch).release()
     next_piece = object_training.piece_of(store, config, made, tmp_path / "log-2")
-    gang = go(dataclasses.replace(next_piece), tmp_path / "second", environment)
+    gang = go(next_piece, tmp_path / "second", environment)
     assert gang.wait() == [0] * workers, gang.log()
     assert "continuing after step 8 from step-00000008" in gang.log(0)
     artifact = local_copy(store.root / object_training.OUT)
@@ -185,4 +186,4 @@ def test_a_training_killed_goes_on_from_the_store_on_other_machines_to_the_same_
     assert len(metrics(found)) == config.num_steps
     assert differences(config, found, straight) == []
     assert open_artifact(found).stats["missing_metrics"] == 0
-    assert (store.root / piece.work / "usage-0.json").exists()
+    assert (store.root / next_piece.work / "usage-0.json").exists()
