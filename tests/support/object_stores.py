@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -79,12 +80,16 @@ def gs_server() -> Iterator[dict[str, str]]:
     with FakeGCSServer() as server:
         if before is None:
             del os.environ["STORAGE_EMULATOR_HOST"]
+        assert server._process is not None
+        said = server._process.stderr  # a pipe, which stops the server once it is full
+        reader = threading.Thread(target=deque, args=(said, 0), name="gs", daemon=True)
+        reader.start()
         body = json.dumps({"name": BUCKET}).encode()
         headers = {"Content-Type": "application/json"}
         with urllib.request.urlopen(urllib.request.Request(f"{server.url}/storage/v1/b?project=p", body, headers)):
             yield {"STORAGE_EMULATOR_HOST": server.url}
-        assert server._process is not None
-        server._process.stderr.close()
+    reader.join()
+    said.close()
 
 
 class LosesAnswers:
