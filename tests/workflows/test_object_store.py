@@ -10,7 +10,6 @@ import pytest
 from cluster.executor import Executor
 from cluster.local import LocalExecutor
 from pipeline.artifact import open_artifact, read_json
-from pipeline.errors import UserError
 from tests.support import object_training, races
 from tests.support.executors import NUM_CPUS
 from tests.support.resuming import differences
@@ -23,7 +22,7 @@ from workflows.cancel import CancelFile
 from workflows.copies import local_copy
 from workflows.lease import Lease
 from workflows.state import StepState
-from workflows.store import Store, open_writable_store
+from workflows.store import RunExistsError, Store, open_writable_store
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -139,11 +138,10 @@ def test_shards_of_another_artifact_are_copied_within_the_store(s3_store: Store,
     assert (local_copy(states["copies"].output) / "text.txt").read_text() == "aabbcc"
 
 
-def test_a_second_run_of_the_same_name_and_plan_is_refused(s3_store: Store, log: Path) -> None:
-    plan = toy_plan(log)
-    runs.create_run(s3_store, plan, "local", "r1")
-    with pytest.raises(UserError, match="there is a run 'r1' already"):
-        runs.create_run(s3_store, plan, "local", "r1")
+def test_a_run_that_is_created_twice_with_the_same_plan_was_there_the_second_time(s3_store: Store) -> None:
+    s3_store.create_run("r1", {"plan": 1})
+    with pytest.raises(RunExistsError, match="there is a run 'r1' already"):
+        s3_store.create_run("r1", {"plan": 1})
 
 
 def test_a_node_that_fails_and_is_gone_costs_a_retry(s3_store: Store, log: Path, no_backoff: None) -> None:
