@@ -35,6 +35,7 @@ from typing import Any, Literal
 from pipeline.artifact import MANIFEST, Manifest, checked_files, fsync_dir, open_artifact, record_files, write_json
 from pipeline.config import fingerprint, from_json, identity, parse_json, to_json
 from pipeline.errors import CorruptionError, UserError
+from pipeline.mirror import Mirror
 
 Shard = dict[str, Any]
 """One piece of a map stage, as JSON values, with a unique "name" that can name a directory.
@@ -110,6 +111,8 @@ class StageContext:
     """Writes down why this process is about to end, for a watchdog that ends it without raising."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """``run_id`` and the like, for tracking."""
+    mirror: Mirror | None = None
+    """Of ``state``, where that is a directory of this machine which goes with it: what is to survive is published."""
 
 
 class Stopped(Exception):

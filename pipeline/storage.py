@@ -10,22 +10,19 @@ On a file system ``create`` is link(2), which is atomic and exclusive locally an
 it is a PUT on the condition that there is no such object (``If-None-Match: *``, ``ifGenerationMatch=0``).
 """
 
-import contextlib
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Protocol
 
 from pipeline.artifact import create_file, write_atomic
 from pipeline.errors import UserError
+from pipeline.object_storage import OBJECT_STORES, ObjectStorage
 
-OBJECT_STORES = {"s3": "s3fs", "gs": "gcsfs"}
-"""Schemes of URLs -> package that fsspec needs for them."""
 CACHE_ENV = "DLM_CACHE"
 """Directory for copies of what lies in an object store."""
 
@@ -48,7 +45,10 @@ class Storage(Protocol):
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Create a file, complete and durable; False if there was one."""
+        """Create a file, complete and durable; False if there was one.
+
+        Of several who try, each has bytes of its own: on an object store they tell who it was.
+        """
         ...
 
     def write(self, key: str, data: bytes, is_durable: bool = True) -> None:
@@ -214,149 +214,6 @@ class FileStorage(Storage):
             shutil.copy2(self.path(key), target)
 
 
-@dataclass(frozen=True)
-class ObjectStorage(Storage):
-    """A bucket, or what lies under a prefix in one."""
-
-    scheme: str
-    root: str
-    """Bucket and prefix."""
-
-    @property
-    def url(self) -> str:
-        """scheme://bucket/prefix."""
-        return f"{self.scheme}://{self.root}"
-
-    @cached_property
-    def _fs(self) -> Any:
-        """The fsspec file system, which asks the store every time: what another machine wrote must be seen."""
-        import fsspec
-
-        options: dict[str, Any] = {"use_listings_cache": False}
-        if self.scheme == "gs" and (emulator := os.environ.get("STORAGE_EMULATOR_HOST")):
-            options |= {"endpoint_url": emulator, "token": "anon"}
-        try:
-            return fsspec.filesystem(self.scheme, **options)
-        except ImportError:
-            raise UserError(
-                f"{self.url} needs the package {OBJECT_STORES[self.scheme]}: pip install 'dlm[{self.scheme}]'"
-            ) from None
-
-    def _at(self, key: str) -> str:
-        return f"{self.root}/{key}" if key else self.root
-
-    @property
-    def poll_s(self) -> float:
-        """A request, which is billed."""
-        return 5.0
-
-    def path(self, key: str) -> None:
-        """None: it is in no file system."""
-        return
-
-    def create(self, key: str, data: bytes) -> bool:
-        """A conditional PUT.
-
-        One whose answer was lost is sent again by the client and then finds what it has itself written: whose bytes lie
-        there decides.
-        """
-        with _translated(self.url):
-            try:
-                self._fs.pipe_file(self._at(key), data, mode="create")
-            except FileExistsError:
-                return self.read(key) == data
-        return True
-
-    def write(self, key: str, data: bytes, is_durable: bool = True) -> None:
-        """A PUT."""
-        with _translated(self.url):
-            self._fs.pipe_file(self._at(key), data)
-
-    def touch(self, key: str) -> None:
-        """A PUT of nothing."""
-        self.write(key, b"")
-
-    def read(self, key: str) -> bytes:
-        """A GET."""
-        with _translated(self.url):
-            return self._fs.cat_file(self._at(key))
-
-    def exists(self, key: str) -> bool:
-        """A HEAD, and a listing of one where there is no such object."""
-        with _translated(self.url):
-            return self._fs.exists(self._at(key))
-
-    def names(self, key: str) -> list[str]:
-        """A listing up to the next slash."""
-        with _translated(self.url):
-            try:
-                found = self._fs.ls(self._at(key), detail=False, refresh=True)
-            except FileNotFoundError:
-                return []
-        return sorted(name for name in {path.rstrip("/").rpartition("/")[2] for path in found} if name)
-
-    def sizes(self, key: str) -> dict[str, int]:
-        """A listing."""
-        with _translated(self.url):
-            found: dict[str, Any] = self._fs.find(self._at(key), detail=True, withdirs=False)
-        start = len(self._at(key)) + 1
-        return {path[start:]: info["size"] for path, info in sorted(found.items()) if len(path) > start}
-
-    def modified(self, key: str) -> float:
-        """LastModified, of whole seconds on S3."""
-        with _translated(self.url):
-            return self._fs.modified(self._at(key)).timestamp()
-
-    def now(self, key: str) -> float:
-        """The LastModified of an object that is made and deleted."""
-        probe = f"{key}/.clock-{secrets.token_hex(4)}"
-        self.write(probe, b"")
-        now = self.modified(probe)
-        self.remove(probe)
-        return now
-
-    def remove(self, key: str) -> None:
-        """DELETE of every object at or below a key."""
-        with _translated(self.url), contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._at(key), recursive=True)
-
-    def upload(self, source: Path, key: str) -> None:
-        """A PUT, in parts if it is large."""
-        with _translated(self.url):
-            self._fs.put_file(str(source), self._at(key))
-
-    def download(self, key: str, target: Path) -> None:
-        """A GET."""
-        with _translated(self.url):
-            self._fs.get_file(self._at(key), str(target))
-
-    def copy(self, key: str, to: str) -> None:
-        """A copy by the store itself."""
-        with _translated(self.url):
-            self._fs.cp_file(self._at(key), self._at(to))
-
-
-@contextlib.contextmanager
-def _translated(url: str) -> Iterator[None]:
-    """Errors of the clients of object stores as those of the standard library, which have classes."""
-    try:
-        yield
-    except (OSError, UserError) as error:
-        if isinstance(error, PermissionError):
-            raise UserError(
-                f"{url} refuses this: {error}. Check the credentials and the rights on the bucket"
-            ) from error
-        raise
-    except Exception as error:
-        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"):
-            raise UserError(
-                f"{url}: {error}. Set the credentials that its client reads from the environment"
-            ) from error
-        if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google"):
-            raise ConnectionError(f"{url}: {type(error).__name__}: {error}") from error
-        raise
-
-
 def open_storage(url: str) -> Storage:
     """The storage at a path or a URL.  UserError for a scheme that is not known, or a bucket without a name."""
     scheme, separator, rest = url.partition("://")
@@ -367,7 +224,7 @@ def open_storage(url: str) -> Storage:
         raise UserError(
             f"{url}: the scheme is {scheme!r}; a store is a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
         )
-    root = rest.strip("/")
+    root = rest.rstrip("/")
     if not root or any(part in ("", ".", "..") for part in root.split("/")):
         raise UserError(f"{url} names no bucket and prefix; write {scheme}://BUCKET/PREFIX")
     return _object_storage(scheme, root)
@@ -453,3 +310,11 @@ class Place:
     def remove(self) -> None:
         """``Storage.remove``."""
         self.storage.remove(self.key)
+
+    def upload(self, source: Path) -> None:
+        """``Storage.upload``."""
+        self.storage.upload(source, self.key)
+
+    def download(self, target: Path) -> None:
+        """``Storage.download``."""
+        self.storage.download(self.key, target)

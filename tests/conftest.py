@@ -3,6 +3,8 @@
 Imports stay inside the fixtures: dlm_core must not be imported before its shapes are instrumented.
 """
 
+import secrets
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,3 +49,45 @@ def weights(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Path:
     from tests.support.tiny_run import convert
 
     return convert(alone, tmp_path_factory.mktemp("weights") / "convert")
+
+
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[Mapping[str, str]]:
+    """A running S3 server."""
+    from tests.support.object_stores import s3_server
+
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def gs_environment() -> Iterator[Mapping[str, str]]:
+    """A running server of Google Cloud Storage."""
+    from tests.support.object_stores import gs_server
+
+    with gs_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def s3_url(monkeypatch: pytest.MonkeyPatch, s3_environment: Mapping[str, str]) -> str:
+    """An empty store on S3."""
+    return _empty(monkeypatch, s3_environment, "s3")
+
+
+@pytest.fixture
+def gs_url(monkeypatch: pytest.MonkeyPatch, gs_environment: Mapping[str, str]) -> str:
+    """An empty store on Google Cloud Storage."""
+    return _empty(monkeypatch, gs_environment, "gs")
+
+
+def _empty(monkeypatch: pytest.MonkeyPatch, environment: Mapping[str, str], scheme: str) -> str:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return f"{scheme}://bucket/{secrets.token_hex(4)}/store"
+
+
+@pytest.fixture(params=["files", "s3", "gs"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store of each kind."""
+    return str(tmp_path / "store") if request.param == "files" else request.getfixturevalue(f"{request.param}_url")

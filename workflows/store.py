@@ -313,7 +313,8 @@ class Store:
         """Freeze a plan under a new run id."""
         run = self.run_place(run_id)
         self.mark()
-        if not (run.directory / "run.json").create(json_bytes(plan)):
+        value = {**plan, "id": secrets.token_hex(8)}  # bytes of its own, as ``Storage.create`` wants them
+        if not (run.directory / "run.json").create(json_bytes(value)):
             raise RunExistsError(
                 f"there is a run {run_id!r} already; continue it with: dlm resume {run_id}. "
                 "For other settings leave --run-id out, or give another"

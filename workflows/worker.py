@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pipeline.artifact import MANIFEST, checked_files, json_bytes, read_json, write_json
 from pipeline.config import from_json
 from pipeline.errors import ErrorClass, HangError, UserError, classify, is_disk_full
+from pipeline.mirror import Mirror
 from pipeline.stage import (
     StageContext,
     Stats,
@@ -174,15 +175,18 @@ def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
             lease.check()
             if cancel():
                 raise Stopped("the run was asked to stop")
+            state = _prepared(root / piece.state)
+            is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
             context = StageContext(
                 out=_prepared(root / piece.out),
-                state=_prepared(root / piece.state),
+                state=state,
                 fingerprint=piece.fingerprint,
                 progress=_ProgressFile(work / "progress.json"),
                 should_stop=lambda: cancel() or bool(notice()),
                 fence=lease.check,
                 failed=lambda error: _write_failure(work, reserve, error, rank),
                 labels={"run_id": piece.run_id, "step": piece.step},
+                mirror=None if root.is_local else Mirror(root / piece.state, state, is_first_here),
             )
             result = _work(piece, root, context)
             if rank == 0:

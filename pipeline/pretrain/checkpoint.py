@@ -3,6 +3,9 @@
 A checkpoint is complete or absent.  Every rank writes into a staging directory; when all files are on the disk, rank 0
 writes the manifest and renames the directory into place.  Readers list ``step-*`` directories, newest first, verify all
 hashes before anything is parsed, and set damaged ones aside.  What is in the files: pipeline/training_state.py.
+
+With a store that is no file system, every rank has brought its file there by then, and the exclusive creation of a
+record takes the place of the rename (pipeline/mirror.py).  One who goes on brings the newest to its machine first.
 """
 
 import shutil
@@ -12,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import MANIFEST, FileRecord, fsync_dir, remove_tree
+from pipeline.artifact import MANIFEST, FileRecord, fsync_dir, record_file, remove_tree
 from pipeline.config import diff
 from pipeline.errors import CorruptionError, UserError
+from pipeline.mirror import Mirror, Published
 from pipeline.pretrain.ranks import Ranks, done_by_all, done_by_first
 from pipeline.training_state import (
     CheckpointManifest,
@@ -80,6 +84,67 @@ def _propose(
             "the storage was ill and is mended, give the newest corrupt-step-* its old name back"
         )
     return None
+
+
+def newest_mirrored(
+    mirror: Mirror,
+    ranks: Ranks,
+    warn: Callable[[str], None],
+    accept: Callable[[Path, CheckpointManifest], object] = lambda checkpoint, manifest: None,
+) -> tuple[Path, CheckpointManifest] | None:
+    """As ``newest_valid``, of what was published in an object store, and afterwards is whole on each machine.
+
+    What else the machines have of checkpoints is deleted: it may never have been published.
+    """
+    while (name := done_by_first(ranks, partial(_newest_name, mirror))) is not None:
+        try:
+            done_by_all(ranks, partial(_bring, mirror, name, ranks.rank == 0))
+            manifest = done_by_first(ranks, partial(_judge, mirror.directory / name, accept))
+            return mirror.directory / name, manifest
+        except CorruptionError as error:
+            done_by_first(ranks, partial(_set_record_aside, mirror, name, error, warn))
+    done_by_all(ranks, partial(_forget_others, mirror, ""))
+    return None
+
+
+def _newest_name(mirror: Mirror) -> str | None:
+    if names := mirror.names():
+        return names[0]
+    if mirror.has_aside():
+        raise CorruptionError(
+            f"all checkpoints in {mirror.place} are damaged. To train again from step 0, delete that folder. If only "
+            "the storage was ill and is mended, give the newest corrupt-step-*.json its old name back"
+        )
+    return None
+
+
+def _bring(mirror: Mirror, name: str, is_first: bool) -> None:
+    _forget_others(mirror, name)
+    if mirror.is_first_here:
+        mirror.pull(name)
+    if is_first:
+        mirror.pull_beside(name)
+
+
+def _forget_others(mirror: Mirror, name: str) -> None:
+    if mirror.is_first_here:
+        clear_staging(mirror.directory)
+        for checkpoint in list_checkpoints(mirror.directory):
+            if checkpoint.name != name:
+                remove_tree(checkpoint)
+
+
+def _judge(checkpoint: Path, accept: Callable[[Path, CheckpointManifest], object]) -> CheckpointManifest:
+    """The manifest of a checkpoint whose bytes are those that were published."""
+    manifest = read_manifest(checkpoint)
+    accept(checkpoint, manifest)
+    check_sizes(checkpoint, manifest)
+    check_content(checkpoint, manifest)
+    return manifest
+
+
+def _set_record_aside(mirror: Mirror, name: str, error: CorruptionError, warn: Callable[[str], None]) -> None:
+    warn(f"{error}; set aside as {mirror.set_aside(name)}, falling back to the checkpoint before")
 
 
 def _verify_together(
@@ -161,14 +226,48 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(directory).free
 
 
-def publish(staging: Path, manifest: CheckpointManifest) -> None:
-    """Rank 0: check the file set, write the manifest, rename the staging directory into place."""
-    final = staging.with_name(checkpoint_name(manifest.step))
+def folder_of(staging: Path) -> str:
+    """Where a mirror has the files of a staging directory."""
+    return staging.name.replace("staging", "step", 1)
+
+
+def publish(
+    staging: Path, manifest: CheckpointManifest, mirror: Mirror | None = None, beside: Sequence[Path] = ()
+) -> None:
+    """Rank 0: check the file set, write the manifest, and let it count in one atomic step.
+
+    That is a rename of the staging directory; with a mirror, where all ranks have uploaded their files, the creation of
+    a record, and the ``beside`` files go along.
+    """
     check_file_set(staging, manifest.topology, manifest.files)
     try:
-        check_sizes(staging, manifest)
+        if mirror is None:
+            _publish_here(staging, manifest)
+        else:
+            _publish_there(staging, manifest, mirror, beside)
     except CorruptionError as error:
         raise CorruptionError(f"{error}, unlike what its rank has written; nothing was published") from error
+
+
+def _publish_there(staging: Path, manifest: CheckpointManifest, mirror: Mirror, beside: Sequence[Path]) -> None:
+    folder = folder_of(staging)
+    write_manifest(staging, manifest)
+    mirror.upload(staging / MANIFEST, folder)
+    files = [*manifest.files, record_file(staging, Path(MANIFEST))]
+    along = [mirror.upload_beside(path, folder) for path in beside]
+    mirror.publish(checkpoint_name(manifest.step), Published(folder, files, along))
+
+
+def settle(staging: Path, step: int) -> None:
+    """Keep what this machine has written of a checkpoint that a mirror has published: it need not be fetched."""
+    final = staging.with_name(checkpoint_name(step))
+    remove_tree(final)
+    staging.rename(final)
+
+
+def _publish_here(staging: Path, manifest: CheckpointManifest) -> None:
+    final = staging.with_name(checkpoint_name(manifest.step))
+    check_sizes(staging, manifest)
     write_manifest(staging, manifest)
     if final.exists() and _is_whole(final):
         shutil.rmtree(staging)  # the same step of the same training, published by an attempt that was thought dead
@@ -203,6 +302,12 @@ def retain(
             shutil.rmtree(checkpoint)
         except OSError as error:
             warn(f"the old checkpoint {checkpoint} could not be deleted ({error}); delete it by hand")
+
+
+def retain_mirrored(mirror: Mirror, keep: int, *, verified: int, pinned: Collection[int] = ()) -> None:
+    """As ``retain``, of what was published in an object store; and delete what attempts that died had uploaded."""
+    spared = {checkpoint_name(step) for step in (verified, *pinned)}
+    mirror.remove(name for name in mirror.names()[keep:] if name not in spared)
 
 
 def clear_staging(directory: Path) -> None:

@@ -60,11 +60,13 @@ def _run_watched(
     is_first = training.ranks.rank == 0
     if is_first:
         log = training.checkpointer.log = open_log(context.state / METRICS_FILE, first_step)
+        training.checkpointer.beside = [context.state / METRICS_FILE]
         with make_tracker(config, context, log, training.model_config.num_params()) as tracker:
             train(training, first_step, tracker)
     else:
         train(training, first_step, None)
     watchdog.phase("end")
+    training.checkpointer.gather({config.num_steps, *training.steps_to_keep()}, watchdog.beat)
     verify_averaged(training)
     stats = write_artifact(training, open_rows(inputs["rows"])) if is_first else None
     leave_process_group()
@@ -159,8 +161,11 @@ def make_tracker(config: PretrainConfig, context: StageContext, log: MetricsLog,
 def verify_averaged(training: Training) -> None:
     """All ranks: CorruptionError unless the checkpoints to be averaged have the bytes that were saved.
 
-    They may have lain there for weeks; the last one was written, or verified, by this process.
+    They may have lain there for weeks; the last one was written, or verified, by this process.  What was fetched from
+    an object store has been verified by that.
     """
+    if training.context.mirror is not None:
+        return
     for step in training.steps_to_keep():
         if step != training.checkpointer.last_saved:
             checkpoint = training.context.state / checkpoint_name(step)

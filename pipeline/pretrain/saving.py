@@ -9,7 +9,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,10 +20,14 @@ from pipeline.errors import CorruptionError, is_disk_full
 from pipeline.pretrain.checkpoint import (
     changes_of_identity,
     clear_staging,
+    folder_of,
     free_bytes,
+    newest_mirrored,
     newest_valid,
     publish,
     retain,
+    retain_mirrored,
+    settle,
 )
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.meter import Stopwatch
@@ -36,6 +40,7 @@ from pipeline.training_state import (
     StateFiles,
     Topology,
     check_coverage,
+    checkpoint_name,
     file_name,
 )
 
@@ -124,7 +129,8 @@ class Checkpointer:
         import torch
 
         self.config, self.context, self.ranks, self.belonging = config, context, ranks, belonging
-        self._state = state
+        self._state, self._mirror = state, context.mirror
+        self._is_first_here = ranks.rank == 0 if context.mirror is None else context.mirror.is_first_here
         self.log: MetricsLog | None = None
         """Brought to the disk before a checkpoint is published, which must not outlive the metrics of its steps."""
         self.last_saved = -1
@@ -133,6 +139,8 @@ class Checkpointer:
         """JSON values, the same on all ranks, that ``save`` keeps and ``restore`` gives back."""
         self.stall = Stopwatch()
         """On while training waits for checkpoints: the one measure of that."""
+        self.beside: list[Path] = []
+        """Files of rank 0 in the state that have to come along where a mirror takes the checkpoints."""
         self.pinned: frozenset[int] = frozenset()
         """Steps whose checkpoints are never deleted."""
         written = state.written(ranks.rank)
@@ -151,9 +159,7 @@ class Checkpointer:
 
         Raises UserError if it is of another training.
         """
-        state = self.context.state
-        done_by_first(self.ranks, lambda: clear_staging(state))
-        found = newest_valid(state, self.ranks, warn, self._changes)
+        found = self._newest()
         if found is None:
             return 0
         path, manifest = found
@@ -163,6 +169,17 @@ class Checkpointer:
         self.extras, self.last_saved = manifest.extras, manifest.step
         print(f"continuing after step {manifest.step} from {path.name}", flush=True)  # noqa: T201
         return manifest.step
+
+    def _newest(self) -> tuple[Path, CheckpointManifest] | None:
+        if self._mirror is not None:
+            return newest_mirrored(self._mirror, self.ranks, warn, self._changes)
+        done_by_first(self.ranks, lambda: clear_staging(self.context.state))
+        return newest_valid(self.context.state, self.ranks, warn, self._changes)
+
+    def gather(self, steps: Collection[int], beat: Callable[[], None]) -> None:
+        """Bring the checkpoints of all machines, whole, to that of rank 0; there they are without a mirror."""
+        if (mirror := self._mirror) is not None:
+            done_by_first(self.ranks, lambda: [mirror.pull(checkpoint_name(step), beat) for step in sorted(steps)])
 
     def make_room(self) -> None:
         """Delete old checkpoints where there is no room for the next one; OSError on all ranks if there still is none.
@@ -216,6 +233,7 @@ class Checkpointer:
             return
         staging = self.context.state / name
         path, snapshot, is_copied = staging / file_name(self.ranks.rank), self._snapshot, threading.Event()
+        mirror = self._mirror
         manifest = CheckpointManifest(
             step=step,
             fingerprint=self.belonging.fingerprint,
@@ -235,7 +253,10 @@ class Checkpointer:
                 snapshot.take()
             finally:
                 is_copied.set()
-            return write_file(path, snapshot.header, snapshot.data)
+            record = write_file(path, snapshot.header, snapshot.data)
+            if mirror is not None:
+                mirror.upload(path, folder_of(staging))
+            return record
 
         work = Aside(copy_and_write)
         self._saving = _Saving(manifest, staging, is_last, begun_s, stall_before_s, work, is_copied)
@@ -276,7 +297,7 @@ class Checkpointer:
         step = saving.manifest.step
         if problem is not None:
             self._saving = None
-            if self.ranks.rank == 0:
+            if self._is_first_here:
                 shutil.rmtree(saving.staging, ignore_errors=True)
             self._failed(step, problem, saving.is_last)
         elif not saving.is_written:
@@ -287,7 +308,9 @@ class Checkpointer:
         else:
             self._saving, self.last_saved, self._failures = None, step, 0
             self._tell(saving)
-            if self.ranks.rank == 0:
+            if self._is_first_here:
+                if self._mirror is not None:
+                    settle(saving.staging, step)
                 self._deletion = Aside(lambda: self._retain(step))
 
     def _tell(self, saving: _Saving) -> None:
@@ -303,10 +326,13 @@ class Checkpointer:
         self.context.fence()
         if self.log is not None:
             self.log.sync()
-        publish(staging, manifest)
+        publish(staging, manifest, self._mirror, [path for path in self.beside if path.exists()])
 
     def _retain(self, verified: int) -> None:
-        retain(self.context.state, self.config.keep_checkpoints, warn, verified=verified, pinned=self.pinned)
+        keep = self.config.keep_checkpoints
+        if self._mirror is not None and self.ranks.rank == 0:
+            retain_mirrored(self._mirror, keep, verified=verified, pinned=self.pinned)
+        retain(self.context.state, keep, warn, verified=verified, pinned=self.pinned)
 
     def _end_deletion(self) -> None:
         if self._deletion is not None:

@@ -1,27 +1,28 @@
 """What several processes do to one store at the same time; each function runs in a process of its own."""
 
+import hashlib
 import time
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import MANIFEST, Manifest, open_artifact, record_files, write_json
+from pipeline.artifact import MANIFEST, FileRecord, Manifest, json_bytes
 from pipeline.errors import LeaseLostError
 from pipeline.stage import Shard
 from pipeline.storage import Place, open_storage
 from workflows.lease import Lease, LeaseHeldError, acquire_lease
-from workflows.store import ArtifactPlace
+from workflows.store import ArtifactPlace, open_attempt
 
 NUM_ROUNDS = 15
 NUM_PLACES = 15
 
 
-def place_at(path: Path) -> Place:
-    """A directory as a place of the store."""
+def place_at(path: Path | str) -> Place:
+    """A directory or a URL as a place of the store."""
     return Place(open_storage(str(path)))
 
 
-def race_for_lease(directory: Path, barrier: Barrier, answers: Any) -> None:
+def race_for_lease(directory: Path | str, barrier: Barrier, answers: Any) -> None:
     """In every round, try once; the winner releases before the next round."""
     barrier.wait()
     for number in range(NUM_ROUNDS):
@@ -40,15 +41,24 @@ def race_for_lease(directory: Path, barrier: Barrier, answers: Any) -> None:
 def finished_attempt(place: ArtifactPlace, lease: Lease, text: str, shard: Shard | None = None) -> Place:
     """An attempt that is ready to be committed."""
     attempt = place.new_attempt(lease)
-    attempt.path.mkdir(parents=True)
-    (attempt.path / "value.txt").write_text(text)
+    (attempt / "value.txt").write(text.encode())
+    files = [FileRecord("value.txt", len(text.encode()), hashlib.sha256(text.encode()).hexdigest())]
     fingerprint = f"{place.directory.name}{64 * 'f'}"[:64]
-    manifest = Manifest("toy", fingerprint, 1, {}, {}, record_files(attempt.path), {"text": text}, shard=shard or {})
-    write_json(attempt.path / MANIFEST, manifest)
+    manifest = Manifest("toy", fingerprint, 1, {}, {}, files, {"text": text}, shard=shard or {})
+    (attempt / MANIFEST).write(json_bytes(manifest))
     return attempt
 
 
-def race_to_commit(root: Path, name: str, barrier: Barrier, answers: Any) -> None:
+def race_to_create(root: Path | str, name: str, barrier: Barrier, answers: Any) -> None:
+    """Create the same files with bytes of its own; tell which it was given to create, and what lies there then."""
+    folder = place_at(root)
+    for number in range(NUM_ROUNDS):
+        barrier.wait()
+        is_first = (folder / str(number)).create(name.encode() * 100)
+        answers.put((number, (name, is_first, (folder / str(number)).read_bytes().decode())))
+
+
+def race_to_commit(root: Path | str, name: str, barrier: Barrier, answers: Any) -> None:
     """Commit an attempt of its own in every place, all under the same lease."""
     for number in range(NUM_PLACES):
         place = ArtifactPlace(place_at(root) / str(number))
@@ -57,16 +67,16 @@ def race_to_commit(root: Path, name: str, barrier: Barrier, answers: Any) -> Non
         answers.put((number, str(place.commit(attempt, Lease(place.lease_dir, 1), name))))
 
 
-def read_all_the_time(root: Path, barrier: Barrier, answers: Any) -> None:
+def read_all_the_time(root: Path | str, barrier: Barrier, answers: Any) -> None:
     """Wait for the commit in every place by asking without a pause; whatever shows up must be whole."""
     for number in range(NUM_PLACES):
         place = ArtifactPlace(place_at(root) / str(number))
         barrier.wait()
         deadline = time.monotonic() + 30.0
         while (committed := place.committed()) is None:
-            assert time.monotonic() < deadline, f"nothing was committed in {place.directory.path}"
-        text = open_artifact(committed.path).stats["text"]
-        assert (committed.path / "value.txt").read_text() == text
+            assert time.monotonic() < deadline, f"nothing was committed in {place.directory}"
+        text = open_attempt(committed).stats["text"]
+        assert (committed / "value.txt").read_bytes().decode() == text
         answers.put((number, str(committed)))
 
 
