@@ -79,7 +79,7 @@ class UsageMeter:
 
     def _run(self) -> None:
         shortest_s = max(_SHORTEST_S, self._file.storage.poll_s if not self._file.is_local else 0.0)
-        wait_s = shortest_s
+        wait_s = _SHORTEST_S  # the first record tells that the call has begun
         while not self._over.wait(wait_s):
             with suppress(OSError):  # for the bill only: never a reason to fail
                 self._write()
