@@ -37,6 +37,8 @@ from workflows.lease import Lease
 FINGERPRINT_CHARS = 12
 STORE_SCHEMA = 1
 _MARK = "store.json"
+_OWN = "id"
+"""Of a plan in a run: it makes the file's bytes its own, by which ``Storage.create`` tells who has created it."""
 _CACHED = "steps_cached"
 """Kind of the event about all steps that a coordinator found to be there at one look."""
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -223,7 +225,7 @@ class RunPlace:
 
     def plan(self) -> Any:
         """The frozen plan as JSON."""
-        return read_json(self.directory / "run.json")
+        return {name: value for name, value in read_json(self.directory / "run.json").items() if name != _OWN}
 
     def events(self) -> Iterator[dict[str, Any]]:
         """All events in the order of attempts and sequence numbers."""
@@ -313,7 +315,7 @@ class Store:
         """Freeze a plan under a new run id."""
         run = self.run_place(run_id)
         self.mark()
-        value = {**plan, "id": secrets.token_hex(8)}  # bytes of its own, as ``Storage.create`` wants them
+        value = {**plan, _OWN: secrets.token_hex(8)}
         if not (run.directory / "run.json").create(json_bytes(value)):
             raise RunExistsError(
                 f"there is a run {run_id!r} already; continue it with: dlm resume {run_id}. "

@@ -335,10 +335,10 @@ def hang_before_publishing(step: int) -> None:
 
     publish = saving.publish
 
-    def publish_late(staging: Any, manifest: Any) -> None:
+    def publish_late(staging: Any, manifest: Any, *rest: Any) -> None:
         if manifest.step == step:
             time.sleep(1000)
-        publish(staging, manifest)
+        publish(staging, manifest, *rest)
 
     saving.publish = publish_late
 

@@ -23,6 +23,7 @@ from workflows.copies import local_copy
 from workflows.lease import Lease
 from workflows.state import StepState
 from workflows.store import RunExistsError, Store, open_writable_store
+from workflows.summary import summarise
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -98,7 +99,7 @@ def test_a_run_ends_with_its_artifacts_logs_and_usage_in_the_store_and_is_cached
         for rank in range(ranks):
             assert f"{piece}/{turn}/rank-{rank}.log" in sizes
             assert read_json(run.directory / "work" / "001" / piece / turn / f"usage-{rank}.json")["cpu_s"] > 0
-    assert runs.summarise(s3_store, run).status == "succeeded"
+    assert summarise(s3_store, run).status == "succeeded"
     again = coordinate(s3_store, plan, local)
     assert {state.status for state in again.values()} == {"cached"}
     assert executions(log) == ONCE
@@ -120,7 +121,7 @@ def test_a_run_that_was_cancelled_is_resumed_to_its_end_on_another_machine(
     states = coordinate(s3_store, run, local, cancel_once_it_is_slow)
     assert states["double"].status == "stopped"
     assert states["total"].status == "stopped"
-    assert runs.summarise(s3_store, run).status == "stopped"
+    assert summarise(s3_store, run).status == "stopped"
     monkeypatch.setenv("DLM_CACHE", str(cache.with_name("other")))
     states = coordinate(s3_store, run, local)
     assert {state.status for state in states.values()} <= {"committed", "cached"}
