@@ -18,6 +18,9 @@ AUTH_MODE = {"RAY_AUTH_MODE": "token"}
 
 _MIN_SECRET_CHARS = 8
 _SECRET_NAME = re.compile(r"_(TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
+_LIKE_A_SECRET = re.compile(
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|PWD|CREDENTIAL|CONNECTION_STRING|(^|_)(KEY|PAT|PASS|AUTH)(_|$)", re.IGNORECASE
+)
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MAKE_ONE = "to make one: (umask 077 && ray get-auth-token --generate), and give the cluster the same token"
 
@@ -134,6 +137,11 @@ def require_token(address: str, env: Mapping[str, str] = os.environ) -> Token | 
             f"cluster's token into a file of mode 600 and name it in RAY_AUTH_TOKEN_PATH; {_MAKE_ONE}"
         )
     return token
+
+
+def names_a_secret(name: str) -> bool:
+    """Whether a variable of this name would hold what others must not see, as far as a name can tell."""
+    return _LIKE_A_SECRET.search(name) is not None
 
 
 def secret_values(env: Mapping[str, str] = os.environ) -> list[str]:

@@ -1,6 +1,5 @@
 """Asking every node of a cluster, or this machine alone, and waiting no longer than was said."""
 
-import logging
 import os
 import socket
 import threading
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from cluster.auth import AUTH_MODE, AuthError, redacted, require_token
-from cluster.jobs import ClusterError
+from cluster.auth import AUTH_MODE, redacted, require_token
+from cluster.connect import connect
 from cluster.nodes import draining_nodes
 
 T = TypeVar("T")
@@ -116,7 +115,7 @@ class ClusterNodes(Machines):
         import ray
 
         self._ray = ray
-        about: Any = _connected()
+        about: Any = connect()
         url = urlsplit(f"//{about.dashboard_url}") if about.dashboard_url else None
         self._dashboard = (url.hostname, url.port) if url and url.hostname and url.port else None
         self._ids: dict[str, str] = {}
@@ -177,31 +176,6 @@ class ClusterNodes(Machines):
             return Reply(machine, self._ray.get(ref, timeout=_FETCH_S))
         except (RayError, ImportError) as error:
             return Reply(machine, error=_told(error))
-
-
-def _connected() -> Any:
-    """What Ray says of the cluster that it is now connected to."""
-    import ray
-    from ray._private.services import canonicalize_bootstrap_address_or_die
-
-    try:
-        address = canonicalize_bootstrap_address_or_die("auto")
-        host, _, port = address.rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
-    except (OSError, ValueError) as error:
-        raise ClusterError(
-            f"this machine is part of no cluster that answers: {error}. Give the address of the dashboard of one: "
-            "--address http://HOST:8265"
-        ) from None
-    try:
-        return ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
-        if isinstance(error, ConnectionError) or "Authentication" in type(error).__name__:
-            raise AuthError(  # Ray itself says no more than that it could not connect
-                f"there is a Ray at {address}, and it does not let us in: its token is not that of this environment. "
-                "Set RAY_AUTH_TOKEN_PATH to a file with the token that it was started with"
-            ) from None
-        raise ClusterError(f"the Ray at {address} refused: {redacted(str(error))}") from error
 
 
 def _told(error: BaseException) -> str:

@@ -26,6 +26,8 @@ class Call:
     """None for a single process; otherwise the numbers of ranks that will do, ascending: as many as there is room for
     are started together."""
     env: dict[str, str] = field(default_factory=dict)
+    wants_gpus: bool = False
+    """Whether every rank of a gang waits for a GPU; otherwise it has one if there are any where it runs."""
 
 
 @dataclass(frozen=True)

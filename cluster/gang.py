@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.logged import run_logged
-from cluster.nodes import drain_notice, nodes, ranks_that_fit, wants_gpus
+from cluster.nodes import drain_notice, has_gpus, nodes, ranks_that_fit, request_nodes
 
 _LEAN_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -26,7 +26,14 @@ GPUS_ENV = "DLM_GPUS"
 
 
 def run_gang(
-    function: str, payload: dict[str, Any], sizes: Sequence[int], cpus: float, log_dir: str, may_grow: bool
+    function: str,
+    payload: dict[str, Any],
+    sizes: Sequence[int],
+    cpus: float,
+    log_dir: str,
+    *,
+    wants_gpus: bool,
+    may_grow: bool,
 ) -> None:
     """Run ``module:function`` on as many ranks of ``sizes`` as fit and wait; raises if any of them fails.
 
@@ -40,7 +47,7 @@ def run_gang(
 
     from cluster.gloo import NodeAddressConfig
 
-    size, on_gpus = _wait_for_room(sizes, cpus, may_grow)
+    size, on_gpus = _wait_for_room(sizes, cpus, wants_gpus, may_grow)
     print(f"starting {size} of at most {sizes[-1]} ranks, {'one GPU each' if on_gpus else 'without GPUs'}", flush=True)  # noqa: T201
     with tempfile.TemporaryDirectory(prefix="dlm-train-") as storage:
         trainer = TorchTrainer(
@@ -59,23 +66,29 @@ def run_gang(
         trainer.fit()
 
 
-def _wait_for_room(sizes: Sequence[int], cpus: float, may_grow: bool) -> tuple[int, bool]:
+def _wait_for_room(sizes: Sequence[int], cpus: float, wants_gpus: bool, may_grow: bool) -> tuple[int, bool]:
     """The largest size there is room for, and whether on GPUs.
 
     What others hold, or a node that may come back, is waited for a while as long as fewer ranks would do, and without
     end if none would: the coordinator ends the wait.
     """
     settle_s = time.monotonic() + _MORE_WAIT_S
+    has_asked = False
     while True:
         found = nodes()
-        on_gpus = wants_gpus(found)
+        on_gpus = wants_gpus or has_gpus(found)
         gpus = 1.0 if on_gpus else 0.0
         room = ranks_that_fit(found, cpus, gpus, free=True)
         wanted = sizes[-1] if may_grow else min(sizes[-1], ranks_that_fit(found, cpus, gpus, free=False))
         fitting = [size for size in sizes if size <= room]
         is_all = bool(fitting) and not any(fitting[-1] < size <= wanted for size in sizes)
         if is_all or (fitting and time.monotonic() >= settle_s):
+            if has_asked:
+                request_nodes(0, 0.0, 0.0)
             return fitting[-1], on_gpus
+        if may_grow and not has_asked:  # what merely waits is no demand for an autoscaler
+            request_nodes(sizes[-1], cpus, gpus)
+            has_asked = True
         time.sleep(_LOOK_EVERY_S)
 
 

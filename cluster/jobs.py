@@ -145,6 +145,15 @@ class Jobs:
                     return Job(job_id, details.status.value, details.message or "")
         return None
 
+    def of_run(self, run_id: str) -> list[Job]:
+        """The jobs that were handed over for a run."""
+        with _readable(self.url):
+            return [
+                Job(details.submission_id, details.status.value, details.message or "")
+                for details in self._client.list_jobs()
+                if details.submission_id and (details.metadata or {}).get("run") == run_id
+            ]
+
     def stop(self, job_id: str) -> None:
         """End a job and everything that it started."""
         with _readable(self.url):

@@ -53,9 +53,17 @@ def nodes() -> list[Node]:
     return found
 
 
-def wants_gpus(found: Sequence[Node]) -> bool:
-    """Whether the ranks of a gang get a GPU each: wherever there is any."""
+def has_gpus(found: Sequence[Node]) -> bool:
+    """Whether any node has a GPU."""
     return any(node.gpus for node in found)
+
+
+def request_nodes(ranks: int, cpus: float, gpus: float) -> None:
+    """Ask the autoscaler of the cluster, if it has one, for room for so many processes; for none: take that back."""
+    from ray.autoscaler.sdk import request_resources
+
+    each = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    request_resources(bundles=[each] * ranks)
 
 
 def ranks_that_fit(found: Sequence[Node], cpus: float, gpus: float, *, free: bool) -> int:
@@ -71,7 +79,7 @@ def ranks_that_fit(found: Sequence[Node], cpus: float, gpus: float, *, free: boo
 def shortage(call: Call, found: Sequence[Node]) -> Shortage | None:
     """Why a call cannot begin on these nodes; None if nothing is missing."""
     ranks = call.gang_sizes[0] if call.gang_sizes else 1
-    gpus = 1.0 if call.gang_sizes and wants_gpus(found) else 0.0
+    gpus = 1.0 if call.gang_sizes and (call.wants_gpus or has_gpus(found)) else 0.0
     each = _amount(call.cpus, gpus)
     wants = f"{ranks} workers with {each} each" if ranks > 1 else each
     if ranks_that_fit(found, call.cpus, gpus, free=False) < ranks:

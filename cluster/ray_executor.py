@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster.connect import connect
 from cluster.executor import Call, Ended, Executor, Shortage
 from cluster.gang import run_gang
 from cluster.logged import redirected, run_logged
@@ -47,11 +48,12 @@ def _run_gang(
     env: dict[str, str],
     sizes: tuple[int, ...],
     cpus: float,
+    wants_gpus: bool,
     may_grow: bool,
 ) -> None:
     os.environ.update(env)
     with redirected(Path(log_dir) / "gang.log"):
-        run_gang(function, payload, sizes, cpus, log_dir, may_grow)
+        run_gang(function, payload, sizes, cpus, log_dir, wants_gpus=wants_gpus, may_grow=may_grow)
 
 
 @contextmanager
@@ -105,7 +107,7 @@ class RayExecutor(Executor):
             if self._is_embedded:
                 self._start(num_cpus)
             else:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                connect(address)
         self._node_id = ray.get_runtime_context().get_node_id()
 
     def _start(self, num_cpus: int) -> None:
@@ -150,7 +152,7 @@ class RayExecutor(Executor):
             here = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
             task = self._ray.remote(_run_gang)
             task = task.options(num_cpus=0, max_retries=0, name=call.key, scheduling_strategy=here)
-            ref = task.remote(*common, call.gang_sizes, call.cpus, self.may_grow)
+            ref = task.remote(*common, call.gang_sizes, call.cpus, call.wants_gpus, self.may_grow)
         else:
             task = self._ray.remote(_run_task).options(num_cpus=call.cpus, max_retries=0, name=call.key)
             ref = task.remote(*common)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import secrets
 import time
 from collections.abc import Iterator
@@ -24,6 +25,11 @@ _CLIENTS = {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "requests"}
 
 class RefusedError(UserError, PermissionError):
     """An object store does not allow something; to those who can do without it, an error of the storage like others."""
+
+
+_CREATE_TRIES = 20
+_CONFLICT = "ConditionalRequestConflict"
+"""What S3 answers to a conditional PUT while another one of the same name is under way."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,18 @@ class ObjectStorage:
         One whose answer was lost is sent again by the client and then finds what it has itself written: whose bytes lie
         there decides.
         """
-        try:
-            with _translated(self.url, is_put=True):
-                self._fs.pipe_file(self._at(key), data, mode="create")
-        except FileExistsError:
-            return self.read(key) == data
-        return True
+        for _ in range(_CREATE_TRIES):
+            try:
+                with _translated(self.url, is_put=True):
+                    self._fs.pipe_file(self._at(key), data, mode="create")
+                return True
+            except OSError as error:
+                if isinstance(error, FileExistsError) or _is_refused(error):
+                    return self.read(key) == data
+                if _CONFLICT not in str(error):
+                    raise
+                time.sleep(random.uniform(0.1, 0.5))  # another creation is under way: who wins is not known yet
+        raise ConnectionError(f"{self.url}: {key} is being created by others all the time")
 
     def write(self, key: str, data: bytes, is_durable: bool = True) -> None:
         """A PUT."""
@@ -165,6 +177,11 @@ def _gs_client() -> Any:
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     options: dict[str, Any] = {"endpoint_url": emulator, "token": "anon"} if emulator else {}
     return GCSFileSystem(use_listings_cache=False, requests_timeout=limits, **options)
+
+
+def _is_refused(error: OSError) -> bool:
+    """Whether a condition was not met, told in the words of stores that are not AWS's."""
+    return "PreconditionFailed" in str(error) or "(412)" in str(error)
 
 
 @contextlib.contextmanager

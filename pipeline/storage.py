@@ -10,6 +10,7 @@ On a file system ``create`` is link(2), which is atomic and exclusive locally an
 it is a PUT on the condition that there is no such object (``If-None-Match: *``, ``ifGenerationMatch=0``).
 """
 
+import errno
 import os
 import secrets
 import shutil
@@ -175,8 +176,10 @@ class FileStorage(Storage):
         probe = self.path(key) / f".clock-{secrets.token_hex(4)}"
         try:
             probe.touch()
-        except PermissionError:
-            return time.time()  # a store that can only be looked at
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return time.time()  # a store that can only be looked at
+            raise
         now = probe.stat().st_mtime
         probe.unlink()
         return now

@@ -16,7 +16,7 @@ from workflows.plan import gang_sizes, step_config
 from workflows.state import Flight, StepState
 from workflows.step import load_stage
 from workflows.store import ArtifactPlace, EventLog, RunPlace, Store
-from workflows.worker import Piece
+from workflows.worker import ON_GPUS, Piece
 
 _WORKER = "workflows.worker:run_piece"
 _SHOWN_AFTER_S = 2.0
@@ -38,14 +38,17 @@ class Site:
         out: Place,
         shard: Shard | None = None,
         shard_dirs: Iterable[Place] = (),
+        turn: int = 1,
     ) -> Flight:
-        """A call for a step that holds its lease, ready to be given to the executor; its reports begin empty."""
+        """A call for a step that holds its lease, ready to be given to the executor; its reports begin empty.
+
+        ``turn`` counts the starts of a shard: each has a name of its own.
+        """
         assert state.lease is not None
         stage, step = load_stage(state.step.stage), state.step
         name = f"{step.name}-{shard['name']}" if shard else step.name if what == "whole" else f"{step.name}-{what}"
-        failures = state.retries.of_shards.get(shard["name"], 0) if shard else 0
-        turn = f"{state.lease.epoch:06d}" + (f"-{failures + 1}" if failures else "")
-        work = self.run.work_dir(self.attempt, name) / turn
+        label = f"{state.lease.epoch:06d}" + (f"-{turn}" if turn > 1 else "")
+        work = self.run.work_dir(self.attempt, name) / label
         log_dir = work.path if work.is_local else scratch(work)
         if work.is_local:
             shutil.rmtree(log_dir, ignore_errors=True)
@@ -75,7 +78,8 @@ class Site:
         sizes = gang_sizes(stage, step_config(step))
         # Shards fill all cores together; a step that runs as a whole may use those that nobody else does.
         env = {"OMP_NUM_THREADS": str(math.ceil(stage.cpus))} if shard else {}
-        call = Call(f"{name}@{turn}", _WORKER, to_json(piece), log_dir, stage.cpus, sizes, env)
+        wants_gpus = bool(sizes) and (self.place(state).directory / ON_GPUS).exists()
+        call = Call(f"{name}@{label}", _WORKER, to_json(piece), log_dir, stage.cpus, sizes, env, wants_gpus)
         return Flight(call, piece, work)
 
     def place(self, state: StepState) -> ArtifactPlace:

@@ -27,6 +27,18 @@ class CancelFile:
         self._file.write(json_bytes({"grace_s": grace_s, "cancel": is_cancel, "time": time.time()}))
         self._next_s = 0.0
 
+    def withdraw(self) -> None:
+        """Take the request back."""
+        self._file.remove()
+
+    def clear(self, is_wanted_again: bool) -> None:
+        """At the start of an attempt: forget what an earlier one was asked.
+
+        A run that somebody cancelled goes on only if it is wanted again, not because a job was started anew by itself.
+        """
+        if self._file.exists() and (is_wanted_again or _read(self._file).get("cancel") is not True):
+            self.withdraw()
+
     def is_requested(self) -> bool:
         """Whether the run was asked to stop."""
         now = time.monotonic()

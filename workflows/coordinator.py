@@ -42,6 +42,8 @@ class Options:
     """Time that a call waits for a place to run, with nothing else of the run running."""
     is_fail_fast: bool = False
     """Stop everything at the first failure, instead of going on with what does not depend on it."""
+    is_wanted_again: bool = True
+    """Whether somebody asked for this attempt; otherwise a run that was cancelled stays so."""
     selected: frozenset[str] | None = None
     """Steps that are worked on; the others are taken as they are.  None for all."""
 
@@ -69,8 +71,8 @@ class Coordinator:
         self.events = EventLog(run, self.attempt)
         self.states = {step.name: StepState(step) for step in plan.steps}
         self._beating = Beating()
-        run.cancel_file.remove()
         self._cancel = CancelFile(run.cancel_file)
+        self._cancel.clear(options.is_wanted_again)
         self._next_look_s = 0.0
 
     def run(self) -> list[StepState]:
@@ -114,8 +116,10 @@ class Coordinator:
         self._cancel.request()
 
     def _beat(self) -> None:
-        leases = [state.lease for state in self.states.values() if state.lease is not None]
-        self._beating.beat([self._run_lease, *leases])
+        held = {state.lease: state for state in self.states.values() if state.lease is not None}
+        for lease in self._beating.beat(self._run_lease, list(held)):
+            error = LeaseLostError(f"another run took over {lease.folder.parent}")
+            self._attempt_failed(held[lease], _failure("infra", type(error).__name__, str(error)))
 
     def _advance(self) -> None:
         stopping, is_time_to_look = self._cancel.is_requested(), time.monotonic() >= self._next_look_s
@@ -132,9 +136,12 @@ class Coordinator:
         if self._queue is not None:
             for state, reason in self._queue.look(self.states.values()):
                 self._attempt_failed(state, _failure("unschedulable", "Unschedulable", reason))
-        if stopping and self._cancel.is_overdue():
+        if stopping:
             for state in self.states.values():
-                if state.status in ACTIVE:
+                if state.status == "queued":
+                    self._abandon(state)
+                    self._stopped(state, "the run was asked to stop before it began")
+                elif state.status in ACTIVE and self._cancel.is_overdue():
                     self._abandon(state)
                     self._stopped(state, "it did not stop within the time it was given, and was ended")
 
@@ -168,12 +175,23 @@ class Coordinator:
             state.status, state.reason = "skipped", "was not asked for"
             self.events.write("step_skipped", state.step.name)
             return
+        if state.step.accepted:
+            message = (
+                f"{place.directory} was accepted as it was (--accept-drift) and is gone; made now it would be another "
+                f"thing under its address. Make it anew: dlm resume {self._run.run_id} --rebuild {state.step.name}"
+            )
+            self._fail(state, _failure("user", "UserError", message))
+            return
         try:
             state.lease = acquire_lease(place.lease_dir, f"run {self._run.run_id}, step {state.step.name}")
         except LeaseHeldError as error:
             if state.status != "waiting":
                 self.events.write("step_waiting", state.step.name, reason=str(error))
             state.status, state.reason = "waiting", str(error)
+            state.retry_at_s = time.monotonic() + self._store.root.storage.poll_s
+            return
+        if (place.directory / "COMMIT.json").exists():  # by whoever held the lease until now
+            self._release(state)
             return
         if self._executor is None:
             self._executor = self._make_executor()
@@ -201,7 +219,8 @@ class Coordinator:
         state.lease.check()
         committed = self._site.place(state).kept_shards(shards)
         missing = [shard for shard in shards if shard["name"] not in committed]
-        own = {s["name"]: shard_fingerprint(stage, config, s) for s in missing if "identity" in s}
+        shared = [] if state.step.salt else missing  # a step that is made anew takes nothing over
+        own = {s["name"]: shard_fingerprint(stage, config, s) for s in shared if "identity" in s}
         state.fan_out = FanOut(shards, committed, own, deque(missing))
         if own:
             registry = ShardRegistry(self._store, stage)
@@ -231,9 +250,9 @@ class Coordinator:
         stage = load_stage(state.step.stage)
         at_most = int(_CALLS_PER_CORE * self._executor.num_cpus / (stage.cpus or 1.0)) + _SPARE_CALLS
         while len(state.flights) < at_most and (shard := fan_out.next_shard(time.monotonic())) is not None:
-            turn = state.retries.of_shards.get(shard["name"], 0) + 1
+            turn = state.next_turn(shard["name"])
             out = self._shards_dir(state, str(turn)) / shard["name"]
-            self._give(state, self._site.flight(state, "shard", out, shard))
+            self._give(state, self._site.flight(state, "shard", out, shard, turn=turn))
         if fan_out.is_complete and not state.flights:
             assert state.attempt is not None
             shard_dirs = [fan_out.committed[shard["name"]] for shard in fan_out.shards]

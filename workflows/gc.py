@@ -240,6 +240,11 @@ def _remove(one: Garbage) -> bool:
         one.place.remove()
         lease.release()
         return True
-    for name in ("COMMIT.json", "shards", "state", "attempts", ""):
-        (one.place / name if name else one.place).remove()  # the lease goes last
+    (one.place / "COMMIT.json").remove()
+    for folder in ("shards", "state", "attempts"):
+        for name in (one.place / folder).names():
+            lease.heartbeat()  # LeaseLostError if this took so long that somebody builds it again
+            (one.place / folder / name).remove()
+    lease.heartbeat()
+    one.place.remove()
     return True

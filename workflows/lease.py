@@ -178,16 +178,24 @@ class Beating:
     def __init__(self) -> None:
         self._next_s, self._last_s = 0.0, time.monotonic()
 
-    def beat(self, leases: Sequence[Lease]) -> None:
-        """Send heartbeats if it is time.  LeaseLostError once somebody took over, OSError before anybody could."""
-        now = time.monotonic()
+    def beat(self, own: Lease, others: Sequence[Lease]) -> list[Lease]:
+        """Send heartbeats if it is time; which of the others were lost.
+
+        LeaseLostError once somebody took over one's own, OSError before anybody could.
+        """
+        now, lost = time.monotonic(), list[Lease]()
         if now < self._next_s:
-            return
+            return lost
         self._next_s = now + HEARTBEAT_S
         try:
-            for lease in leases:
-                lease.heartbeat()
+            own.heartbeat()
+            for lease in others:
+                try:
+                    lease.heartbeat()
+                except LeaseLostError:
+                    lost.append(lease)
             self._last_s = now
         except OSError:
             if now - self._last_s > STALE_AFTER_S / 2:
                 raise
+        return lost

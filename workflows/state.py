@@ -1,6 +1,7 @@
 """Where the steps of a run stand while a coordinator drives them; rebuilt from the store whenever one starts."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,6 +57,12 @@ class StepState:
     """Of a map step, once its shards are known."""
     retries: Retries = field(default_factory=Retries)
     retry_at_s: float = 0.0
+    _turns: Counter[str] = field(default_factory=Counter[str])
+
+    def next_turn(self, shard: str) -> int:
+        """How many times a shard was started by this coordinator, with this one."""
+        self._turns[shard] += 1
+        return self._turns[shard]
 
     @property
     def is_over(self) -> bool:

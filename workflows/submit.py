@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.auth import is_loopback, secret_env, secret_values
+from cluster.auth import is_loopback, names_a_secret, secret_env, secret_values
 from cluster.jobs import OVER, Job, Jobs
 from pipeline.artifact import json_bytes, read_json
 from pipeline.errors import UserError
+from workflows.cancel import CancelFile
 from workflows.lease import find_holder
 from workflows.store import RunPlace, Store
 
@@ -56,15 +57,13 @@ def submit_run(
     jobs = Jobs(address)
     given, python = python, python or (sys.executable if is_loopback(address) else "python")
     command = [python, "-m", "workflows.supervise", run.run_id, "--store", store.url, "--address", "auto", *words]
+    known = jobs.of_run(run.run_id)
+    if live := [job for job in known if job.status not in OVER]:
+        return live[0]
     number = (holder.epoch if (holder := find_holder(run.lease_dir)) else 0) + 1
-    while True:
-        job_id = f"{run.run_id}-a{number}"
-        job = jobs.find(job_id)
-        if job is None or job.status not in OVER:
-            break
+    while (job_id := f"{run.run_id}-a{number}") in {job.job_id for job in known}:
         number += 1
-    if job is not None:
-        return job
+    CancelFile(run.cancel_file).withdraw()
     job = jobs.submit(job_id, command, code, {**env, "DLM_JOB_ID": job_id}, {"run": run.run_id, "user": _user()})
     submission = Submission(job_id, jobs.url, _user(), time.time(), given, tuple(env_names))
     (run.directory / "jobs" / f"{job_id}.json").write(json_bytes(submission))
@@ -75,10 +74,10 @@ def _public_env(names: Sequence[str]) -> Mapping[str, str]:
     """The variables of these names; UserError for a secret, which everybody who sees the dashboard would read."""
     env = secret_env(names)
     secrets = set(secret_values())
-    if leaked := [name for name, value in env.items() if value in secrets]:
+    if leaked := [name for name, value in env.items() if value in secrets or names_a_secret(name)]:
         raise UserError(
             f"--env {leaked[0]} is a secret, and what a job is given is shown on the dashboard. Set it in the "
-            "environment of the nodes instead (dlm.io manifests have a place for it)"
+            "environment of the nodes instead (cluster/README.md says how)"
         )
     return env
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.auth import redacted
 from pipeline.artifact import MANIFEST, checked_files, json_bytes, read_json, write_json
 from pipeline.config import from_json
 from pipeline.errors import ErrorClass, HangError, UserError, classify, is_disk_full
@@ -36,9 +37,11 @@ from workflows.copies import local_copy, scratch, upload_artifact
 from workflows.lease import Lease
 from workflows.plan import with_workers
 from workflows.step import load_stage
-from workflows.usage import UsageMeter
+from workflows.usage import GPUS_ENV, UsageMeter
 
 _LOG_EVERY_S = 10.0
+ON_GPUS = "on-gpus"
+"""File of an artifact that a gang has begun to make on GPUs: it goes on there, however few are left."""
 PREEMPTED = "Preempted"
 """Type of the failure of a piece whose node is taken away; it is nobody's fault and counts as no attempt."""
 
@@ -173,6 +176,8 @@ def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
             _check_store(root, piece)
             lease = Lease(root / piece.lease, piece.lease_epoch)
             lease.check()
+            if float(os.environ.get(GPUS_ENV, "0")) and rank == 0:
+                ((root / piece.state).parent / ON_GPUS).touch()
             if cancel():
                 raise Stopped("the run was asked to stop")
             state = _prepared(root / piece.state)
@@ -306,8 +311,8 @@ def _write_failure(work: Place, reserve: _Reserve, error: BaseException, rank: i
             f"out of memory ({message or kind}). Take fewer rows at a time "
             "(pretrain.micro_batch_seqs), more workers, or a machine with more memory"
         )
-    trace = "".join(traceback.format_exception(error))
-    failure = Failure(error_class, kind, message, trace, rank, time.time())
+    trace = redacted("".join(traceback.format_exception(error)))
+    failure = Failure(error_class, kind, redacted(message), trace, rank, time.time())
     with contextlib.suppress(OSError):
         (work / f"failure-{rank}.json").write(json_bytes(failure))
 
@@ -334,5 +339,5 @@ def last_words(work: Place) -> str:
     ends: list[str] = []
     for name in (name for name in work.names() if name.endswith(".log")):
         if end := (work / name).read_bytes()[-_LAST_BYTES:].decode(errors="replace").strip():
-            ends.append(f"the end of {work / name}:\n{end}\n")
+            ends.append(f"the end of {work / name}:\n{redacted(end)}\n")
     return "\n".join(ends)

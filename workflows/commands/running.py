@@ -76,7 +76,7 @@ def run(
     made = runs.create_run(place, plan, name, run_id, settings, typed_command())
     plan = runs.frozen_plan(made)
     _warn(*runs.advice(plan), runs.code_change(made), *runs.crowding(plan))
-    _drive(place, made, plan, name, Options(queue_timeout_s, fail_fast, selected))
+    _drive(place, made, plan, name, Options(queue_timeout_s, fail_fast, selected=selected))
 
 
 def resume(
@@ -123,7 +123,8 @@ def resume(
         words = [*selection_words(from_, until, only), *option_words(queue_timeout_s, fail_fast)]
         hand_over(place, run, address, "", [], words)
         return
-    _drive(place, run, plan, runs.frozen_executor(run), Options(queue_timeout_s, fail_fast, selected), address)
+    options = Options(queue_timeout_s, fail_fast, is_wanted_again=address != _WITHIN, selected=selected)
+    _drive(place, run, plan, runs.frozen_executor(run), options, address)
 
 
 def _warn(*lines: str) -> None:

@@ -9,7 +9,8 @@ from typing import Annotated
 import psutil
 import typer
 
-from cluster.jobs import OVER, Jobs
+from cluster.auth import AuthError
+from cluster.jobs import OVER, ClusterError, Jobs
 from workflows import runs
 from workflows.cancel import CancelFile
 from workflows.commands.common import (
@@ -100,16 +101,27 @@ def cancel(
     grace: Annotated[
         float, typer.Option(min=0.0, help="Seconds that stages have to save before they are ended.")
     ] = 60.0,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Take the request back, for what starts runs by itself (RayJob, Slurm).")
+    ] = False,
 ) -> None:
     """End a run wherever it runs; what was finished is kept, and dlm resume goes on with it."""
     place = find_store(store)
     run = place.run(run_id)
-    job = _live_job(run)
-    holder = find_holder(run.lease_dir)
-    if (holder is None or holder.is_free) and job is None:
+    request, holder = CancelFile(run.cancel_file), find_holder(run.lease_dir)
+    if undo:
+        request.withdraw()
+        return
+    is_free = holder is None or holder.is_free
+    if is_free and last_submission(run) is None:
         say(f"nothing works on run {run_id}")
         return
-    CancelFile(run.cancel_file).request(grace, is_cancel=True)
+    request.request(grace, is_cancel=True)  # before anybody else is asked, who may not answer
+    job = _live_job(run)
+    if is_free and job is None:
+        request.withdraw()
+        say(f"nothing works on run {run_id}")
+        return
     if not _ends(run, job, grace + _BEYOND_GRACE_S):
         _end_by_force(run, holder, job)
     if not _ends(run, job, _GIVE_UP_S):
@@ -123,13 +135,17 @@ _LiveJob = tuple[Jobs, str]
 
 
 def _live_job(run: RunPlace) -> _LiveJob | None:
-    """The job that works on a run or waits to; None if there is none or its cluster is gone."""
+    """The job that works on a run or waits to; None if there is none, or its cluster does not answer."""
     submission = last_submission(run)
     if submission is None:
         return None
-    jobs = Jobs(submission.address)
-    job = jobs.find(submission.job_id)
-    return (jobs, submission.job_id) if job is not None and job.status not in OVER else None
+    try:
+        jobs = Jobs(submission.address)
+        live = [job for job in jobs.of_run(run.run_id) if job.status not in OVER]
+    except (AuthError, ClusterError) as error:
+        say(f"its job cannot be asked, the request in the store has to do: {error}")
+        return None
+    return (jobs, live[0].job_id) if live else None
 
 
 def _ends(run: RunPlace, job: _LiveJob | None, within_s: float) -> bool:
