@@ -12,6 +12,7 @@ from tests.support.executors import Inline
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import copies_plan, toy_plan
 from workflows import calls, runs
+from workflows.cancel import CancelFile
 from workflows.coordinator import Coordinator, Options
 from workflows.plan import Plan, gang_sizes, step_config
 from workflows.step import load_stage
@@ -83,6 +84,21 @@ def test_wait_ends_after_its_time_with_what_is_wanted_and_what_there_is(store: S
     assert states["source"].failure.error_class == "unschedulable"
     assert "step_queued" in [event["kind"] for event in run.events()]
     assert summarise(store, run).status == "failed"
+
+
+def test_request_to_stop_is_heard_while_a_step_is_queued(store: Store, log: Path):
+    plan = toy_plan(log, ("source",))
+    run = runs.create_run(store, plan, "local", "r1")
+
+    def stop(states) -> None:
+        if states[0].status == "queued":
+            CancelFile(run.cancel_file).request()
+
+    start_s = time.monotonic()
+    driven = Coordinator(store, run, plan, lambda: Short("source", False), stop, Options(queue_timeout_s=60.0))
+    (source,) = driven.run()
+    assert time.monotonic() - start_s < 10.0
+    assert (source.status, driven.status) == ("stopped", "stopped")
 
 
 def test_room_that_comes_in_time_is_taken(store: Store, log: Path):

@@ -1,0 +1,90 @@
+"""What nodes hold, and what is said where they hold too little."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster import gang
+from cluster.executor import Call
+from cluster.nodes import Node, has_gpus, ranks_that_fit, shortage
+
+
+def node(cpus: float, gpus: float = 0.0, free_cpus: float | None = None, free_gpus: float | None = None) -> Node:
+    free = (cpus if free_cpus is None else free_cpus, gpus if free_gpus is None else free_gpus)
+    return Node("n", cpus, gpus, *free)
+
+
+def call(sizes: tuple[int, ...] = (), cpus: float = 1.0, wants_gpus: bool = False) -> Call:
+    return Call("k", "m:f", {}, Path(), cpus, sizes, {}, wants_gpus)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "gpus", "ranks"),
+    [
+        ([node(4), node(4)], 1.0, 0.0, 8),
+        ([node(4), node(4)], 3.0, 0.0, 2),
+        ([node(8, 2), node(8, 2)], 1.0, 1.0, 4),
+        ([node(1, 8)], 1.0, 1.0, 1),
+        ([node(4, 4, free_cpus=4, free_gpus=1)], 1.0, 1.0, 1),
+        ([node(1.0)], 0.1, 0.0, 10),
+        ([], 1.0, 0.0, 0),
+    ],
+)
+def test_ranks_fit_node_by_node(nodes: list[Node], cpus: float, gpus: float, ranks: int):
+    assert ranks_that_fit(nodes, cpus, gpus, free=True) == ranks
+
+
+def test_shortage_says_what_is_wanted_and_what_there_is():
+    found = shortage(call((8,)), [node(16, 4), node(4)])
+    assert found is not None
+    assert found.is_beyond
+    assert found.reason == (
+        "wants 8 workers with 1 core and 1 GPU each; the cluster has 20 cores and 4 GPUs on 2 nodes, "
+        "16 cores and 4 GPUs on the largest"
+    )
+
+
+def test_shortage_of_what_others_hold_is_another():
+    found = shortage(call((2, 4)), [node(4, 4, free_cpus=4, free_gpus=1)])
+    assert found is not None
+    assert not found.is_beyond
+    assert found.reason == "wants 2 workers with 1 core and 1 GPU each; free are 4 cores and 1 GPU"
+    assert shortage(call((1, 4)), [node(4, 4, free_cpus=4, free_gpus=1)]) is None
+
+
+def test_gang_that_was_on_gpus_does_not_make_do_with_cores():
+    cores = [node(64)]
+    assert not has_gpus(cores)
+    assert shortage(call((4,)), cores) is None
+    found = shortage(call((4,), wants_gpus=True), cores)
+    assert found is not None
+    assert found.reason == "wants 4 workers with 1 core and 1 GPU each; the cluster has 64 cores on 1 node"
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch):
+    """Waits for room on these nodes, with a short patience; tells what was asked of the autoscaler too."""
+
+    def wait(nodes: list[Node], sizes: tuple[int, ...], *, wants_gpus: bool = False, may_grow: bool = True):
+        asked: list[tuple[int, float, float]] = []
+        monkeypatch.setattr(gang, "nodes", lambda: nodes)
+        monkeypatch.setattr(gang, "request_nodes", lambda *request: asked.append(request))
+        monkeypatch.setattr(gang, "_MORE_WAIT_S", 0.2)
+        monkeypatch.setattr(gang, "_LOOK_EVERY_S", 0.05)
+        return gang._wait_for_room(sizes, 1.0, wants_gpus, may_grow), asked
+
+    return wait
+
+
+def test_largest_gang_that_fits_is_started_at_once_if_it_is_all(room):
+    assert room([node(8)], (2, 4, 8)) == ((8, False), [])
+    assert room([node(4, 4)], (2, 4)) == ((4, True), [])
+
+
+def test_fewer_ranks_wait_for_more_and_ask_for_nodes_meanwhile(room):
+    assert room([node(5)], (2, 4, 8)) == ((4, False), [(8, 1.0, 0.0), (0, 0.0, 0.0)])
+    assert room([node(4, 2)], (1, 2, 4)) == ((2, True), [(4, 1.0, 1.0), (0, 0.0, 0.0)])
+
+
+def test_fewer_ranks_do_not_wait_where_there_will_never_be_more(room):
+    assert room([node(5)], (2, 4, 8), may_grow=False) == ((4, False), [])

@@ -1,0 +1,113 @@
+"""Two runs at one artifact, and artifacts that go away: nothing is made twice or filed under a wrong address."""
+
+import dataclasses
+
+import pytest
+
+from pipeline.artifact import read_json
+from tests.support.executors import Inline
+from tests.support.toy_stages.source import config as source_config
+from tests.support.toy_stages.trouble import executions
+from tests.support.toy_workflow import coordinate, copies_plan, fabricate, toy_plan, toy_workflow
+from tests.workflows.conftest import Dlm
+from workflows import coordinator, runs
+from workflows.lease import Beating, Lease, acquire_lease
+from workflows.store import Store
+
+
+def test_step_that_another_run_commits_between_the_look_and_the_lease_is_not_made_again(store: Store, log, monkeypatch):
+    plan = toy_plan(log, ("source",))
+    acquire = coordinator.acquire_lease
+
+    def acquire_late(folder, purpose: str) -> Lease:
+        if "step source" in purpose and not executions(log) and not (folder.parent / "COMMIT.json").exists():
+            fabricate(store, plan, "source")
+        return acquire(folder, purpose)
+
+    monkeypatch.setattr(coordinator, "acquire_lease", acquire_late)
+    states = coordinate(store, plan, Inline)
+    assert states["source"].status == "cached"
+    assert executions(log) == {}
+
+
+def test_step_made_anew_takes_no_shard_over(store: Store, log):
+    plan = copies_plan(log)
+    assert coordinate(store, plan, Inline)["copies"].status == "committed"
+    salted = dataclasses.replace(plan.step("copies"), salt="again", fingerprint="a" * 64)
+    again = dataclasses.replace(plan, steps=[plan.step("letters"), salted])
+    assert coordinate(store, again, Inline)["copies"].status == "committed"
+    assert {name: count for name, count in executions(log).items() if name[-1].isdigit()} == dict.fromkeys(
+        ["copies-000", "copies-001", "copies-002"], 2
+    )
+
+
+def test_accepted_artifact_that_is_gone_is_not_made_by_other_code_under_its_address(
+    store: Store, log, dlm: Dlm, monkeypatch
+):
+    settings = [word for step in toy_workflow().steps for word in ("--set", f"{step.name}.log={log}")]
+    assert dlm("run", "toy", "--executor", "local", "--run-id", "r1", *settings).code == 0
+    monkeypatch.setattr(source_config, "STAGE", dataclasses.replace(source_config.STAGE, code_version=2))
+    assert dlm("resume", "r1", "--accept-drift", "source", "--accept-drift", "aside").code == 0
+    plan = runs.frozen_plan(store.run("r1"))
+    place = store.artifact("toy-source", plan.step("source").fingerprint)
+    place.directory.remove()
+    before = executions(log)
+    states = coordinate(store, store.run("r1"), Inline)
+    assert states["source"].status == "failed"
+    assert "--rebuild source" in states["source"].reason
+    assert place.committed() is None
+    assert executions(log) == before
+
+
+def test_lease_of_one_step_that_is_lost_is_the_matter_of_that_step_alone(store: Store):
+    own = acquire_lease(store.run_place("r1").lease_dir, "run")
+    first = acquire_lease(store.artifact("toy", "a" * 64).lease_dir, "step a")
+    second = acquire_lease(store.artifact("toy", "b" * 64).lease_dir, "step b")
+    first.release()
+    acquire_lease(first.folder, "another")
+    assert Beating().beat(own, [first, second]) == [first]
+
+
+def test_every_start_of_a_shard_reports_to_a_place_of_its_own(store: Store, log, no_backoff):
+    seen: list[str] = []
+
+    class Noting(Inline):
+        def start(self, call) -> None:
+            seen.append(call.payload["work"])
+            super().start(call)
+
+    coordinate(store, copies_plan(log, trouble="code", where="copies-001", times=2), Noting)
+    of_shard = [work for work in seen if "copies-001" in work]
+    assert len(of_shard) == len(set(of_shard)) == 3
+
+
+def test_failure_is_written_down_without_the_secrets_of_the_environment(store: Store, log, monkeypatch):
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", "copies-001 does not like")
+    run = runs.create_run(store, copies_plan(log, trouble="user", where="copies-001"), "local", "r1")
+    states = coordinate(store, run, Inline)
+    assert states["copies"].failure.message == "shard 001: *** its settings"
+    texts = [path.read_text(errors="replace") for path in run.directory.path.rglob("*.json")]
+    assert not any("copies-001 does not like" in text for text in texts)
+    assert read_json(run.directory / "run.json")["executor"] == "local"
+
+
+@pytest.mark.parametrize(("is_wanted_again", "status"), [(True, "succeeded"), (False, "cancelled")])
+def test_request_to_cancel_outlives_starts_that_nobody_asked_for(store: Store, log, is_wanted_again, status):
+    plan = toy_plan(log, ("source",))
+    run = runs.create_run(store, plan, "local", "r1")
+    coordinator.CancelFile(run.cancel_file).request(1.0, is_cancel=True)
+    options = coordinator.Options(is_wanted_again=is_wanted_again)
+    driven = coordinator.Coordinator(store, run, plan, Inline, lambda states: None, options)
+    driven.run()
+    assert driven.status == status
+    assert executions(log) == ({"source": 1} if is_wanted_again else {})
+
+
+def test_request_to_stop_of_an_earlier_attempt_is_forgotten_by_any_start(store: Store, log):
+    plan = toy_plan(log, ("source",))
+    run = runs.create_run(store, plan, "local", "r1")
+    coordinator.CancelFile(run.cancel_file).request()
+    options = coordinator.Options(is_wanted_again=False)
+    assert (
+        coordinator.Coordinator(store, run, plan, Inline, lambda states: None, options).run()[0].status == "committed"
+    )
