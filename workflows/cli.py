@@ -9,7 +9,7 @@ import typer
 
 from cluster.auth import AuthError
 from cluster.jobs import ClusterError
-from pipeline.errors import CorruptionError, LeaseLostError, UserError, is_disk_full
+from pipeline.errors import CorruptionError, LeaseLostError, UserError, classify, is_disk_full
 from workflows import runs
 from workflows.commands import (
     choosing,
@@ -95,6 +95,8 @@ def main(run: Callable[[], Any] = app) -> None:
         code, before, after = next(ending for kind, ending in _ENDINGS.items() if isinstance(error, kind))
         if is_disk_full(error):
             before = "no space is left in the store: "
+        elif isinstance(error, OSError) and classify(error) == "transient":
+            code, before = EXIT_INTERRUPTED, "the store or a service does not answer: "
         say(f"error: {before}{error}{after}")
         sys.exit(code)
     except SystemExit as end:

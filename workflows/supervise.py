@@ -40,16 +40,18 @@ class Supervisor:
     published: Callable[[], frozenset[str]]
     """What the command has made so far: it made progress if there is something new."""
     backoff_s: float = _BACKOFF_S
+    has_ended: Callable[[], bool] = lambda: True
+    """Whether a run that was interrupted was told to stop, and did; otherwise something failed for a while."""
 
     def run(self) -> int:
         """The code to exit with: that of the command; 128 and the signal for one that died of it once too often."""
         seen, deaths = self._published(frozenset()), 0
         while True:
             code, is_asked = self._run_once()
-            if code in ENDINGS:
-                return code
             if is_asked:
-                return INTERRUPTED
+                return code if code in ENDINGS else INTERRUPTED
+            if code in ENDINGS and (code != INTERRUPTED or self._has_ended()):
+                return code
             found = self._published(seen)
             deaths = 1 if found - seen else deaths + 1
             seen |= found
@@ -68,6 +70,12 @@ class Supervisor:
         except OSError as error:  # the store may be what the coordinator died of
             _say(f"what the run has made cannot be read now: {error}")
             return otherwise
+
+    def _has_ended(self) -> bool:
+        try:
+            return self.has_ended()
+        except OSError:  # the store does not answer: what the coordinator ended with
+            return False
 
     def _run_once(self) -> tuple[int, bool]:
         """Its code, and whether it was asked to end."""
@@ -117,6 +125,12 @@ def published(store: "Store", run: "RunPlace") -> frozenset[str]:
     return frozenset(names)
 
 
+def has_ended(run: "RunPlace") -> bool:
+    """Whether the last attempt of a run came to an end of its own."""
+    kinds = [event["kind"] for event in run.events() if event["kind"] in ("run_started", "run_ended")]
+    return kinds[-1:] == ["run_ended"]
+
+
 def _supervise(words: Sequence[str] | None = None) -> None:
     from workflows.store import open_store  # noqa: PLC0415 - as in main
 
@@ -132,7 +146,7 @@ def _supervise(words: Sequence[str] | None = None) -> None:
     run = store.run(given.run)
     resume = ["resume", given.run, "--store", given.store, "--address", given.address, *more]
     command = [sys.executable, "-m", "workflows.cli", *resume]
-    sys.exit(Supervisor(command, lambda: published(store, run)).run())
+    sys.exit(Supervisor(command, lambda: published(store, run), has_ended=lambda: has_ended(run)).run())
 
 
 def _say(message: str) -> None:

@@ -14,7 +14,8 @@ from cluster.local import LocalExecutor
 from tests.support.executors import NUM_CPUS
 from tests.support.toy_workflow import coordinate, fabricate, is_gone, toy_plan, wait_until
 from workflows import runs
-from workflows.supervise import published
+from workflows.store import EventLog, open_store
+from workflows.supervise import Supervisor, has_ended, published
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
@@ -196,3 +197,39 @@ def test_run_that_is_not_there_is_a_usage_error(store):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 2
     assert "there is no run 'r1'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kinds", "is_over"),
+    [
+        ([], False),
+        (["run_started"], False),
+        (["run_started", "step_started", "run_ended"], True),
+        (["run_started", "run_ended", "run_started", "step_committed"], False),
+    ],
+)
+def test_attempt_without_its_last_word_has_not_ended(tmp_path, kinds: list[str], is_over: bool):
+    run = open_store(tmp_path).create_run("r1", {})
+    log = EventLog(run, 1)
+    for kind in kinds:
+        log.write(kind)
+    assert has_ended(run) is is_over
+
+
+def test_coordinator_that_the_store_has_let_down_is_started_again(monkeypatch):
+    codes = iter([75, 75, 75])
+    supervisor = Supervisor(["x"], frozenset, 0.01, has_ended=iter([False, False, True]).__next__)
+    monkeypatch.setattr(Supervisor, "_run_once", lambda self: (next(codes), False))
+    assert supervisor.run() == 75
+    assert next(codes, None) is None, "started three times: it was let down twice"
+
+
+def test_coordinator_of_a_store_that_never_answers_is_given_up(monkeypatch):
+    def silent() -> bool:
+        raise ConnectionError("nobody answers")
+
+    starts: list[int] = []
+    supervisor = Supervisor(["x"], frozenset, 0.01, has_ended=silent)
+    monkeypatch.setattr(Supervisor, "_run_once", lambda self: (starts.append(1) or 75, False))
+    assert supervisor.run() == 75
+    assert len(starts) == 4
