@@ -22,9 +22,9 @@ def connect(address: str = "auto") -> Any:
     try:
         found = canonicalize_bootstrap_address_or_die(address)
         host, _, port = found.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
         if require_token(found) is not None:
             os.environ.update(AUTH_MODE)
-        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
     except AuthError:
         raise
     except (OSError, ValueError) as error:

@@ -225,7 +225,10 @@ class RunPlace:
 
     def plan(self) -> Any:
         """The frozen plan as JSON."""
-        return {name: value for name, value in read_json(self.directory / "run.json").items() if name != _OWN}
+        value = read_json(self.directory / "run.json")
+        if isinstance(value, dict):
+            value.pop(_OWN, None)  # pyright: ignore[reportUnknownMemberType]
+        return value  # pyright: ignore[reportUnknownVariableType]
 
     def events(self) -> Iterator[dict[str, Any]]:
         """All events in the order of attempts and sequence numbers."""
