@@ -66,8 +66,8 @@ def test_selection_of_a_submitted_run_is_in_the_command_of_its_job(dlm: Dlm, sto
         def __init__(self, address):
             self.url = address
 
-        def find(self, job_id):
-            return None
+        def of_run(self, run_id):
+            return []
 
         def submit(self, job_id, command, code, env, metadata):
             commands.append(command)
