@@ -12,7 +12,7 @@ from tests.support.ray_cluster import ROOT, TOKEN, cluster_env
 from tests.support.ray_namespaces import Machines, can_make_namespaces, machines
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, toy_workflow, wait_until
-from workflows.store import RunPlace, Store, open_store
+from workflows.store import RunPlace, Store
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,18 +21,6 @@ pytestmark = [
     pytest.mark.skipif(not can_make_namespaces(), reason="this machine allows no network namespaces"),
 ]
 LONG_S = 150.0
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(tmp_path / "store")
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    path = tmp_path / "log"
-    path.mkdir()
-    return path
 
 
 @pytest.fixture

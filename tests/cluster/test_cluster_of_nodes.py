@@ -15,23 +15,11 @@ import pytest
 from tests.support.ray_cluster import ROOT, TOKEN, Running, cluster_env, ray_cluster
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, is_gone, toy_workflow, wait_until
-from workflows.store import RunPlace, Store, open_store
+from workflows.store import RunPlace, Store
 from workflows.summary import summarise
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
 LONG_S = 120.0
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(tmp_path / "store")
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    path = tmp_path / "log"
-    path.mkdir()
-    return path
 
 
 @pytest.fixture(scope="module")

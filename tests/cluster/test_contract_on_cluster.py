@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -31,7 +30,6 @@ from tests.workflows.test_shards import (
     test_one_changed_input_executes_only_its_shard,
 )
 from workflows import retries
-from workflows.store import Store, open_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -78,18 +76,6 @@ def executor(request: pytest.FixtureRequest, on_cluster: Executor) -> Executor |
         return on_cluster
     assert name in {test.__name__ for test in WORKFLOW_TESTS}
     return lambda: Kept(on_cluster)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(tmp_path / "store")
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    path = tmp_path / "log"
-    path.mkdir()
-    return path
 
 
 @pytest.fixture

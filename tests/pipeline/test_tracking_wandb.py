@@ -52,11 +52,11 @@ def test_wandb_offline_run_killed_twice_has_every_step_once_in_order(tmp_path: P
     first = _track(tmp_path, 0, 230, "kill", WANDB_API_KEY=KEY, WANDB_MODE="offline")
     assert first.next_step == 0
     sent = [row["train/step"] for row in all_rows(tmp_path / "wandb")]
-    assert 60 < len(sent) <= 230, "how much a kill loses of what was not yet in the file depends on the machine"
+    assert 60 < len(sent) < 230, "a kill loses what was not yet in the file, or this test shows nothing"
     second = _track(tmp_path, 60, 400, "kill", WANDB_API_KEY=KEY, WANDB_MODE="offline")
     third = _track(tmp_path, 399, 410, WANDB_API_KEY=KEY, WANDB_MODE="offline")
     assert second.next_step == len(sent) > 60
-    assert second.next_step < third.next_step <= 400
+    assert second.next_step < third.next_step < 399
 
     rows = all_rows(tmp_path / "wandb")
     assert [row["train/step"] for row in rows] == list(range(410))
