@@ -50,7 +50,7 @@ def run_gang(
     size, on_gpus = _wait_for_room(sizes, cpus, wants_gpus, may_grow)
     print(f"starting {size} of at most {sizes[-1]} ranks, {'one GPU each' if on_gpus else 'without GPUs'}", flush=True)  # noqa: T201
     with tempfile.TemporaryDirectory(prefix="dlm-train-") as storage:
-        trainer = TorchTrainer(
+        trainer = (TorchTrainer if may_grow else _own_trainer())(
             _run_rank,
             train_loop_config={"function": function, "payload": payload, "log_dir": log_dir, "on_gpus": on_gpus},
             torch_config=NodeAddressConfig(backend="nccl" if on_gpus else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
@@ -64,6 +64,22 @@ def run_gang(
             ),
         )
         trainer.fit()
+
+
+def _own_trainer() -> type[Any]:
+    """TorchTrainer for a Ray without a dashboard, which ends with us.
+
+    Ray Train's cleaner of placement groups asks the dashboard whether the controller lives, and would hold up the end of
+    every gang by 12 s.  The executor removes the groups of a controller that died.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class OwnTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+
+    return OwnTrainer
 
 
 def _wait_for_room(sizes: Sequence[int], cpus: float, wants_gpus: bool, may_grow: bool) -> tuple[int, bool]:

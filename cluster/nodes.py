@@ -113,3 +113,14 @@ def drain_notice(watched: Collection[str]) -> Callable[[], str]:
         return told
 
     return notice
+
+
+def remove_placement_groups() -> None:
+    """Free what all placement groups hold, those too whose creator died; Ray itself waits for the end of the job."""
+    from ray._raylet import PlacementGroupID
+    from ray.util import placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    for group, about in placement_group_table().items():
+        if about["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))

@@ -18,7 +18,7 @@ from cluster.connect import connect
 from cluster.executor import Call, Ended, Executor, Shortage
 from cluster.gang import run_gang
 from cluster.logged import redirected, run_logged
-from cluster.nodes import drain_notice, nodes, shortage
+from cluster.nodes import drain_notice, nodes, remove_placement_groups, shortage
 from cluster.reaper import dismiss_reaper, start_reaper
 
 _LEAN_RAY = {
@@ -94,6 +94,7 @@ class RayExecutor(Executor):
         self._is_embedded = not address
         self._num_cpus = float(num_cpus)
         self._refs: dict[Any, str] = {}
+        self._gangs: set[Any] = set()
         self._kill_at_s: dict[Any, float] = {}
         self._reaper = None
         if self._is_embedded:
@@ -153,6 +154,7 @@ class RayExecutor(Executor):
             task = self._ray.remote(_run_gang)
             task = task.options(num_cpus=0, max_retries=0, name=call.key, scheduling_strategy=here)
             ref = task.remote(*common, call.gang_sizes, call.cpus, call.wants_gpus, self.may_grow)
+            self._gangs.add(ref)
         else:
             task = self._ray.remote(_run_task).options(num_cpus=call.cpus, max_retries=0, name=call.key)
             ref = task.remote(*common)
@@ -170,6 +172,10 @@ class RayExecutor(Executor):
     def _ended(self, ref: Any) -> Ended:
         key = self._refs.pop(ref)
         self._kill_at_s.pop(ref, None)
+        if ref in self._gangs:
+            self._gangs.remove(ref)
+            if self._is_embedded and not self._gangs:
+                remove_placement_groups()
         try:
             self._ray.get(ref)
         except Exception as error:  # noqa: BLE001 - whatever Ray raises is the answer

@@ -250,3 +250,29 @@ def test_local_gang_of_which_a_rank_cannot_be_started_is_stopped_as_a_whole(loca
     assert "rank-1.log" in ended.failure
     needle = str(item.log_dir)
     assert not [p for p in psutil.Process().children(recursive=True) if needle in " ".join(p.cmdline())]
+
+
+# --- Ray ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(RAY_LIMIT_S)
+def test_gang_whose_controller_is_killed_leaves_no_rank_and_no_placement_group(shared_ray, tmp_path):
+    from ray.util import placement_group_table
+
+    item = call("sleep", tmp_path, gang_size=2, cpus=0.5)
+    shared_ray.start(item)
+    wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, "both ranks run", 60.0)
+    ranks = processes(tmp_path)
+    assert [group for group in placement_group_table().values() if group["state"] == "CREATED"]
+    controllers = [p for p in psutil.process_iter() if p.name().startswith("ray::TrainContr")]
+    mine = [p for p in controllers if psutil.Process() in p.parents()]
+    assert len(mine) == 1
+    mine[0].kill()
+    found: list[Ended] = []
+    wait_until(lambda: found.extend(shared_ray.wait(0.1)) or found, "the call has ended", 60.0)
+    assert found[0].failure
+    assert_gone(ranks)
+    wait_until(
+        lambda: all(group["state"] == "REMOVED" for group in placement_group_table().values()), "no group is left", 20.0
+    )
