@@ -69,8 +69,8 @@ def run_gang(
 def _own_trainer() -> type[Any]:
     """TorchTrainer for a Ray without a dashboard, which ends with us.
 
-    Ray Train's cleaner of placement groups asks the dashboard whether the controller lives, and would hold up the end of
-    every gang by 12 s.  The executor removes the groups of a controller that died.
+    Ray Train's cleaner of placement groups asks the dashboard whether the controller lives, and would hold up the end
+    of every gang by 12 s.  The executor removes the groups of a controller that died.
     """
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback

@@ -31,8 +31,6 @@ from workflows.plan import Plan, make_plan
 from workflows.step import Step, Workflow
 from workflows.store import ArtifactPlace, open_attempt, open_writable_store
 
-"""Committed artifact -> path -> SHA-256."""
-
 Tree = dict[str, dict[str, str]]
 """Committed artifact -> path -> SHA-256."""
 
@@ -200,10 +198,11 @@ def sweep(kind: str, tmp_path: Path, patch: pytest.MonkeyPatch, every: int) -> N
 
 @pytest.mark.timeout(180)
 @pytest.mark.usefixtures("calm", "no_backoff")
+@pytest.mark.parametrize("kind", ["files", "memory"])
 def test_a_run_that_dies_at_a_write_is_resumed_to_the_same_tree(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep(kind, tmp_path, monkeypatch, 13 if kind != "s3" else 83)
+    sweep(kind, tmp_path, monkeypatch, 13)
 
 
 @pytest.mark.slow
