@@ -18,6 +18,15 @@ if settings.get_current_profile_name() == "default":  # the planted faults are l
 if TYPE_CHECKING:
     from tests.support.tiny_run import Artifacts
 
+_WITH_RAY = ("cluster", "workflows")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever may start a Ray shares one process: Ray reads its token once in each.  Other files stay together."""
+    for item in items:
+        package = item.path.relative_to(Path(__file__).parent).parts[0]
+        item.add_marker(pytest.mark.xdist_group("Ray" if package in _WITH_RAY else str(item.path)))
+
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> "Artifacts":

@@ -44,7 +44,8 @@ def dlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sto
     """The command line, with the toy recipe beside the real ones."""
     monkeypatch.setitem(RECIPES, "toy", toy_workflow)
     monkeypatch.setenv("DLM_STORE", str(store.root.path))
-    monkeypatch.setenv("COLUMNS", "200")
+    for console in (common.console, common.errors):
+        monkeypatch.setattr(console, "width", 200)
 
     def call(*arguments: str) -> Done:
         monkeypatch.setattr(sys, "argv", ["dlm", *arguments])
