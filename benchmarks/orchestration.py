@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from benchmarks.orchestration_sides import (
     Side,
     env_of,
     install,
+    num_bodies,
     peer,
     python_of,
     results,
@@ -33,6 +34,8 @@ from benchmarks.process import ROOT, run_command
 
 START, CHAIN, CHAINS, SHARDS = "start", "chain", "chains", "shards"
 LAYOUTS = (CHAIN, CHAINS)
+FAR = 2.0
+"""A peer that takes so many times as long as ours in the first round, or as little, is not measured again."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Size:
 
     graphs: Mapping[str, Graph]
     num_rounds: int
+    fan_out_limit_s: float = 180.0
+    """A peer's fan-out is stopped then, and counts by the shards that it has done."""
 
 
 FULL = Size(
@@ -59,55 +64,102 @@ class Times:
 
     first: dict[str, list[float]]
     again: dict[str, list[float]]
+    stopped: dict[str, int] = field(default_factory=dict)
+    """Shards that were done by graph, where the program was not let to its end."""
+
+    @property
+    def num_rounds(self) -> int:
+        """How often the layouts were run."""
+        return len(self.first[START])
 
     def whole_s(self, name: str, graph: Graph) -> list[float]:
         """Seconds of the whole program for each of its stages or shards."""
-        number = graph.num_shards or graph.num_results
+        number = self.stopped.get(name, graph.num_shards or graph.num_results)
         return [s / number for s in self.first[name]]
 
     def steady_s(self, name: str, graph: Graph) -> list[float]:
         """The same without the start: what each stage or shard takes beyond the graph of two stages."""
-        number = graph.num_shards or graph.num_results - Graph().num_results
+        number = self.stopped.get(name, graph.num_shards or graph.num_results - Graph().num_results)
         start_s = statistics.median(self.first[START])
         return [(s - start_s) / number for s in self.first[name]]
 
 
-def _time_graph(name: str, side: Side, graph: Graph, folder: Path) -> tuple[float, float | None]:
-    """Seconds of the graph, and of the same once more; RefusedError if a result is wrong or was made again."""
+@dataclass(frozen=True)
+class _Timed:
+    """Seconds of a graph, and of the same once more."""
+
+    first_s: float
+    again_s: float | None
+    num_done: int | None = None
+    """Bodies executed when it was stopped, if it was."""
+
+
+def _time_graph(name: str, side: Side, graph: Graph, folder: Path, limit_s: float | None = None) -> _Timed:
+    """Run it, and once more; RefusedError if a result is wrong or the second run executed anything."""
     folder.mkdir(parents=True)
-    found: list[float] = []
-    for command in (side.command, side.again):
-        if command is None:
-            break
-        words, log = command(graph, folder), folder / f"{len(found)}.log"
-        # Whatever else is there must not be imported by a peer; ours finds the benchmark's stages.
-        env = env_of(folder) | graph.env | {"PYTHONPATH": str(ROOT) if name in BASE else ""}
-        found.append(run_command(words, log=log, name=name, env=env, cwd=folder).wall_s)
-        values = results(folder)
-        if max(values, default=None) != graph.value or len(values) != (graph.num_results if name in BASE else 1):
-            raise RefusedError(f"{name}: {len(values)} results, the largest {values[-1:]}; expected {graph}")
-        if len(found) == 2 and side.again_says not in log.read_text(errors="replace"):
-            raise RefusedError(f"{name}: the log of the second run says nowhere {side.again_says!r}")
-    return found[0], found[1] if len(found) == 2 else None
+    # Whatever else is there must not be imported by a peer; ours finds the benchmark's stages.
+    env = env_of(folder) | graph.env | {"PYTHONPATH": str(ROOT) if name in BASE else ""}
+    log, again_log = folder / "0.log", folder / "1.log"
+
+    first = run_command(side.command(graph, folder), log=log, name=name, env=env, cwd=folder, limit_s=limit_s)
+    if first.is_stopped:
+        num_done = num_bodies(folder)
+        if not num_done:
+            raise RefusedError(f"{name}: nothing of {graph} was executed in {limit_s} s")
+        return _Timed(first.wall_s, None, num_done)
+    _check(name, graph, folder, "one run")
+    if side.again is None:
+        return _Timed(first.wall_s, None)
+
+    again = run_command(side.again(graph, folder), log=again_log, name=name, env=env, cwd=folder)
+    _check(name, graph, folder, "two runs")
+    if side.again_says not in again_log.read_text(errors="replace"):
+        raise RefusedError(f"{name}: the log of the second run says nowhere {side.again_says!r}")
+    return _Timed(first.wall_s, again.wall_s)
+
+
+def _check(name: str, graph: Graph, folder: Path, runs: str) -> None:
+    """RefusedError if the end is wrong or anything was executed more than once."""
+    values = results(folder)
+    if max(values, default=None) != graph.value or len(values) != (graph.num_results if name in BASE else 1):
+        raise RefusedError(f"{name}: {len(values)} results, the largest {values[-1:]}; expected {graph}")
+    if num_bodies(folder) != graph.num_results:
+        found = f"{num_bodies(folder)} bodies were executed in {runs}"
+        raise RefusedError(f"{name}: {found}; expected {graph.num_results}, each once")
 
 
 def measure_sides(sides: Mapping[str, Side], size: Size, root: Path) -> dict[str, Times]:
-    """Every side with every graph in every round, in turn; the fan-out of a peer, which takes long, in the first."""
+    """Every side with every graph in every round, in turn, but for what takes long and would change nothing.
+
+    The fan-out of a peer has no key and is run in the first round alone.  A peer that is far off then, in both layouts,
+    is not run again: more rounds narrow a ratio, but move none from 2 to below 1.
+    """
     times = {name: Times({g: [] for g in size.graphs}, {g: [] for g in size.graphs}) for name in sides}
     names = list(sides)
     for number in range(size.num_rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            if number > 0 and name not in BASE and _is_far(times[name], times[OURS]):
+                continue
             for what, graph in size.graphs.items():
-                if what == SHARDS and name not in BASE and number > 0:
+                is_fan_out = what == SHARDS and name not in BASE
+                if is_fan_out and number > 0:
                     continue
-                once_s, again_s = _time_graph(
-                    name, sides[name], graph, root / f"{name}-{what}-{number}".replace(" ", "-")
-                )
-                times[name].first[what].append(once_s)
-                if again_s is not None:
-                    times[name].again[what].append(again_s)
+                folder = root / f"{name}-{what}-{number}".replace(" ", "-")
+                limit_s = size.fan_out_limit_s if is_fan_out else None
+                timed = _time_graph(name, sides[name], graph, folder, limit_s)
+                times[name].first[what].append(timed.first_s)
+                if timed.again_s is not None:
+                    times[name].again[what].append(timed.again_s)
+                if timed.num_done is not None:
+                    times[name].stopped[what] = timed.num_done
     return times
+
+
+def _is_far(theirs: Times, ours: Times) -> bool:
+    """The first round alone decides, so that no later one is left out for what it would have said."""
+    ratios = [theirs.first[what][0] / ours.first[what][0] for what in LAYOUTS]
+    return min(ratios) >= FAR or max(ratios) <= 1 / FAR
 
 
 def _find_peers(options: Options) -> tuple[dict[str, Side], dict[str, str]]:
@@ -146,17 +198,26 @@ def _table(times: Mapping[str, Times], sides: Mapping[str, Side], absent: Mappin
 
     whole = rows(lambda one, what, graph: one.first[what], 1, 1)
     for row, one in zip(whole, times.values(), strict=True):
-        row.append(f"{statistics.median(one.first[START]):.1f}")
+        row[1:] = [f"> {cell}" if what in one.stopped else cell for what, cell in zip(graphs, row[1:], strict=True)]
+        row += [f"{statistics.median(one.first[START]):.1f}", str(one.num_rounds)]
     again = rows(lambda one, what, graph: one.again[what], 1, 2)
     for row, name in zip(again, times, strict=True):
         row.append(sides[name].again_is or "has nothing")
     tables = (
-        table([f"seconds in all, {NUM_CORES} cores, rounds: {size.num_rounds}", *names, "two stages"], whole),
+        table([f"seconds in all, {NUM_CORES} cores", *names, "two stages", "rounds"], whole),
         table(["ms a stage or shard, start included", *names], rows(Times.whole_s, 1e3, 1)),
         table(["ms a stage or shard, beyond two stages", *names], rows(Times.steady_s, 1e3, 1)),
         table(["seconds when all is done already", *names, "is"], again),
     )
-    return "\n\n".join([*tables, *(f"{name} is absent: {reason}" for name, reason in absent.items())])
+    notes = [
+        f"{name} was stopped after {one.first[what][0]:.0f} s, {done} of {graphs[what].num_results} done ({what})"
+        for name, one in times.items()
+        for what, done in one.stopped.items()
+    ]
+    few = [name for name, one in times.items() if one.num_rounds < size.num_rounds]
+    if few:
+        notes.append(f"not run again, {FAR:g} times as long or as short as ours in the first round: {', '.join(few)}")
+    return "\n\n".join([*tables, *notes, *(f"{name} is absent: {reason}" for name, reason in absent.items())])
 
 
 def ratios_of(times: Mapping[str, Times], size: Size) -> dict[str, float]:
@@ -210,6 +271,8 @@ def measure(options: Options) -> Measured:
             name: {what: [round(s, 3) for s in v] for what, v in found.again.items() if v}
             for name, found in times.items()
         },
+        "rounds": {name: found.num_rounds for name, found in times.items()},
+        "stopped_with_done": {name: found.stopped for name, found in times.items() if found.stopped},
         "ms_a_stage": {
             "start included": _ms(times, size, Times.whole_s),
             "without start": _ms(times, size, Times.steady_s),

@@ -1,4 +1,21 @@
-"""Who runs the graph of ``benchmarks.orchestration``, by which commands, and the environments of the peers."""
+"""Who runs the graph of ``benchmarks.orchestration``, by which commands, and the environments of the peers.
+
+Prefect.  Its defaults: the temporary server that it starts beside the flow, SQLite, tasks in threads, pickled results
+in its home, its log.  Ours: ``persist_result``, because by default no result outlives the flow; a cache by inputs and
+source, because the default policy has the id of the run in its key as well and so takes nothing over from a run before;
+``max_workers``, by default without bound, to as many as there are cores, as on every side; two minutes instead of 20
+seconds for its server to start, which times nothing unless it would have failed.
+
+Metaflow.  Its defaults: the local datastore and metadata below the working directory, a process a task, its log, the
+checks before a flow.  Ours: ``--max-workers``, by default 16, to as many as there are cores, as on every side;
+``--max-num-splits``, by default 100, to what the fan-out has, because a wider one is refused; a user's name, because
+it does not start without any.
+
+Dagster.  Its defaults: ``dagster job execute``, whose executor spawns a process an op, file storage, its log.  Ours:
+``max_concurrent`` at as many as there are cores, which is the default too.
+
+All have a home of their own and tell nothing to anybody.
+"""
 
 import os
 import subprocess
@@ -19,6 +36,8 @@ PEERS: Mapping[str, tuple[str, ...]] = {
 }
 """Name -> what is installed for it."""
 DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlm" / "peers"
+BODIES = "bodies.txt"
+"""Where a run leaves a line for every body that it executes."""
 _PROGRAMS = ROOT / "benchmarks" / "orchestration_peers"
 _STAMP = "installed.txt"
 _LOG_CHARS = 500
@@ -79,6 +98,12 @@ def results(folder: Path) -> list[int]:
     return sorted(int(path.read_text()) for path in folder.rglob("value*.txt"))
 
 
+def num_bodies(folder: Path) -> int:
+    """How many bodies of stages and shards have been executed there, whoever wanted them."""
+    path = folder / BODIES
+    return len(path.read_text().split()) if path.exists() else 0
+
+
 def env_of(folder: Path) -> dict[str, str]:
     """A home of its own for every program, nothing told to anybody, and a Ray as lean as ours."""
     return {
@@ -88,6 +113,7 @@ def env_of(folder: Path) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "BENCH_CORES": str(NUM_CORES),
+        "BENCH_BODIES": str(folder / BODIES),
         "DAGSTER_HOME": str(folder),
         "DAGSTER_DISABLE_TELEMETRY": "1",
         "METAFLOW_USER": "benchmark",

@@ -1,10 +1,13 @@
 """A program of its own, start to finish: wall clock, and CPU time of all its processes."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +29,8 @@ class Cost:
     wall_s: float
     cpu_s: float
     """User and system time of the process and of every descendant that was waited for, as the kernel adds it up."""
+    is_stopped: bool = False
+    """It was not at its end when its time was over."""
 
 
 def run_program(function: str, *arguments: str, log: Path, env: Mapping[str, str] | None = None) -> Cost:
@@ -33,16 +38,51 @@ def run_program(function: str, *arguments: str, log: Path, env: Mapping[str, str
     return run_command([sys.executable, "-c", _CALL, function, *arguments], log=log, env=env, name=function)
 
 
+@contextmanager
+def _killed_after(limit_s: float, group: int) -> Iterator[None]:
+    """A process group that dies after so many seconds, or as soon as we are interrupted."""
+    timer = threading.Timer(limit_s, os.killpg, (group, signal.SIGKILL))
+    timer.start()
+    try:
+        yield
+    except BaseException:
+        os.killpg(group, signal.SIGKILL)
+        raise
+    finally:
+        timer.cancel()
+
+
 def run_command(
-    command: Sequence[str], *, log: Path, name: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+    command: Sequence[str],
+    *,
+    log: Path,
+    name: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    limit_s: float | None = None,
 ) -> Cost:
-    """Run a program to its end; RefusedError with its name and the end of its log if it fails."""
+    """Run a program to its end; RefusedError with its name and the end of its log if it fails.
+
+    Args:
+        limit_s: it and its children are killed after so many seconds, which is no failure.
+    """
     start = time.perf_counter()
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=cwd, stdout=output, stderr=output, env=os.environ | (env or {}))
-        _, status, usage = os.wait4(process.pid, 0)
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            stdout=output,
+            stderr=output,
+            env=os.environ | (env or {}),
+            # A group of its own can be killed at once, but gets no Ctrl-C from the terminal.
+            process_group=None if limit_s is None else 0,
+        )
+        with nullcontext() if limit_s is None else _killed_after(limit_s, process.pid):
+            _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
+    if limit_s is not None and wall_s >= limit_s and process.returncode == -signal.SIGKILL:
+        return Cost(wall_s, usage.ru_utime + usage.ru_stime, is_stopped=True)
     if process.returncode:
         tail = log.read_text(errors="replace")[-_LOG_CHARS:]
         raise RefusedError(f"{name} ended with exit code {process.returncode}:\n{tail}")

@@ -18,21 +18,30 @@ NUM_CORES = int(os.environ["BENCH_CORES"])
 kept = {"persist_result": True, "cache_policy": INPUTS + TASK_SOURCE}
 
 
+def count() -> None:
+    """Leave a line for every body that is executed."""
+    with Path(os.environ["BENCH_BODIES"]).open("a") as file:
+        file.write("1\n")
+
+
 @task(**kept)
 def add(place: int, before: list[int]) -> int:
     """One more than the sum."""
+    count()
     return 1 + sum(before)
 
 
 @task(**kept)
 def shard(number: int) -> int:
     """Its number."""
+    count()
     return number
 
 
 @task(**kept)
 def total(values: list[int]) -> int:
     """The sum."""
+    count()
     return sum(values)
 
 

@@ -12,7 +12,7 @@ from benchmarks import orchestration
 from benchmarks.command import Options, RefusedError, run
 from benchmarks.orchestration import CHAIN, CHAINS, SHARDS, START, Size, Times
 from benchmarks.orchestration_peers import metaflow_source
-from benchmarks.orchestration_sides import BARE_RAY, BASE, OURS, PEERS, Graph, Side, install, python_of
+from benchmarks.orchestration_sides import BARE_RAY, BASE, BODIES, OURS, PEERS, Graph, Side, install, python_of
 
 RAY_LIMIT_S = 180
 GRAPHS = {START: Graph(), CHAIN: Graph(1, 2), CHAINS: Graph(2, 1), SHARDS: Graph(num_shards=3)}
@@ -20,13 +20,32 @@ SIZE = Size(GRAPHS, num_rounds=2)
 KEYS = {"extra_over_ray_s", "cached_rerun_s"}
 
 
-def _fake(*, all_results: bool, wrong: int = 0, remade: bool = False, says: str = "done") -> Side:
-    """A side that writes the numbers it should, with faults."""
+def _fake(
+    *,
+    all_results: bool,
+    wrong: int = 0,
+    more: int = 0,
+    executed: tuple[int, int] = (0, 0),
+    says: str = "done",
+    sleep_s: float = 0.0,
+    hangs_s: float = 0.0,
+) -> Side:
+    """A side that writes the numbers it should, with faults.
+
+    Args:
+        executed: bodies more than there should be, in the first run and in the second.
+        hangs_s: of a fan-out, when all shards but one are done.
+    """
 
     def command(graph: Graph, folder: Path) -> list[str]:
-        again = (folder / "0.log").exists() and remade
-        others = graph.num_results - 1 + again if all_results else 0
-        lines = [f"open('value-{number}.txt', 'w').write('0')" for number in range(others)]
+        is_again = (folder / "0.log").exists()
+        bodies = executed[1] if is_again else graph.num_results + executed[0]
+        others = graph.num_results - 1 + more * is_again if all_results else 0
+        lines = [f"import time; time.sleep({sleep_s})", f"file = open({BODIES!r}, 'a'); file.write('1\\n' * {bodies})"]
+        if graph.num_shards and hangs_s:
+            lines = [f"open({BODIES!r}, 'a').write('1\\n' * {graph.num_shards - 1})", "import subprocess, sys"]
+            lines += [f"subprocess.call([sys.executable, '-S', '-c', 'import time; time.sleep({hangs_s})  # child'])"]
+        lines += [f"open('value-{number}.txt', 'w').write('0')" for number in range(others)]
         lines += [f"open('value.txt', 'w').write('{graph.value + wrong}')", f"print({says!r})"]
         return [sys.executable, "-S", "-c", "; ".join(lines)]
 
@@ -71,6 +90,7 @@ def test_every_side_is_timed_with_every_graph_in_every_round_but_for_the_fan_out
     whole, with_start, without_start, again = (part.splitlines() for part in shown.split("\n\n")[:4])
     for part in (whole, with_start, without_start, again):
         assert [line.split("  ")[0] for line in part[2:]] == list(sides)
+    assert [line.split()[-1] for line in whole[2:]] == ["2", "2", "2"]
     assert [line.split()[-1] for line in again[2:]] == ["cached", "cached", "nothing"]
     assert "dagster is absent: why not" in shown
 
@@ -79,7 +99,9 @@ def test_every_side_is_timed_with_every_graph_in_every_round_but_for_the_fan_out
     ("side", "words"),
     [
         (_fake(all_results=True, wrong=1), r"ours: 2 results, the largest \[3\]; expected Graph"),
-        (_fake(all_results=True, remade=True), r"ours: 3 results"),
+        (_fake(all_results=True, more=1), r"ours: 3 results"),
+        (_fake(all_results=True, executed=(0, 2)), r"ours: 4 bodies were executed in two runs; expected 2, each once"),
+        (_fake(all_results=True, executed=(-1, 0)), r"ours: 1 bodies were executed in one run; expected 2, each once"),
         (_fake(all_results=True, says="nothing"), r"the log of the second run says nowhere 'done'"),
         (_fake(all_results=False), r"ours: 1 results"),
         (Side(lambda graph, folder: [sys.executable, "-c", "1 / 0"]), r"ours ended with exit code 1:\n[^\0]*ZeroDiv"),
@@ -88,6 +110,48 @@ def test_every_side_is_timed_with_every_graph_in_every_round_but_for_the_fan_out
 def test_side_that_computes_something_else_is_refused(tmp_path, side, words):
     with pytest.raises(RefusedError, match=words):
         orchestration.measure_sides({OURS: side}, SIZE, tmp_path)
+
+
+@pytest.mark.parametrize(("slow", "fast"), [("prefect", OURS), (OURS, "prefect")])
+def test_peer_that_is_far_off_in_the_first_round_is_not_run_again_and_the_table_says_so(tmp_path, slow, fast):
+    sides = {slow: _fake(all_results=slow == OURS, sleep_s=0.5), fast: _fake(all_results=fast == OURS)}
+    times = orchestration.measure_sides(sides, SIZE, tmp_path)
+    assert {name: found.num_rounds for name, found in times.items()} == {OURS: 2, "prefect": 1}
+    times[BARE_RAY] = times[OURS]
+    shown = orchestration._table(times, {**sides, BARE_RAY: _fake(all_results=True)}, {}, SIZE)
+    assert "not run again, 2 times as long or as short as ours in the first round: prefect" in shown
+
+
+def test_peer_that_is_far_off_in_one_layout_alone_is_run_again():
+    ours, far, near = _times(1.0, 1.0, 1.0), _times(9.0, 2.1, 2.1), _times(9.0, 9.0, 1.9)
+    assert orchestration._is_far(far, ours)
+    assert not orchestration._is_far(near, ours)
+    assert not orchestration._is_far(ours, near)
+
+
+def test_fan_out_of_a_peer_is_stopped_with_its_children_and_counts_by_what_it_has_done(tmp_path):
+    sides = {
+        OURS: _fake(all_results=True),
+        BARE_RAY: _fake(all_results=True),
+        "prefect": _fake(all_results=False, hangs_s=60.0),
+    }
+    size = dataclasses.replace(SIZE, num_rounds=1, fan_out_limit_s=1.0)
+    times = orchestration.measure_sides(sides, size, tmp_path)
+    found = times["prefect"]
+    assert found.stopped == {SHARDS: 2}
+    assert 1.0 <= found.first[SHARDS][0] < 30
+    assert found.whole_s(SHARDS, GRAPHS[SHARDS]) == [found.first[SHARDS][0] / 2]
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [words for words in commands if b"time.sleep(60.0)  # child" in words]
+    shown = orchestration._table(times, sides, {}, size)
+    assert "prefect was stopped after 1 s, 2 of 4 done (shards)" in shown
+    assert [line for line in shown.splitlines() if line.startswith("prefect") and "> 1." in line]
+
+
+def test_fan_out_that_does_nothing_until_it_is_stopped_is_refused(tmp_path):
+    side = Side(lambda graph, folder: [sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    with pytest.raises(RefusedError, match=r"prefect: nothing of Graph\(.*\) was executed in 0\.5 s"):
+        orchestration._time_graph("prefect", side, GRAPHS[SHARDS], tmp_path / "work", limit_s=0.5)
 
 
 def _times(start: float, chain: float, chains: float, again: float = 0.0) -> Times:
@@ -144,18 +208,18 @@ def test_our_recipe_makes_every_result_once(tmp_path, graph):
         return [*BASE[OURS].command(graph, folder), "--executor", "local"]
 
     side = dataclasses.replace(BASE[OURS], command=local, again=local)
-    first_s, again_s = orchestration._time_graph(OURS, side, graph, tmp_path / "work")
-    assert again_s is not None
-    assert 0 < again_s < first_s
+    timed = orchestration._time_graph(OURS, side, graph, tmp_path / "work")
+    assert timed.again_s is not None
+    assert 0 < timed.again_s < timed.first_s
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(RAY_LIMIT_S)
 @pytest.mark.parametrize("graph", [Graph(2, 1)])
 def test_bare_ray_writes_every_result(tmp_path, graph):
-    first_s, again_s = orchestration._time_graph(BARE_RAY, BASE[BARE_RAY], graph, tmp_path / "work")
-    assert first_s > 0
-    assert again_s is None
+    timed = orchestration._time_graph(BARE_RAY, BASE[BARE_RAY], graph, tmp_path / "work")
+    assert timed.first_s > 0
+    assert timed.again_s is None
 
 
 @pytest.mark.slow
