@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.training_state import checkpoint_name
 from workflows.state import StepState
 
 _STYLES = {
@@ -88,7 +89,7 @@ def _detail(state: StepState) -> str:
     figures = progress.get("figures", {})
     parts = [f"{done}/{total}"] if total else []
     if "tokens_per_s" in figures:  # a training
-        parts = [f"step {done}/{total}", f"loss {figures['loss']:.3f}" if "loss" in figures else "loss not finite"]
+        parts = [f"{done}/{total} steps", f"loss {figures['loss']:.3f}" if "loss" in figures else "loss not finite"]
         parts.append(f"{_scaled(figures['tokens_per_s'])} tokens/s")
     if "documents" in figures:
         parts.append(f"{figures['documents']} documents, {figures['mb']:.1f} MB")
@@ -121,6 +122,7 @@ class Display:
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._shown: dict[str, str] = {}
         self._next_line_s = 0.0
+        self._resumed: dict[str, int] = {}
 
     def __enter__(self) -> "Display":
         if self._live is not None:
@@ -133,6 +135,8 @@ class Display:
 
     def update(self, states: list[StepState]) -> None:
         """Show the states."""
+        for state in states:
+            self._tell_resumed(state)
         if self._live is not None:
             self._live.update(Group(Text(f"run {self._run_id}", style="bold"), step_table(states)), refresh=True)
             return
@@ -145,6 +149,16 @@ class Display:
             self._shown[state.step.name] = state.status
         if due:
             self._next_line_s = now + _PLAIN_EVERY_S
+
+    def _tell_resumed(self, state: StepState) -> None:
+        """Say once where a training went on."""
+        resumed_at = state.progress.get("figures", {}).get("resumed_at")
+        if resumed_at is None or self._resumed.get(state.step.name) == resumed_at:
+            return
+        self._resumed[state.step.name] = resumed_at
+        steps = f"{resumed_at} of {state.progress['total']} steps are done"
+        told = f"{state.step.name} goes on from checkpoint {checkpoint_name(resumed_at)}: {steps}"
+        self._console.print(told, highlight=False, markup=False, soft_wrap=True)
 
     def _print_line(self, state: StepState) -> None:
         elapsed = ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifact import write_json
 from pipeline.errors import NumericsError
 from pipeline.pretrain.config import PretrainConfig
+from pipeline.training_state import checkpoint_name
 
 if TYPE_CHECKING:
     from dlm_core.models.config import ModelConfig
@@ -161,10 +162,10 @@ class Guard:
         if self._is_first_rank:
             write_json(self._report_file, {"last_checkpoint_step": last, "skipped": refused})
         causes = " or ".join(sorted({entry["cause"] for entry in refused}))
+        newest = f"the newest checkpoint is {checkpoint_name(last)}" if last else "there is no checkpoint yet"
         raise NumericsError(
             f"{len(refused)} steps in a row up to step {step} had a {causes}. Lower pretrain.optimizer.lr, lengthen "
-            f"the warm-up, or use precision fp32; their samples stand in {self._report_file}, the last checkpoint is "
-            f"of step {last}"
+            f"the warm-up, or use precision fp32; their samples stand in {self._report_file}, {newest}"
         )
 
     @property

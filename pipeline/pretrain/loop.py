@@ -28,6 +28,7 @@ from pipeline.pretrain.watchdog import Watchdog
 from pipeline.scoring import Likelihood
 from pipeline.stage import StageContext, Stopped
 from pipeline.tracking import Tracker
+from pipeline.training_state import checkpoint_name
 
 
 @dataclass
@@ -92,6 +93,7 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
     config, checkpointer = training.config, training.checkpointer
     steps, is_due = range(first_step, config.num_steps), False
     rank, meter = training.ranks.rank, training.meter
+    resumed = {"resumed_at": first_step} if first_step else {}
     meter.start()
     with prefetched(training.loader.rank_rows(step, rank) for step in steps) as all_drawn:
         for step in steps:
@@ -128,7 +130,7 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
                 known = {"step": step, "phase": span.name, "lr": lr, "tokens": training.progress.tokens}
                 guarded = {"spike": int(training.guard.is_spike), "skipped": training.guard.num_refused}
                 tracker.write({**known, **taken.metrics(), **guarded, **validated, **measured, **saved, **shown})
-                figures = {"loss": taken.loss, "tokens_per_s": measured["tokens_per_s"]}
+                figures = {"loss": taken.loss, "tokens_per_s": measured["tokens_per_s"], **resumed}
                 training.context.progress(done, config.num_steps, **figures)
             is_due = is_due or done % config.checkpoint_every_steps == 0  # and stays so until the model is healthy
             kept = training.steps_to_keep()
@@ -142,7 +144,9 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
                 training.save(done, is_last=stops or is_kept)
                 is_due = False
             if stops:
-                raise Stopped(f"training was asked to stop after step {done} and saved a checkpoint")
+                raise Stopped(
+                    f"training was asked to stop; {done} steps are done, and {checkpoint_name(done)} is saved"
+                )
     training.watchdog.phase("checkpoint", config.num_steps)
     training.save(config.num_steps, is_last=True)
 

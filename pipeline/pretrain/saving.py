@@ -167,7 +167,9 @@ class Checkpointer:
         done_by_all(self.ranks, lambda: self._fill(StateFiles(path, manifest)))
         self._state.go_on(manifest.step, manifest.optimizer_steps, manifest.skipped_steps)
         self.extras, self.last_saved = manifest.extras, manifest.step
-        print(f"continuing after step {manifest.step} from {path.name}", flush=True)  # noqa: T201
+        if self.ranks.rank == 0:
+            steps = f"{manifest.step} of {self.config.num_steps} steps are done"
+            print(f"continuing from checkpoint {path.name}: {steps}", flush=True)  # noqa: T201
         return manifest.step
 
     def _newest(self) -> tuple[Path, CheckpointManifest] | None:
@@ -317,10 +319,10 @@ class Checkpointer:
         """What a checkpoint that was published has cost."""
         total_s, stall_s = time.monotonic() - saving.begun_s, self.stall.spent_s - saving.stall_before_s
         self._figures = {"checkpoint_s": round(total_s, 4)}
-        print(  # noqa: T201
-            f"checkpoint of step {self.last_saved} in {total_s:.2f} s, of which training waited {stall_s:.2f} s",
-            flush=True,
-        )
+        if self.ranks.rank == 0:
+            name = checkpoint_name(self.last_saved)
+            told = f"checkpoint {name} in {total_s:.2f} s, of which training waited {stall_s:.2f} s"
+            print(told, flush=True)  # noqa: T201
 
     def _publish(self, staging: Path, manifest: CheckpointManifest) -> None:
         self.context.fence()
@@ -348,20 +350,24 @@ class Checkpointer:
         self._failures += 1
         may_fail = not is_last and isinstance(problem, OSError | MemoryError | CorruptionError)
         if may_fail and self._failures < self.config.max_failed_saves:
-            warn(f"the checkpoint of step {step} failed ({problem}); training goes on from memory")
+            self._warn_once(f"checkpoint {checkpoint_name(step)} failed ({problem}); training goes on from memory")
             return
+        last = max(self.last_saved, 0)
         if may_fail:
-            warn(
-                f"{self._failures} checkpoints in a row have failed (pretrain.max_failed_saves); the last one is of "
-                f"step {max(self.last_saved, 0)}"
-            )
+            newest = f"the newest is {checkpoint_name(last)}" if last else "there is none"
+            self._warn_once(f"{self._failures} checkpoints in a row have failed (pretrain.max_failed_saves); {newest}")
         if is_disk_full(problem):
             raise OSError(
                 errno.ENOSPC,
-                f"the checkpoint of step {step} does not fit on the disk of {self.context.state} ({problem}); "
-                f"free some space and resume: training goes on after step {max(self.last_saved, 0)}",
+                f"checkpoint {checkpoint_name(step)} does not fit on the disk of {self.context.state} ({problem}); "
+                f"free some space and resume: training goes on after {last} steps",
             ) from problem
         raise problem
+
+    def _warn_once(self, message: str) -> None:
+        """Of what all ranks know alike, one tells."""
+        if self.ranks.rank == 0:
+            warn(message)
 
     def _plan_save(self, step: int) -> str:
         """Name of the staging directory, once old checkpoints were deleted where there was no room without."""

@@ -128,7 +128,7 @@ def test_what_each_checkpoint_has_cost_adds_up_to_all_that_training_has_waited(
 
     (waited_s,) = succeeded(work, workers=1)
     said = re.findall(
-        r"checkpoint of step (\d) in ([\d.]+) s, of which training waited ([\d.]+) s", capsys.readouterr().out
+        r"checkpoint step-0000000(\d) in ([\d.]+) s, of which training waited ([\d.]+) s", capsys.readouterr().out
     )
     assert [step for step, *_ in said] == ["1", "2", "3"]
     assert all(0.1 <= float(stall_s) <= float(total_s) for _, total_s, stall_s in said)

@@ -33,7 +33,7 @@ def test_a_write_that_fails_on_one_rank_fails_on_all_and_training_goes_on_to_its
 ) -> None:
     gang = start_gang(STAGE, EIGHT, made.inputs(), tmp_path / "out", workers=2, fault="fail_to_write", rank=rank)
     assert gang.wait() == [3, 3]
-    assert "warning: the checkpoint of step 4 failed ([Errno 5] Input/output error" in gang.log()
+    assert "warning: checkpoint step-00000004 failed ([Errno 5] Input/output error" in gang.log()
     assert len(metrics(gang.state)) == 8, "the save on the way stopped the training"
     assert checkpoints(gang.state) == []
     assert not (tmp_path / "out" / MANIFEST).exists()
@@ -41,13 +41,13 @@ def test_a_write_that_fails_on_one_rank_fails_on_all_and_training_goes_on_to_its
 
 def disk_full(log: str, step: int, last: int) -> bool:
     """Whether a log holds the message of a full disk."""
-    return f"[Errno {errno.ENOSPC}] the checkpoint of step {step} does not fit on the disk of" in log and (
-        f"free some space and resume: training goes on after step {last}" in log
+    return f"[Errno {errno.ENOSPC}] checkpoint step-{step:08d} does not fit on the disk of" in log and (
+        f"free some space and resume: training goes on after {last} steps" in log
     )
 
 
 def test_the_message_of_a_full_disk_is_of_the_memory_class() -> None:
-    assert classify(OSError(errno.ENOSPC, "the checkpoint of step 4 does not fit")) == "memory"
+    assert classify(OSError(errno.ENOSPC, "checkpoint step-00000004 does not fit")) == "memory"
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_resumes_from_it(
     copy_state(gang.state, tmp_path / "elsewhere")
     again = start_gang(STAGE, EIGHT, made.inputs(), tmp_path / "elsewhere", workers=2)
     assert again.wait() == [0, 0]
-    assert "continuing after step 4" in again.log()
+    assert "continuing from checkpoint step-00000004: 4 of 8 steps are done" in again.log()
 
 
 def test_too_little_space_is_noticed_before_a_byte_is_written(made: Artifacts, small_disk: Path) -> None:
@@ -85,7 +85,7 @@ def test_too_little_space_is_noticed_before_a_byte_is_written(made: Artifacts, s
         STAGE, EIGHT, made.inputs(), small_disk / "out", workers=2, fault="fill_disk", step=3, leave_bytes=60_000
     )
     assert gang.wait() == [3, 3]
-    assert gang.log().count("warning: the checkpoint of step 4 failed ([Errno 28] 0.1 MB are free") == 2
+    assert gang.log().count("warning: checkpoint step-00000004 failed ([Errno 28] 0.1 MB are free") == 1
     assert len(metrics(gang.state)) == 8, "a save before the last one stopped the training"
     assert disk_full(gang.log(), step=8, last=0)
     assert checkpoints(gang.state) == []

@@ -62,7 +62,8 @@ def test_resume_after_sigkill_is_bitwise(made: Artifacts, straight: Path, tmp_pa
     assert steps_of(gang.state) == ["step-00000004"]
     again = start_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2)
     assert again.wait() == [0, 0]
-    assert "continuing after step 4 from step-00000004" in again.log()
+    assert again.log().count("continuing from checkpoint step-00000004: 4 of 12 steps are done") == 1
+    assert [again.log().count(f"checkpoint {checkpoint_name(step)} in ") for step in (8, 12)] == [1, 1]
     assert differences(TWELVE, tmp_path / "out", straight) == []
 
 
@@ -91,7 +92,7 @@ def test_a_rank_killed_in_any_phase_of_a_save_ends_the_gang_and_costs_nothing(
     assert steps_of(gang.state) == [checkpoint_name(number) for number in left]
     again = start_gang(STAGE, TWELVE, made.inputs(), out, workers=2)
     assert again.wait() == [0, 0], again.log()
-    assert f"continuing after step {left[-1]} from {checkpoint_name(left[-1])}" in again.log()
+    assert f"continuing from checkpoint {checkpoint_name(left[-1])}: {left[-1]} of" in again.log()
     assert_same(out, straight)
     assert not list(gang.state.glob("staging-*"))
     assert steps_of(gang.state)[-2:] == steps_of(straight.with_name("out.state"))
@@ -125,7 +126,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     damage(state / "step-00000008")
     gang = start_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2)
     assert gang.wait() == [0, 0]
-    assert "continuing after step 4" in gang.log()
+    assert "continuing from checkpoint step-00000004: 4 of" in gang.log()
     assert list(state.glob("corrupt-step-00000008-*"))
     assert_same(tmp_path / "out", straight)
 
@@ -154,7 +155,7 @@ def test_a_pickle_that_runs_code_is_set_aside_unread_although_its_hash_is_right(
     gang = start_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2)
     assert gang.wait() == [0, 0]
     assert f"{path} is not a file of training state" in gang.log()
-    assert "continuing after step 4" in gang.log()
+    assert "continuing from checkpoint step-00000004: 4 of" in gang.log()
     assert_same(tmp_path / "out", straight)
     assert not marker.exists()
 
@@ -227,8 +228,8 @@ def test_a_training_killed_after_its_last_step_only_writes_its_artifact(
     copy_state(straight.with_name("out.state"), tmp_path / "out")
     gang = start_gang(STAGE, TWELVE, made.inputs(), tmp_path / "out", workers=2)
     assert gang.wait() == [0, 0]
-    assert "continuing after step 12" in gang.log()
-    assert "checkpoint of step 12 in" not in gang.log()
+    assert "continuing from checkpoint step-00000012: 12 of" in gang.log()
+    assert "checkpoint step-00000012 in" not in gang.log()
     assert_same(tmp_path / "out", straight)
     for path in sorted(straight.rglob("*.safetensors")):
         assert sha256(tmp_path / "out" / path.relative_to(straight)) == sha256(path)

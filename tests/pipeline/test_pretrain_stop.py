@@ -61,7 +61,10 @@ def test_a_request_to_end_is_heard_after_the_step_and_saves(
     assert gang.wait() == [75, 75], gang.log()
     done = len(metrics(gang.state))
     assert (gang.state / f"step-{done:08d}").is_dir()
-    assert f"pretrain: training was asked to stop after step {done} and saved a checkpoint; the same" in gang.log()
+    assert (
+        f"pretrain: training was asked to stop; {done} steps are done, and step-{done:08d} is saved; the same"
+        in gang.log()
+    )
     assert "SIGTERM: ends after this step" in gang.log()
     assert not (gang.out / MANIFEST).exists()
     goes_on(made, gang, pair)

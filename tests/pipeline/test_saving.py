@@ -166,8 +166,8 @@ def test_a_write_that_fails_on_one_rank_costs_all_of_them_that_checkpoint_only(
     succeeded(work)
     assert steps_in(tmp_path) == [8, 6]
     said = capsys.readouterr().out
-    assert "warning: the checkpoint of step 2 failed ([Errno 5] Input/output error); training goes on" in said
-    assert "warning: the checkpoint of step 4 failed" in said
+    assert "warning: checkpoint step-00000002 failed ([Errno 5] Input/output error); training goes on" in said
+    assert "warning: checkpoint step-00000004 failed" in said
 
 
 def test_saves_that_fail_again_and_again_stop_all_ranks(
@@ -427,4 +427,4 @@ def test_a_copy_that_fails_releases_the_state_and_costs_its_checkpoint_alone(
         assert saver.last_saved == 4
 
     succeeded(work, workers=1)
-    assert "the checkpoint of step 2 failed (no room for a copy)" in capsys.readouterr().out
+    assert "checkpoint step-00000002 failed (no room for a copy)" in capsys.readouterr().out

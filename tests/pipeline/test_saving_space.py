@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.errors import LeaseLostError
 from pipeline.pretrain import saving
+from pipeline.training_state import checkpoint_name
 from tests.support.hand_state import (
     ThreadRanks,
     checkpointer,
@@ -38,8 +39,8 @@ def is_full(error: Any, step: int, last: int) -> bool:
     return (
         isinstance(error, OSError)
         and error.errno == errno.ENOSPC
-        and f"the checkpoint of step {step} does not fit on the disk" in str(error)
-        and f"free some space and resume: training goes on after step {last}" in str(error)
+        and f"checkpoint {checkpoint_name(step)} does not fit on the disk" in str(error)
+        and f"free some space and resume: training goes on after {last} steps" in str(error)
     )
 
 
@@ -64,7 +65,7 @@ def test_a_full_disk_costs_a_checkpoint_and_training_goes_on(
     assert steps_in(tmp_path) == [10, 8]
     said = capsys.readouterr().out
     for step in (4, 6):
-        assert f"warning: the checkpoint of step {step} failed ([Errno 28] 0.0 MB are free" in said
+        assert f"warning: checkpoint {checkpoint_name(step)} failed ([Errno 28] 0.0 MB are free" in said
 
 
 def test_a_disk_that_stays_full_stops_all_ranks_after_so_many_saves(

@@ -84,7 +84,7 @@ def train_in_parts(configs: Sequence[PretrainConfig], inputs: Inputs, out: Path,
             assert gang.wait() == [0] * config.workers, gang.log()
         else:
             kill_paused(gang, stop)
-        assert not saved or f"continuing after step {saved} from" in gang.log(), gang.log()
+        assert not saved or f"continuing from checkpoint step-{saved:08d}: {saved} of" in gang.log(), gang.log()
         if stop is not None:
             saved = stop - stop % config.checkpoint_every_steps
     return out

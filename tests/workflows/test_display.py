@@ -46,10 +46,10 @@ def _shown(*frames: list[StepState], is_terminal: bool, width: int = 100) -> str
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
-        (_training(220, 3.21449, 12_345.6), "step 220/1000  loss 3.214  12.3k tokens/s  1m18s left"),
-        (_training(20, 10.0, 987.6), "step 20/1000  loss 10.000  988 tokens/s"),
-        (_training(900, None, 4.561e6), "step 900/1000  loss not finite  4.56M tokens/s  10.0s left"),
-        (_training(990, 1.0, 999_700.0), "step 990/1000  loss 1.000  1000k tokens/s  1.0s left"),
+        (_training(220, 3.21449, 12_345.6), "220/1000 steps  loss 3.214  12.3k tokens/s  1m18s left"),
+        (_training(20, 10.0, 987.6), "20/1000 steps  loss 10.000  988 tokens/s"),
+        (_training(900, None, 4.561e6), "900/1000 steps  loss not finite  4.56M tokens/s  10.0s left"),
+        (_training(990, 1.0, 999_700.0), "990/1000 steps  loss 1.000  1000k tokens/s  1.0s left"),
         (_step("tokens", status="running", progress={"done": 3, "total": 8, "figures": {}, "time": 1.0}), "3/8"),
         (_step("corpus", status="running"), "starting"),
         (_step("corpus", status="failed", reason="no file\nat all"), "no file"),
@@ -65,10 +65,24 @@ def test_training_on_a_terminal_stays_on_one_line_that_is_drawn_anew() -> None:
     frames = [[_step("rows", status="cached"), _training(done, 4.0, 5e4)] for done in (100, 200, 300)]
     shown = _shown(*frames, is_terminal=True, width=90)
     for done in (100, 200, 300):
-        assert shown.count(f"step {done}/1000") == (2 if done == 300 else 1)  # the last frame stays when it ends
+        assert shown.count(f"{done}/1000 steps") == (2 if done == 300 else 1)  # the last frame stays when it ends
     assert shown.count("\x1b[1A") >= 2 * 3, "each frame begins where the one before began"
-    (line,) = {line.strip() for line in shown.splitlines() if "step 300/1000" in line}
+    (line,) = {line.strip() for line in shown.splitlines() if "300/1000 steps" in line}
     assert "left" in line, "the line of a training fits a terminal of 90 columns"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_training_that_was_resumed_says_once_from_which_checkpoint(is_terminal: bool) -> None:
+    frames = [[_training(done, 4.0, 5e4)] for done in (220, 230, 240)]
+    for (state,) in frames:
+        state.progress["figures"]["resumed_at"] = 200
+    shown = _shown(*frames, is_terminal=is_terminal)
+    assert shown.count("pretrain goes on from checkpoint step-00000200: 200 of 1000 steps are done") == 1
+    again = _training(310, 4.0, 5e4)
+    again.progress["figures"]["resumed_at"] = 300
+    shown = _shown(*frames, [again], is_terminal=is_terminal)
+    assert shown.count(" goes on from checkpoint step-00000300: 300 of 1000 steps are done") == 1
+    assert "goes on" not in _shown([_training(20, 4.0, 5e4)], is_terminal=is_terminal)
 
 
 def test_training_elsewhere_gives_a_line_every_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +95,7 @@ def test_training_elsewhere_gives_a_line_every_now_and_then(monkeypatch: pytest.
             shown.update([_training(done, 4.0, 5e4)])
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
-    assert [line.split()[3] for line in lines] == ["20/1000", "140/1000", "260/1000", "380/1000"]
+    assert [line.split()[2] for line in lines] == ["20/1000", "140/1000", "260/1000", "380/1000"]
     assert not any("\x1b" in line for line in lines)
 
 
