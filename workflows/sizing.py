@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,29 @@ from workflows.runs import DoesNotFitError
 from workflows.step import load_stage
 
 DEFAULT_GPU, DEFAULT_MFU = "h100", 0.35
+LEGEND = {
+    "parameters": "that it computes with",
+    "masters": "float32 copy that the optimizer steps",
+    "moments": "of AdamW, two numbers a master",
+    "momentum": "of Muon, one number a master",
+    "ema": "average of the masters",
+    "accumulated": "gradients of the passes before",
+    "bucket": "where gradients are laid to be reduced",
+    "reduction": "gradients as they are reduced, with a copy",
+    "gathered": "parameters whole at once (ZeRO-3)",
+    "update": "gradients as the masters are stepped",
+    "activations": "what the forward pass keeps",
+    "working_layer": "one layer as it is passed back",
+    "head": "logits with their gradients",
+    "head_gradient": "of the head's weights",
+    "exchange": "tokens on their way to experts",
+    "host_start": "model as it is made, in float32",
+    "host_optimizer": "offloaded: masters, moments, gradients",
+    "host_checkpoint": "copy that is written from",
+}
+"""What a component is, in a few words; how it follows from the configuration stands at the fields of RankMemory."""
+HOST = ("host_start", "host_optimizer", "host_checkpoint")
+"""The components beside the device; the first is gone when the others come."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +216,7 @@ def as_json(sizing: Sizing) -> dict[str, Any]:
         "memory": {
             "device_bytes": needed.device_bytes,
             "host_bytes": needed.host_bytes,
+            "host_components": {name: getattr(needed, name) for name in HOST},
             "components": needed.peak(),
             "by_phase": {name: memory.device_bytes for name, memory in sizing.memory.items()},
         },
@@ -215,13 +239,19 @@ def _print(console: Console, sizing: Sizing) -> None:
     console.print(f"[bold]{training.step}[/bold]: {title}", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(f"memory of one of {training.config.workers} workers", no_wrap=True)
-    table.add_column("", justify="right")
-    for name, value in needed.peak().items():
-        if value:
-            table.add_row(name.replace("_", " "), _gigabytes(value))
-    table.add_row("[bold]at its peak[/bold]", f"[bold]{_gigabytes(needed.device_bytes)}[/bold]")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("", style="dim")
+
+    def add(names: Iterable[str], peak: str, peak_bytes: int, note: str = "") -> None:
+        for name in names:
+            if value := getattr(needed, name):
+                table.add_row(name.replace("_", " "), _gigabytes(value), LEGEND[name])
+        table.add_row(f"[bold]{peak}[/bold]", f"[bold]{_gigabytes(peak_bytes)}[/bold]", note)
+
+    add(needed.peak(), "at its peak, on the device", needed.device_bytes)
     table.add_row(f"of {gpu.name}", _gigabytes(gpu.memory_bytes))
-    table.add_row("on its host", _gigabytes(needed.host_bytes))
+    table.add_row()
+    add(HOST, "at its peak, on its host", needed.host_bytes, "beside the process with its libraries")
     console.print(table)
     for label, text in _totals(sizing):
         console.print(f"{label:<21} {text}", highlight=False, markup=False, soft_wrap=True)
@@ -242,6 +272,8 @@ def _hours(sizing: Sizing) -> Sequence[tuple[str, str]]:
         why = (
             f"not told: the peak of {sizing.gpu.name} is known in bfloat16 alone, and {training.step}.precision is "
             f"fp32; set that to bf16, or {training.step}.peak_tflops_per_worker"
+            if sizing.gpu.peak_flops
+            else f"not told: the peak of a {sizing.gpu.name} is not known; set {training.step}.peak_tflops_per_worker"
         )
         return (("GPU-hours", why),)
     days = f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} h"

@@ -31,6 +31,8 @@ MEMORY_GB = {
 """Of the same data sheets, of the larger A100; 10^9 bytes, some percent less than the driver counts: room for its own
 needs."""
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?GB", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -38,16 +40,21 @@ class Gpu:
 
     name: str
     peak_flops: float
-    """Dense bfloat16 operations a second."""
+    """Dense bfloat16 operations a second; 0 where they are not known."""
     memory_bytes: int
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name in any case, with "-" for a space; UserError with the names there are otherwise."""
+    """The GPU of that name in any case, with "-" for a space, or any of so many GB; UserError otherwise."""
+    if (size := _SIZE.fullmatch(name.strip())) is not None and float(size[1]) > 0:
+        return Gpu(f"{float(size[1]):g} GB GPU", 0.0, round(float(size[1]) * 10**9))
     known = {key.lower().replace(" ", "-"): key for key in PEAK_TFLOPS}
     key = known.get(name.lower().replace(" ", "-"))
     if key is None:
-        raise UserError(f"GPU {name!r} is not known; take one of {', '.join(known)}")
+        raise UserError(
+            f"GPU {name!r} is not known; take one of {', '.join(known)}, or for another one its memory, as in 48GB "
+            "(of 10^9 bytes)"
+        )
     return Gpu(key, PEAK_TFLOPS[key] * 1e12, MEMORY_GB[key] * 10**9)
 
 

@@ -1,5 +1,6 @@
 """``dlm plan --dry-run`` and ``--deepspeed``: what is shown, what is refused, and that what is advised fits."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,7 +14,9 @@ import pytest
 from dlm_core.models.presets import PRESETS
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig
+from pipeline.pretrain.memory import RankMemory
 from pipeline.tokenizer.config import TokenizerConfig
+from workflows import sizing
 from workflows.recipes import RECIPES
 from workflows.recipes.quickstart import quickstart
 from workflows.step import Workflow
@@ -53,6 +56,37 @@ def test_dry_run_of_a_large_model_shows_memory_operations_and_hours(dlm):
     for words in ("7.36 B parameters", "1.4 B active", "of 64 workers", "at its peak", "GPU-hours", "MFU of 0.35"):
         assert words in done.stdout
     assert dlm("plan", "large", "--dry-run", "--gpu", "b200", "--mfu", "0.5").stdout.count("B200") == 2
+
+
+def test_dry_run_on_a_gpu_of_another_size_tells_what_fits_and_no_hours_without_its_peak(dlm):
+    done = dlm("plan", "large", "--dry-run", "--gpu", "48gb", "--set", "pretrain.zero_stage=2")
+    assert done.code == 0, done.stderr
+    assert re.search(r"^of 48 GB GPU +48\.00 GB$", done.stdout, re.MULTILINE)
+    assert "not told: the peak of a 48 GB GPU is not known; set pretrain.peak_tflops_per_worker" in done.stdout
+    words = ["--set", "pretrain.peak_tflops_per_worker=181", "--set", "pretrain.zero_stage=2"]
+    (found,) = json.loads(dlm("plan", "large", "--dry-run", "--json", "--gpu", "48 GB", *words).stdout)
+    assert found["gpu"] == {"name": "48 GB GPU", "peak_flops": 0.0, "memory_bytes": 48 * 10**9}
+    assert found["gpu_hours"] == pytest.approx(found["flops"] / (0.35 * 181e12) / 3600)
+    small = dlm("plan", "large", "--dry-run", "--gpu", "12.5GB")
+    assert small.code == 5
+    assert "12.5 GB GPU has 12.50 GB" in small.stderr
+
+
+def test_dry_run_says_what_each_component_is_and_what_the_host_holds(dlm):
+    words = ["plan", "large", "--dry-run", "--set", "pretrain.offload_optimizer=true"]
+    shown = " ".join(dlm(*words).stdout.split())
+    (found,) = json.loads(dlm(*words, "--json").stdout)
+    memory = found["memory"]
+    for name, value in (memory["components"] | memory["host_components"]).items():
+        row = f"{name.replace('_', ' ')} {value / 1e9:,.2f} GB {sizing.LEGEND[name]}"
+        assert (row in shown) == (value > 0), row
+    assert f"at its peak, on its host {memory['host_bytes'] / 1e9:,.2f} GB" in shown
+    assert memory["host_components"]["host_optimizer"] > 0
+
+
+def test_legend_has_every_component_and_no_other():
+    fields = {field.name for field in dataclasses.fields(RankMemory)}
+    assert sizing.LEGEND.keys() == fields - {"checkpoint_bytes"}
 
 
 def test_dry_run_in_float32_tells_no_hours_and_what_to_set(dlm):
@@ -124,7 +158,9 @@ def test_dry_run_that_nothing_makes_fit_says_so(dlm):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["large", "--dry-run", "--gpu", "v100"], ["'v100' is not known", "h100"]),
+        (["large", "--dry-run", "--gpu", "v100"], ["'v100' is not known", "h100", "as in 48GB"]),
+        (["large", "--dry-run", "--gpu", "0GB"], ["'0GB' is not known"]),
+        (["large", "--dry-run", "--gpu", "-48GB"], ["'-48GB' is not known"]),
         (["large", "--dry-run", "--mfu", "0"], ["pretrain: mfu is 0.0", "(0, 1]"]),
         (["large", "--dry-run", "--mfu", "35"], ["mfu is 35.0"]),
         (["large", "--gpu", "h100"], ["--gpu has no effect without --dry-run; add --dry-run, or leave --gpu out"]),

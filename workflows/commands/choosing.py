@@ -65,7 +65,9 @@ def plan(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build the model without numbers; memory, operations and hours on GPUs.")
     ] = False,
-    gpu: Annotated[str | None, typer.Option(help="For --dry-run: kind of GPU; h100 by default.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="For --dry-run: kind of GPU, or its memory, as 48GB; h100 by default.")
+    ] = None,
     mfu: Annotated[float | None, typer.Option(help="For --dry-run: share of the GPU's peak; 0.35 by default.")] = None,
     deepspeed: Annotated[
         bool, typer.Option("--deepspeed", help="Print the generated DeepSpeed configuration.")
