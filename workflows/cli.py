@@ -102,7 +102,7 @@ def main(run: Callable[[], Any] = app) -> None:
     except SystemExit as end:
         if end.code != _TYPER_INTERRUPTED:
             raise
-        say("interrupted; dlm list shows the run, dlm resume RUN goes on with it")
+        say("interrupted; if the run had begun, dlm list shows it and dlm resume RUN goes on with it")
         sys.exit(EXIT_INTERRUPTED)
 
 

@@ -111,6 +111,11 @@ class Coordinator:
             return "cancelled" if self._cancel.is_cancel else "stopped"
         return "succeeded"
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a step has been given to the executor that is not over."""
+        return any(state.flights for state in self.states.values())
+
     def request_stop(self) -> None:
         """Ask every stage to save and stop."""
         self._cancel.request()
@@ -196,6 +201,10 @@ class Coordinator:
         if self._executor is None:
             self._executor = self._make_executor()
             self._queue = Queue(self._executor, self._options.queue_timeout_s, self.events)
+            if self._cancel.is_requested():  # while it started, which takes seconds
+                self._release(state)
+                state.status, state.reason = "stopped", "the run was asked to stop"
+                return
         self._or_fail(state, lambda: self._start(state, place))
 
     def _start(self, state: StepState, place: ArtifactPlace) -> None:

@@ -451,3 +451,21 @@ def test_progress_of_a_running_step_reaches_the_display(store, log):
     assert seen[0]["total"] > seen[0]["done"]
     record = next((run.directory.path / "work").glob("*/source/*/progress.json"))
     assert read_json(record)["total"] == seen[0]["total"]
+
+
+def test_run_that_is_asked_to_stop_while_its_executor_starts_begins_nothing(store, log):
+    run = runs.create_run(store, toy_plan(log), "local", "r1")
+
+    def make() -> Executor:
+        assert not coordinator.is_at_work
+        coordinator.request_stop()
+        return local()
+
+    coordinator = Coordinator(store, run, toy_plan(log), make, lambda states: None)
+    states = {state.step.name: state for state in coordinator.run()}
+    assert set(statuses(states).values()) == {"stopped"}
+    assert coordinator.status == "stopped"
+    assert executions(log) == {}
+    assert not [event for event in run.events() if event["kind"] == "step_started"]
+    again = coordinate(store, run, local)
+    assert set(statuses(again).values()) == {"committed"}

@@ -10,7 +10,7 @@ import pytest
 from tests.support.executors import RAY_LIMIT_S
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, PIECES, is_gone, toy_workflow, wait_until
-from workflows import runs
+from workflows import entry, runs
 from workflows.store import Store
 from workflows.summary import summarise
 
@@ -133,3 +133,45 @@ def test_signal_ends_a_run_as_resumable(store, log, signals, ends_as):
     assert process.wait(timeout=30) == 75
     assert_gone(found)
     assert summarise(store, store.run("r1")).status == ends_as
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(RAY_LIMIT_S)
+def test_interrupt_while_ray_starts_ends_the_run_before_its_first_step(store, log):
+    logs = {f"{s.name}__log": str(log) for s in toy_workflow().steps}
+    process = toy("run", "toy", "--store", str(store.root.path), "--executor", "ray", "--run-id", "r1", **logs)
+    events = store.run_place("r1").directory / "events"
+    wait_until(events.names, "the run has begun", 60.0)
+    wait_until(lambda: len(psutil.Process(process.pid).children()) > 0, "Ray is being started", 60.0)
+    found = children_of(process, at_least=1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=90) == 75
+    assert_gone(found)
+    assert executions(log) == {}
+    assert summarise(store, store.run("r1")).status == "stopped"
+
+
+def test_interrupt_while_the_command_line_is_imported_ends_in_a_sentence(monkeypatch, capsys):
+    class Interrupting:
+        def find_spec(self, name, path=None, target=None):
+            if name == "workflows.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "workflows.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        entry.main()
+    assert end.value.code == 75
+    assert capsys.readouterr().err == "interrupted before anything had begun\n"
+
+
+def test_interrupt_before_a_run_exists_ends_in_a_sentence(dlm, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "plan_recipe", interrupted)
+    done = dlm("run", "toy")
+    assert done.code == 75
+    assert done.stderr.strip().splitlines() == [
+        "interrupted; if the run had begun, dlm list shows it and dlm resume RUN goes on with it"
+    ]

@@ -185,7 +185,8 @@ class _stop_on_signal:
         for other in (signal.SIGINT, signal.SIGTERM):
             signal.signal(other, signal.default_int_handler)
         self._coordinator.request_stop()
-        say("stopping: stages save first; interrupt again to stop at once")
+        first = "stages save first" if self._coordinator.is_at_work else "no step runs yet"
+        say(f"stopping: {first}; interrupt again to stop at once")
 
     def __exit__(self, *details: Any) -> None:
         for number, handler in self._previous.items():
