@@ -1,5 +1,6 @@
 """``dlm logs``: which there are, the one that tells most, following, secrets."""
 
+import json
 import threading
 import time
 
@@ -141,8 +142,16 @@ def test_run_that_ended_without_a_log_is_not_waited_for(dlm, store):
     assert "no logs yet" in dlm("logs", "r1", "-f").stdout
 
 
-@pytest.mark.parametrize("ends_with", ["done", "failure", "run", "turn"])
-def test_followed_log_is_printed_as_it_grows_until_the_call_ends(dlm, store, monkeypatch, ends_with):
+@pytest.mark.parametrize(
+    ("ends_with", "why"),
+    [
+        ("done", "source is done"),
+        ("failure", "source has ended: failed; the run goes on"),
+        ("run", "run r1 has ended: stopped"),
+        ("killed", "run r1 has ended: interrupted"),
+    ],
+)
+def test_followed_log_is_printed_as_it_grows_until_the_call_ends(dlm, store, monkeypatch, ends_with, why):
     monkeypatch.setenv("WANDB_API_KEY", "abcdefgh12345")
     run = create_run(store, toy_plan(), "local", "r1")
     lease = begin(run, [])
@@ -157,11 +166,15 @@ def test_followed_log_is_printed_as_it_grows_until_the_call_ends(dlm, store, mon
         time.sleep(0.4)
         if ends_with == "run":
             end(run, 1, "stopped")
+        elif ends_with == "failure":
+            (folder / "failure-0.json").write_text(json.dumps(failure()))
+            time.sleep(0.4)
+            event = {"time": 1.0, "attempt": 1, "kind": "step_failed", "step": "source", "failure": failure()}
+            (run.directory / "events" / "001-000900.json").write(json.dumps(event).encode())
+        elif ends_with == "done":
+            (folder / "done.json").write_text("null")
+        if ends_with in ("run", "killed"):
             lease.release()
-        elif ends_with == "turn":
-            fabricate_turn(run, 1, "source", "000002", log_0="new")
-        else:
-            (folder / {"done": "done.json", "failure": "failure-0.json"}[ends_with]).write_text("null")
 
     thread = threading.Thread(target=go_on)
     thread.start()
@@ -169,6 +182,46 @@ def test_followed_log_is_printed_as_it_grows_until_the_call_ends(dlm, store, mon
     thread.join()
     assert followed.code == 0
     assert followed.stdout.partition("<==\n")[2] == "old\nhalf a line\n*** is ü\nno end\n"
+    assert followed.stderr == f"{why}\n"
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_followed_log_goes_on_with_the_next_try_of_the_same_call_and_rank(dlm, store, is_resumed):
+    run = create_run(store, toy_plan(), "local", "r1")
+    lease = begin(run, [])
+    first = fabricate_turn(run, 1, "total", log_0="other\n", log_1="one\n")
+
+    def go_on() -> None:
+        time.sleep(0.6)
+        (first / "failure-1.json").write(json.dumps(failure("infra", rank=1)).encode())
+        time.sleep(0.6)
+        if is_resumed:
+            lease.release()
+            begin(run, [])
+        fabricate_turn(run, 1 + is_resumed, "source", "000002", log_1="of another step\n")
+        second = fabricate_turn(run, 1 + is_resumed, "total", "000002", log_0="other again\n", log_1="two\n")
+        time.sleep(0.6)
+        (second / "done.json").write(b"null")
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    followed = dlm("logs", "r1", "--step", "total", "--rank", "1", "-f")
+    thread.join()
+    assert followed.code == 0
+    place = f"{run.work_dir(1 + is_resumed, 'total')}/000002/rank-1.log"
+    assert followed.stdout.partition("<==\n")[2] == f"one\n==> {place} <==\ntwo\n"
+    assert followed.stderr == "total is done\n"
+
+
+def test_followed_log_of_one_attempt_ends_with_that(dlm, store):
+    run = fabricate_run(store, toy_plan(), [])
+    lease = begin(run, [])
+    fabricate_turn(run, 1, "source", log_0="one\n", failure_0=failure())
+    fabricate_turn(run, 2, "source", "000002", log_0="two\n")
+    followed = dlm("logs", "r1", "--attempt", "1", "-f")
+    lease.release()
+    assert followed.stdout.partition("<==\n")[2] == "one\n"
+    assert followed.stderr == "attempt 1 has ended; the run goes on in attempt 2\n"
 
 
 def test_logs_of_an_object_store_are_read_and_followed(dlm, objects):

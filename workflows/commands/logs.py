@@ -34,6 +34,7 @@ _MOST_LISTED = 30
 _FOLLOW_EVERY_S = 0.25
 _BLOCK_BYTES = 64 * 1024
 _MIN_SECRET_CHARS = 8
+_OVER = ("committed", "cached", "failed", "blocked", "stopped", "skipped", "damaged")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ def logs(
     ] = "",
     rank: Annotated[int | None, typer.Option("--rank", min=0, help="A rank of a gang.")] = None,
     attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="An attempt of the run.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until what writes it has ended.")] = False,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", "-f", help="Go on with it, and with what the step writes next, until the run ends."),
+    ] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last lines.")] = 50,
 ) -> None:
     """Print the end of a log: of what failed or runs, if none is chosen, after the list of those there are."""
@@ -88,6 +92,9 @@ def logs(
     if whole:
         print_line(hide(whole))
     _follow(place, run, log, end, rest, hide)
+    while (log := _next(place, run, log, attempt)) is not None:
+        print_line(f"==> {log.place} <==")
+        _follow(place, run, log, 0, "", hide)
 
 
 def _awaited_logs(store: Store, run: RunPlace) -> list[Log]:
@@ -201,6 +208,31 @@ def _follow(store: Store, run: RunPlace, log: Log, end: int, rest: str, hide: Ca
         time.sleep(max(_FOLLOW_EVERY_S, store.root.storage.poll_s))
     if rest:
         print_line(hide(rest))
+
+
+def _next(store: Store, run: RunPlace, log: Log, attempt: int | None) -> Log | None:
+    """What the rank writes when the call is tried again, once it does; None, having said why, if it will not."""
+    turn = log.turn
+    while not (turn.folder / "done.json").exists():
+        summary = summarise(store, run)  # before the last look at what there is
+        for other in find_logs(run):
+            is_same = (other.turn.call, other.rank) == (turn.call, log.rank)
+            is_later = (other.turn.attempt, other.turn.folder.name) > (turn.attempt, turn.folder.name)
+            if is_same and is_later and attempt in (None, other.turn.attempt):
+                return other
+        of_step = next(step.status for step in summary.steps if step.step == turn.step)
+        if summary.exit_code is not None:
+            say(f"run {run.run_id} has ended: {summary.status}")
+            return None
+        if of_step in _OVER:
+            say(f"{turn.step} has ended: {of_step}; the run goes on")
+            return None
+        if attempt is not None and attempt < summary.attempts:
+            say(f"attempt {attempt} has ended; the run goes on in attempt {summary.attempts}")
+            return None
+        time.sleep(max(_FOLLOW_EVERY_S, store.root.storage.poll_s))
+    say(f"{turn.call} is done")
+    return None
 
 
 def _is_over(turn: Turn) -> bool:
