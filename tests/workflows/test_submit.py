@@ -79,3 +79,44 @@ def test_variable_that_is_named_like_a_secret_is_not_passed_with_a_job(
 @pytest.mark.parametrize("name", ["HF_HOME", "OMP_NUM_THREADS", "KEYBOARD", "PATH", "MONKEY", "COMPASS"])
 def test_variable_with_a_plain_name_is(name: str):
     assert not names_a_secret(name)
+
+
+def test_names_of_variables_are_those_of_the_last_job_until_others_or_none_are_given(
+    dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm, monkeypatch
+):
+    monkeypatch.setattr("workflows.commands.submitting.code_archive", lambda plan, folder: code)
+    for name in ("ONE", "TWO"):
+        monkeypatch.setenv(name, name.lower())
+    run = runs.create_run(store, toy_plan(log), "ray", "r1")
+    submit_run(store, run, dashboard.url, code, "py", env_names=["ONE"])
+
+    def given(*words: str) -> tuple[str, ...]:
+        for job in dashboard.jobs.values():
+            job["status"] = "FAILED"
+        done = dlm("resume", "r1", "--address", dashboard.url, *words)
+        assert done.code == 0, done.stderr
+        last = last_submission(run)
+        assert last is not None
+        assert last.python == "py"
+        return tuple(last.env)
+
+    assert given() == ("ONE",)
+    assert given("--env", "TWO") == ("TWO",)
+    assert given() == ("TWO",)
+    monkeypatch.delenv("TWO")
+    for job in dashboard.jobs.values():
+        job["status"] = "FAILED"
+    refused = dlm("resume", "r1", "--address", dashboard.url)
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "was given TWO, which is not set here" in refused.stderr
+    assert "--env '' for nothing" in refused.stderr
+    assert given("--env", "") == ()
+    assert given() == ()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--env", "HOME"), ("--env", ""), ("--python", "py")])
+def test_options_of_a_job_are_refused_where_there_is_none(store: Store, log, dlm: Dlm, option: str, value: str):
+    runs.create_run(store, toy_plan(log), "local", "r1")
+    done = dlm("resume", "r1", option, value)
+    assert (done.code, done.stdout) == (2, "")
+    assert f"{option} is for a job on a cluster: add --address" in done.stderr

@@ -73,6 +73,18 @@ DataOfOption = Annotated[
     str, typer.Option("--step", help="Training or packing whose data are meant; needed where a run has several.")
 ]
 
+PythonOption = Annotated[
+    str, typer.Option("--python", help="Interpreter on the cluster; python by default, on this machine its own.")
+]
+EnvOption = Annotated[
+    list[str],
+    typer.Option(
+        "--env",
+        metavar="NAME",
+        help="Variable of this environment that the job gets; no secrets. A run that was submitted before keeps its "
+        "names: giving any replaces them all, and --env '' drops them.",
+    ),
+]
 QueueOption = Annotated[
     float, typer.Option("--queue-timeout", min=0.0, help="Seconds to wait for what a step needs and nobody else uses.")
 ]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.artifact import read_json
-from pipeline.errors import CorruptionError
+from pipeline.errors import CorruptionError, UserError
 from workflows import runs
 from workflows.amendments import Wishes, amend, prepare
 from workflows.commands.common import (
@@ -18,8 +18,10 @@ from workflows.commands.common import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_UNSCHEDULABLE,
+    EnvOption,
     ExecutorOption,
     FailFastOption,
+    PythonOption,
     QueueOption,
     RecipeArgument,
     RunArgument,
@@ -102,6 +104,8 @@ def resume(
     only: StepsOnly = [],  # noqa: B006 - as above
     queue_timeout_s: QueueOption = Options.queue_timeout_s,
     fail_fast: FailFastOption = False,
+    python: PythonOption = "",
+    env: EnvOption = [],  # noqa: B006 - as above
 ) -> None:
     """Go on with a run that failed, was stopped or was killed, with the executor that it was started with.
 
@@ -109,6 +113,9 @@ def resume(
     """
     place = find_writable_store(store)
     run = place.run(run_id)
+    if (python or env) and address in ("", _WITHIN):
+        option = "--env" if env else "--python"
+        raise UserError(f"{option} is for a job on a cluster: add --address http://HOST:8265, or leave {option} out")
     if address == _WITHIN:
         wait_until_free(run)
     wishes = Wishes(parse_settings(settings), tuple(accept_drift), tuple(rebuild))
@@ -121,7 +128,7 @@ def resume(
         from workflows.commands.submitting import hand_over
 
         words = [*selection_words(from_, until, only), *option_words(queue_timeout_s, fail_fast)]
-        hand_over(place, run, address, "", [], words)
+        hand_over(place, run, address, python, env, words)
         return
     options = Options(queue_timeout_s, fail_fast, is_wanted_again=address != _WITHIN, selected=selected)
     _drive(place, run, plan, runs.frozen_executor(run), options, address)

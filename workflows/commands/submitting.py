@@ -1,5 +1,6 @@
 """Commands about clusters: submit a run, and end one wherever it runs."""
 
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,12 +12,15 @@ import typer
 
 from cluster.auth import AuthError
 from cluster.jobs import OVER, ClusterError, Jobs
+from pipeline.errors import UserError
 from workflows import runs
 from workflows.cancel import CancelFile
 from workflows.commands.common import (
     DEFAULT_STORE,
     EXIT_INTERRUPTED,
+    EnvOption,
     FailFastOption,
+    PythonOption,
     QueueOption,
     RunArgument,
     SetOption,
@@ -44,12 +48,6 @@ AddressOption = Annotated[
     typer.Option(
         "--address", envvar="RAY_ADDRESS", help="Dashboard of the cluster, http://HOST:8265.", show_envvar=True
     ),
-]
-PythonOption = Annotated[
-    str, typer.Option("--python", help="Interpreter on the cluster; python by default, on this machine its own.")
-]
-EnvOption = Annotated[
-    list[str], typer.Option("--env", metavar="NAME", help="Variable of this environment that the job gets; no secrets.")
 ]
 _POLL_S = 0.5
 _BEYOND_GRACE_S = 5.0
@@ -84,10 +82,16 @@ def submit(
 def hand_over(store: Store, run: RunPlace, address: str, python: str, env: list[str], words: Sequence[str]) -> None:
     """Submit a job for a run and say how to follow it; ``words`` are further ones of its command."""
     last = last_submission(run)  # what was said of the cluster then holds
-    python, env = python or (last.python if last else ""), env or (list(last.env) if last else [])
+    python = python or (last.python if last else "")
+    names = [name for name in env if name] if env or last is None else list(last.env)
+    if not env and (unset := [name for name in names if not os.environ.get(name)]):
+        raise UserError(
+            f"the last job of run {run.run_id} was given {unset[0]}, which is not set here: export it, or name what "
+            "the job is to get instead (--env NAME for each, --env '' for nothing)"
+        )
     with tempfile.TemporaryDirectory(prefix="dlm-code-") as folder:
         code = code_archive(runs.frozen_plan(run), Path(folder))
-        job = submit_run(store, run, address, code, python, env, words)
+        job = submit_run(store, run, address, code, python, names, words)
     where = store_option(store)
     print(run.run_id)
     say(f"job {job.job_id} at {address} ({job.status.lower()})")
