@@ -152,6 +152,11 @@ class ArtifactPlace:
                 self._shard_record(name).remove()
         return found
 
+    def shard_folders(self) -> list[Place]:
+        """Where the committed pieces of a map stage should lie; whether they do is not looked at."""
+        folder = self.directory / "shards"
+        return [self.attempt(_value(folder / name, "directory")) for name in folder.names()]
+
     def _open_shards(self) -> Iterator[tuple[str, Place, Shard]]:
         folder = self.directory / "shards"
         for name in folder.names():

@@ -1,5 +1,6 @@
 """``dlm explain``, what a shell completes, and names that are mistyped."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -66,6 +67,43 @@ def test_outside_file_that_changed_is_named(dlm, store, tmp_path):
     assert "web.sha256" not in done.stdout
     assert f"written since then: {texts['text/new.txt']} (" in done.stdout
     assert done.stdout.count("written since then") == 1
+
+
+def test_changed_file_of_a_corpus_is_named_with_its_size_and_hash_then_and_now(dlm, store, tmp_path):
+    texts = {name: tmp_path / "text" / f"{name}.txt" for name in ("longer", "other", "gone", "new")}
+    (tmp_path / "text").mkdir()
+    for number in range(20):
+        (tmp_path / "text" / f"same-{number}.txt").write_text(f"the same {number}")
+    for name in ("longer", "other", "gone"):
+        texts[name].write_text(f"{name}, that is the question")
+    source = ["--set", f"corpus.source={tmp_path / 'text'}", "--set", "corpus.held_out_fraction=0.5"]
+    done = dlm("run", "quickstart", "--executor", "local", "--only", "corpus", *source)
+    assert done.code == 0, done.stderr
+    then = {name: path.read_bytes() for name, path in texts.items() if path.exists()}
+    touched = texts["other"].stat()
+    texts["longer"].write_text("longer, that was the question")
+    texts["other"].write_text("other, that is the questiom")
+    os.utime(texts["other"], ns=(touched.st_atime_ns, touched.st_mtime_ns))
+    texts["gone"].unlink()
+    texts["new"].write_text("question")
+    done = dlm("explain", "quickstart", "corpus", *source)
+    sha256 = {
+        name: " -> ".join(
+            hashlib.sha256(content).hexdigest()[:12] for content in (then[name], texts[name].read_bytes())
+        )
+        for name in ("longer", "other")
+    }
+    lines = [line.strip() for line in done.stdout.splitlines() if line.startswith("    file ")]
+    (name,) = {line.split(":")[0].removeprefix("file ") for line in lines}
+    assert lines == [
+        f"file {name}: gone.txt: gone, it had 26 bytes",
+        f"file {name}: longer.txt: 28 -> 29 bytes, sha256 {sha256['longer']}",
+        f"file {name}: new.txt: new, 8 bytes",
+        f"file {name}: other.txt: 27 bytes as before, sha256 {sha256['other']}",
+    ]
+    assert "written since then" not in done.stdout
+    (row,) = rows_of(dlm, "quickstart", "corpus", *source).values()
+    assert [file["size_bytes"] for file in row["nearest"]["files"]] == [[26, None], [28, 29], [None, 8], [27, 27]]
 
 
 @pytest.mark.parametrize(

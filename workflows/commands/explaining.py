@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.config import flatten
+from pipeline.corpus.config import CorpusConfig
 from pipeline.errors import CorruptionError, UserError
 from workflows import runs
 from workflows.commands.common import (
@@ -25,7 +26,8 @@ from workflows.commands.common import (
     print_line,
 )
 from workflows.commands.completing import complete_runs_and_recipes, complete_steps
-from workflows.plan import Action, Nearest, Plan, PlannedStep, find_nearest
+from workflows.outside import FileChange, changed_corpus_files
+from workflows.plan import Action, Nearest, Plan, PlannedStep, find_nearest, step_config
 from workflows.plan import explain as actions_of
 from workflows.recipes import RECIPES
 from workflows.step import load_stage
@@ -63,9 +65,10 @@ def explain(
         planned = plan.step(action.step)
         stage = load_stage(planned.stage)
         nearest = find_nearest(plan, planned, stage, place) if action.action == "run" else None
-        newer = changed_files(planned, nearest) if nearest is not None else []
+        files = changed_content(planned, nearest) if nearest is not None else []
+        newer = changed_files(planned, nearest) if nearest is not None and not files else []
         where = place.artifact(stage.name, planned.fingerprint)
-        rows.append(_row(action, str(where.directory), where.made_by(), nearest, newer))
+        rows.append(_row(action, str(where.directory), where.made_by(), nearest, files, newer))
         if not as_json:
             _print(rows[-1], plan, planned)
     if as_json:
@@ -86,7 +89,12 @@ def _plan_of(store: Store, what: str, settings: list[str]) -> Plan:
 
 
 def _row(
-    action: Action, artifact: str, made_by: str, nearest: Nearest | None, newer: list[tuple[str, float]]
+    action: Action,
+    artifact: str,
+    made_by: str,
+    nearest: Nearest | None,
+    files: list[FileChange],
+    newer: list[tuple[str, float]],
 ) -> dict[str, Any]:
     return {
         **vars(action),
@@ -98,9 +106,19 @@ def _row(
             "run_id": nearest.run_id,
             "artifact": str(nearest.place.directory),
             "changes": {field: {"from": old, "to": new} for field, (old, new) in nearest.changes.items()},
+            "files": [{**vars(file), "told": file.told} for file in files],
             "files_changed_since": [path for path, _ in newer],
         },
     }
+
+
+def changed_content(step: PlannedStep, nearest: Nearest) -> list[FileChange]:
+    """Files of a corpus that have other bytes than those which the nearest artifact was made of."""
+    config = step_config(step)
+    if not isinstance(config, CorpusConfig):
+        return []
+    keys = [key.split(".") for key in nearest.changes if key.partition(".")[0] == "external"]
+    return changed_corpus_files(config, {key[1] for key in keys if len(key) > 1}, nearest.place)
 
 
 def changed_files(step: PlannedStep, nearest: Nearest) -> list[tuple[str, float]]:
@@ -159,6 +177,10 @@ def _print(row: dict[str, Any], plan: Plan, step: PlannedStep) -> None:
         else:
             told = {"config": name, "external": f"outside data {name}".rstrip()}.get(kind, field)
             print_line(f"    {told}: {old} -> {new}")
+    for file in nearest["files"][:_MOST_FILES]:
+        print_line(f"    file {file['source']}: {file['told']}")
+    if len(nearest["files"]) > _MOST_FILES:
+        print_line(f"    and {len(nearest['files']) - _MOST_FILES} more files")
     files = nearest["files_changed_since"]
     for path in files[:_MOST_FILES]:
         written = datetime.fromtimestamp(Path(path).stat().st_mtime)
