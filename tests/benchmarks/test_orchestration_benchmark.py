@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def test_flow_of_metaflow_has_a_step_a_stage_and_an_end_after_a_join(graph, more
     assert "range(7)" in metaflow_source.shards(7)
 
 
-def test_every_side_is_timed_with_every_graph_in_every_round_but_for_the_fan_out_of_a_peer(tmp_path):
+def test_every_side_is_timed_with_every_graph_in_every_round_but_for_the_fan_out_of_a_peer(tmp_path, monkeypatch):
+    monkeypatch.setattr(orchestration, "FAR", math.inf)  # programs of some milliseconds may differ by any factor
     sides = {OURS: _fake(all_results=True), BARE_RAY: _fake(all_results=True), "prefect": _fake(all_results=False)}
     times = orchestration.measure_sides(sides, SIZE, tmp_path)
     assert list(times) == list(sides)
