@@ -28,7 +28,6 @@ def _fake(
     more: int = 0,
     executed: tuple[int, int] = (0, 0),
     says: str = "done",
-    sleep_s: float = 0.0,
     hangs_s: float = 0.0,
 ) -> Side:
     """A side that writes the numbers it should, with faults.
@@ -42,7 +41,7 @@ def _fake(
         is_again = (folder / "0.log").exists()
         bodies = executed[1] if is_again else graph.num_results + executed[0]
         others = graph.num_results - 1 + more * is_again if all_results else 0
-        lines = [f"import time; time.sleep({sleep_s})", f"file = open({BODIES!r}, 'a'); file.write('1\\n' * {bodies})"]
+        lines = [f"file = open({BODIES!r}, 'a'); file.write('1\\n' * {bodies})"]
         if graph.num_shards and hangs_s:
             lines = [f"open({BODIES!r}, 'a').write('1\\n' * {graph.num_shards - 1})", "import subprocess, sys"]
             lines += [f"subprocess.call([sys.executable, '-S', '-c', 'import time; time.sleep({hangs_s})  # child'])"]
@@ -115,8 +114,14 @@ def test_side_that_computes_something_else_is_refused(tmp_path, side, words):
 
 
 @pytest.mark.parametrize(("slow", "fast"), [("prefect", OURS), (OURS, "prefect")])
-def test_peer_that_is_far_off_in_the_first_round_is_not_run_again_and_the_table_says_so(tmp_path, slow, fast):
-    sides = {slow: _fake(all_results=slow == OURS, sleep_s=0.5), fast: _fake(all_results=fast == OURS)}
+def test_peer_that_is_far_off_in_the_first_round_is_not_run_again_and_the_table_says_so(
+    tmp_path, monkeypatch, slow, fast
+):
+    def timed(name: str, *given: object) -> orchestration._Timed:
+        return orchestration._Timed(5.0 if name == slow else 1.0, None)
+
+    monkeypatch.setattr(orchestration, "_time_graph", timed)
+    sides = {slow: _fake(all_results=True), fast: _fake(all_results=True)}
     times = orchestration.measure_sides(sides, SIZE, tmp_path)
     assert {name: found.num_rounds for name, found in times.items()} == {OURS: 2, "prefect": 1}
     times[BARE_RAY] = times[OURS]
