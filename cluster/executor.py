@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+GPUS_ENV = "DLM_GPUS"
+"""Tells a process how many GPUs it has to itself."""
+
 
 @dataclass(frozen=True)
 class Call:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from cluster.executor import GPUS_ENV
 from cluster.logged import run_logged
 from cluster.nodes import drain_notice, has_gpus, nodes, ranks_that_fit, request_nodes
 
@@ -21,8 +22,6 @@ _COLLECTIVE_TIMEOUT_S = 600
 _MORE_WAIT_S = 15.0
 """Time that fewer ranks than wanted wait for more to fit: a lost node may be replaced, another call may just end."""
 _LOOK_EVERY_S = 0.5
-GPUS_ENV = "DLM_GPUS"
-"""Tells a process how many GPUs it has to itself."""
 
 
 def run_gang(

@@ -71,6 +71,15 @@ def find_gpus() -> GpusFound:
     return GpusFound(listed, listing_error, usable=usable, **value)
 
 
+def visible_gpus() -> int:
+    """GPUs that a process started now would find, by what the driver lists and the environment leaves of it."""
+    listed = len(_ask_driver()[0])
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not listed or chosen is None:
+        return listed
+    return min(listed, sum(bool(one.strip()) and one.strip() != "-1" for one in chosen.split(",")))
+
+
 def _hides_devices(name: str) -> bool:
     """Ray sets this for workers that asked for no GPU."""
     return name == "CUDA_VISIBLE_DEVICES" and "RAY_JOB_ID" in os.environ

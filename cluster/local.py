@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from cluster.child import PARENT_PIPE_ENV
-from cluster.executor import Call, Ended, Executor, Shortage
+from cluster.executor import GPUS_ENV, Call, Ended, Executor, Shortage
+from cluster.gpus import visible_gpus
 
 _POLL_S = 0.01
 _KILL_AFTER_S = 10.0
@@ -47,6 +49,11 @@ class LocalExecutor(Executor):
         self._ended: list[Ended] = []
         """Cancelled, or never begun; to be told by the next ``wait``."""
         self._pipe_read, self._pipe_write = os.pipe()
+
+    @cached_property
+    def _num_gpus(self) -> int:
+        """A gang takes one for each rank, as far as there are any."""
+        return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else visible_gpus()
 
     @property
     def num_cpus(self) -> float:
@@ -100,6 +107,7 @@ class LocalExecutor(Executor):
 
     def _spawn_rank(self, call: Call, rank: int, port: int, payload: Path) -> subprocess.Popen[bytes]:
         env = {**os.environ, **call.env, PARENT_PIPE_ENV: str(self._pipe_read), "PYTHONUNBUFFERED": "1"}
+        env[GPUS_ENV] = "1" if call.gang_sizes and rank < self._num_gpus else "0"
         if call.gang_sizes:
             size = str(_processes(call))
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_SIZE": size}

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import psutil
 
+from cluster.executor import GPUS_ENV
 from pipeline.artifact import json_bytes
 from pipeline.storage import Place
 
-GPUS_ENV = "DLM_GPUS"
-"""GPUs that this process has to itself."""
 _SHARE = 0.005
 _SHORTEST_S = 0.05
 _LONGEST_S = 10.0

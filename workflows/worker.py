@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.auth import redacted
+from cluster.executor import GPUS_ENV
 from pipeline.artifact import MANIFEST, checked_files, json_bytes, read_json, write_json
 from pipeline.config import from_json
 from pipeline.errors import ErrorClass, HangError, UserError, classify, is_disk_full
@@ -37,7 +38,7 @@ from workflows.copies import local_copy, scratch, upload_artifact
 from workflows.lease import Lease
 from workflows.plan import with_workers
 from workflows.step import load_stage
-from workflows.usage import GPUS_ENV, UsageMeter
+from workflows.usage import UsageMeter
 
 _LOG_EVERY_S = 10.0
 ON_GPUS = "on-gpus"

@@ -6,9 +6,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import local
+from cluster import gpus, local
 from cluster import ray_executor as ray_executor_module
 from cluster.executor import Call, Ended, Executor
+from cluster.gpus import DriverGpu
 from cluster.local import LocalExecutor
 from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, ray_executor
 from tests.support.toy_workflow import is_gone, wait_until
@@ -109,6 +110,34 @@ def test_gang_has_ranks_and_one_address(executor, tmp_path):
         assert {rank[name] for rank in ranks} == {"2"}
     assert len({(rank["MASTER_ADDR"], rank["MASTER_PORT"]) for rank in ranks}) == 1
     assert len({rank["pid"] for rank in ranks}) == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        ({}, ["1", "1", "0"]),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, ["1", "0", "0"]),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ["0", "0", "0"]),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, ["0", "0", "0"]),
+        ({"DS_ACCELERATOR": "cpu"}, ["0", "0", "0"]),
+    ],
+)
+def test_ranks_of_subprocesses_are_told_the_gpus_that_they_take(tmp_path, monkeypatch, environment, ranks):
+    two = (DriverGpu("NVIDIA H200", 143771, "570.86", has_mig=False),) * 2
+    monkeypatch.setattr(gpus, "_ask_driver", lambda: (two, ""))
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**environment, "DLM_GPUS": "8"}.items():
+        monkeypatch.setenv(name, value)
+    executor = LocalExecutor(NUM_CPUS)
+    try:
+        gang = call("write_down", tmp_path, "gang", gang_size=3, cpus=0.5, word="w")
+        collect(executor, gang, call("write_down", tmp_path, "task", word="t"))
+    finally:
+        executor.close()
+    found = [json.loads((tmp_path / f"w-{rank}.json").read_text())["DLM_GPUS"] for rank in range(3)]
+    assert found == ranks
+    assert json.loads((tmp_path / "t-none.json").read_text())["DLM_GPUS"] == "0"
 
 
 def test_cancelled_call_ends_with_a_failure(executor, tmp_path, monkeypatch):

@@ -18,7 +18,16 @@ def write_down(payload: dict[str, Any], notice: Callable[[], str]) -> None:
     """Say and write what this process was given."""
     rank = os.environ.get("RANK", "none")
     sys.stdout.write(f"rank {rank} says {payload['word']}\n")
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "DLM_GPUS",
+    )
     found = {name: os.environ.get(name) for name in names}
     (Path(payload["out"]) / f"{payload['word']}-{rank}.json").write_text(json.dumps({**found, "pid": os.getpid()}))
 
