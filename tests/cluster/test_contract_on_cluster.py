@@ -7,7 +7,8 @@ import pytest
 
 from cluster.executor import Executor
 from cluster.ray_executor import RayExecutor
-from tests.cluster.test_executors import (
+from tests.cluster import test_executors
+from tests.cluster.test_executors import (  # noqa: F401 - pytest finds them here too
     test_call_that_is_killed_says_so,
     test_call_that_raises_ends_with_a_failure_and_its_traceback_is_kept,
     test_calls_run_with_their_payload_and_their_output_is_kept,
@@ -18,13 +19,13 @@ from tests.cluster.test_executors import (
 )
 from tests.support.executors import NUM_CPUS, Kept
 from tests.support.ray_cluster import cluster_env, ray_cluster
-from tests.workflows.test_coordinator import (
+from tests.workflows.test_coordinator import (  # noqa: F401 - as above
     test_gang_with_a_failing_rank_stops_the_others,
     test_gang_with_a_killed_rank_restarts_as_a_whole,
     test_run_commits_every_step_and_the_next_one_executes_nothing,
     test_worker_killed_once_is_retried,
 )
-from tests.workflows.test_shards import (
+from tests.workflows.test_shards import (  # noqa: F401 - as above
     test_map_with_a_killed_shard_executes_only_that_one_again,
     test_map_with_a_shard_that_fails_three_times_names_it_and_keeps_the_others,
     test_one_changed_input_executes_only_its_shard,
@@ -32,25 +33,6 @@ from tests.workflows.test_shards import (
 from workflows import retries
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300)]
-
-EXECUTOR_TESTS = (
-    test_call_that_is_killed_says_so,
-    test_call_that_raises_ends_with_a_failure_and_its_traceback_is_kept,
-    test_calls_run_with_their_payload_and_their_output_is_kept,
-    test_cancelled_call_ends_with_a_failure,
-    test_executor_tells_its_cores,
-    test_gang_has_ranks_and_one_address,
-    test_waiting_for_nothing_returns_nothing,
-)
-WORKFLOW_TESTS = (
-    test_gang_with_a_failing_rank_stops_the_others,
-    test_gang_with_a_killed_rank_restarts_as_a_whole,
-    test_run_commits_every_step_and_the_next_one_executes_nothing,
-    test_worker_killed_once_is_retried,
-    test_map_with_a_killed_shard_executes_only_that_one_again,
-    test_map_with_a_shard_that_fails_three_times_names_it_and_keeps_the_others,
-    test_one_changed_input_executes_only_its_shard,
-)
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +53,8 @@ def on_cluster() -> Iterator[Executor]:
 @pytest.fixture
 def executor(request: pytest.FixtureRequest, on_cluster: Executor) -> Executor | Callable[[], Executor]:
     """For tests of executors the thing itself, for tests of workflows how to make one."""
-    name = request.node.originalname
-    if name in {test.__name__ for test in EXECUTOR_TESTS}:
+    if request.function.__module__ == test_executors.__name__:
         return on_cluster
-    assert name in {test.__name__ for test in WORKFLOW_TESTS}
     return lambda: Kept(on_cluster)
 
 
