@@ -6,7 +6,8 @@ from typing import Any
 
 from tests.support.live_views import FAILURE, event
 from tests.support.toy_workflow import toy_plan
-from workflows.live.history import Cost, Costs, tell, with_last_signs
+from workflows.cost import Cost
+from workflows.live.history import Costs, tell, with_last_signs
 from workflows.live.readers import CostReader, MetricsReader
 from workflows.report.data import Metrics
 from workflows.runs import create_run
@@ -69,9 +70,9 @@ def test_costs_are_summed_by_attempt_and_step_over_calls_turns_and_ranks(store: 
     _use(run, "002/train-s0/000003-2", 2.0)
     costs = CostReader(run, ["train", "train-more"]).read(1000)
     assert costs.of == {
-        (1, "train"): Cost(11.0, 40.0, 2),
-        (1, "train-more"): Cost(100.0, 0.0, 1),
-        (2, "train"): Cost(11.0, 0.0, 4),
+        (1, "train"): Cost("train", 1, 2, 11.0, 20.0, 40.0),
+        (1, "train-more"): Cost("train-more", 1, 1, 100.0, 10.0, 0.0),
+        (2, "train"): Cost("train", 2, 4, 11.0, 40.0, 0.0),
     }
     assert costs.last_sign_s[2, "train", 3] == 10.0
 

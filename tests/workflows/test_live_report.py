@@ -23,9 +23,10 @@ from tests.support.live_views import FAILURE, event, snapshot, step_view
 from tests.support.toy_workflow import coordinate, fabricate, toy_plan
 from tests.workflows.conftest import Dlm
 from tests.workflows.test_report import Page
+from workflows.cost import Cost
 from workflows.lease import acquire_lease
 from workflows.live import drawings, writer
-from workflows.live.history import Cost, Costs, Event, tell
+from workflows.live.history import Costs, Event, tell
 from workflows.live.page import MOST_EVENTS, MOST_ROWS, MOST_TROUBLES, render
 from workflows.live.snapshot import StepView, Watcher
 from workflows.live.style import DARK, LIGHT, SCRIPT
@@ -281,7 +282,7 @@ def test_page_of_a_huge_run_stays_small():
         failure = {**FAILURE, "message": long, "traceback": long}
         events.append(event(2.005 + i / 100, "step_retry", name, failure=failure, backoff_s=1.0))
         events.append(event(2.005 + i / 100, "shard_retry", "step-0000", shard=f"s{i}", failure=FAILURE, backoff_s=1.0))
-    costs = Costs({(attempt, name): Cost(1.0, 1.0, 1) for name in names for attempt in range(3)})
+    costs = Costs({(attempt, name): Cost(name, attempt, 1, 1.0, 1.0, 1.0) for name in names for attempt in range(3)})
     page = render(snapshot(steps, events, costs=costs), 3.0)
     assert len(page) < 3_000_000
     text = text_of(page)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from workflows.cost import Cost
+
 Event = Mapping[str, Any]
 Outcome = Literal["running", "committed", "failed", "tried again", "stopped", "killed"]
 
@@ -171,19 +173,6 @@ def _after(event: Event) -> str:
         return "the step was given up"
     what = "the shard" if event["kind"] == "shard_retry" else "the step"
     return f"{what} was tried again after {event['backoff_s']:.1f} s"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What the processes of a step used in one attempt of the run."""
-
-    cpu_s: float = 0.0
-    gpu_s: float = 0.0
-    """Of GPUs held, busy or not."""
-    processes: int = 0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.cpu_s + other.cpu_s, self.gpu_s + other.gpu_s, self.processes + other.processes)
 
 
 @dataclass(frozen=True)

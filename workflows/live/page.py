@@ -7,9 +7,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from workflows.cost import Cost, total_of
 from workflows.live import drawings
 from workflows.live.drawings import mark_of
-from workflows.live.history import Cost, Trouble
+from workflows.live.history import Trouble
 from workflows.live.lineage import lineage
 from workflows.live.snapshot import Snapshot, StepView
 from workflows.live.style import SCRIPT, run_style
@@ -297,14 +298,13 @@ def _costs(seen: Snapshot) -> str:
     attempts = sorted({attempt for attempt, _ in of})
     head: list[Cell] = ["Step", Number("Attempt"), Number("CPU time"), *([Number("GPU time")] if has_gpus else [])]
     head.append(Number("Processes"))
-    total = sum(of.values(), Cost())
     keys = sorted(of, key=lambda key: (order[key[1]], key[0]))
     rows = [_cost_row(step, str(attempt), of[attempt, step], has_gpus) for attempt, step in keys[:MOST_ROWS]]
     if len(attempts) > 1:
         for attempt in attempts[-MOST_ROWS:]:
-            of_attempt = sum((cost for (a, _), cost in of.items() if a == attempt), Cost())
+            of_attempt = total_of(cost for cost in of.values() if cost.attempt == attempt)
             rows.append(_cost_row("all steps", str(attempt), of_attempt, has_gpus))
-    rows.append(_cost_row("the whole run", "", total, has_gpus))
+    rows.append(_cost_row("the whole run", "", total_of(of.values()), has_gpus))
     words = ["CPU time of the processes of each step, and of those that they started, in each attempt of the run."]
     if has_gpus:
         words.append("GPU time is that of GPUs held, busy or not.")

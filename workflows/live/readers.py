@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import read_json
-from workflows.live.history import Cost, Costs
+from workflows.cost import Cost, cost_of_turn, total_of, usages_of
+from workflows.live.history import Costs
 from workflows.report.data import Metrics
 from workflows.store import RunPlace
 from workflows.turns import Turn, find_turns
@@ -25,7 +25,7 @@ class CostReader:
 
     def read(self, most: int) -> Costs:
         """Costs by attempt and step; of calls that are not known to be over, at most ``most`` are looked at."""
-        of: dict[tuple[int, str], Cost] = {}
+        of: dict[tuple[int, str], list[Cost]] = {}
         signs: dict[tuple[int, str, int], float] = {}
         num_looked_at = num_unread = 0
         turns = find_turns(self._run, self._steps)
@@ -37,17 +37,18 @@ class CostReader:
                 num_looked_at += 1
             cost, elapsed_s = self._turn(turn, turn.attempt < turns[-1].attempt)
             key = turn.attempt, turn.step
-            of[key] = of.get(key, Cost()) + cost
+            of.setdefault(key, []).append(cost)
             signs[*key, turn.epoch] = max(elapsed_s, signs.get((*key, turn.epoch), 0.0))
-        return Costs(of, signs, num_unread)
+        sums = {(attempt, step): total_of(costs, step, attempt) for (attempt, step), costs in of.items()}
+        return Costs(sums, signs, num_unread)
 
     def _turn(self, turn: Turn, is_past: bool) -> tuple[Cost, float]:
         """What a turn used, and how long its longest process was there."""
         if (found := self._over.get(turn.folder.key)) is not None:
             return found
-        used = [read_json(turn.folder / f"usage-{rank}.json") for rank in turn.ranks("usage")]
-        cost = sum((Cost(one["cpu_s"], one["gpus"] * one["elapsed_s"], 1) for one in used), Cost())
-        elapsed_s = max((one["elapsed_s"] for one in used), default=0.0)
+        used = usages_of(turn)
+        cost = cost_of_turn(turn, used)
+        elapsed_s = max((one.elapsed_s for one in used), default=0.0)
         if is_past or turn.is_done:
             self._over[turn.folder.key] = cost, elapsed_s
         return cost, elapsed_s
