@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from cluster.executor import Ended, Executor
@@ -120,6 +121,11 @@ class Coordinator:
         """Ask every stage to save and stop."""
         self._cancel.request()
 
+    def _kept_alive(self) -> AbstractContextManager[None]:
+        """For what may take longer than a lease lives without a heartbeat."""
+        held = [state.lease for state in self.states.values() if state.lease is not None]
+        return self._beating.meanwhile(self._run_lease, held)
+
     def _beat(self) -> None:
         held = {state.lease: state for state in self.states.values() if state.lease is not None}
         for lease in self._beating.beat(self._run_lease, list(held)):
@@ -199,7 +205,8 @@ class Coordinator:
             self._release(state)
             return
         if self._executor is None:
-            self._executor = self._make_executor()
+            with self._kept_alive():
+                self._executor = self._make_executor()
             self._queue = Queue(self._executor, self._options.queue_timeout_s, self.events)
             if self._cancel.is_requested():  # while it started, which takes seconds
                 self._release(state)
@@ -226,14 +233,15 @@ class Coordinator:
         assert state.lease is not None
         stage, config = load_stage(state.step.stage), step_config(state.step)
         state.lease.check()
-        committed = self._site.place(state).kept_shards(shards)
-        missing = [shard for shard in shards if shard["name"] not in committed]
-        shared = [] if state.step.salt else missing  # a step that is made anew takes nothing over
-        own = {s["name"]: shard_fingerprint(stage, config, s) for s in shared if "identity" in s}
-        state.fan_out = FanOut(shards, committed, own, deque(missing))
-        if own:
-            registry = ShardRegistry(self._store, stage)
-            state.fan_out.adopt(registry, config, state.step.fingerprint, self._shards_dir(state, "adopted"))
+        with self._kept_alive():
+            committed = self._site.place(state).kept_shards(shards)
+            missing = [shard for shard in shards if shard["name"] not in committed]
+            shared = [] if state.step.salt else missing  # a step that is made anew takes nothing over
+            own = {s["name"]: shard_fingerprint(stage, config, s) for s in shared if "identity" in s}
+            state.fan_out = FanOut(shards, committed, own, deque(missing))
+            if own:
+                registry = ShardRegistry(self._store, stage)
+                state.fan_out.adopt(registry, config, state.step.fingerprint, self._shards_dir(state, "adopted"))
         state.progress = {"done": len(committed), "total": len(shards)}
         self._feed(state)
 

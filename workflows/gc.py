@@ -9,6 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from pipeline.artifact import read_json
 from pipeline.errors import CorruptionError
 from pipeline.storage import Place
 from workflows.amendments import all_plans
-from workflows.lease import LeaseHeldError, acquire_lease, lease_is_free
+from workflows.lease import Lease, LeaseHeldError, acquire_lease, lease_is_free
 from workflows.store import FINGERPRINT_CHARS, ArtifactPlace, Store
 
 DAY_S = 86_400.0
@@ -246,5 +247,23 @@ def _remove(one: Garbage) -> bool:
             lease.heartbeat()  # LeaseLostError if this took so long that somebody builds it again
             (one.place / folder / name).remove()
     lease.heartbeat()
-    one.place.remove()
+    for name in one.place.names():
+        if name != lease.folder.name:
+            (one.place / name).remove()
+    _remove_leases(lease)
     return True
+
+
+def _remove_leases(own: Lease) -> None:
+    """The folder of a lease and the one that it lies in, which holds nothing else any more.
+
+    The newest epoch goes last: as long as there is any, whoever held an earlier one sees that it was taken over.  Once
+    there is none, somebody may begin anew, whose files stay.
+    """
+    mark = f"{own.epoch:06d}."
+    for name in sorted(own.folder.names(), key=lambda name: (name.startswith(mark), not name.endswith(".json"), name)):
+        (own.folder / name).remove()
+    if own.folder.is_local:
+        for folder in (own.folder.path, own.folder.parent.path):
+            with suppress(OSError):
+                folder.rmdir()

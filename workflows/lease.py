@@ -10,8 +10,10 @@ Taking over is the exclusive creation of the next epoch, so nothing is ever comp
 import os
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from pipeline.storage import Place
 
 HEARTBEAT_S = 10.0
 STALE_AFTER_S = 120.0
+_LOOK_S = 1.0
 
 
 class LeaseHeldError(RuntimeError):
@@ -98,10 +101,13 @@ class Lease:
         self._heartbeat.touch()
 
     def check(self) -> None:
-        """LeaseLostError if a higher epoch exists."""
+        """LeaseLostError if a higher epoch exists, or this one does not any more."""
         newest = _newest_epoch(self.folder)
         if newest > self.epoch:
             raise LeaseLostError(f"{self.folder}: epoch {newest} took over from epoch {self.epoch}")
+        # A machine of a shared file system may list a folder as it was, but asks for a file that it does not know.
+        if newest < self.epoch and not (self.folder / f"{self.epoch:06d}.json").exists():
+            raise LeaseLostError(f"{self.folder}: epoch {self.epoch} was deleted, with what it was the lease of")
 
     def release(self) -> None:
         """Give the lease up."""
@@ -199,3 +205,21 @@ class Beating:
             if now - self._last_s > STALE_AFTER_S / 2:
                 raise
         return lost
+
+    @contextmanager
+    def meanwhile(self, own: Lease, others: Sequence[Lease]) -> Generator[None]:
+        """Beats from a thread while the caller does something that takes long."""
+        is_over = threading.Event()
+
+        def work() -> None:
+            while not is_over.wait(_LOOK_S):
+                with suppress(LeaseLostError, OSError):  # the next beat of the caller meets them again
+                    self.beat(own, others)
+
+        thread = threading.Thread(target=work, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()

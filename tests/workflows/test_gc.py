@@ -2,19 +2,20 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import CorruptionError
-from pipeline.storage import Place
+from pipeline.errors import CorruptionError, LeaseLostError
+from pipeline.storage import FileStorage, Place
 from tests.support.executors import NUM_CPUS
 from tests.support.toy_workflow import amended, coordinate, copies_plan, fabricate, toy_plan
 from tests.workflows.conftest import Dlm
 from workflows import gc, runs
 from workflows.amendments import Wishes
 from workflows.gc import collect, find_garbage, freed_bytes
-from workflows.lease import STALE_AFTER_S, acquire_lease
+from workflows.lease import STALE_AFTER_S, LeaseHeldError, acquire_lease
 from workflows.plan import Plan, artifact_of
 from workflows.store import Store
 
@@ -111,6 +112,48 @@ def test_gc_leaves_what_is_young_and_what_is_leased(dlm: Dlm, store, used):
     assert len(found(store, older_than_s=2 * gc.DAY_S)) == 1
     acquire_lease(place.lease_dir, "test")
     assert found(store) == set()
+
+
+def test_gc_fences_who_held_the_lease_before_at_every_moment_and_leaves_nothing(store, used, monkeypatch):
+    other = toy_plan(double__number=5)
+    fabricate(store, other, "double")
+    place = artifact_of(other.step("double"), store)
+    zombie = acquire_lease(place.lease_dir, "zombie")
+    zombie.release()  # as far as anybody else knows
+    remove, moments = FileStorage.remove, []
+
+    def remove_and_look(storage: FileStorage, key: str) -> None:
+        remove(storage, key)
+        if key.startswith(place.directory.key):
+            moments.append(key)
+            for use in (zombie.check, zombie.heartbeat):
+                with pytest.raises(LeaseLostError):
+                    use()
+
+    monkeypatch.setattr(FileStorage, "remove", remove_and_look)
+    collect(store, find_garbage(store, 0.0))
+    assert len(moments) > 5
+    assert not place.directory.exists()
+    with pytest.raises(LeaseLostError, match="was deleted"):
+        zombie.heartbeat()
+    assert not place.directory.exists()
+
+
+def test_gc_leaves_the_lease_of_who_begins_anew_when_its_own_is_gone(store, used, monkeypatch):
+    other = toy_plan(double__number=5)
+    fabricate(store, other, "double")
+    place = artifact_of(other.step("double"), store)
+    remove, heirs = FileStorage.remove, []
+
+    def remove_and_begin(storage: FileStorage, key: str) -> None:
+        remove(storage, key)
+        if key.startswith(place.lease_dir.key) and not heirs:
+            with suppress(LeaseHeldError):
+                heirs.append(acquire_lease(place.lease_dir, "heir"))
+
+    monkeypatch.setattr(FileStorage, "remove", remove_and_begin)
+    collect(store, find_garbage(store, 0.0))
+    heirs[0].heartbeat()
 
 
 def test_gc_leaves_what_is_leased_after_it_looked(store, used):

@@ -1,18 +1,22 @@
 """Two runs at one artifact, and artifacts that go away: nothing is made twice or filed under a wrong address."""
 
 import dataclasses
+import time
 
 import pytest
 
 from pipeline.artifact import read_json
+from pipeline.errors import LeaseLostError
+from pipeline.storage import Place
 from tests.support.executors import Inline
 from tests.support.toy_stages.source import config as source_config
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import coordinate, copies_plan, fabricate, toy_plan, toy_workflow
 from tests.workflows.conftest import Dlm
 from workflows import coordinator, runs
-from workflows.lease import Beating, Lease, acquire_lease
-from workflows.store import Store
+from workflows import lease as lease_module
+from workflows.lease import Beating, Lease, acquire_lease, find_holder
+from workflows.store import ArtifactPlace, Store
 
 
 def test_step_that_another_run_commits_between_the_look_and_the_lease_is_not_made_again(store: Store, log, monkeypatch):
@@ -57,6 +61,63 @@ def test_accepted_artifact_that_is_gone_is_not_made_by_other_code_under_its_addr
     assert "--rebuild source" in states["source"].reason
     assert place.committed() is None
     assert executions(log) == before
+
+
+def late(folder: Place) -> float:
+    """Seconds since the last heartbeat of a lease."""
+    holder = find_holder(folder)
+    assert holder is not None
+    assert holder.age_s is not None
+    return holder.age_s
+
+
+@pytest.fixture
+def fast_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(lease_module, "_LOOK_S", 0.05)
+
+
+def test_leases_are_kept_alive_while_an_executor_starts(store: Store, log, fast_beats):
+    plan = toy_plan(log, ("source",))
+    run = runs.create_run(store, plan, "local", "r1")
+    ages: list[float] = []
+
+    def start_slowly() -> Inline:
+        time.sleep(1.5)
+        ages.extend(map(late, (run.lease_dir, store.artifact("toy-source", plan.step("source").fingerprint).lease_dir)))
+        return Inline()
+
+    assert coordinate(store, run, start_slowly)["source"].status == "committed"
+    assert len(ages) == 2
+    assert max(ages) < 1.0
+
+
+def test_leases_are_kept_alive_while_many_shards_are_looked_at(store: Store, log, fast_beats, monkeypatch):
+    plan = copies_plan(log)
+    run = runs.create_run(store, plan, "local", "r1")
+    look, ages = ArtifactPlace.kept_shards, list[float]()
+
+    def look_slowly(place: ArtifactPlace, listed):
+        time.sleep(1.5)
+        ages.extend(map(late, (run.lease_dir, place.lease_dir)))
+        return look(place, listed)
+
+    monkeypatch.setattr(ArtifactPlace, "kept_shards", look_slowly)
+    assert coordinate(store, run, Inline)["copies"].status == "committed"
+    assert len(ages) == 2
+    assert max(ages) < 1.0
+
+
+def test_lease_that_was_lost_meanwhile_is_met_by_the_next_beat(store: Store, fast_beats):
+    own = acquire_lease(store.run_place("r1").lease_dir, "run")
+    beating = Beating()
+    with beating.meanwhile(own, []):
+        own.release()
+        acquire_lease(own.folder, "another")
+        time.sleep(0.3)
+    time.sleep(0.15)
+    with pytest.raises(LeaseLostError):
+        beating.beat(own, [])
 
 
 def test_lease_of_one_step_that_is_lost_is_the_matter_of_that_step_alone(store: Store):
