@@ -380,8 +380,7 @@ class Coordinator:
         if failure.error_class == "stopped" or (self._cancel.is_requested() and failure.error_class == "infra"):
             self._stopped(state, failure.message)
             return
-        done, total = (float(state.progress.get(name, 0)) for name in ("done", "total"))
-        after = state.retries.after(failure, done, total)
+        after = state.retries.after(failure, float(state.progress.get("done", 0)))
         if isinstance(after, Failure):
             self._fail(state, after)
             return

@@ -1,6 +1,7 @@
 """What becomes of a step or a shard that failed: tried again after a while, or given up."""
 
 import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,11 +11,9 @@ from workflows.worker import PREEMPTED, Failure
 RETRIES: Mapping[ErrorClass, int] = {"transient": 5, "infra": 20, "memory": 1}
 """Attempts after the first, by error class; the classes that are not named are not retried."""
 POISON_FAILURES = 3
-"""Failures of one shard, or of a step at the same point, after which trying again is given up, whatever the class."""
+"""Failures of one shard, or of a step at exactly the same point, after which it is given up, whatever the class."""
 _FINAL: frozenset[ErrorClass] = frozenset({"user", "numerics", "stopped"})
 """Classes of which one failure of one shard ends the step."""
-_SAME_POINT_SHARE = 0.01
-"""Progress is reported now and then: points this share of the whole apart count as the same."""
 BACKOFF_S = 1.0
 _MAX_BACKOFF_S = 60.0
 
@@ -24,26 +23,27 @@ class Retries:
     """The failures of a step in one run attempt."""
 
     by_class: dict[str, int] = field(default_factory=dict[str, int])
-    failed_at: list[float] = field(default_factory=list[float])
-    """How far each failed attempt had come."""
+    failed_at: Counter[float] = field(default_factory=Counter[float])
+    """How far attempts had come that failed, and how many of them; since there was any progress."""
     furthest: float = 0.0
     of_shards: dict[str, int] = field(default_factory=dict[str, int])
     """By name, over all attempts of the step in this run attempt."""
 
-    def after(self, failure: Failure, done: float, total: float) -> "Retry | Failure":
+    def after(self, failure: Failure, done: float) -> "Retry | Failure":
         """What follows the failure of an attempt that had ``done`` so much: a retry, or the failure of the step.
 
-        Progress since the failure before starts the count of each class anew.  A node that was taken away after a
-        notice counts as no failure.
+        Progress since the failure before starts all counts anew.  A node that was taken away after a notice counts as
+        no failure.  What kills its worker cannot be told from a worker that is lost, so both count towards poison; but
+        machines do not fail at exactly the same point again and again, wherever the attempts began.
         """
         if failure.type == PREEMPTED:
             return Retry(0, 0.0)
         if done > self.furthest:
             self.by_class.clear()
+            self.failed_at.clear()
             self.furthest = done
-        self.failed_at.append(done)
-        last = self.failed_at[-POISON_FAILURES:]
-        if done > 0 and len(last) == POISON_FAILURES and max(last) - min(last) <= _SAME_POINT_SHARE * total:
+        self.failed_at[done] += 1
+        if done > 0 and self.failed_at[done] == POISON_FAILURES:
             message = f"failed {POISON_FAILURES} times at the same point ({done:g} done): {failure.message}"
             return replace(failure, error_class="poison", message=message)
         count = self.by_class.get(failure.error_class, 0) + 1

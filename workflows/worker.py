@@ -117,16 +117,21 @@ class _ProgressFile:
 
     def __init__(self, file: Place) -> None:
         self._file, self._next_s = file, 0.0
+        self._unwritten: dict[str, Any] | None = None
 
     def __call__(self, done: int, total: int, **figures: Any) -> None:
-        now = time.monotonic()
-        if now < self._next_s and done != total:
-            return
-        self._next_s = now + 2 * self._file.storage.poll_s
         shown = {k: v for k, v in figures.items() if not isinstance(v, float) or math.isfinite(v)}
-        value = {"done": done, "total": total, "figures": shown, "time": time.time()}
-        with contextlib.suppress(OSError):  # for display only: never a reason to fail
-            self._file.write(json_bytes(value), is_durable=False)
+        self._unwritten = {"done": done, "total": total, "figures": shown, "time": time.time()}
+        if done == total or time.monotonic() >= self._next_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was reported last: whether a step fails at the same point again is told from it."""
+        value, self._unwritten = self._unwritten, None
+        if value is not None:
+            self._next_s = time.monotonic() + 2 * self._file.storage.poll_s
+            with contextlib.suppress(OSError):  # never a reason to fail
+                self._file.write(json_bytes(value), is_durable=False)
 
 
 class _LogCopies:
@@ -173,6 +178,12 @@ def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
     log = Path(piece.log_dir) / f"rank-{rank}.log"
     with _LogCopies(log, work), UsageMeter(work, rank), _Reserve(work, rank) as reserve:
         cancel = _Throttled((root / piece.cancel).exists, 2 * root.storage.poll_s)
+        progress = _ProgressFile(work / "progress.json")
+
+        def failed(error: BaseException, preempted: str = "") -> None:
+            _write_failure(work, reserve, error, rank, preempted)
+            progress.flush()
+
         try:
             _check_store(root, piece)
             lease = Lease(root / piece.lease, piece.lease_epoch)
@@ -187,10 +198,10 @@ def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
                 out=_prepared(root / piece.out),
                 state=state,
                 fingerprint=piece.fingerprint,
-                progress=_ProgressFile(work / "progress.json"),
+                progress=progress,
                 should_stop=lambda: cancel() or bool(notice()),
                 fence=lease.check,
-                failed=lambda error: _write_failure(work, reserve, error, rank),
+                failed=failed,
                 labels={"run_id": piece.run_id, "step": piece.step},
                 mirror=None if root.is_local else Mirror(root / piece.state, state, is_first_here),
             )
@@ -200,10 +211,10 @@ def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
                 (work / "done.json").write(json_bytes(result), is_durable=False)
         except Stopped as stopped:
             reason = "" if cancel() else notice()
-            _write_failure(work, reserve, stopped, rank, reason)
+            failed(stopped, reason)
             raise
         except BaseException as error:
-            _write_failure(work, reserve, error, rank)
+            failed(error)
             raise
 
 

@@ -85,8 +85,9 @@ def test_gang_whose_port_is_taken_gets_another_one(store, log, no_backoff, monke
     assert "Address already in use" in retry["message"]
 
 
-def test_gang_that_dies_at_the_same_point_again_and_again_is_given_up(store, log, no_backoff):
-    state, run = run_gang(store, log, local, trouble="kill late", where="total-0", times=99)
+@pytest.mark.parametrize("trouble", ["kill late", "connection late"])
+def test_gang_that_dies_at_the_same_point_again_and_again_is_given_up(store, log, no_backoff, trouble):
+    state, run = run_gang(store, log, local, trouble=trouble, where="total-0", times=99)
     assert state.status == "failed"
     assert state.failure.message.startswith("failed 3 times at the same point (3 done): ")
     assert executions(log)["total-0"] == 3

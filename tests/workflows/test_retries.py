@@ -22,47 +22,68 @@ def failure(error_class: ErrorClass, kind: str = "Error") -> Failure:
 def test_each_class_has_its_own_budget(error_class: ErrorClass, allowed: int):
     state = Retries()
     for number in range(1, allowed + 1):
-        after = state.after(failure(error_class), 0.0, 0.0)
+        after = state.after(failure(error_class), 0.0)
         assert isinstance(after, Retry)
         assert after.number == number
-    assert state.after(failure(error_class), 0.0, 0.0) == failure(error_class)
+    assert state.after(failure(error_class), 0.0) == failure(error_class)
     assert RETRIES.get(error_class, 0) == allowed
 
 
 def test_budgets_are_apart_from_each_other():
     state = Retries()
     for _ in range(5):
-        assert isinstance(state.after(failure("transient"), 0.0, 0.0), Retry)
-        assert isinstance(state.after(failure("infra"), 0.0, 0.0), Retry)
-    assert isinstance(state.after(failure("transient"), 0.0, 0.0), Failure)
-    assert isinstance(state.after(failure("infra"), 0.0, 0.0), Retry)
+        assert isinstance(state.after(failure("transient"), 0.0), Retry)
+        assert isinstance(state.after(failure("infra"), 0.0), Retry)
+    assert isinstance(state.after(failure("transient"), 0.0), Failure)
+    assert isinstance(state.after(failure("infra"), 0.0), Retry)
 
 
 def test_progress_begins_every_budget_anew():
     state = Retries()
     for done in range(1, 100):
-        assert isinstance(state.after(failure("transient"), 10.0 * done, 1000.0), Retry)
+        assert isinstance(state.after(failure("transient"), 10.0 * done), Retry)
 
 
 def test_three_failures_at_the_same_point_are_poison_whatever_the_budget():
     state = Retries()
-    assert isinstance(state.after(failure("infra"), 500.0, 1000.0), Retry)
-    assert isinstance(state.after(failure("infra"), 505.0, 1000.0), Retry)
-    after = state.after(failure("infra"), 501.0, 1000.0)
+    assert isinstance(state.after(failure("infra"), 500.0), Retry)
+    assert isinstance(state.after(failure("transient"), 500.0), Retry)
+    after = state.after(failure("infra"), 500.0)
     assert isinstance(after, Failure)
     assert after.error_class == "poison"
-    assert after.message == "failed 3 times at the same point (501 done): it went wrong"
+    assert after.message == "failed 3 times at the same point (500 done): it went wrong"
+
+
+def test_same_point_is_poison_also_where_machines_fail_in_between_before_the_training_comes_there_again():
+    state = Retries()
+    for done in (1500.0, 1200.0, 1500.0, 1004.0):  # it goes on from the checkpoint of step 1000
+        assert isinstance(state.after(failure("infra"), done), Retry)
+    after = state.after(failure("infra"), 1500.0)
+    assert isinstance(after, Failure)
+    assert after.error_class == "poison"
+
+
+def test_machines_lost_near_each_other_in_a_long_training_are_no_poison():
+    state = Retries()
+    for done in (500_000.0, 500_010.0, 500_003.0, 499_990.0, 500_009.0):
+        assert isinstance(state.after(failure("infra"), done), Retry)
+
+
+def test_point_that_was_passed_is_no_poison():
+    state = Retries()
+    for done in (500.0, 500.0, 501.0, 500.0):
+        assert isinstance(state.after(failure("infra"), done), Retry)
 
 
 def test_failures_before_any_progress_are_not_poison():
     state = Retries()
-    assert all(isinstance(state.after(failure("infra"), 0.0, 1000.0), Retry) for _ in range(20))
+    assert all(isinstance(state.after(failure("infra"), 0.0), Retry) for _ in range(20))
 
 
 def test_node_that_is_taken_away_is_charged_to_nobody_and_tried_again_at_once():
     state = Retries()
     for _ in range(50):
-        assert state.after(failure("infra", PREEMPTED), 500.0, 1000.0) == Retry(0, 0.0)
+        assert state.after(failure("infra", PREEMPTED), 500.0) == Retry(0, 0.0)
         assert state.after_shard("s", failure("infra", PREEMPTED)) == Retry(0, 0.0)
     assert state == Retries()
 

@@ -23,8 +23,8 @@ from pipeline.pretrain.watchdog import Watchdog, WatchdogLimits
 from pipeline.stage import StageContext, Stopped
 
 Trouble = Literal[
-    "", "user", "numerics", "code", "corruption", "memory", "connection", "kill", "kill late", "abort at exit",
-    "listen", "stuck", "hang", "slow", "stop", "leave",
+    "", "user", "numerics", "code", "corruption", "memory", "connection", "connection late", "kill", "kill late",
+    "abort at exit", "listen", "stuck", "hang", "slow", "stop", "leave",
 ]  # fmt: skip
 _TICK_S = 0.05
 _NUM_TICKS = 600
@@ -41,9 +41,9 @@ class ToyConfig:
     log: str = execution("")
     trouble: Trouble = execution("")
     """What befalls a piece: raise UserError, NumericsError, RuntimeError, CorruptionError, MemoryError or
-    ConnectionError, be killed, be killed after some progress, abort after its end, listen on the port of its gang,
-    hang under a watchdog, hang while ignoring requests to stop, be slow while heeding them, stop by itself, or leave a
-    process of its own behind and be slow."""
+    ConnectionError, that after some quick progress too, be killed, be killed after some progress, abort after its end,
+    listen on the port of its gang, hang under a watchdog, hang while ignoring requests to stop, be slow while heeding
+    them, stop by itself, or leave a process of its own behind and be slow."""
     where: str = execution("")
     """The pieces that it befalls, such as "total-0" or "double-[0-9]"; all of them if empty."""
     times: int = execution(1)
@@ -92,7 +92,10 @@ def _have_trouble(trouble: Trouble, piece: str, context: StageContext) -> None:
         raise CorruptionError(f"{piece} read what was not written")
     if trouble == "memory":
         raise MemoryError(f"{piece} wants more")
-    if trouble == "connection":
+    if trouble == "connection late":
+        for done in (1, 2, 3):
+            context.progress(done, 10)
+    if trouble in ("connection", "connection late"):
         raise ConnectionError(f"{piece} was cut off")
     if trouble == "stop":
         raise Stopped(f"{piece} had enough")
