@@ -110,7 +110,7 @@ class Coordinator:
             return "failed"
         if "stopped" in statuses:
             return "cancelled" if self._cancel.is_cancel else "stopped"
-        return "succeeded"
+        return "partial" if "skipped" in statuses else "succeeded"
 
     @property
     def is_at_work(self) -> bool:

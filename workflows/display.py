@@ -27,6 +27,7 @@ _STYLES = {
     "submitted": "dim",
     "succeeded": "bold green",
     "interrupted": "yellow",
+    "partial": "yellow",
     "damaged": "bold red",
     "ok": "green",
     "run": "bold cyan",

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from cluster.auth import redacted, secret_values
@@ -15,11 +16,14 @@ from workflows.lease import STALE_AFTER_S, Holder, find_holder
 from workflows.plan import Plan, PlannedStep
 from workflows.step import load_stage
 from workflows.store import RunPlace, Store
+from workflows.submit import end_of, last_submission
 from workflows.turns import Turn, find_turns
 
 RunStatus = Literal[
-    "running", "succeeded", "failed", "stopped", "cancelled", "interrupted", "submitted", "damaged",
+    "running", "succeeded", "partial", "failed", "stopped", "cancelled", "interrupted", "submitted", "damaged",
 ]  # fmt: skip
+UNFINISHED: frozenset[RunStatus] = frozenset({"partial", "failed", "stopped", "cancelled", "interrupted"})
+"""There is more to make, and nobody does."""
 Event = dict[str, Any]
 _OLD_S = 60.0
 """Progress that was reported longer ago is shown with its age."""
@@ -87,8 +91,8 @@ class RunSummary:
         """What a command that waits for the run ends with; None while there is something to wait for."""
         if self.status in ("submitted", "running"):
             return _RESUMABLE if self.is_stale else None
-        if self.status == "succeeded":
-            return 0
+        if self.status in ("succeeded", "partial"):
+            return 0  # all that was asked for is there
         if self.status in ("stopped", "cancelled", "interrupted"):
             return _RESUMABLE
         classes = {step.error.error_class for step in self.steps if step.error is not None}
@@ -138,15 +142,17 @@ def summarise(store: Store, run: RunPlace, known: dict[str, Event] | None = None
     started = [event for event in events if event["kind"] == "run_started"]
     ended = [event for event in events if event["kind"] == "run_ended"]
     attempt = started[-1]["attempt"] if started else 0
-    status = _run_status(holder, attempt, ended[-1] if ended else None)
+    status, detail = _run_status(run, holder, attempt, ended[-1] if ended else None)
     turns = functools.cache(lambda: [t for t in find_turns(run, [s.name for s in plan.steps]) if t.attempt == attempt])
     steps: dict[str, StepSummary] = {}
     for step in plan.steps:
         own = [event for event in events if event["step"] == step.name and event["kind"].startswith("step_")]
         steps[step.name] = _summarise_step(_Seen(store, run, plan, status, attempt, turns), step, own, steps)
-    detail = ""
-    if status in ("failed", "stopped", "cancelled", "interrupted") and all(_is_made(step) for step in steps.values()):
+    if status in UNFINISHED and all(_is_made(step) for step in steps.values()):
         status, detail = "succeeded", _finished_by(steps.values(), events)
+    elif status == "partial":
+        left_out = what_was_left_out([step.step for step in steps.values() if not _is_made(step)], len(steps))
+        detail = "; ".join(filter(None, [left_out, detail]))
     age_s = holder.age_s if holder is not None and status == "running" else None
     return RunSummary(
         run_id=run.run_id,
@@ -171,17 +177,40 @@ def summarise_or_say_why(store: Store, run: RunPlace) -> RunSummary:
         return RunSummary(run.run_id, "", "damaged", 0, None, None, None, str(error), [step])
 
 
-def _run_status(holder: Holder | None, attempt: int, ended: Event | None) -> RunStatus:
+def _run_status(run: RunPlace, holder: Holder | None, attempt: int, ended: Event | None) -> tuple[RunStatus, str]:
+    """Status and detail."""
     has_ended = ended is not None and ended["attempt"] == attempt
     age_s = None if holder is None else holder.age_s
     if age_s is not None and not (has_ended and age_s > STALE_AFTER_S):
-        return "running"
-    if attempt > (0 if holder is None else holder.epoch):
-        return "running"  # taken up since the lease was read
+        return "running", ""
+    epoch = 0 if holder is None else holder.epoch
+    if attempt > epoch:
+        return "running", ""  # taken up since the lease was read
+    job = last_submission(run)
+    detail = ""
+    if job is not None and job.attempt > epoch:  # no coordinator has come of it
+        if not (how := end_of(run, job.job_id)):
+            return "submitted", (
+                f"job {job.job_id} was handed over to {job.address} on {_when(job.time)} and has not begun; "
+                "dlm status --address asks there what has become of it"
+            )
+        detail = f"job {job.job_id} ended before it began to work on it: {how}"
     if has_ended:
         assert ended is not None
-        return ended["status"]
-    return "interrupted" if attempt else "submitted"
+        return ended["status"], detail
+    if epoch or job is not None:
+        return "interrupted", detail
+    created_at = (run.directory / "run.json").modified()
+    return "submitted", f"created on {_when(created_at)}; nobody has begun to work on it"
+
+
+def _when(at_s: float) -> str:
+    return f"{datetime.fromtimestamp(at_s):%Y-%m-%d %H:%M}"
+
+
+def what_was_left_out(steps: Sequence[str], num_steps: int) -> str:
+    """Of a run that was asked for a part of its steps."""
+    return f"{num_steps - len(steps)} of {num_steps} steps made, left out: {', '.join(steps)}"
 
 
 def _is_made(step: StepSummary) -> bool:

@@ -6,6 +6,7 @@ the store.
 
 import argparse
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -133,6 +134,7 @@ def has_ended(run: "RunPlace") -> bool:
 
 def _supervise(words: Sequence[str] | None = None) -> None:
     from workflows.store import open_store  # noqa: PLC0415 - as in main
+    from workflows.submit import note_end  # noqa: PLC0415
 
     about = "Whatever else is given is passed on to dlm resume."
     parser = argparse.ArgumentParser(
@@ -146,7 +148,13 @@ def _supervise(words: Sequence[str] | None = None) -> None:
     run = store.run(given.run)
     resume = ["resume", given.run, "--store", given.store, "--address", given.address, *more]
     command = [sys.executable, "-m", "workflows.cli", *resume]
-    sys.exit(Supervisor(command, lambda: published(store, run), has_ended=lambda: has_ended(run)).run())
+    code = Supervisor(command, lambda: published(store, run), has_ended=lambda: has_ended(run)).run()
+    if job_id := os.environ.get("DLM_JOB_ID"):
+        try:
+            note_end(run, job_id, f"its coordinator ended with code {code}, the job's log says why")
+        except OSError as error:  # the store may be what the coordinator died of
+            _say(f"the end of the job could not be written down: {error}")
+    sys.exit(code)
 
 
 def _say(message: str) -> None:

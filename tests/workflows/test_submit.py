@@ -1,5 +1,7 @@
 """Runs handed over to a cluster whose dashboard answers what a test wants."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -7,13 +9,14 @@ import pytest
 from cluster.auth import names_a_secret
 from pipeline.errors import UserError
 from tests.cluster.test_jobs import TOKEN, Dashboard, code, dashboard
+from tests.support.fabricated import begin, end, fabricate_run
 from tests.support.toy_workflow import toy_plan
 from tests.workflows.conftest import Dlm
 from workflows import runs
 from workflows.cancel import CancelFile
 from workflows.lease import acquire_lease
 from workflows.store import Store
-from workflows.submit import last_submission, submit_run
+from workflows.submit import last_submission, note_end, submit_run
 
 __all__ = ["code", "dashboard"]
 
@@ -39,6 +42,120 @@ def test_attempt_after_one_that_is_over_is_another_job_that_may_run(
     words = dashboard.asked["entrypoint"].split()
     assert words[1:5] == ["-m", "workflows.supervise", "r1", "--store"]
     assert TOKEN not in str(dashboard.asked)
+
+
+def test_second_job_with_the_same_options_is_the_first_and_with_others_is_refused(
+    dashboard: Dashboard, code: Path, store: Store, log, monkeypatch
+):
+    for name in ("HF_HOME", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    run = runs.create_run(store, toy_plan(log), "ray", "r1")
+
+    def hand_over(python: str = "", env_names: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> str:
+        return submit_run(store, run, dashboard.url, code, python, env_names, words).job_id
+
+    assert hand_over(env_names=("HF_HOME",), words=("--until", "double")) == "r1-a1"
+    assert hand_over() == hand_over(words=("--until", "double")) == "r1-a1"
+    assert hand_over(env_names=("HF_HOME",), words=("--until", "double")) == "r1-a1"
+    for options in ({"words": ("--only", "source")}, {"python": "python9"}, {"env_names": ("OMP_NUM_THREADS",)}):
+        with pytest.raises(
+            UserError, match=r"r1-a1 works on run r1 already, with --env HF_HOME --until double; .*dlm c"
+        ):
+            hand_over(**options)
+    dashboard.jobs["r1-a1"]["status"] = "FAILED"
+    assert hand_over(words=("--only", "source")) == "r1-a2"
+    assert dashboard.asked["runtime_env"]["env_vars"]["HF_HOME"] == "1", "as before"
+    assert dashboard.asked["entrypoint"].endswith("--only source")
+
+
+def test_resume_on_a_cluster_takes_the_options_of_a_job_and_one_here_refuses_them(
+    dashboard: Dashboard, store: Store, log, dlm: Dlm, monkeypatch
+):
+    monkeypatch.setenv("HF_HOME", "/models")
+    runs.create_run(store, toy_plan(log), "ray", "r1")
+    options = ["--env", "HF_HOME", "--python", "python9"]
+    done = dlm("resume", "r1", "--address", dashboard.url, *options)
+    assert done.code == 0, done.stderr
+    assert dashboard.asked["entrypoint"].startswith("python9 -m workflows.supervise r1")
+    assert dashboard.asked["runtime_env"]["env_vars"]["HF_HOME"] == "/models"
+    for option in (options[:2], options[2:]):
+        for where in ([], ["--address", "auto"]):
+            refused = dlm("resume", "r1", *where, *option)
+            assert refused.code == 2
+            assert f"{option[0]} is for a job on a cluster" in refused.stderr
+
+
+def status_of(dlm: Dlm, *more: str) -> tuple[str, int | None, str]:
+    done = dlm("status", "r1", "--json", *more)
+    assert done.code == 0, done.stderr
+    value = json.loads(done.stdout)
+    return value["status"], value["exit_code"], value["detail"]
+
+
+def test_job_that_ended_before_its_coordinator_began_is_told_by_whoever_sees_it(
+    dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm
+):
+    run = runs.create_run(store, toy_plan(log), "ray", "r1")
+    submit_run(store, run, dashboard.url, code)
+    status, exit_code, detail = status_of(dlm, "--address", dashboard.url)
+    assert (status, exit_code) == ("submitted", None)
+    assert f"job r1-a1 was handed over to {dashboard.url} on 20" in detail
+    assert "dlm status --address" in detail
+    dashboard.jobs["r1-a1"] |= {"status": "FAILED", "message": f"no such interpreter {TOKEN}"}
+    assert status_of(dlm)[0] == "submitted", "nobody has looked"
+    watched = dlm("status", "r1", "--watch", "--address", dashboard.url)
+    assert watched.code == 75
+    assert "go on with: dlm resume r1" in watched.stdout
+    told = ("interrupted", 75, "job r1-a1 ended before it began to work on it: failed: no such interpreter ***")
+    assert status_of(dlm) == told
+    assert dlm("status", "r1", "--watch").code == 75
+    lease = begin(run, [])
+    assert status_of(dlm)[0] == "running"
+    end(run, 1, "failed")
+    lease.release()
+    assert status_of(dlm) == ("failed", 3, "")
+
+
+def test_resumed_run_waits_for_its_new_job(dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm):
+    run = fabricate_run(store, toy_plan(log), [("step_started", "source", {"epoch": 1})])
+    end(run, 1, "failed")
+    assert status_of(dlm)[0] == "failed"
+    assert submit_run(store, run, dashboard.url, code).job_id == "r1-a2"
+    assert status_of(dlm)[0] == "submitted"
+    note_end(run, "r1-a2", "failed: no such node")
+    assert status_of(dlm)[::2] == ("failed", "job r1-a2 ended before it began to work on it: failed: no such node")
+
+
+def test_job_that_a_cluster_does_not_know_ends_the_watch(dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm):
+    run = runs.create_run(store, toy_plan(log), "ray", "r1")
+    refused = dlm("status", "r1", "--address", dashboard.url)
+    assert (refused.code, "was not handed over to a cluster" in refused.stderr) == (2, True)
+    submit_run(store, run, dashboard.url, code)
+    dashboard.jobs.clear()
+    watched = dlm("status", "r1", "--watch", "--address", dashboard.url)
+    assert watched.code == 2
+    assert f"knows no job r1-a1: it is not the one at {dashboard.url}, or has been started anew" in watched.stderr
+
+
+def test_job_that_is_cancelled_before_it_began_leaves_no_run_that_waits(
+    dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm, monkeypatch
+):
+    monkeypatch.setattr("workflows.commands.submitting._BEYOND_GRACE_S", 0.1)
+
+    def stop(jobs, job_id: str) -> None:
+        dashboard.jobs[job_id]["status"] = "STOPPED"
+
+    monkeypatch.setattr("cluster.jobs.Jobs.stop", stop)
+    submit_run(store, runs.create_run(store, toy_plan(log), "ray", "r1"), dashboard.url, code)
+    assert dlm("cancel", "r1", "--grace", "0").code == 0
+    assert status_of(dlm)[:2] == ("interrupted", 75)
+
+
+def test_run_that_nobody_has_begun_says_since_when(store: Store, log, dlm: Dlm):
+    runs.create_run(store, toy_plan(log), "local", "r1")
+    status, exit_code, detail = status_of(dlm)
+    assert (status, exit_code) == ("submitted", None)
+    assert re.fullmatch(r"created on \d{4}-\d\d-\d\d \d\d:\d\d; nobody has begun to work on it", detail)
 
 
 def test_job_that_cannot_be_asked_does_not_keep_a_run_from_being_cancelled(

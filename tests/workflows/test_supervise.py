@@ -15,6 +15,7 @@ from tests.support.executors import NUM_CPUS
 from tests.support.toy_workflow import coordinate, fabricate, is_gone, toy_plan, wait_until
 from workflows import runs
 from workflows.store import EventLog, open_store
+from workflows.submit import end_of
 from workflows.supervise import Supervisor, has_ended, published
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +131,25 @@ def test_store_that_cannot_be_read_is_no_progress_and_no_end(supervised):
     assert code == 1
     assert len(supervised.pids) == 4
     assert "no store" in stderr
+
+
+def test_job_whose_coordinator_never_began_is_noted_in_the_store(store, monkeypatch):
+    run = runs.create_run(store, toy_plan(), "local", "r1")
+    monkeypatch.setenv("DLM_JOB_ID", "r1-a1")
+    command = [
+        sys.executable,
+        "-m",
+        "workflows.supervise",
+        "r1",
+        "--store",
+        store.url,
+        "--address",
+        "auto",
+        "--nonsense",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert end_of(run, "r1-a1") == "its coordinator ended with code 2, the job's log says why"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -61,6 +61,18 @@ def test_sweep_that_fails_somewhere_does_the_rest_and_goes_on_by_the_same_comman
     assert (other.code, "another one" in other.stderr) == (2, True)
 
 
+def test_run_of_a_sweep_that_made_a_part_of_its_steps_is_not_finished(dlm: Dlm, log):
+    command = ["sweep", "toy", "--sweep-id", "s", "--grid", "total.number=3,4", *sets(log)]
+    point = ["--set", "total.number=3", *sets(log)]
+    assert dlm("run", "toy", "--run-id", "s-1", "--until", "source", *point).code == 0
+    done = dlm(*command)
+    assert done.code == 0, done.stderr
+    assert executions(log)["total-0"] == 2
+    assert dlm("resume", "s-1", "--only", "total").code == 0
+    shown = json.loads(dlm("sweep", "--show", "s", "--json").stdout)
+    assert [row["status"] for row in shown["runs"]] == ["succeeded", "succeeded"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -49,6 +49,7 @@ from workflows.selection import selection, selection_words
 from workflows.state import StepState
 from workflows.step import load_stage
 from workflows.store import RunPlace, Store
+from workflows.summary import what_was_left_out
 
 _WITHIN = "auto"
 """The address of the cluster that this machine is part of."""
@@ -220,6 +221,10 @@ def _print_outcome(store: Store, run: RunPlace, states: list[StepState], status:
     if status in ("stopped", "cancelled"):
         say(f"{status}; go on with: dlm resume {run.run_id}{store_option(store)}")
         raise typer.Exit(EXIT_INTERRUPTED)
+    if status == "partial":
+        left_out = [state.step.name for state in states if state.status == "skipped"]
+        told = what_was_left_out(left_out, len(states))
+        say(f"partial: {told}; go on with: dlm resume {run.run_id}{store_option(store)}")
     _print_figures(store, run)
 
 

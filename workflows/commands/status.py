@@ -11,6 +11,8 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from cluster.jobs import Jobs
+from pipeline.errors import UserError
 from workflows import runs
 from workflows.commands.common import (
     DEFAULT_STORE,
@@ -26,9 +28,11 @@ from workflows.commands.common import (
 )
 from workflows.display import age, columns, duration
 from workflows.store import RunPlace, Store
-from workflows.summary import Event, RunSummary, StepSummary, summarise, summary_json
+from workflows.submit import jobs_of, last_submission
+from workflows.summary import UNFINISHED, Event, RunSummary, StepSummary, summarise, summary_json
 
 _WATCH_EVERY_S = 0.5
+_ASK_EVERY_S = 5.0
 _PROGRESS_EVERY_S = 15.0
 """Into a pipe, how often the progress of a step gives a line; everything else does at once."""
 _MADE = ("committed", "cached")
@@ -41,14 +45,23 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", help="Go on until the run ends, with its exit code; into a pipe, only changes.")
     ] = False,
+    address: Annotated[
+        str,
+        typer.Option("--address", help="Dashboard of its cluster: ask there about a job that has not begun."),
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Show where a run stands: its steps, what failed and why, where logs and artifacts are."""
     place = find_store(store)
     run = runs.require_run_id(place, run_id)
     known: dict[str, Event] = {}
+    ask = _asking(run, address) if address else None
 
     def look() -> RunSummary:
+        summary = summarise(place, run, known)
+        if ask is None or summary.status != "submitted":
+            return summary
+        ask()
         return summarise(place, run, known)
 
     if watch:
@@ -71,6 +84,28 @@ def status(
         _print_reasons(place, run, summary, list(known.values()) if why else [])
     if watch:
         raise typer.Exit(summary.exit_code or 0)
+
+
+def _asking(run: RunPlace, address: str) -> Callable[[], None]:
+    """Asks a cluster, now and then, about the job that was handed over last: how it ended is then in the store."""
+    if last_submission(run) is None:
+        raise UserError(f"run {run.run_id} was not handed over to a cluster; leave --address out")
+    jobs, next_s = Jobs(address), 0.0
+
+    def ask() -> None:
+        nonlocal next_s
+        if time.monotonic() < next_s:
+            return
+        next_s = time.monotonic() + _ASK_EVERY_S
+        job = last_submission(run)
+        assert job is not None
+        if job.job_id not in {found.job_id for found in jobs_of(run, jobs)}:
+            raise UserError(
+                f"the cluster at {jobs.url} knows no job {job.job_id}: it is not the one at {job.address}, or has been "
+                f"started anew since. To hand the run over again: dlm resume {run.run_id} --address {address}"
+            )
+
+    return ask
 
 
 def status_words(summary: RunSummary) -> str:
@@ -166,7 +201,7 @@ def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Seq
         print_line("\nartifacts:")
         for step in made:
             print_line(f"  {step.step:<{width}}  {step.artifact}")
-    if summary.exit_code:
+    if summary.is_stale or summary.status in UNFINISHED:
         print_line(f"\ngo on with: dlm resume {run.run_id}{store_option(store)}")
 
 

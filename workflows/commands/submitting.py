@@ -1,6 +1,5 @@
 """Commands about clusters: submit a run, and end one wherever it runs."""
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ import typer
 
 from cluster.auth import AuthError
 from cluster.jobs import OVER, ClusterError, Jobs
-from pipeline.errors import UserError
 from workflows import runs
 from workflows.cancel import CancelFile
 from workflows.commands.common import (
@@ -41,7 +39,7 @@ from workflows.lease import Holder, find_holder
 from workflows.selection import selection, selection_words
 from workflows.snapshot import code_archive
 from workflows.store import RunPlace, Store
-from workflows.submit import last_submission, submit_run
+from workflows.submit import jobs_of, last_submission, submit_run
 
 AddressOption = Annotated[
     str,
@@ -81,17 +79,9 @@ def submit(
 
 def hand_over(store: Store, run: RunPlace, address: str, python: str, env: list[str], words: Sequence[str]) -> None:
     """Submit a job for a run and say how to follow it; ``words`` are further ones of its command."""
-    last = last_submission(run)  # what was said of the cluster then holds
-    python = python or (last.python if last else "")
-    names = [name for name in env if name] if env or last is None else list(last.env)
-    if not env and (unset := [name for name in names if not os.environ.get(name)]):
-        raise UserError(
-            f"the last job of run {run.run_id} was given {unset[0]}, which is not set here: export it, or name what "
-            "the job is to get instead (--env NAME for each, --env '' for nothing)"
-        )
     with tempfile.TemporaryDirectory(prefix="dlm-code-") as folder:
         code = code_archive(runs.frozen_plan(run), Path(folder))
-        job = submit_run(store, run, address, code, python, names, words)
+        job = submit_run(store, run, address, code, python, env, words)
     where = store_option(store)
     print(run.run_id)
     say(f"job {job.job_id} at {address} ({job.status.lower()})")
@@ -132,6 +122,8 @@ def cancel(
         holder = find_holder(run.lease_dir)
         say(f"the request was left, but {holder or 'its job'} has not answered; it stops when it sees it")
         raise typer.Exit(EXIT_INTERRUPTED)
+    if job is not None:
+        jobs_of(run, job[0])
     say(f"cancelled; go on with: dlm resume {run_id}{store_option(place)}")
 
 
@@ -145,7 +137,7 @@ def _live_job(run: RunPlace) -> _LiveJob | None:
         return None
     try:
         jobs = Jobs(submission.address)
-        live = [job for job in jobs.of_run(run.run_id) if job.status not in OVER]
+        live = [job for job in jobs_of(run, jobs) if job.status not in OVER]
     except (AuthError, ClusterError) as error:
         say(f"its job cannot be asked, the request in the store has to do: {error}")
         return None

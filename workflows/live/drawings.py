@@ -27,6 +27,7 @@ _MARKS = {
     "stopped": "■",
     "cancelled": "■",
     "interrupted": "■",
+    "partial": "◐",
     "killed": "✕",
     "tried again": "↻",
     "queued": "…",

@@ -17,6 +17,7 @@ from workflows.live.style import SCRIPT, run_style
 from workflows.report import sections
 from workflows.report.style import page_style
 from workflows.report.text import Cell, Html, Number, count, duration, note, plain, section, table
+from workflows.summary import UNFINISHED
 
 MOST_TROUBLES = 30
 MOST_EVENTS = 100
@@ -98,7 +99,8 @@ def _header(seen: Snapshot) -> str:
             '<button type="button" id="hold" hidden aria-pressed="false">Hold still</button>'
         )
     else:
-        fresh = f"{made}. {_END.get(seen.status, 'This run is over.')}"
+        end = _END.get(seen.status, "This run is over.")
+        fresh = f"{made}. {end}{plain(f' ({seen.status_detail})' if seen.status_detail else '')}"
     facts = {"Store": seen.store, **seen.facts}
     listed = "".join(f"<dt>{plain(name)}</dt><dd>{_code(value)}</dd>" for name, value in facts.items())
     status = f'<span class="badge {plain(_sign(seen))}">{mark_of(_sign(seen))} {plain(seen.status)}</span>'
@@ -111,10 +113,11 @@ def _header(seen: Snapshot) -> str:
 
 _END = {
     "succeeded": "This run is over: everything was made.",
+    "partial": "This run is over: of its steps, those were made that it was asked for.",
     "failed": "This run is over: it failed. What was finished is kept.",
     "stopped": "This run was stopped on request. What was finished is kept.",
     "cancelled": "This run was cancelled. What was finished is kept.",
-    "interrupted": "Nobody works on this run: its coordinator ended without a word. What was finished is kept.",
+    "interrupted": "Nobody works on this run: what did ended without a word. What was finished is kept.",
     "submitted": "Nobody has begun to work on this run.",
 }
 
@@ -143,7 +146,7 @@ def _banner(seen: Snapshot) -> str:
             f'<section class="alert bad"><p><strong>{mark_of("failed")} {plain(step.name)} failed.</strong> '
             f'<span class="message">{message}</span></p></section>'
         )
-    if seen.status in ("failed", "stopped", "cancelled", "interrupted"):
+    if seen.status in UNFINISHED:
         parts.append(
             f'<section class="alert"><p>To go on with it: <code>dlm resume {plain(seen.run_id)} --store '
             f"{plain(seen.store)}</code></p></section>"

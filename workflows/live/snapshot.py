@@ -81,6 +81,7 @@ class Snapshot:
     """What else was written down when the run was created, in words."""
     environment: Mapping[str, str]
     steps: tuple[StepView, ...]
+    status_detail: str = ""
     history: History = field(default_factory=History)
     costs: Costs = field(default_factory=Costs)
     events: tuple[Mapping[str, Any], ...] = ()
@@ -164,6 +165,7 @@ class Watcher:
             run_id=self._run.run_id,
             workflow=self._plan.recipe or self._plan.workflow,
             status=summary.status if summary else history.sessions[-1].outcome if history.sessions else "running",
+            status_detail=self._clean(summary.detail) if summary else "",
             made_at_s=now_s,
             store=self._clean(self._store.url),
             facts=self._facts,

@@ -7,7 +7,7 @@ _MEANING = {
     "good": ("committed", "cached", "succeeded"),
     "bad": ("failed", "damaged", "killed"),
     "busy": ("running",),
-    "wait": ("queued", "waiting", "blocked", "stopped", "cancelled", "interrupted", "tried-again"),
+    "wait": ("queued", "waiting", "blocked", "stopped", "cancelled", "interrupted", "tried-again", "partial"),
 }
 
 _CSS = """
