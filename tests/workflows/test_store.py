@@ -369,7 +369,7 @@ def test_shard_commit_with_a_crash_at_every_call_is_whole_or_absent(tmp_path: Pa
 
     def work(root: Path) -> None:
         place = ArtifactPlace(place_at(root))
-        lease = Lease(place.lease_dir, 1)
+        lease = acquire_lease(place.lease_dir, "test")
         place.commit_shard("7", finished_attempt(place, lease, "text"), lease)
 
     def check(root: Path, whole: bool) -> None:
