@@ -23,6 +23,7 @@ from workflows.commands.common import (
     say,
 )
 from workflows.commands.completing import complete_steps
+from workflows.commands.status import status_words
 from workflows.display import columns
 from workflows.lease import lease_is_free
 from workflows.store import RunPlace, Store
@@ -101,7 +102,7 @@ def _awaited_logs(store: Store, run: RunPlace) -> list[Log]:
     """The logs of a run, as soon as there is one; none if the run ends without."""
     there = find_logs(run)
     if not there:
-        say(f"waiting for the first log of run {run.run_id}")
+        say(f"waiting for the first log of run {run.run_id}, which is {status_words(summarise(store, run))}")
     while not there and summarise(store, run).exit_code is None:
         time.sleep(max(_FOLLOW_EVERY_S, store.root.storage.poll_s))
         there = find_logs(run)
