@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 ENDINGS = frozenset({0, 2, 3, 4, 5, 75})
 """Codes with which ``dlm`` says what happened; all others are those of a process that died."""
 INTERRUPTED = 75
+_FAILED_FOR_GOOD = frozenset({2, 3, 4})
+"""Codes of a run that ends no better on another cluster."""
+_STOPPED_S = 60.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _MAX_DEATHS = 3
 """Deaths in a row after each of which it is started again, unless something was published in between."""
@@ -131,8 +134,16 @@ def has_ended(run: "RunPlace") -> bool:
     return kinds[-1:] == ["run_ended"]
 
 
+def is_final(code: int, run: "RunPlace") -> bool:
+    """Whether a run that ended with a code is not to be tried again by itself, though it did not succeed."""
+    if code == INTERRUPTED:
+        return [event["status"] for event in run.events() if event["kind"] == "run_ended"][-1:] == ["cancelled"]
+    return code in _FAILED_FOR_GOOD
+
+
 def _supervise(words: Sequence[str] | None = None) -> None:
-    from workflows.store import open_store  # noqa: PLC0415 - as in main
+    from cluster.jobs import stop_own_job  # noqa: PLC0415 - as in main
+    from workflows.store import open_store  # noqa: PLC0415
 
     about = "Whatever else is given is passed on to dlm resume."
     parser = argparse.ArgumentParser(
@@ -141,12 +152,23 @@ def _supervise(words: Sequence[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--store", required=True)
     parser.add_argument("--address", default="auto")
+    parser.add_argument(
+        "--stop-own-job",
+        action="store_true",
+        help="where a new attempt would end no better, let this job of Ray end as stopped and not as failed: KubeRay "
+        "makes a new cluster for each job that failed",
+    )
     given, more = parser.parse_known_args(words)
     store = open_store(given.store)
-    run = store.run(given.run)
+    run = store.run_place(given.run)  # that there is none is for the coordinator to say
     resume = ["resume", given.run, "--store", given.store, "--address", given.address, *more]
     command = [sys.executable, "-m", "workflows.cli", *resume]
-    sys.exit(Supervisor(command, lambda: published(store, run), has_ended=lambda: has_ended(run)).run())
+    code = Supervisor(command, lambda: published(store, run), has_ended=lambda: has_ended(run)).run()
+    if given.stop_own_job and is_final(code, run):
+        _say(f"the run ended with {code}, and a new attempt would end no better: this job is stopped")
+        stop_own_job()
+        signal.sigtimedwait(_SIGNALS, _STOPPED_S)  # which is how that is told
+    sys.exit(code)
 
 
 def _say(message: str) -> None:

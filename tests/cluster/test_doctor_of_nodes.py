@@ -61,6 +61,7 @@ def assert_three_nodes_are_sound(checks: list[Check]) -> None:
     assert only(checks, "all-reduce (gloo)", "ok").found.startswith("3 ranks: ")
     assert {check.found for check in of(checks, "token")} == {"in RAY_AUTH_TOKEN"}
     assert only(checks, "dashboard", "ok")
+    assert only(checks, "admission", "ok").found.endswith(" refuses who has no token or a wrong token")
 
 
 def test_every_node_is_looked_at_from_within(shared, store):
@@ -101,6 +102,25 @@ def test_stopped_job_tells_the_coordinator_once(shared, tmp_path, monkeypatch):
 
     wait_until(is_over, "the job is over", LONG_S)
     assert (tmp_path / "heard").read_text().split() == ["15"], jobs.log(job_id)
+
+
+@pytest.mark.parametrize(("more", "status"), [([], "FAILED"), (["--stop-own-job"], "STOPPED")])
+def test_job_that_kubernetes_is_not_to_try_again_ends_as_stopped(shared, store, tmp_path, monkeypatch, more, status):
+    for name, value in cluster_env().items():
+        monkeypatch.setenv(name, value)
+    jobs, job_id = Jobs(shared.dashboard), f"supervised-{uuid.uuid4().hex[:6]}"
+    code = tmp_path / "code.zip"
+    code.write_bytes(code_zip(OWN_PACKAGES))
+    command = [sys.executable, "-m", "workflows.supervise", "nowhere", "--store", store.url, *more]
+    jobs.submit(job_id, command, code, {}, {})
+
+    def found() -> str:
+        job = jobs.find(job_id)
+        return job.status if job is not None else ""
+
+    wait_until(lambda: found() in OVER, "the job is over", LONG_S)
+    assert found() == status, jobs.log(job_id)
+    assert "there is no run 'nowhere'" in jobs.log(job_id)
 
 
 def test_output_is_for_programs(shared, store):
