@@ -15,6 +15,7 @@ from cluster.jobs import OVER, Jobs
 from tests.support.checks import of, only, tree
 from tests.support.ray_cluster import ROOT, TOKEN, Running, cluster_env, ray_cluster
 from tests.support.toy_workflow import wait_until
+from tests.workflows.test_doctor import WAITING
 from tests.workflows.test_supervise import DRIVER
 from workflows.doctor import Check, parsed_checks
 from workflows.snapshot import OWN_PACKAGES, code_zip
@@ -74,6 +75,18 @@ def test_every_node_is_looked_at_by_a_job(shared, store):
     before = tree(store.root.path)
     checks = checked(doctor("--address", shared.dashboard, "--store", store.url))
     assert_three_nodes_are_sound(checks)
+    assert tree(store.root.path) == before
+
+
+def test_nothing_is_left_behind_by_one_that_is_ended_while_nodes_race(shared, store):
+    before = tree(store.root.path)
+    command = [sys.executable, "-c", WAITING, store.url, "--address", "auto"]
+    env = cluster_env() | {"RAY_ADDRESS": shared.gcs}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len(list(store.root.path.glob(".dlm-*/race/here-*"))) == 3, "they wait for each other", LONG_S)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=LONG_S)
+    assert process.returncode == 75, told
     assert tree(store.root.path) == before
 
 

@@ -327,7 +327,7 @@ from workflows import cli, store_checks
 compete = store_checks.compete
 store_checks.compete = lambda base, key, name, contestants: compete(base, key, name, contestants + 1)
 store_checks._START_S = store_checks._RACE_S = 60.0
-sys.argv = ["dlm", "doctor", "--no-all-reduce", "--store", sys.argv[1]]
+sys.argv = ["dlm", "doctor", "--no-all-reduce", "--store", *sys.argv[1:]]
 cli.main()
 """
 
