@@ -12,6 +12,8 @@ _HEAD_TRIES = 180
 """Looks at the head, a second apart, until it counts as not started."""
 _NODES_S = 180
 """How long the run waits for nodes that have not joined."""
+_STOP_S = 20
+"""How long Ray may take to end once the run has."""
 _TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}|\d+")
 _WORD = re.compile(r"[A-Za-z0-9_.,-]+")
 _MIB = 2**20
@@ -58,6 +60,7 @@ def slurm_script(shape: ClusterShape, slurm: Slurm, run: str) -> str:
         "memory_bytes": round(group.memory_gb * 1e9),
         "head_tries": _HEAD_TRIES,
         "nodes_s": _NODES_S,
+        "stop_s": _STOP_S,
         "max_requeues": slurm.max_requeues,
     }
     lines = [

@@ -46,6 +46,10 @@ start_ray() { # node, options of ray start
 stop_ray() {
   trap '' TERM
   for step in "${steps[@]}"; do kill -TERM "$step" 2>/dev/null || true; done
+  # Nothing works there any more, and yet the head has been seen to drain for as long as it may.
+  local until_s=$((SECONDS + stop_s))
+  while [ -n "$(jobs -pr)" ] && [ "$SECONDS" -lt "$until_s" ]; do sleep 0.2; done
+  kill -KILL "${steps[@]}" 2>/dev/null || true
   wait
 }
 trap stop_ray EXIT

@@ -105,7 +105,7 @@ exec "$@\"""",
     "bin/hostname": '[ "$*$ON_NODE" = "--all-ip-addressesnode-a" ] && cat "$WORK/addresses"',
     "venv/bin/ray": """case "$1" in
   start)
-    trap 'echo "ray ended" >>"$LOG"; exit 0' TERM
+    trap 'echo "ray ended" >>"$LOG"; [ -e "$WORK/drains" ] || exit 0' TERM
     drain="$RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     echo "ray $RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH $drain ${RAY_AUTH_TOKEN-unset} $*" >>"$LOG"
     [ ! -e "$WORK/no-head" ] || exit 1
@@ -261,6 +261,18 @@ def test_the_run_begins_once_the_nodes_were_waited_for(world: World) -> None:
     kinds = [line.split()[0] for line in world.log()]
     assert kinds.index("nodes") < kinds.index("driver")
     assert "nodes 10.1.2.3:6379 -m cluster.nodes --wait-for 2 --within 180" in world.log()
+
+
+def test_a_node_that_goes_on_draining_keeps_the_job_no_longer_than_it_may(world: World) -> None:
+    (world.work / "drains").touch()
+    script = world.work / "job.sh"
+    text = script.read_text(encoding="utf-8")
+    assert "\nstop_s=20\n" in text
+    script.write_text(text.replace("stop_s=20", "stop_s=1"), encoding="utf-8")
+    process = world.start()
+    process.communicate(timeout=40)
+    assert process.returncode == 0
+    assert world.log().count("ray ended") == 2
 
 
 @pytest.mark.parametrize(
