@@ -64,6 +64,11 @@ class Machines(Protocol):
         """Where the dashboard of a cluster listens."""
         ...
 
+    @property
+    def gcs(self) -> str:
+        """Address of what holds a cluster together; empty where there is none."""
+        ...
+
     def ask(self, questions: Sequence[Question[T]], within_s: float) -> list[Reply[T]]:
         """Ask all at once; a machine that says nothing in time has a reply that tells so."""
         ...
@@ -85,6 +90,11 @@ class ThisMachine(Machines):
     def dashboard(self) -> None:
         """There is none that belongs to it."""
         return
+
+    @property
+    def gcs(self) -> str:
+        """There is none."""
+        return ""
 
     def ask(self, questions: Sequence[Question[T]], within_s: float) -> list[Reply[T]]:
         """Each in a thread of its own."""
@@ -118,6 +128,7 @@ class ClusterNodes(Machines):
         about: Any = connect()
         url = urlsplit(f"//{about.dashboard_url}") if about.dashboard_url else None
         self._dashboard = (url.hostname, url.port) if url and url.hostname and url.port else None
+        self._gcs: str = about.address_info["gcs_address"]
         self._ids: dict[str, str] = {}
         self._machines = tuple(self._find())
 
@@ -149,6 +160,11 @@ class ClusterNodes(Machines):
     def dashboard(self) -> tuple[str, int] | None:
         """As the head tells it."""
         return self._dashboard
+
+    @property
+    def gcs(self) -> str:
+        """Where this process has joined."""
+        return self._gcs
 
     def ask(self, questions: Sequence[Question[T]], within_s: float) -> list[Reply[T]]:
         """Each by a task on its node."""

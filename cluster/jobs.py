@@ -4,6 +4,7 @@ Nothing here retries a job: an attempt that is lost is followed by another one, 
 """
 
 import contextlib
+import json
 import os
 import shlex
 import socket
@@ -27,6 +28,8 @@ _STARTING, _STARTING_S = "No available agent", 60.0
 """What a cluster answers that has just been started, and how long it may."""
 _ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 """Ray's client prefers these to the address that it is given."""
+_OWN_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What Ray tells a driver about its job."""
 
 
 class ClusterError(RuntimeError):
@@ -163,6 +166,16 @@ class Jobs:
         """What the driver of a job printed."""
         with _readable(self.url):
             return redacted(self._client.get_job_logs(job_id))
+
+
+def stop_own_job() -> None:
+    """Let the job that this process belongs to end as stopped, whatever it exits with; a SIGTERM follows."""
+    job_id = json.loads(os.environ.get(_OWN_JOB_VARIABLE, "{}")).get("metadata", {}).get("job_submission_id")
+    if job_id is None:
+        raise ClusterError("this process belongs to no job of a Ray cluster, so there is none to stop")
+    from ray.dashboard.utils import ray_address_to_api_server_url
+
+    Jobs(ray_address_to_api_server_url("auto")).stop(job_id)
 
 
 @contextlib.contextmanager

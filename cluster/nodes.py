@@ -3,6 +3,8 @@
 Ray tells some of this to its own libraries only; whatever is asked of its private side is asked here.
 """
 
+import argparse
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -124,3 +126,30 @@ def remove_placement_groups() -> None:
     for group, about in placement_group_table().items():
         if about["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+
+
+def wait_for_nodes(count: int, within_s: float) -> int:
+    """How many nodes there are, once they are so many or the time is over."""
+    deadline = time.monotonic() + within_s
+    while (found := len(nodes())) < count and time.monotonic() < deadline:
+        time.sleep(_LOOK_EVERY_S)
+    return found
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Wait for the nodes of the cluster that this machine is part of; says so if fewer come: a run may do with them."""
+    from cluster.connect import connect
+
+    parser = argparse.ArgumentParser(prog="python -m cluster.nodes", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("--wait-for", type=int, required=True, metavar="NODES")
+    parser.add_argument("--within", type=float, required=True, metavar="SECONDS")
+    given = parser.parse_args(words)
+    connect()
+    found = wait_for_nodes(given.wait_for, given.within)
+    if found < given.wait_for:
+        told = f"{found} of {given.wait_for} nodes are there after {given.within:g} s: the run begins with these"
+        print(told, file=sys.stderr)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import resource
+import secrets
 import shutil
 import stat
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -102,9 +103,9 @@ def survey(node: str, folders: Mapping[str, Path], is_in_cluster: bool) -> Surve
 
 def without_secrets(checks: Iterable[Check]) -> tuple[Check, ...]:
     """The checks as they may be shown: an error of a library may quote what it was given."""
-    secrets = secret_values()
+    hidden = secret_values()
     return tuple(
-        replace(check, found=redacted(check.found, secrets), todo=redacted(check.todo, secrets)) for check in checks
+        replace(check, found=redacted(check.found, hidden), todo=redacted(check.todo, hidden)) for check in checks
     )
 
 
@@ -313,6 +314,35 @@ def token_check(node: str, is_in_cluster: bool, env: Mapping[str, str] = os.envi
     file = Path(token.source)
     mode = f", mode {stat.S_IMODE(file.stat().st_mode):04o}" if file.is_file() else ""
     return Check("token", node, "ok", f"in {token.source}{mode}")
+
+
+def admission_check(node: str, address: str) -> Check:
+    """Whether the cluster whose GCS is at an address lets in who has no token, or another one."""
+    answers = {"no token": knock(address), "a wrong token": knock(address, secrets.token_hex(16))}
+    if let_in := [who for who, answer in answers.items() if answer == "lets in"]:
+        todo = "anybody who reaches it runs what he likes: start the cluster with RAY_AUTH_MODE=token and a token"
+        status: Status = "warning" if is_loopback(address) else "failure"
+        return Check("admission", node, status, f"{address} lets in who has {' or '.join(let_in)}", todo)
+    if others := {answer for answer in answers.values() if answer != "refuses"}:
+        todo = "look at gcs_server.out in the logs of the head"
+        return Check("admission", node, "warning", f"{address} was asked without its token: {min(others)}", todo)
+    return Check("admission", node, "ok", f"{address} refuses who has {' or '.join(answers)}")
+
+
+def knock(address: str, token: str = "") -> str:
+    """What the GCS of a cluster says to somebody with a token, or without one: "lets in", "refuses" or an error."""
+    import grpc
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    messages: Any = gcs_service_pb2  # protobuf makes its classes at run time
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    with grpc.insecure_channel(address) as channel:
+        service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            service.GetAllNodeInfo(messages.GetAllNodeInfoRequest(), timeout=_ANSWER_S, metadata=metadata)
+        except grpc.RpcError as error:
+            return "refuses" if error.code() is grpc.StatusCode.UNAUTHENTICATED else f"answers {error.code().name}"
+    return "lets in"
 
 
 def listening_hosts(port: int) -> list[str]:

@@ -219,11 +219,14 @@ def check_store(store: str) -> None:
 
 
 def resume_command(run: str, store: str) -> str:
-    """What runs inside a cluster, at the first start and at every retry: they are the same."""
+    """What runs inside a cluster, at the first start and at every retry: they are the same.
+
+    The run was written down before (``dlm plan --freeze``); a coordinator that dies is started again in place.
+    """
     if not _RUN.fullmatch(run):
         raise refuse("run", run, "letters, digits, '.', '_' and '-' are allowed, from a letter or digit on")
     check_store(store)
-    return shlex.join(["dlm", "resume", run, "--store", store, "--address", "auto"])
+    return shlex.join(["python", "-m", "workflows.supervise", run, "--store", store, "--address", "auto"])
 
 
 def node_env(shape: ClusterShape) -> dict[str, str]:

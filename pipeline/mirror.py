@@ -47,6 +47,8 @@ class Mirror:
     """The state on this machine."""
     is_first_here: bool
     """Of several processes that share the directory, one looks after it."""
+    fence: Callable[[], None]
+    """Raises once another attempt has taken over: called before anything is deleted."""
 
     def names(self) -> list[str]:
         """What is published, newest first by name."""
@@ -162,17 +164,23 @@ class Mirror:
 
     def remove(self, names: Iterable[str]) -> None:
         """Delete what was published, records first, and the folders of attempts that came to nothing."""
-        for name in names:
+        doomed = list(names)
+        self.fence()
+        for name in doomed:
             self._record(name).remove()
         self.clear()
 
     def clear(self) -> None:
-        """Delete folders that no record names.  None while a record cannot be read: one of them may be its."""
+        """Delete folders that no record names.  None while a record cannot be read: one of them may be its.
+
+        They are listed before the fence: what an attempt that takes over afterwards uploads is not among them.
+        """
         found = self.place.names()
         try:
             kept = {self.published(n.removesuffix(_RECORD)).folder for n in found if n.endswith(_RECORD)}
         except CorruptionError:
             return
+        self.fence()
         for name in found:
             if not name.endswith(_RECORD) and name not in kept:
                 (self.place / name).remove()

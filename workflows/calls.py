@@ -75,10 +75,13 @@ class Site:
             shard_dirs=[directory.key for directory in shard_dirs],
             started_at=state.started_at,
         )
-        sizes = gang_sizes(stage, step_config(step))
+        config = step_config(step)
+        sizes = gang_sizes(stage, config)
         # Shards fill all cores together; a step that runs as a whole may use those that nobody else does.
         env = {"OMP_NUM_THREADS": str(math.ceil(stage.cpus))} if shard else {}
-        wants_gpus = bool(sizes) and (self.place(state).directory / ON_GPUS).exists()
+        wants_gpus = getattr(config, "requires_gpus", False) or (
+            bool(sizes) and (self.place(state).directory / ON_GPUS).exists()
+        )
         call = Call(f"{name}@{label}", _WORKER, to_json(piece), log_dir, stage.cpus, sizes, env, wants_gpus)
         return Flight(call, piece, work)
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,8 +23,11 @@ _THREADS = 8
 
 
 def scratch(place: Place) -> Path:
-    """Where this machine keeps what belongs to a place in an object store."""
-    root = Path(os.environ.get(CACHE_ENV) or "~/.cache/dlm").expanduser()
+    """Where this machine keeps what belongs to a place in an object store.
+
+    A folder for each machine: a home may be one directory for all of them, on which their locks may not hold.
+    """
+    root = Path(os.environ.get(CACHE_ENV) or "~/.cache/dlm").expanduser() / socket.gethostname()
     store = hashlib.sha256(place.storage.url.encode()).hexdigest()[:12]
     return root / store / place.key
 

@@ -20,6 +20,7 @@ from cluster.jobs import OVER, Jobs
 from cluster.preflight import (
     Check,
     Survey,
+    admission_check,
     agreement_checks,
     dashboard_check,
     listening_hosts,
@@ -75,7 +76,7 @@ def _node_checks(machines: Machines) -> list[Check]:
         if machine.is_leaving
     ]
     host, port = machines.dashboard
-    return [*checks, dashboard_check("all", [host], port)]
+    return [*checks, dashboard_check("all", [host], port), admission_check("all", machines.gcs)]
 
 
 def _survey_checks(machines: Machines, url: str) -> tuple[list[Check], list[Machine]]:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 ENDINGS = frozenset({0, 2, 3, 4, 5, 75})
 """Codes with which ``dlm`` says what happened; all others are those of a process that died."""
 INTERRUPTED = 75
+_FAILED_FOR_GOOD = frozenset({2, 3, 4})
+"""Codes of a run that ends no better on another cluster."""
+_STOPPED_S = 60.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _MAX_DEATHS = 3
 """Deaths in a row after each of which it is started again, unless something was published in between."""
@@ -132,8 +135,16 @@ def has_ended(run: "RunPlace") -> bool:
     return kinds[-1:] == ["run_ended"]
 
 
+def is_final(code: int, run: "RunPlace") -> bool:
+    """Whether a run that ended with a code is not to be tried again by itself, though it did not succeed."""
+    if code == INTERRUPTED:
+        return [event["status"] for event in run.events() if event["kind"] == "run_ended"][-1:] == ["cancelled"]
+    return code in _FAILED_FOR_GOOD
+
+
 def _supervise(words: Sequence[str] | None = None) -> None:
-    from workflows.store import open_store  # noqa: PLC0415 - as in main
+    from cluster.jobs import stop_own_job  # noqa: PLC0415 - as in main
+    from workflows.store import open_store  # noqa: PLC0415
     from workflows.submit import note_end  # noqa: PLC0415
 
     about = "Whatever else is given is passed on to dlm resume."
@@ -143,9 +154,15 @@ def _supervise(words: Sequence[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--store", required=True)
     parser.add_argument("--address", default="auto")
+    parser.add_argument(
+        "--stop-own-job",
+        action="store_true",
+        help="where a new attempt would end no better, let this job of Ray end as stopped and not as failed: KubeRay "
+        "makes a new cluster for each job that failed",
+    )
     given, more = parser.parse_known_args(words)
     store = open_store(given.store)
-    run = store.run(given.run)
+    run = store.run_place(given.run)  # that there is none is for the coordinator to say
     resume = ["resume", given.run, "--store", given.store, "--address", given.address, *more]
     command = [sys.executable, "-m", "workflows.cli", *resume]
     code = Supervisor(command, lambda: published(store, run), has_ended=lambda: has_ended(run)).run()
@@ -154,6 +171,10 @@ def _supervise(words: Sequence[str] | None = None) -> None:
             note_end(run, job_id, f"its coordinator ended with code {code}, the job's log says why")
         except OSError as error:  # the store may be what the coordinator died of
             _say(f"the end of the job could not be written down: {error}")
+    if given.stop_own_job and is_final(code, run):
+        _say(f"the run ended with {code}, and a new attempt would end no better: this job is stopped")
+        stop_own_job()
+        signal.sigtimedwait(_SIGNALS, _STOPPED_S)  # which is how that is told
     sys.exit(code)
 
 

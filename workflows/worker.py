@@ -203,7 +203,7 @@ def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
                 fence=lease.check,
                 failed=failed,
                 labels={"run_id": piece.run_id, "step": piece.step},
-                mirror=None if root.is_local else Mirror(root / piece.state, state, is_first_here),
+                mirror=None if root.is_local else Mirror(root / piece.state, state, is_first_here, lease.check),
             )
             result = _work(piece, root, context)
             if rank == 0:

@@ -105,7 +105,16 @@ def _render(kind: str, request: Request, run: str) -> str:
         made = ray_job(shape, request.kubernetes, run)
     else:
         made = ray_cluster(shape, request.kubernetes)
-    return yaml.safe_dump(made, sort_keys=False, width=120)
+    return _before(kind, shape.store, run) + yaml.safe_dump(made, sort_keys=False, width=120)
+
+
+def _before(kind: str, store: str, run: str) -> str:
+    """A comment with what has to be done before."""
+    if kind != "rayjob":
+        return ""
+    return (
+        f"# First, with the store and the data as the nodes see them: dlm plan RECIPE --freeze {run} --store {store}\n"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

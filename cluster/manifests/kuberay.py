@@ -75,9 +75,13 @@ def ray_cluster(shape: ClusterShape, kubernetes: Kubernetes) -> dict[str, Any]:
 
 
 def ray_job(shape: ClusterShape, kubernetes: Kubernetes, run: str) -> dict[str, Any]:
-    """A cluster for one run: each retry is a new cluster in which the run is resumed."""
+    """A cluster for one run: each retry is a new cluster in which the run is resumed.
+
+    KubeRay retries whatever failed, whatever its exit code was.  A job that was stopped is complete to it, so that is
+    how a run ends that another cluster would do no good.
+    """
     spec = {
-        "entrypoint": resume_command(run, shape.store),
+        "entrypoint": f"{resume_command(run, shape.store)} --stop-own-job",
         "submissionMode": "K8sJobMode",
         "backoffLimit": kubernetes.retries,
         "shutdownAfterJobFinishes": True,

@@ -85,6 +85,7 @@ def launcher_file(shape: ClusterShape, launcher: Launcher) -> dict[str, Any]:
         },
         "file_mounts": {TOKEN_FILE: launcher.token_path},
         "setup_commands": [f"chmod 600 {TOKEN_FILE}"],
+        "head_setup_commands": [],  # by default those of aws, a newer boto3 than the image has
         **nodes,
     }
 
@@ -92,6 +93,10 @@ def launcher_file(shape: ClusterShape, launcher: Launcher) -> dict[str, Any]:
 def _run_options(shape: ClusterShape) -> list[str]:
     """Of docker; the launcher measures each machine and gives it a third of its memory to share, if none is asked."""
     options = ["--ulimit nofile=65536:65536"]
+    if any(group.gpus for group in shape.workers):
+        # the launcher adds --runtime=nvidia where it finds it, which shows a container what these say; the image itself
+        # does not say it, since in Kubernetes a pod without GPUs would see all of its node
+        options += ["--env NVIDIA_VISIBLE_DEVICES=all", "--env NVIDIA_DRIVER_CAPABILITIES=compute,utility"]
     if shape.shm_gb is not None:
         options.append(f"--shm-size={round(shape.shm_gb * 1e9)}b")
     if shape.store.startswith("/"):

@@ -10,6 +10,10 @@ from cluster.shapes import STOP_GRACE_S, ClusterShape, Head, WorkerGroup, node_e
 _BODY = Path(__file__).parent / "slurm_body.sh"
 _HEAD_TRIES = 180
 """Looks at the head, a second apart, until it counts as not started."""
+_NODES_S = 180
+"""How long the run waits for nodes that have not joined."""
+_STOP_S = 20
+"""How long Ray may take to end once the run has."""
 _TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}|\d+")
 _WORD = re.compile(r"[A-Za-z0-9_.,-]+")
 _MIB = 2**20
@@ -55,12 +59,16 @@ def slurm_script(shape: ClusterShape, slurm: Slurm, run: str) -> str:
         "num_gpus": group.gpus,
         "memory_bytes": round(group.memory_gb * 1e9),
         "head_tries": _HEAD_TRIES,
+        "nodes_s": _NODES_S,
+        "stop_s": _STOP_S,
         "max_requeues": slurm.max_requeues,
     }
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH --{option}" for option in _options(shape, slurm, group)),
         "",
+        "# First, with the store and the data as the nodes see them: "
+        f"dlm plan RECIPE --freeze {run} --store {shape.store}",
         "set -euo pipefail",
         *(f"{name}={shlex.quote(str(value))}" for name, value in values.items()),
         *(f"export {name}={shlex.quote(value)}" for name, value in node_env(shape).items()),

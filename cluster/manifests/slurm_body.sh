@@ -20,7 +20,16 @@ unset RAY_AUTH_TOKEN # the file counts
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head_node="${nodes[0]}"
-read -r head_ip _ < <(srun --nodes=1 --ntasks=1 --nodelist="$head_node" hostname --ip-address)
+
+on_node() { # node, command
+  srun --nodes=1 --ntasks=1 --nodelist="$1" "${@:2}"
+}
+# To itself a node is often 127.0.1.1, so another one is asked for its address; of IPv4, by which ranks of a gang meet.
+head_ip="$(on_node "${nodes[-1]}" getent ahostsv4 "$head_node" | awk '$1 !~ /^127\./ { print $1; exit }' || true)"
+if [ -z "$head_ip" ]; then
+  head_ip="$(on_node "$head_node" hostname --all-ip-addresses | tr ' ' '\n' | grep -m 1 -F . || true)"
+fi
+[ -n "$head_ip" ] || refuse "$head_node has no IPv4 address, neither by its name (getent ahostsv4) nor of its own (hostname -I)"
 export RAY_ADDRESS="$head_ip:6379"
 
 steps=()
@@ -37,6 +46,10 @@ start_ray() { # node, options of ray start
 stop_ray() {
   trap '' TERM
   for step in "${steps[@]}"; do kill -TERM "$step" 2>/dev/null || true; done
+  # Nothing works there any more, and yet the head has been seen to drain for as long as it may.
+  local until_s=$((SECONDS + stop_s))
+  while [ -n "$(jobs -pr)" ] && [ "$SECONDS" -lt "$until_s" ]; do sleep 0.2; done
+  kill -KILL "${steps[@]}" 2>/dev/null || true
   wait
 }
 trap stop_ray EXIT
@@ -54,6 +67,8 @@ done
 for node in "${nodes[@]:1}"; do
   start_ray "$node" --address="$RAY_ADDRESS"
 done
+# A training takes what is there: whoever comes later would join at its next start only.
+python -m cluster.nodes --wait-for "${#nodes[@]}" --within "$nodes_s" || exit 3
 
 # Slurm sends TERM to this shell alone, in time for a checkpoint: Ray goes on until the driver has ended.
 "${command[@]}" &
@@ -67,7 +82,7 @@ while true; do # a signal ends the wait, not the driver
 done
 
 # A run that somebody ended with dlm cancel could go on, but is not wanted to.
-was_cancelled() { dlm status "${command[2]}" --store "$DLM_STORE" --json | grep -q '"status": "cancelled"'; }
+was_cancelled() { dlm status "${command[3]}" --store "$DLM_STORE" --json | grep -q '"status": "cancelled"'; }
 
 if [ "$code" = 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$max_requeues" ] && ! was_cancelled; then
   echo "interrupted, and put into the queue again"

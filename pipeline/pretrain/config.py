@@ -90,6 +90,8 @@ class PretrainConfig:
     min_workers: int = execution(0)
     """Fewest ranks to go on with where nodes are lost, of the numbers that the global batch divides among; 0 waits for
     room for all ``workers``."""
+    requires_gpus: bool = execution(False)
+    """Train on GPUs alone: a cluster without any yet is waited for; otherwise the first start takes what there is."""
     zero_stage: Literal[0, 1, 2, 3] = execution(1)
     ep_size: int = execution(0)
     """Workers that share the experts of a layer through DeepSpeed's AutoEP; 0: every worker holds all experts."""

@@ -48,6 +48,11 @@ _FINAL_STEPS = 50
 def run(config: PretrainConfig, inputs: Mapping[str, Path], context: StageContext) -> Stats | None:
     """Train to ``num_steps``, continuing from the newest valid checkpoint; rank 0 writes the artifact."""
     prepare_process(config.threads_per_worker)
+    if config.requires_gpus and os.environ["DS_ACCELERATOR"] == "cpu":
+        raise UserError(
+            "pretrain.requires_gpus is true, and this worker has no GPU that torch can use: dlm doctor says why. To "
+            "train on cores, set it to false"
+        )
     rank = int(os.environ["RANK"])
     with Watchdog(config.watchdog, rank, config.workers, context.state, context.failed) as watchdog:
         return _run_watched(config, inputs, context, watchdog)

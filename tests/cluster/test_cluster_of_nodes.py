@@ -1,5 +1,6 @@
 """Runs on a Ray cluster of three nodes, submitted as jobs: what happens when parts of it are lost."""
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.jobs import OVER, Jobs
+from cluster.shapes import resume_command
 from tests.support.ray_cluster import ROOT, TOKEN, Running, cluster_env, ray_cluster
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, is_gone, toy_workflow, wait_until
+from workflows.snapshot import OWN_PACKAGES, code_zip
 from workflows.store import RunPlace, Store
 from workflows.summary import summarise
 
@@ -117,6 +121,34 @@ def test_secrets_are_in_no_file_of_the_store(shared, store, log):
     texts = [path.read_bytes() for path in store.root.path.rglob("*") if path.is_file()]
     assert len(texts) > 20
     assert not any(TOKEN.encode() in text for text in texts)
+
+
+def test_run_that_was_frozen_is_begun_by_the_command_of_a_rayjob(shared, store, log, tmp_path, monkeypatch):
+    sets = [word for path, value in of_toy(log).items() for word in ("--set", f"{path.replace('__', '.')}={value}")]
+    frozen = dlm("plan", "toy", "--freeze", "r1", "--store", store.url, *sets)
+    assert frozen.returncode == 0, frozen.stderr
+    for name, value in cluster_env().items():
+        monkeypatch.setenv(name, value)
+    code = tmp_path / "code.zip"
+    code.write_bytes(code_zip(OWN_PACKAGES))
+    _, *words = shlex.split(resume_command("r1", store.url))
+    jobs = Jobs(shared.dashboard)
+    jobs.submit("rayjob-1", [sys.executable, *words, "--stop-own-job"], code, {}, {})
+    wait_until(lambda: (job := jobs.find("rayjob-1")) is not None and job.status in OVER, "the job ends", LONG_S)
+    job = jobs.find("rayjob-1")
+    assert job is not None
+    assert job.status == "SUCCEEDED", jobs.log("rayjob-1")
+    assert ended(store.run("r1")) == ["succeeded"]
+    assert executions(log) == ONCE
+
+
+def test_nodes_of_a_cluster_are_waited_for_before_a_run(shared):
+    for count, told in ((3, []), (4, ["3 of 4 nodes are there after 1 s: the run begins with these"])):
+        command = [sys.executable, "-m", "cluster.nodes", "--wait-for", str(count), "--within", "1"]
+        env = cluster_env() | {"RAY_ADDRESS": shared.gcs}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LONG_S, check=False)
+        assert done.returncode == 0, done.stderr
+        assert [line for line in done.stderr.splitlines() if "nodes are there" in line] == told
 
 
 # --- cancelling -------------------------------------------------------------------------------------------------------

@@ -62,3 +62,15 @@ def test_the_image_runs_as_nobody_special_and_asks_for_a_token() -> None:
     settings = " ".join(body for name, body in instructions if name == "ENV")
     assert "RAY_AUTH_MODE=token" in settings
     assert not re.search(r"(TOKEN|KEY|SECRET|PASSWORD)=", settings)
+
+
+def test_the_image_has_what_ray_up_calls_in_its_containers() -> None:
+    from ray.autoscaler._private import command_runner
+
+    called = Path(command_runner.__file__).read_text(encoding="utf-8")
+    assert "rsync -e" in called, "over docker exec: on the other side is the rsync of the container"
+    runs = " ".join(body for name, body in _instructions() if name == "RUN")
+    (packages,) = re.findall(r"apt-get install -y --no-install-recommends ([^&]*)&&", runs)
+    assert {"rsync", "openssh-client"} <= set(packages.split())
+    (installed,) = re.findall(r"pip install -c constraints.txt (.*?)$", runs.partition("useradd")[0], re.MULTILINE)
+    assert "boto3" in installed.split()

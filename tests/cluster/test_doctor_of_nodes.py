@@ -15,6 +15,7 @@ from cluster.jobs import OVER, Jobs
 from tests.support.checks import of, only, tree
 from tests.support.ray_cluster import ROOT, TOKEN, Running, cluster_env, ray_cluster
 from tests.support.toy_workflow import wait_until
+from tests.workflows.test_doctor import WAITING
 from tests.workflows.test_supervise import DRIVER
 from workflows.doctor import Check, parsed_checks
 from workflows.snapshot import OWN_PACKAGES, code_zip
@@ -61,6 +62,7 @@ def assert_three_nodes_are_sound(checks: list[Check]) -> None:
     assert only(checks, "all-reduce (gloo)", "ok").found.startswith("3 ranks: ")
     assert {check.found for check in of(checks, "token")} == {"in RAY_AUTH_TOKEN"}
     assert only(checks, "dashboard", "ok")
+    assert only(checks, "admission", "ok").found.endswith(" refuses who has no token or a wrong token")
 
 
 def test_every_node_is_looked_at_from_within(shared, store):
@@ -73,6 +75,18 @@ def test_every_node_is_looked_at_by_a_job(shared, store):
     before = tree(store.root.path)
     checks = checked(doctor("--address", shared.dashboard, "--store", store.url))
     assert_three_nodes_are_sound(checks)
+    assert tree(store.root.path) == before
+
+
+def test_nothing_is_left_behind_by_one_that_is_ended_while_nodes_race(shared, store):
+    before = tree(store.root.path)
+    command = [sys.executable, "-c", WAITING, store.url, "--address", "auto"]
+    env = cluster_env() | {"RAY_ADDRESS": shared.gcs}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len(list(store.root.path.glob(".dlm-*/race/here-*"))) == 3, "they wait for each other", LONG_S)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=LONG_S)
+    assert process.returncode == 75, told
     assert tree(store.root.path) == before
 
 
@@ -101,6 +115,25 @@ def test_stopped_job_tells_the_coordinator_once(shared, tmp_path, monkeypatch):
 
     wait_until(is_over, "the job is over", LONG_S)
     assert (tmp_path / "heard").read_text().split() == ["15"], jobs.log(job_id)
+
+
+@pytest.mark.parametrize(("more", "status"), [([], "FAILED"), (["--stop-own-job"], "STOPPED")])
+def test_job_that_kubernetes_is_not_to_try_again_ends_as_stopped(shared, store, tmp_path, monkeypatch, more, status):
+    for name, value in cluster_env().items():
+        monkeypatch.setenv(name, value)
+    jobs, job_id = Jobs(shared.dashboard), f"supervised-{uuid.uuid4().hex[:6]}"
+    code = tmp_path / "code.zip"
+    code.write_bytes(code_zip(OWN_PACKAGES))
+    command = [sys.executable, "-m", "workflows.supervise", "nowhere", "--store", store.url, *more]
+    jobs.submit(job_id, command, code, {}, {})
+
+    def found() -> str:
+        job = jobs.find(job_id)
+        return job.status if job is not None else ""
+
+    wait_until(lambda: found() in OVER, "the job is over", LONG_S)
+    assert found() == status, jobs.log(job_id)
+    assert "there is no run 'nowhere'" in jobs.log(job_id)
 
 
 def test_output_is_for_programs(shared, store):

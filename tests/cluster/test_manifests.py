@@ -169,12 +169,21 @@ def test_spot_groups_are_on_spot_nodes_and_nothing_else_is(platform: Any) -> Non
 
 def test_a_retry_of_a_job_is_a_resume() -> None:
     spec = JOB["spec"]
-    assert spec["entrypoint"] == resume_command("run-1", SHAPE.store)
+    assert spec["entrypoint"] == f"{resume_command('run-1', SHAPE.store)} --stop-own-job"
+    assert spec["entrypoint"].startswith("python -m workflows.supervise run-1 --store s3://bucket/store ")
     assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode")
     assert spec["backoffLimit"] == 3
     assert spec["shutdownAfterJobFinishes"] is True
     assert "jobId" not in spec  # a fixed one would be refused at the retry
     assert ray_job(SHAPE, dataclasses.replace(KUBERNETES, retries=7), "r")["spec"]["backoffLimit"] == 7
+
+
+@pytest.mark.parametrize("kind", ["rayjob", "slurm"])
+def test_a_file_that_resumes_a_run_says_how_to_write_it_down_before(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([kind, *FLAGS[kind]]) == 0
+    assert "dlm plan RECIPE --freeze run-1 --store s3://b/c\n" in capsys.readouterr().out
 
 
 def test_a_store_on_disk_is_mounted_where_it_is() -> None:
@@ -239,6 +248,21 @@ def test_machines_of_ones_own_say_what_they_are_where_ray_starts() -> None:
     assert "--num-gpus" not in made["head_start_ray_commands"][-1]
     assert "available_node_types" not in made
     assert made["provider"] == {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2", "10.0.0.3"]}
+
+
+def test_containers_of_the_launcher_see_gpus_only_where_there_are_some() -> None:
+    see = ["--env NVIDIA_VISIBLE_DEVICES=all", "--env NVIDIA_DRIVER_CAPABILITIES=compute,utility"]
+    assert [option for option in launcher_file(SHAPE, AWS)["docker"]["run_options"] if "NVIDIA" in option] == see
+    assert not [
+        option for option in launcher_file(ON_MACHINES, MACHINES)["docker"]["run_options"] if "NVIDIA" in option
+    ]
+
+
+def test_the_head_of_aws_installs_nothing_over_what_the_image_has() -> None:
+    from ray.autoscaler._private.util import prepare_config
+
+    prepared = prepare_config(launcher_file(SHAPE, AWS))
+    assert not [command for command in prepared["head_setup_commands"] if "pip" in command]
 
 
 def test_shared_memory_is_asked_for_only_if_it_is_given() -> None:

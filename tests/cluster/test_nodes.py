@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster import gang
+from cluster import nodes as module
 from cluster.executor import Call
 from cluster.nodes import Node, has_gpus, ranks_that_fit, shortage
 
@@ -88,3 +89,12 @@ def test_fewer_ranks_wait_for_more_and_ask_for_nodes_meanwhile(room):
 
 def test_fewer_ranks_do_not_wait_where_there_will_never_be_more(room):
     assert room([node(5)], (2, 4, 8), may_grow=False) == ((4, False), [])
+
+
+def test_nodes_that_are_to_join_are_waited_for_and_those_that_do_not_come_are_not(monkeypatch: pytest.MonkeyPatch):
+    joined = iter([1, 2, 3])
+    monkeypatch.setattr(module, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(module, "nodes", lambda: [node(1)] * next(joined))
+    assert module.wait_for_nodes(3, 30.0) == 3
+    monkeypatch.setattr(module, "nodes", lambda: [node(1)])
+    assert module.wait_for_nodes(3, 0.05) == 1

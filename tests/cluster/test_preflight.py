@@ -5,14 +5,17 @@ import os
 import threading
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grpc
 import pytest
 import torch.distributed
 from packaging.requirements import Requirement
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from cluster import all_reduce, gpus, preflight
 from cluster.all_reduce import Gang, free_port, run_ranks
@@ -287,3 +290,53 @@ def test_wrong_sums_are_found(monkeypatch):
             all_reduce._rank(Gang("gloo", 1, "127.0.0.1", free_port()), 0, 0)
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Gcs(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
+    """Lets in who says one of these words; None is for anything that is said."""
+
+    def __init__(self, *words: str | None) -> None:
+        self.words = words
+
+    def GetAllNodeInfo(self, request: Any, context: Any) -> Any:
+        said = dict(context.invocation_metadata()).get("authorization", "")
+        if said not in self.words and not (said and None in self.words):
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no")
+        return gcs_service_pb2.GetAllNodeInfoReply()
+
+
+@contextmanager
+def listening(gcs: Gcs) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(2))
+    gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(gcs, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0).wait()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        (("Bearer good",), "ok", "refuses who has no token or a wrong token"),
+        (("Bearer good", None), "failure", "lets in who has a wrong token"),
+        (("Bearer good", ""), "failure", "lets in who has no token"),
+        (("", None), "failure", "lets in who has no token or a wrong token"),
+    ],
+)
+def test_cluster_is_asked_by_somebody_who_has_not_its_token(monkeypatch, words, status, told):
+    monkeypatch.setattr(preflight, "is_loopback", lambda address: False)
+    with listening(Gcs(*words)) as address:
+        check = preflight.admission_check("n", address)
+    assert (check.status, check.found) == (status, f"{address} {told}")
+
+
+def test_cluster_that_only_this_machine_reaches_may_be_open():
+    with listening(Gcs("", None)) as address:
+        assert preflight.admission_check("n", address).status == "warning"
+
+
+def test_cluster_that_says_nothing_is_no_refusal():
+    check = preflight.admission_check("n", f"127.0.0.1:{free_port()}")
+    assert check.status == "warning"
+    assert "answers UNAVAILABLE" in check.found

@@ -95,11 +95,17 @@ def test_what_slurm_cannot_have_is_refused(shape: dict[str, Any], slurm: dict[st
 
 _COMMANDS = {
     "bin/scontrol": 'echo "scontrol $*" >>"$LOG"\n[ "$1" = show ] && printf "node-a\\nnode-b\\n" || true',
-    "bin/srun": 'echo "srun $*" >>"$LOG"\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"',
-    "bin/hostname": "echo 10.1.2.3 fe80::1",
+    "bin/srun": """echo "srun $*" >>"$LOG"
+while [ "${1#--}" != "$1" ]; do
+  case "$1" in --nodelist=*) export ON_NODE="${1#*=}" ;; esac
+  shift
+done
+exec "$@\"""",
+    "bin/getent": '[ "$*" = "ahostsv4 node-a" ] && cat "$WORK/known-on-$ON_NODE"',
+    "bin/hostname": '[ "$*$ON_NODE" = "--all-ip-addressesnode-a" ] && cat "$WORK/addresses"',
     "venv/bin/ray": """case "$1" in
   start)
-    trap 'echo "ray ended" >>"$LOG"; exit 0' TERM
+    trap 'echo "ray ended" >>"$LOG"; [ -e "$WORK/drains" ] || exit 0' TERM
     drain="$RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     echo "ray $RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH $drain ${RAY_AUTH_TOKEN-unset} $*" >>"$LOG"
     [ ! -e "$WORK/no-head" ] || exit 1
@@ -107,13 +113,14 @@ _COMMANDS = {
     while :; do sleep 0.05; done ;;
   health-check) echo "$*" >>"$WORK/looked"; [ -e "$WORK/started" ] ;;
 esac""",
-    "venv/bin/dlm": """if [ "$1" = status ]; then
-  [ "$*" = "status run-1 --store $DLM_STORE --json" ] && cat "$WORK/status"
+    "venv/bin/dlm": '[ "$*" = "status run-1 --store $DLM_STORE --json" ] && cat "$WORK/status"',
+    "venv/bin/python": """if [ "$2" = cluster.nodes ]; then
+  until [ "$(grep -c "^ray token" "$LOG")" = 2 ]; do sleep 0.05; done
+  echo "nodes $RAY_ADDRESS $*" >>"$LOG"
   exit
 fi
-echo "dlm $RAY_ADDRESS $DLM_STORE $*" >>"$LOG"
-trap 'echo "dlm saved" >>"$LOG"; sleep 0.3; exit 75' TERM
-until [ "$(grep -c "^ray token" "$LOG")" = 2 ]; do sleep 0.05; done
+echo "driver $RAY_ADDRESS $DLM_STORE $*" >>"$LOG"
+trap 'echo "driver saved" >>"$LOG"; sleep 0.3; exit 75' TERM
 touch "$WORK/driving"
 [ ! -e "$WORK/wait" ] || while :; do sleep 0.05; done
 exit "$(cat "$WORK/code")\"""",
@@ -163,6 +170,9 @@ def world(tmp_path: Path) -> Iterator[World]:
     token.write_text("f00d" * 8, encoding="utf-8")
     token.chmod(0o600)
     (tmp_path / "code").write_text("0", encoding="utf-8")
+    (tmp_path / "known-on-node-a").write_text("127.0.1.1 STREAM node-a\n", encoding="utf-8")
+    (tmp_path / "known-on-node-b").write_text("10.1.2.3 STREAM node-a\n10.1.2.3 DGRAM\n", encoding="utf-8")
+    (tmp_path / "addresses").write_text("\n", encoding="utf-8")
     (tmp_path / "status").write_text('{\n "status": "stopped"\n}\n', encoding="utf-8")
     slurm = Slurm(str(tmp_path / "venv"), str(token), max_requeues=3)
     (tmp_path / "job.sh").write_text(slurm_script(SHAPE, slurm, "run-1"), encoding="utf-8")
@@ -189,9 +199,9 @@ def test_ray_is_started_on_every_node_and_the_run_is_resumed(world: World) -> No
     )
     assert worker == f"{common} --address=10.1.2.3:6379 {sizes} --disable-usage-stats --block"
     places = [re.findall(r"--nodelist=(\S+)", line) for line in log if line.startswith("srun")]
-    assert places == [["node-a"], ["node-a"], ["node-b"]]
-    expected = resume_command("run-1", SHAPE.store)
-    assert [line for line in log if line.startswith("dlm")] == [f"dlm 10.1.2.3:6379 {SHAPE.store} {expected[4:]}"]
+    assert places == [["node-b"], ["node-a"], ["node-b"]]
+    _, _, expected = resume_command("run-1", SHAPE.store).partition("python ")
+    assert [line for line in log if line.startswith("driver")] == [f"driver 10.1.2.3:6379 {SHAPE.store} {expected}"]
     assert log.count("ray ended") == 2
     assert not [line for line in log if "requeue" in line]
     assert "f00d" not in "\n".join(log)
@@ -227,7 +237,7 @@ def test_a_notice_of_the_end_lets_the_run_save(world: World, signals: int) -> No
     output, _ = process.communicate(timeout=40)
     assert (process.returncode, output) == (75, "interrupted, and put into the queue again\n")
     log = world.log()
-    assert log.index("dlm saved") < log.index("scontrol requeue 77") < log.index("ray ended")
+    assert log.index("driver saved") < log.index("scontrol requeue 77") < log.index("ray ended")
     assert world.left(process) == []
 
 
@@ -243,7 +253,51 @@ def test_a_head_that_does_not_start_ends_the_job(world: World) -> None:
     code, output = world.run()
     assert code == 3
     assert "Ray did not start on node-a (10.1.2.3:6379)" in output
-    assert not [line for line in world.log() if line.startswith("dlm")]
+    assert not [line for line in world.log() if line.startswith("driver")]
+
+
+def test_the_run_begins_once_the_nodes_were_waited_for(world: World) -> None:
+    assert world.run()[0] == 0
+    kinds = [line.split()[0] for line in world.log()]
+    assert kinds.index("nodes") < kinds.index("driver")
+    assert "nodes 10.1.2.3:6379 -m cluster.nodes --wait-for 2 --within 180" in world.log()
+
+
+def test_a_node_that_goes_on_draining_keeps_the_job_no_longer_than_it_may(world: World) -> None:
+    (world.work / "drains").touch()
+    script = world.work / "job.sh"
+    text = script.read_text(encoding="utf-8")
+    assert "\nstop_s=20\n" in text
+    script.write_text(text.replace("stop_s=20", "stop_s=1"), encoding="utf-8")
+    process = world.start()
+    process.communicate(timeout=40)
+    assert process.returncode == 0
+    assert world.log().count("ray ended") == 2
+
+
+@pytest.mark.parametrize(
+    ("known", "own", "address"),
+    [
+        ("127.0.0.1 STREAM\n10.9.9.9 STREAM\n", "", "10.9.9.9"),
+        ("127.0.1.1 STREAM node-a\n", "fd00::5 10.7.7.7 172.17.0.1 \n", "10.7.7.7"),
+        ("", "10.7.7.7 \n", "10.7.7.7"),
+    ],
+)
+def test_the_head_has_the_address_that_others_know(world: World, known: str, own: str, address: str) -> None:
+    (world.work / "known-on-node-b").write_text(known, encoding="utf-8")
+    (world.work / "addresses").write_text(own, encoding="utf-8")
+    assert world.run()[0] == 0
+    (head,) = (line for line in world.log() if "--head" in line and line.startswith("ray"))
+    assert f"--node-ip-address={address} " in head
+
+
+def test_a_head_without_an_address_is_refused(world: World) -> None:
+    (world.work / "known-on-node-b").write_text("", encoding="utf-8")
+    (world.work / "addresses").write_text("fd00::5 \n", encoding="utf-8")
+    code, output = world.run()
+    assert code == 2
+    assert "node-a has no IPv4 address" in output
+    assert not [line for line in world.log() if line.startswith("ray")]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pipeline.pretrain.engine import deepspeed_config, loss_scale
 from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig, has_count_within
 from pipeline.pretrain.phases import Phase, Span
 from pipeline.pretrain.watchdog import WatchdogLimits
+from tests.pipeline.conftest import python
 from tests.support.tiny_run import tiny
 
 
@@ -215,3 +216,13 @@ def test_a_search_that_comes_too_late_is_refused_with_how_to_have_it_in_time() -
     assert tiny(**{**late, "validation": ValidationConfig(every_steps=9)}, phases=phases, num_steps=20)
     with pytest.raises(ValueError, match=r"in 5 steps\. Raise num_steps$"):
         tiny(**late, phases=phases, num_steps=5)
+
+
+def test_a_worker_without_a_gpu_does_not_train_where_gpus_are_required() -> None:
+    code = """
+from pipeline.pretrain.config import PretrainConfig
+from pipeline.pretrain.run import run
+run(PretrainConfig(requires_gpus=True), {}, None)
+"""
+    done = python("-c", code, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR=None)
+    assert "UserError: pretrain.requires_gpus is true, and this worker has no GPU" in done.stderr

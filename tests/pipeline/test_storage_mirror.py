@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import CorruptionError, UserError
+from pipeline.errors import CorruptionError, LeaseLostError, UserError
 from pipeline.mirror import Mirror
 from pipeline.pretrain.saving import Checkpointer
 from pipeline.storage import Place, open_storage
@@ -50,7 +50,8 @@ def saver_of(place: Place, machine: Path, ranks: ThreadRanks, state: HandState, 
     directory = machine / str(ranks.rank)
     directory.mkdir(parents=True, exist_ok=True)
     saver = checkpointer(directory, state, ranks, keep_checkpoints=KEEP, **more)
-    saver.context = replace(saver.context, mirror=Mirror(place, directory, is_first_here=True))
+    mirror = Mirror(place, directory, is_first_here=True, fence=saver.context.fence)
+    saver.context = replace(saver.context, mirror=mirror)
     return Checkpointer(saver.config, saver.context, state, ranks, saver.belonging)
 
 
@@ -240,6 +241,32 @@ def test_uploads_that_fail_cost_a_checkpoint_and_then_too_many_end_the_training(
     assert [name for name in memory.names() if name.endswith(".json")] == []
     save(memory, tmp_path / "b", 2)
     assert [name[:13] for name in memory.names()] == ["step-00000002"] * 2, "what was uploaded in vain is gone"
+
+
+def test_one_who_has_lost_the_lease_deletes_nothing(memory: Place, tmp_path: Path) -> None:
+    save(memory, tmp_path / "a", 4, 8)
+    (memory / "step-00000010-of-the-successor" / "rank-00000.safetensors").write(b"half")
+    before = memory.names()
+
+    def lost() -> None:
+        raise LeaseLostError("another attempt has taken over")
+
+    zombie = Mirror(memory, tmp_path / "a" / "0", is_first_here=True, fence=lost)
+    with pytest.raises(LeaseLostError):
+        zombie.remove(["step-00000004"])
+    with pytest.raises(LeaseLostError):
+        zombie.clear()
+    assert memory.names() == before
+
+
+def test_what_comes_after_the_look_at_the_lease_is_not_deleted(memory: Place, tmp_path: Path) -> None:
+    (memory / "step-00000002-of-a-dead-one" / "rank-00000.safetensors").write(b"half")
+
+    def taken_over_afterwards() -> None:
+        (memory / "step-00000010-of-the-successor" / "rank-00000.safetensors").write(b"half")
+
+    Mirror(memory, tmp_path, is_first_here=True, fence=taken_over_afterwards).clear()
+    assert memory.names() == ["step-00000010-of-the-successor"]
 
 
 def test_the_artifact_is_made_of_the_files_of_all_machines(memory: Place, tmp_path: Path) -> None:

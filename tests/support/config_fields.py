@@ -117,8 +117,8 @@ EXECUTION: dict[type, dict[str, Any]] = {
     TokenizerConfig: {"file": "t.json"},
     TokenizationConfig: {"backend": "tokenizers", "batch_chars": 3},
     PretrainConfig: {
-        "workers": 4, "min_workers": 2, "zero_stage": 3, "micro_batch_seqs": 1, "threads_per_worker": 3,
-        "checkpoint_every_steps": 7,
+        "workers": 4, "min_workers": 2, "requires_gpus": True, "zero_stage": 3, "micro_batch_seqs": 1,
+        "threads_per_worker": 3, "checkpoint_every_steps": 7,
         "keep_checkpoints": 9, "max_skipped_steps": 2, "track": False, "activation_checkpointing": True,
         "offload_optimizer": True, "compile": True, "log_norms_every_steps": 3,
         "replica_check_every_steps": 3, "watchdog.start_s": 1.0, "watchdog.first_step_s": 1.0, "watchdog.step_s": 9.0,

@@ -12,7 +12,8 @@ from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import fabricate, toy_plan, toy_workflow
 from tests.workflows.conftest import Dlm, Done
 from workflows import runs
-from workflows.lease import acquire_lease
+from workflows.lease import acquire_lease, find_holder
+from workflows.store import Store
 
 ROOT = Path(__file__).parents[2]
 
@@ -355,3 +356,17 @@ def test_cli_run_ids_with_path_characters_are_refused_by_every_command_that_take
     for arguments in (["run", "toy", f"--run-id={run_id}"], ["resume", "--", run_id], ["status", "--", run_id]):
         assert_refused(dlm(*arguments), "is no run id")
     assert not (store.root.path / "runs").exists()
+
+
+def test_plan_is_frozen_as_a_run_that_nothing_works_on_until_it_is_resumed(dlm: Dlm, store: Store) -> None:
+    done = dlm("plan", "toy", "--set", "source.number=5", "--freeze", "first")
+    assert (done.code, "nothing works on it yet" in done.stderr) == (0, True)
+    run = store.run("first")
+    assert runs.frozen_plan(run).step("source").config["number"] == 5
+    assert (list(run.events()), find_holder(run.lease_dir)) == ([], None)
+    assert dlm("plan", "toy", "--set", "source.number=5", "--freeze", "first").code == 0, "it is the same"
+    other = dlm("plan", "toy", "--freeze", "first")
+    assert other.code == 2
+    assert "there is a run 'first' already, and it is another one" in other.stderr
+    assert dlm("plan", "toy", "--freeze", "second", "--settings").code == 2
+    assert [made.run_id for made in store.runs()] == ["first"]

@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +21,11 @@ from cluster.preflight import GIB, Check
 from pipeline.errors import UserError
 from pipeline.storage import FileStorage
 from tests.support.checks import only, tree
+from tests.support.toy_workflow import wait_until
 from workflows import doctor, store_checks
 from workflows.doctor import all_reduce_checks, examine_as_job, parsed_checks
 from workflows.store import open_writable_store
-from workflows.store_checks import clock_checks, race_check
+from workflows.store_checks import Raced, clock_checks, race_check
 
 HERE = ThisMachine().machines
 TWO = (Machine("a", "127.0.0.1"), Machine("b", "127.0.0.1"))
@@ -169,7 +173,27 @@ def test_file_system_without_hard_links_is_a_failure(store, monkeypatch):
 
 
 def test_race_in_which_nobody_wins_is_a_failure(store):
-    assert race_check("n", [[], []], store.root).status == "failure"
+    assert race_check("n", [Raced((), 10), Raced((), 10)], store.root).status == "failure"
+
+
+def test_race_that_one_came_late_to_is_none(store, monkeypatch):
+    store.root.path.mkdir()
+    compete = store_checks.compete
+
+    def late(base: str, key: str, name: str, contestants: int) -> Raced:
+        time.sleep(0.5 * int(name))
+        return compete(base, key, name, contestants)
+
+    monkeypatch.setattr(store_checks, "compete", late)
+    monkeypatch.setattr(store_checks, "_START_S", 0.1)
+    check = only(store_checks.store_checks(ThisMachine(), TWO, store.url), "exclusive create", "warning")
+    assert "only 0 of 10 files were wanted by all 2 at once" in check.found
+
+
+def test_one_who_comes_after_all_is_over_puts_nothing_there(store):
+    store.root.path.mkdir()
+    assert store_checks.compete(str(store.root.path), ".dlm-doctor-over", "0", 1) == Raced()
+    assert not list(store.root.path.iterdir())
 
 
 def test_clocks_of_nodes_are_told_apart():
@@ -295,6 +319,28 @@ def test_command_tells_what_it_found_and_what_to_do(dlm, store, monkeypatch):
     assert "use a store that heeds conditions" in done.stdout
     assert "failed" in done.stderr
     assert tree(store.root.path) == before
+
+
+WAITING = """
+import sys
+from workflows import cli, store_checks
+compete = store_checks.compete
+store_checks.compete = lambda base, key, name, contestants: compete(base, key, name, contestants + 1)
+store_checks._START_S = store_checks._RACE_S = 60.0
+sys.argv = ["dlm", "doctor", "--no-all-reduce", "--store", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_command_that_is_ended_by_a_signal_leaves_nothing_behind(store):
+    store.root.path.mkdir()
+    command = [sys.executable, "-c", WAITING, str(store.root.path)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list(store.root.path.glob(".dlm-doctor-*/race/here-*")), "they wait for each other", 60.0)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 75, told
+    assert not list(store.root.path.iterdir())
 
 
 def test_command_without_failures_ends_with_0(dlm, store, monkeypatch):

@@ -14,7 +14,9 @@ from tests.support.toy_workflow import copies_plan, toy_plan
 from workflows import calls, runs
 from workflows.cancel import CancelFile
 from workflows.coordinator import Coordinator, Options
+from workflows.lease import acquire_lease
 from workflows.plan import Plan, gang_sizes, step_config
+from workflows.state import StepState
 from workflows.step import load_stage
 from workflows.store import Store
 from workflows.summary import summarise
@@ -149,3 +151,14 @@ def test_numbers_of_ranks_are_those_that_the_configuration_holds_with():
     assert sizes(global_batch_seqs=8, workers=8, min_workers=1) == (1, 2, 4, 8)
     assert sizes(global_batch_seqs=12, workers=6, min_workers=2) == (2, 3, 4, 6)
     assert sizes(global_batch_seqs=12, workers=6, min_workers=2, micro_batch_seqs=2) == (2, 3, 6)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_training_that_requires_gpus_waits_for_them_from_its_first_start_on(store: Store, required: bool):
+    plan = runs.plan_recipe("quickstart", [("pretrain.requires_gpus", required)])
+    site = calls.Site(store, runs.create_run(store, plan, "ray", "r1"), 1)
+    state = StepState(plan.step("pretrain"))
+    place = site.place(state)
+    state.lease = acquire_lease(place.lease_dir, "r1")
+    flight = site.flight(state, "whole", place.new_attempt(state.lease))
+    assert flight.call.wants_gpus is required

@@ -13,10 +13,10 @@ import pytest
 from cluster.local import LocalExecutor
 from tests.support.executors import NUM_CPUS
 from tests.support.toy_workflow import coordinate, fabricate, is_gone, toy_plan, wait_until
-from workflows import runs
+from workflows import runs, supervise
 from workflows.store import EventLog, open_store
 from workflows.submit import end_of
-from workflows.supervise import Supervisor, has_ended, published
+from workflows.supervise import Supervisor, has_ended, is_final, published
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
@@ -234,6 +234,41 @@ def test_attempt_without_its_last_word_has_not_ended(tmp_path, kinds: list[str],
     for kind in kinds:
         log.write(kind)
     assert has_ended(run) is is_over
+
+
+@pytest.mark.parametrize(
+    ("code", "endings", "final"),
+    [
+        (0, ["succeeded"], False),
+        (2, [], True),
+        (3, ["failed"], True),
+        (4, ["failed"], True),
+        (5, ["failed"], False),
+        (137, [], False),
+        (75, ["stopped"], False),
+        (75, [], False),
+        (75, ["stopped", "cancelled"], True),
+        (75, ["cancelled", "stopped"], False),
+    ],
+)
+def test_what_another_cluster_would_do_no_good_is_final(tmp_path, code: int, endings: list[str], final: bool):
+    run = open_store(tmp_path).create_run("r1", {})
+    log = EventLog(run, 1)
+    for status in endings:
+        log.write("run_ended", status=status)
+    assert is_final(code, run) is final
+
+
+def test_job_of_its_own_is_stopped_where_a_new_attempt_would_end_no_better(store, monkeypatch, capsys):
+    stopped: list[bool] = []
+    monkeypatch.setattr("cluster.jobs.stop_own_job", lambda: stopped.append(True))
+    monkeypatch.setattr(supervise, "_STOPPED_S", 0.0)
+    words = ["r1", "--store", store.url]
+    for more, times in (([], 0), (["--stop-own-job"], 1)):
+        with pytest.raises(SystemExit, match="2"):
+            supervise._supervise([*words, *more])
+        assert len(stopped) == times
+    assert "would end no better" in capsys.readouterr().err
 
 
 def test_coordinator_that_the_store_has_let_down_is_started_again(monkeypatch):

@@ -18,9 +18,11 @@ from workflows.commands.common import (
     StoreOption,
     console,
     find_store,
+    find_writable_store,
     parse_settings,
     print_json,
     say,
+    typed_command,
 )
 from workflows.plan import Action, explain
 from workflows.recipes import RECIPES
@@ -75,11 +77,21 @@ def plan(
     show_diff: Annotated[
         bool, typer.Option("--diff", help="Print every field in which a step differs from the nearest that was made.")
     ] = False,
+    freeze: Annotated[
+        str,
+        typer.Option(
+            "--freeze",
+            metavar="RUN",
+            help="Write the plan into the store as a run of this name, which a RayJob or a Slurm job then begins.",
+        ),
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Show what a run would do and why, without doing it."""
-    if dry_run + deepspeed + show_settings + show_diff > 1:
-        raise UserError("--dry-run, --deepspeed, --settings and --diff each print something else; give one of them")
+    if dry_run + deepspeed + show_settings + show_diff + bool(freeze) > 1:
+        raise UserError(
+            "--dry-run, --deepspeed, --settings, --diff and --freeze each do something else; give one of them"
+        )
     idle = [name for name, value in (("--gpu", gpu), ("--mfu", mfu)) if value is not None and not dry_run]
     if idle:
         options, have = " and ".join(idle), "have" if len(idle) > 1 else "has"
@@ -103,6 +115,9 @@ def plan(
             else:
                 sizing.print_sizings(console, sized)
         return
+    if freeze:
+        made = runs.create_run(find_writable_store(store), plan, "ray", freeze, settings, typed_command())
+        say(f"run {made.run_id} is written down, and nothing works on it yet")
     actions = explain(plan, find_store(store))
     if as_json:
         print_json(actions)

@@ -1,5 +1,8 @@
 """The command that looks whether runs can work here."""
 
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -39,7 +42,9 @@ def doctor(
     from workflows.doctor import examine, examine_as_job, has_failed
 
     if address in ("", "auto"):
-        checks = examine(ClusterNodes() if address else ThisMachine(), store, all_reduce)
+        machines = ClusterNodes() if address else ThisMachine()
+        with _interrupted_by_sigterm():
+            checks = examine(machines, store, all_reduce)
     else:
         checks = examine_as_job(address, store, all_reduce)
     if as_json:
@@ -57,3 +62,13 @@ def doctor(
         say(f"{len(checks)} checks: {failures} failed, {warnings} with a warning")
     if has_failed(checks):
         raise typer.Exit(EXIT_FAILED)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Generator[None]:
+    """Let a job that is stopped end as by Ctrl-C: what it has put into the store is removed first."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
