@@ -12,8 +12,9 @@ from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import fabricate, toy_plan, toy_workflow
 from tests.workflows.conftest import Dlm, Done
 from workflows import runs
+from workflows.commands.common import store_option
 from workflows.lease import acquire_lease, find_holder
-from workflows.store import Store
+from workflows.store import Store, open_writable_store
 
 ROOT = Path(__file__).parents[2]
 
@@ -370,3 +371,17 @@ def test_plan_is_frozen_as_a_run_that_nothing_works_on_until_it_is_resumed(dlm: 
     assert "there is a run 'first' already, and it is another one" in other.stderr
     assert dlm("plan", "toy", "--freeze", "second", "--settings").code == 2
     assert [made.run_id for made in store.runs()] == ["first"]
+
+
+def test_command_to_copy_names_the_store_unless_it_is_the_default_one_and_a_lost_working_directory_is_none(
+    store, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert store_option(open_writable_store("dlm-store")) == ""
+    assert store_option(store) == f" --store {store.url}"
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert store_option(store) == f" --store {store.url}"
+    monkeypatch.chdir(tmp_path)  # what is restored is asked for its name

@@ -169,7 +169,12 @@ def print_json(value: Any) -> None:
 
 def store_option(store: Store) -> str:
     """The option that names this store in a command to copy; nothing for the default one."""
-    return "" if store.url == str(Path(DEFAULT_STORE).resolve()) else f" --store {shlex.quote(store.url)}"
+    default = Path(DEFAULT_STORE)
+    # A job may outlive its working directory, so that is not asked for its name.
+    is_default = store.root.is_local and default.exists() and store.root.path.exists()
+    if is_default and default.samefile(store.root.path):
+        return ""
+    return f" --store {shlex.quote(store.url)}"
 
 
 def option_words(queue_timeout_s: float, is_fail_fast: bool) -> list[str]:
