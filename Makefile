@@ -16,7 +16,7 @@ quickstart: $(RUN_STAMP)
 	$(BIN)/dlm run quickstart
 
 test: .venv/dev.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2
 
 test-slow: .venv/dev.installed
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"

@@ -6,7 +6,7 @@ Imports stay inside the fixtures: dlm_core must not be imported before its shape
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -16,16 +16,24 @@ if settings.get_current_profile_name() == "default":  # the planted faults are l
     settings.load_profile("any machine")
 
 if TYPE_CHECKING:
+    from xdist.scheduler.protocol import Scheduling
+
     from tests.support.tiny_run import Artifacts
 
 _WITH_RAY = ("cluster", "workflows")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "Scheduling":
     """Whatever may start a Ray shares one process: Ray reads its token once in each.  Other files stay together."""
-    for item in items:
-        package = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group("Ray" if package in _WITH_RAY else str(item.path)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "Ray" if file.split("/")[1] in _WITH_RAY else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -138,7 +138,7 @@ def test_the_version_of_ray_is_the_pinned_one() -> None:
 
 
 def test_a_run_is_resumed_with_one_command() -> None:
-    assert resume_command("run-1", "s3://b/c") == "dlm resume run-1 --store s3://b/c --address auto"
+    assert resume_command("run-1", "s3://b/c") == "python -m workflows.supervise run-1 --store s3://b/c --address auto"
 
 
 @pytest.mark.parametrize("run", ["", "../x", "a/b", "a b", "-x", "$(reboot)", "a;b", "x" * 129, "a\n"])
@@ -150,7 +150,16 @@ def test_a_run_that_is_none_is_refused(run: str) -> None:
 @pytest.mark.parametrize("store", ["s3://b/$(reboot)", "/a;reboot", "/a'b"])
 def test_nothing_in_the_store_becomes_a_command(store: str) -> None:
     command = resume_command("run-1", store)
-    assert shlex.split(command) == ["dlm", "resume", "run-1", "--store", store, "--address", "auto"]
+    assert shlex.split(command) == [
+        "python",
+        "-m",
+        "workflows.supervise",
+        "run-1",
+        "--store",
+        store,
+        "--address",
+        "auto",
+    ]
 
 
 def test_every_node_asks_for_a_token() -> None:

@@ -179,7 +179,7 @@ def test_a_training_killed_goes_on_from_the_store_on_other_machines_to_the_same_
     next_piece = object_training.piece_of(store, config, made, tmp_path / "log-2")
     gang = go(next_piece, tmp_path / "second", environment)
     assert gang.wait() == [0] * workers, gang.log()
-    assert "continuing from checkpoint step-00000008: 8 of 12 steps are done" in gang.log(0)
+    assert "continuing from checkpoint step-00000008: 8 of 20 steps are done" in gang.log(0)
     artifact = local_copy(store.root / object_training.OUT)
     found = Path(shutil.copytree(artifact, tmp_path / "found"))
     assert len(metrics(found)) == config.num_steps

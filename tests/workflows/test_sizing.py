@@ -169,8 +169,8 @@ def test_dry_run_that_nothing_makes_fit_says_so(dlm):
             ["large", "--gpu", "h100", "--mfu", "0"],
             ["--gpu and --mfu have no effect without --dry-run; add --dry-run, or leave --gpu and --mfu out"],
         ),
-        (["large", "--dry-run", "--deepspeed"], ["--dry-run, --deepspeed, --settings and --diff"]),
-        (["large", "--deepspeed", "--settings"], ["--dry-run, --deepspeed, --settings and --diff"]),
+        (["large", "--dry-run", "--deepspeed"], ["--dry-run, --deepspeed, --settings, --diff and --freeze each"]),
+        (["large", "--deepspeed", "--settings"], ["--dry-run, --deepspeed, --settings, --diff and --freeze each"]),
         (["toy", "--dry-run"], ["workflow toy has no training step"]),
         (["toy", "--deepspeed"], ["workflow toy has no training step"]),
         (
