@@ -40,7 +40,7 @@ class FileChange:
 def changed_corpus_files(config: CorpusConfig, sources: set[str], place: ArtifactPlace) -> list[FileChange]:
     """Files of some sources that are others than those which the shards of an artifact say they were made of.
 
-    None of a source whose shards are gone, or tell nothing of their files.
+    None of a source whose shards tell nothing of their files, and none at all if a shard cannot be read.
     """
     recorded = _recorded(place)
     found: list[FileChange] = []
@@ -57,13 +57,13 @@ def changed_corpus_files(config: CorpusConfig, sources: set[str], place: Artifac
 
 
 def _recorded(place: ArtifactPlace) -> Mapping[tuple[str, str], tuple[int, str]]:
-    """(source, file) -> (size, content), as the manifests of the committed shards tell."""
+    """(source, file) -> (size, content), as the manifests of the committed shards tell; empty if any cannot be read."""
     found: dict[tuple[str, str], tuple[int, str]] = {}
-    for directory in place.shard_folders():
-        try:
-            shard: dict[str, Any] = read_json(directory / MANIFEST)["shard"]
-        except (FileNotFoundError, CorruptionError):
-            continue  # deleted or damaged since: dlm verify tells, and here its files are told by their dates
+    try:
+        shards: list[dict[str, Any]] = [read_json(directory / MANIFEST)["shard"] for directory in place.shard_folders()]
+    except (FileNotFoundError, CorruptionError):
+        return {}  # what they lack would look new; dlm verify tells what is damaged
+    for shard in shards:
         contents = dict(shard.get("identity", {}).get("files", []))
         for file in shard.get("piece", {}).get("files", []):
             if file["name"] in contents:

@@ -104,6 +104,11 @@ def test_changed_file_of_a_corpus_is_named_with_its_size_and_hash_then_and_now(d
     assert "written since then" not in done.stdout
     (row,) = rows_of(dlm, "quickstart", "corpus", *source).values()
     assert [file["size_bytes"] for file in row["nearest"]["files"]] == [[26, None], [28, 29], [None, 8], [27, 27]]
+    damaged = next(store.root.path.glob("artifacts/corpus/*/shards/*.json"))
+    damaged.write_text("{")
+    done = dlm("explain", "quickstart", "corpus", *source)
+    assert done.code == 0, done.stderr
+    assert ": new, " not in done.stdout
 
 
 @pytest.mark.parametrize(
