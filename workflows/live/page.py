@@ -113,7 +113,7 @@ def _header(seen: Snapshot) -> str:
 
 _END = {
     "succeeded": "This run is over: everything was made.",
-    "partial": "This run is over: of its steps, those were made that it was asked for.",
+    "partial": "This run is over: the steps that it was asked for are made.",
     "failed": "This run is over: it failed. What was finished is kept.",
     "stopped": "This run was stopped on request. What was finished is kept.",
     "cancelled": "This run was cancelled. What was finished is kept.",
