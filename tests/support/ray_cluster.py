@@ -125,7 +125,8 @@ def main() -> None:
     from ray.cluster_utils import Cluster
 
     head_cpus, nodes_cpus = float(sys.argv[1]), [float(cpus) for cpus in sys.argv[2].split(",") if cpus]
-    common = {"object_store_memory": _STORE_BYTES}
+    # Left alone, a head takes the same port for its agent as the head of any other cluster on the machine.
+    common = {"object_store_memory": _STORE_BYTES, "dashboard_agent_listen_port": 0}
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": head_cpus, "include_dashboard": True, "dashboard_port": 0, **common},
