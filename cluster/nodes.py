@@ -117,15 +117,19 @@ def drain_notice(watched: Collection[str]) -> Callable[[], str]:
     return notice
 
 
-def remove_placement_groups() -> None:
-    """Free what all placement groups hold, those too whose creator died; Ray itself waits for the end of the job."""
+def remove_placement_groups(*, of_the_dead: bool) -> None:
+    """Free what placement groups hold, all or those whose creator has died: Ray itself waits for the end of the job."""
+    import ray._private.state
     from ray._raylet import PlacementGroupID
-    from ray.util import placement_group_table, remove_placement_group
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # pyright: ignore
+    from ray.util import remove_placement_group
     from ray.util.placement_group import PlacementGroup
 
-    for group, about in placement_group_table().items():
-        if about["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+    # The public table does not tell who made a group, nor whether that lives.
+    for record in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(record)
+        if group.state != PlacementGroupTableData.REMOVED and (group.creator_actor_dead or not of_the_dead):
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
 def wait_for_nodes(count: int, within_s: float) -> int:

@@ -150,6 +150,7 @@ class RayExecutor(Executor):
         call.log_dir.mkdir(parents=True, exist_ok=True)
         common = (call.function, call.payload, str(call.log_dir), call.env)
         if call.gang_sizes:
+            self._free_groups()  # again: of a process that was killed, not all is known to be dead when it ends
             here = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
             task = self._ray.remote(_run_gang)
             task = task.options(num_cpus=0, max_retries=0, name=call.key, scheduling_strategy=here)
@@ -174,13 +175,17 @@ class RayExecutor(Executor):
         self._kill_at_s.pop(ref, None)
         if ref in self._gangs:
             self._gangs.remove(ref)
-            if self._is_embedded and not self._gangs:
-                remove_placement_groups()
+            self._free_groups()
         try:
             self._ray.get(ref)
         except Exception as error:  # noqa: BLE001 - whatever Ray raises is the answer
             return Ended(key, f"{type(error).__name__}: {error}", _lost_process(error), _was_preempted(error))
         return Ended(key)
+
+    def _free_groups(self) -> None:
+        """Give back what controllers of gangs held that have died; in a cluster Ray Train's cleaner does so."""
+        if self._is_embedded:
+            remove_placement_groups(of_the_dead=bool(self._gangs))
 
     def cancel(self, *keys: str) -> None:
         """Cancel tasks, and with them the workers that they started."""

@@ -305,3 +305,22 @@ def test_gang_whose_controller_is_killed_leaves_no_rank_and_no_placement_group(s
     wait_until(
         lambda: all(group["state"] == "REMOVED" for group in placement_group_table().values()), "no group is left", 20.0
     )
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(RAY_LIMIT_S)
+def test_gang_is_started_again_on_the_cores_of_a_killed_controller_while_another_one_runs(shared_ray, tmp_path):
+    gangs = [call("sleep", tmp_path / key, key=key, gang_size=2) for key in ("one", "another")]
+    for item in gangs:
+        shared_ray.start(item)
+    wait_until(lambda: len(list(tmp_path.glob("*/*.pid"))) == NUM_CPUS, "all cores are taken", 90.0)
+    controllers = [p for p in psutil.process_iter() if p.name().startswith("ray::TrainContr")]
+    next(p for p in controllers if psutil.Process() in p.parents()).kill()
+    ended: list[Ended] = []
+    wait_until(lambda: ended.extend(shared_ray.wait(0.1)) or ended, "a gang has ended", 60.0)
+    (left,) = {item.key for item in gangs} - {ended[0].key}
+    again = call("write_down", tmp_path / "again", gang_size=2, word="w")
+    assert collect(shared_ray, again) == {again.key: Ended(again.key)}
+    assert shared_ray.wait(0.0) == [], "the other one goes on"
+    shared_ray.cancel(left)
+    wait_until(lambda: [one.key for one in shared_ray.wait(0.1)] == [left], "it has ended", 60.0)
