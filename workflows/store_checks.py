@@ -23,9 +23,9 @@ _START_S = 20.0
 """How long a contestant waits for the others, in all."""
 _PRIZES = 10
 _ALONE_CONTESTANTS = 4
-_POLL_S = 0.002
-_LATE_S = 0.1
-"""A write that was under way when what it belongs to was removed is through after this."""
+_POLL_S, _AGAIN_S = 0.002, 0.1
+_LATE_S, _CLEAR_S = 3.0, 60.0
+"""A write that was under way when what it belongs to was removed is through after this; how long one is waited for."""
 _RACE = "race"
 _WORD = "word"
 """Lies in the folder for as long as there is something to try in it."""
@@ -33,6 +33,10 @@ _CLOCK_WARNING_S, _CLOCK_FAILURE_S = 5.0, 60.0
 _WHY_CLOCKS = (
     "synchronise it (chrony, ntpd). Leases are judged by the storage's clock, so one node that is off takes no run "
     "from another; but times of events and costs are wrong, and S3 refuses requests that are 15 minutes off"
+)
+_WHY_LATE = (
+    "not tried, and not found wanting: either the nodes are too busy (run this again when they have less to do), or "
+    "they list folders as they were a while ago (NFS: mount it with actimeo=1 to try, at other times that only delays)"
 )
 _WHY_DISTANT = f"a lease is free {STALE_AFTER_S:.0f} s after its last heartbeat by the storage's clock: " + _WHY_CLOCKS
 
@@ -61,6 +65,7 @@ def store_checks(machines: Machines, who: Sequence[Machine], url: str) -> list[C
     storage = open_storage(url)
     first = who[0].name
     checks = [_kind_check(first, storage)]
+    all_answered = False
     base = _base(storage)
     place = Place(open_storage(base) if base != storage.url else storage, f".dlm-doctor-{secrets.token_hex(6)}")
     word = secrets.token_hex(8)
@@ -70,18 +75,35 @@ def store_checks(machines: Machines, who: Sequence[Machine], url: str) -> list[C
         todo = "choose another --store, or give this user the right to write there"
         return [*checks, Check("store", first, "failure", f"{base} cannot be written: {error}", todo)]
     try:
-        checks += _look(machines, who, base, place.key, word)
-        checks += _race(machines, who, base, place)
+        seen, has_seen = _look(machines, who, base, place.key, word)
+        raced, has_raced = _race(machines, who, base, place)
+        checks += seen + raced
+        all_answered = has_seen and has_raced
     finally:
-        _clear(place)
+        checks += _clear(first, place, 0.0 if all_answered else _LATE_S)
     return checks
 
 
-def _clear(place: Place) -> None:
-    """Remove the folder, also from under those who are silent or interrupted: they go on while its word is there."""
-    place.remove()
-    time.sleep(_LATE_S)
-    place.remove()
+def _clear(node: str, place: Place, late_s: float) -> list[Check]:
+    """Remove the folder until nothing has come into it for a while: who is silent goes on while its word is there."""
+    begun_s = empty_since_s = time.monotonic()
+    why = ""
+    while True:
+        try:
+            is_there = place.exists()
+            (place / _WORD).remove()
+            place.remove()
+        except OSError as error:  # something came into it while it was emptied, or a listing is late
+            is_there, why = True, str(error)
+        now = time.monotonic()
+        if is_there:
+            empty_since_s = now
+        elif now - empty_since_s >= late_s:
+            return []
+        if now - begun_s >= _CLEAR_S:
+            told = f"{place} is still written to, and could not be removed{': ' if why else ''}{why}"
+            return [Check("store", node, "warning", told, "delete it once the nodes that did not answer are at rest")]
+        time.sleep(_AGAIN_S)
 
 
 def _base(storage: Storage) -> str:
@@ -104,19 +126,22 @@ def _kind_check(node: str, storage: Storage) -> Check:
 # --- what each node sees ----------------------------------------------------------------------------------------------
 
 
-def _look(machines: Machines, who: Sequence[Machine], base: str, key: str, word: str) -> list[Check]:
+def _look(machines: Machines, who: Sequence[Machine], base: str, key: str, word: str) -> tuple[list[Check], bool]:
+    """What they see; and whether all have answered."""
     asked = [Question(machine, view, (base, key, machine.name, word)) for machine in who]
     checks: list[Check] = []
     offsets: dict[str, float] = {}
+    all_answered = True
     for reply in machines.ask(asked, _LOOK_S):
         if reply.value is None:
+            all_answered = False
             todo = "look whether the file system hangs there (df), or the object store is reachable"
             checks.append(Check("store", reply.machine.name, "failure", reply.error, todo))
             continue
         checks += reply.value.checks
         if reply.value.offset_s is not None:
             offsets[reply.machine.name] = reply.value.offset_s
-    return checks + clock_checks(offsets)
+    return checks + clock_checks(offsets), all_answered
 
 
 def view(base: str, key: str, node: str, word: str) -> View:
@@ -204,8 +229,8 @@ def clock_checks(offsets_s: dict[str, float]) -> list[Check]:
 # --- exclusive creation -----------------------------------------------------------------------------------------------
 
 
-def _race(machines: Machines, who: Sequence[Machine], base: str, place: Place) -> list[Check]:
-    """All nodes create the same files at once: exactly one of them may succeed with each."""
+def _race(machines: Machines, who: Sequence[Machine], base: str, place: Place) -> tuple[list[Check], bool]:
+    """All nodes create the same files at once: exactly one may succeed with each.  And whether all have answered."""
     runners = list(who) * (_ALONE_CONTESTANTS if len(who) == 1 else 1)
     asked = [
         Question(machine, compete, (base, place.key, str(number), len(runners)))
@@ -214,9 +239,9 @@ def _race(machines: Machines, who: Sequence[Machine], base: str, place: Place) -
     replies = machines.ask(asked, _RACE_S)
     if failed := [reply for reply in replies if reply.value is None]:
         todo = "exclusive creation is what commits rest on: mend the store, or use another"
-        return [Check("exclusive create", one.machine.name, "failure", one.error, todo) for one in failed[:1]]
+        return [Check("exclusive create", one.machine.name, "failure", one.error, todo) for one in failed[:1]], False
     raced = [reply.value or Raced() for reply in replies]
-    return [race_check("all" if len(who) > 1 else who[0].name, raced, place / _RACE)]
+    return [race_check("all" if len(who) > 1 else who[0].name, raced, place / _RACE)], True
 
 
 def compete(base: str, key: str, name: str, contestants: int) -> Raced:
@@ -254,7 +279,7 @@ def race_check(node: str, raced: Sequence[Raced], place: Place) -> Check:
         return Check("exclusive create", node, "failure", told, "use another store: this one loses what was written")
     if (met := min(one.met for one in raced)) < _PRIZES:
         told = f"only {met} of {_PRIZES} files were wanted by all {len(raced)} at once: the others came late"
-        return Check("exclusive create", node, "warning", told, "run this again when the nodes have less to do")
+        return Check("exclusive create", node, "warning", told, _WHY_LATE)
     told = f"{len(raced)} at once, {_PRIZES} files: each went to exactly one"
     return Check("exclusive create", node, "ok", told)
 
