@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,14 @@ from pathlib import Path
 import psutil
 
 from pipeline.artifact import json_bytes, read_json
-from pipeline.errors import LeaseLostError
+from pipeline.errors import LeaseLostError, classify
 from pipeline.storage import Place
 
 HEARTBEAT_S = 10.0
 STALE_AFTER_S = 120.0
 _LOOK_S = 1.0
+_AGAIN_S, _VANISHED_S = 0.1, 60.0
+"""How often, and for how long at most, somebody looks again for a lease that was listed and is not there."""
 
 
 class LeaseHeldError(RuntimeError):
@@ -90,6 +92,8 @@ class Lease:
 
     folder: Place
     epoch: int
+    token: str
+    """Tells it from one of the same epoch: where a folder was deleted, epochs begin anew."""
 
     @property
     def _heartbeat(self) -> Place:
@@ -105,13 +109,19 @@ class Lease:
         newest = _newest_epoch(self.folder)
         if newest > self.epoch:
             raise LeaseLostError(f"{self.folder}: epoch {newest} took over from epoch {self.epoch}")
-        # A machine of a shared file system may list a folder as it was, but asks for a file that it does not know.
-        if newest < self.epoch and not (self.folder / f"{self.epoch:06d}.json").exists():
+        # A machine of a shared file system may list a folder as it was, but reads a file as it is.
+        try:
+            token = read_json(self.folder / f"{self.epoch:06d}.json")["token"]
+        except FileNotFoundError:
+            token = ""
+        if token != self.token:
             raise LeaseLostError(f"{self.folder}: epoch {self.epoch} was deleted, with what it was the lease of")
 
     def release(self) -> None:
-        """Give the lease up."""
-        (self.folder / f"{self.epoch:06d}.released").touch()
+        """Give the lease up; nothing happens if somebody took over, or it was deleted: the next one is not its own."""
+        with suppress(LeaseLostError):
+            self.check()
+            (self.folder / f"{self.epoch:06d}.released").touch()
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,8 @@ class Holder:
     epoch: int
     owner: Owner
     purpose: str
+    token: str
+    """Of the lease that it took."""
     age_s: float | None
     """Since its last heartbeat, by the clock of the storage; None once it was released or its process is known to be
     dead."""
@@ -145,6 +157,17 @@ def find_holder(folder: Place) -> Holder | None:
     A lease is free when it was released, when its process is known to be dead, or when its heartbeat is older than
     STALE_AFTER_S by the clock of the storage.
     """
+    until_s = time.monotonic() + _VANISHED_S
+    while True:
+        try:
+            return _find_holder(folder)
+        except FileNotFoundError:  # deleted since it was listed; a shared file system may go on listing it for a while
+            if time.monotonic() >= until_s:
+                raise
+            time.sleep(_AGAIN_S)
+
+
+def _find_holder(folder: Place) -> Holder | None:
     epoch = _newest_epoch(folder)
     if not epoch:
         return None
@@ -152,10 +175,10 @@ def find_holder(folder: Place) -> Holder | None:
     owner = Owner(value["host"], value["pid"], value["started_at"], value["machine"])
     names = folder.names()
     if f"{epoch:06d}.released" in names or owner.is_dead():
-        return Holder(epoch, owner, value["purpose"], None)
+        return Holder(epoch, owner, value["purpose"], value["token"], None)
     heartbeat = f"{epoch:06d}.heartbeat"
     shown = folder / (heartbeat if heartbeat in names else f"{epoch:06d}.json")
-    return Holder(epoch, owner, value["purpose"], folder.now() - shown.modified())
+    return Holder(epoch, owner, value["purpose"], value["token"], folder.now() - shown.modified())
 
 
 def acquire_lease(folder: Place, purpose: str) -> Lease:
@@ -164,11 +187,15 @@ def acquire_lease(folder: Place, purpose: str) -> Lease:
     if holder is not None and not holder.is_free:
         raise LeaseHeldError(str(holder))
     epoch = holder.epoch + 1 if holder else 1
-    value = {**vars(Owner.this_process()), "purpose": purpose, "token": secrets.token_hex(8)}
-    if not (folder / f"{epoch:06d}.json").create(json_bytes(value)):
-        raise LeaseHeldError(f"{folder}: another process took the lease first")
-    lease = Lease(folder, epoch)
-    lease.heartbeat()
+    lease = Lease(folder, epoch, secrets.token_hex(8))
+    value = {**vars(Owner.this_process()), "purpose": purpose, "token": lease.token}
+    try:
+        if not (folder / f"{epoch:06d}.json").create(json_bytes(value)):
+            raise LeaseHeldError(f"{folder}: another process took the lease first")
+        lease.heartbeat()
+    except OSError:
+        lease.release()  # what failed may have been done all the same, and would be held by nobody
+        raise
     return lease
 
 
@@ -176,6 +203,27 @@ def lease_is_free(folder: Place) -> bool:
     """Whether nobody alive holds the lease on a folder."""
     holder = find_holder(folder)
     return holder is None or holder.is_free
+
+
+class Patience:
+    """Lets errors of a storage that may be gone at the next try go by, for as long as ``Beating`` does."""
+
+    def __init__(self) -> None:
+        self._failing_since_s: float | None = None
+
+    def tried(self, action: Callable[[], None]) -> OSError | None:
+        """Do something that can be done again; the error for which it is to be, raised after too long a row of them."""
+        begun_s = time.monotonic()
+        try:
+            action()
+        except OSError as error:
+            if self._failing_since_s is None:
+                self._failing_since_s = begun_s
+            if classify(error) != "transient" or begun_s - self._failing_since_s > STALE_AFTER_S / 2:
+                raise
+            return error
+        self._failing_since_s = None
+        return None
 
 
 class Beating:

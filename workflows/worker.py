@@ -78,6 +78,7 @@ class Piece:
     run_id: str
     lease: str
     lease_epoch: int
+    lease_token: str
     cancel: str
     external: Any = None
     """Identity of outside data as planned; checked once the stage has read them."""
@@ -186,7 +187,7 @@ def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
 
         try:
             _check_store(root, piece)
-            lease = Lease(root / piece.lease, piece.lease_epoch)
+            lease = Lease(root / piece.lease, piece.lease_epoch, piece.lease_token)
             lease.check()
             if float(os.environ.get(GPUS_ENV, "0")) and rank == 0:
                 ((root / piece.state).parent / ON_GPUS).touch()

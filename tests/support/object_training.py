@@ -49,6 +49,7 @@ def piece_of(store: Store, config: PretrainConfig, made: Artifacts, log_dir: Pat
         run_id="r",
         lease=lease.folder.key,
         lease_epoch=lease.epoch,
+        lease_token=lease.token,
         cancel="runs/r/cancel",
     )
 

@@ -62,8 +62,8 @@ def race_to_commit(root: Path | str, name: str, barrier: Barrier, answers: Any) 
     """Commit an attempt of its own in every place, all under the same lease."""
     for number in range(NUM_PLACES):
         place = ArtifactPlace(place_at(root) / str(number))
-        lease = Lease(place.lease_dir, 1)
-        (place.lease_dir / "000001.json").create(name.encode())  # by either of them
+        lease = Lease(place.lease_dir, 1, "of both")
+        (place.lease_dir / "000001.json").create(json_bytes({"token": lease.token}))  # by either of them
         attempt = finished_attempt(place, lease, name * 1000)
         barrier.wait()
         answers.put((number, str(place.commit(attempt, lease, name))))

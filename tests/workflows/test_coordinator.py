@@ -254,7 +254,7 @@ def test_worker_that_starts_after_the_stop_request_does_nothing(store, log):
     piece = Piece(
         "whole", step.stage, "source", step.config, store.url, store.store_id, {}, **keys, log_dir=str(out.path),
         fingerprint=step.fingerprint, run_id="r1", lease=lease.folder.key, lease_epoch=lease.epoch,
-        cancel=run.cancel_file.key,
+        lease_token=lease.token, cancel=run.cancel_file.key,
     )  # fmt: skip
     with pytest.raises(Stopped):
         run_piece(to_json(piece), no_notice)

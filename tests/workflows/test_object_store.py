@@ -175,7 +175,7 @@ def test_a_training_killed_goes_on_from_the_store_on_other_machines_to_the_same_
     state = store.root / object_training.STATE
     assert [name for name in state.names() if name.endswith(".json")][-1] == "step-00000008.json"
     shutil.rmtree(tmp_path / "first")
-    Lease(store.root / "lease", piece.lease_epoch).release()
+    Lease(store.root / "lease", piece.lease_epoch, piece.lease_token).release()
     next_piece = object_training.piece_of(store, config, made, tmp_path / "log-2")
     gang = go(next_piece, tmp_path / "second", environment)
     assert gang.wait() == [0] * workers, gang.log()

@@ -78,7 +78,7 @@ def unlock(
     if holder is None:
         console.print(f"nobody ever held the lease on {what}", highlight=False)
         return
-    lease = Lease(folder, holder.epoch)
+    lease = Lease(folder, holder.epoch, holder.token)
     if (folder / f"{holder.epoch:06d}.released").exists():
         console.print(f"the lease on {what} was released: epoch {holder.epoch}, {_who(holder)}", highlight=False)
         return
