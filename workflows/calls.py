@@ -69,6 +69,7 @@ class Site:
             run_id=self.run.run_id,
             lease=state.lease.folder.key,
             lease_epoch=state.lease.epoch,
+            lease_token=state.lease.token,
             cancel=self.run.cancel_file.key,
             external=step.external,
             shard=shard or {},
@@ -133,7 +134,7 @@ class Queue:
                 continue
             if not any(other.has_begun for other in state.flights.values()):
                 if state.status != "queued":
-                    self._events.write("step_queued", state.step.name, reason=shortage.reason)
+                    self._events.note("step_queued", state.step.name, reason=shortage.reason)
                 state.status, state.reason = "queued", shortage.reason
             since_s = flight.given_at_s if shortage.is_beyond else max(flight.given_at_s, self._idle_since_s)
             limit_s = 0.0 if shortage.is_beyond and not self._executor.may_grow else self._timeout_s

@@ -19,7 +19,7 @@ from pipeline.stage import Shard, fault_of_shards, shard_fingerprint
 from pipeline.storage import Place
 from workflows.calls import Queue, Site, bring_logs
 from workflows.cancel import CancelFile
-from workflows.lease import Beating, LeaseHeldError, acquire_lease
+from workflows.lease import Beating, LeaseHeldError, Patience, acquire_lease
 from workflows.plan import Plan, step_config
 from workflows.shards import FanOut, ShardRegistry
 from workflows.state import ACTIVE, Flight, StepState
@@ -74,33 +74,82 @@ class Coordinator:
         self._beating = Beating()
         self._cancel = CancelFile(run.cancel_file)
         self._cancel.clear(options.is_wanted_again)
+        self._is_stopping = False
         self._next_look_s = 0.0
+        self._ended: deque[Ended] = deque()
+        """Calls that are over, and what has not been done about that yet."""
+        self._due: deque[Callable[[], None]] = deque()
+        """Leases to give up and the like: what may wait for a storage that does not answer."""
+        self._patience = Patience()
 
     def run(self) -> list[StepState]:
         """Go on until every step is over; the executor is closed and the leases released in any case."""
-        self.events.write("run_started", **self._about)
+        self.events.note("run_started", **self._about)
         try:
-            while not all(state.is_over for state in self.states.values()):
-                self._beat()
-                self._advance()
-                self._on_change(list(self.states.values()))
-                if self._executor is not None:
-                    for ended in self._executor.wait(0.0 if self._has_adopted() else _POLL_S):
-                        self._finished(ended)
-                elif any(state.status == "waiting" for state in self.states.values()):
-                    time.sleep(_POLL_S)
-            self.events.write("run_ended", status=self.status)
-            self._on_change(list(self.states.values()))
+            self._go_on()
+            self.events.note("run_ended", status=self.status)
+            self._go_on()
         finally:
             if self._executor is not None:
                 self._executor.close()
             for state in self.states.values():
                 if state.fan_out is not None:
                     state.fan_out.close()
-                if state.lease is not None:
-                    state.lease.release()
-            self._run_lease.release()
+                self._release(state)
+            for action in (*self._due, self._run_lease.release):
+                while self._patience.tried(action) is not None:
+                    time.sleep(_POLL_S)
         return list(self.states.values())
+
+    def _go_on(self) -> None:
+        """Turn by turn, until nothing is left to be done or recorded."""
+        is_answering = True
+        while True:
+            self._beat()
+            error = self._patience.tried(self._turn)
+            if error is not None and is_answering:
+                self.events.note("run_warning", message=f"goes on after {type(error).__name__}: {error}")
+            is_answering = error is None
+            if is_answering and self._is_settled and all(state.is_over for state in self.states.values()):
+                return
+            self._listen(0.0 if is_answering and self._has_adopted() else _POLL_S)
+
+    def _turn(self) -> None:
+        """What a passing error of the storage may stop anywhere: the next turn does what was left.
+
+        Therefore what cannot be found out twice is forgotten last (``_ended``), and what is to be written is kept until
+        it is (``_due``, and the events).
+        """
+        self._is_stopping |= self._cancel.is_requested()
+        while self._ended:
+            self._finished(self._ended[0])
+            self._ended.popleft()
+            self._settle()
+        self._settle()
+        self._advance()
+        self._settle()
+        self._on_change(list(self.states.values()))
+
+    @property
+    def _is_settled(self) -> bool:
+        return not self._ended and not self._due and self.events.is_flushed
+
+    def _settle(self) -> None:
+        while self._due:
+            self._due[0]()
+            self._due.popleft()
+        self.events.flush()
+
+    def _listen(self, timeout_s: float) -> None:
+        """What the executor has to say, which is made once a step waits for it; errors of either end the run."""
+        if self._executor is not None:
+            self._ended.extend(self._executor.wait(timeout_s))
+        elif any(state.status == "pending" and state.lease is not None for state in self.states.values()):
+            with self._kept_alive():
+                self._executor = self._make_executor()
+            self._queue = Queue(self._executor, self._options.queue_timeout_s, self.events)
+        else:
+            time.sleep(timeout_s)
 
     @property
     def status(self) -> str:
@@ -133,21 +182,20 @@ class Coordinator:
             self._attempt_failed(held[lease], _failure("infra", type(error).__name__, str(error)))
 
     def _advance(self) -> None:
-        stopping, is_time_to_look = self._cancel.is_requested(), time.monotonic() >= self._next_look_s
+        is_time_to_look = time.monotonic() >= self._next_look_s
         if is_time_to_look:
             self._next_look_s = time.monotonic() + self._store.root.storage.poll_s
         for state in self.states.values():
-            if state.status in ("pending", "waiting") and (stopping or time.monotonic() >= state.retry_at_s):
+            if state.status in ("pending", "waiting") and (self._is_stopping or time.monotonic() >= state.retry_at_s):
                 self._consider(state)
             elif state.fan_out is not None:
                 self._or_fail(state, lambda state=state: self._feed(state))
             elif state.status == "running" and is_time_to_look:
                 self._read_progress(state)
-        self.events.flush()
         if self._queue is not None:
             for state, reason in self._queue.look(self.states.values()):
                 self._attempt_failed(state, _failure("unschedulable", "Unschedulable", reason))
-        if stopping:
+        if self._is_stopping:
             for state in self.states.values():
                 if state.status == "queued":
                     self._abandon(state)
@@ -165,7 +213,8 @@ class Coordinator:
         if any(source.status == "skipped" for source in sources.values()):
             state.status, state.reason = "skipped", "was not asked for, nor what it needs"
             return
-        if self._cancel.is_requested() or any(source.status == "stopped" for source in sources.values()):
+        if self._is_stopping or any(source.status == "stopped" for source in sources.values()):
+            self._release(state)
             state.status, state.reason = "stopped", "the run was asked to stop"
             return
         inputs = {name: source.output for name, source in sources.items() if source.output is not None}
@@ -179,12 +228,13 @@ class Coordinator:
             self._fail(state, _failure("code", "CorruptionError", str(error)))
             return
         if committed is not None:
+            self._release(state)
             state.status, state.output = "cached", committed
             self.events.cached(state.step.name, place.directory.name)
             return
         if self._options.selected is not None and state.step.name not in self._options.selected:
             state.status, state.reason = "skipped", "was not asked for"
-            self.events.write("step_skipped", state.step.name)
+            self.events.note("step_skipped", state.step.name)
             return
         if state.step.accepted:
             message = (
@@ -193,33 +243,28 @@ class Coordinator:
             )
             self._fail(state, _failure("user", "UserError", message))
             return
-        try:
-            state.lease = acquire_lease(place.lease_dir, f"run {self._run.run_id}, step {state.step.name}")
-        except LeaseHeldError as error:
-            if state.status != "waiting":
-                self.events.write("step_waiting", state.step.name, reason=str(error))
-            state.status, state.reason = "waiting", str(error)
-            state.retry_at_s = time.monotonic() + self._store.root.storage.poll_s
-            return
+        if state.lease is None:
+            try:
+                state.lease = acquire_lease(place.lease_dir, f"run {self._run.run_id}, step {state.step.name}")
+            except LeaseHeldError as error:
+                if state.status != "waiting":
+                    self.events.note("step_waiting", state.step.name, reason=str(error))
+                state.status, state.reason = "waiting", str(error)
+                state.retry_at_s = time.monotonic() + self._store.root.storage.poll_s
+                return
+            state.status, state.reason = "pending", ""
         if (place.directory / "COMMIT.json").exists():  # by whoever held the lease until now
             self._release(state)
             return
-        if self._executor is None:
-            with self._kept_alive():
-                self._executor = self._make_executor()
-            self._queue = Queue(self._executor, self._options.queue_timeout_s, self.events)
-            if self._cancel.is_requested():  # while it started, which takes seconds
-                self._release(state)
-                state.status, state.reason = "stopped", "the run was asked to stop"
-                return
-        self._or_fail(state, lambda: self._start(state, place))
+        if self._executor is not None:
+            self._or_fail(state, lambda: self._start(state, place))
 
     def _start(self, state: StepState, place: ArtifactPlace) -> None:
         assert state.lease is not None
         state.attempt = place.new_attempt(state.lease)
         state.status, state.reason, state.progress, state.first_progress = "running", "", {}, None
         state.started_at = state.started_at or time.time()
-        self.events.write("step_started", state.step.name, artifact=place.directory.name, epoch=state.lease.epoch)
+        self.events.note("step_started", state.step.name, artifact=place.directory.name, epoch=state.lease.epoch)
         is_map = load_stage(state.step.stage).kind == "map"
         self._give(state, self._site.flight(state, "list" if is_map else "whole", state.attempt))
 
@@ -258,7 +303,7 @@ class Coordinator:
         fan_out = state.fan_out
         assert fan_out is not None
         assert self._executor is not None
-        if self._cancel.is_requested():
+        if self._is_stopping:
             self._stop_adopting(state, fan_out)
             if not state.flights:
                 self._attempt_failed(state, _failure("stopped", "Stopped", "the run was asked to stop"))
@@ -292,7 +337,7 @@ class Coordinator:
 
     def _report_adopted(self, state: StepState, fan_out: FanOut) -> None:
         refused = {"refused": len(fan_out.refused), "reason": fan_out.refused[0]} if fan_out.refused else {}
-        self.events.write("shards_adopted", state.step.name, adopted=fan_out.num_adopted, **refused)
+        self.events.note("shards_adopted", state.step.name, adopted=fan_out.num_adopted, **refused)
 
     def _commit_shard(self, state: StepState, shard: Shard, directory: Place) -> None:
         assert state.fan_out is not None
@@ -309,17 +354,21 @@ class Coordinator:
             self._attempt_failed(state, _failure(classify(error), type(error).__name__, str(error)))
 
     def _finished(self, ended: Ended) -> None:
-        """One call is over: what it left in the store says how."""
+        """One call is over: what it left in the store says how.  Nothing changes before all of that is read."""
         state = next((s for s in self.states.values() if ended.key in s.flights), None)
         if state is None:
             return
+        flight = state.flights[ended.key]
         self._read_progress(state)  # of a piece that died between two looks at it
-        flight = state.flights.pop(ended.key)
         bring_logs(flight)
-        if (flight.work / "done.json").exists():
+        failure = None if (flight.work / "done.json").exists() else _failure_of(flight, ended)
+        del state.flights[ended.key]
+        if failure is None:
             self._or_fail(state, lambda: self._piece_done(state, flight, ended))
+        elif flight.piece.what == "shard" and failure.type != LeaseLostError.__name__:
+            self._shard_failed(state, flight, failure)
         else:
-            self._piece_failed(state, flight, ended)
+            self._attempt_failed(state, failure)
 
     def _piece_done(self, state: StepState, flight: Flight, ended: Ended) -> None:
         place, piece = self._site.place(state), flight.piece
@@ -340,27 +389,18 @@ class Coordinator:
             state.status, state.ended_at, state.fan_out = "committed", time.time(), None
             self._release(state)
             elapsed_s = state.ended_at - state.started_at
-            self.events.write("step_committed", state.step.name, elapsed_s=elapsed_s)
+            self.events.note("step_committed", state.step.name, elapsed_s=elapsed_s)
             if ended.failure:
-                self.events.write("step_warning", state.step.name, message=f"after its end: {ended.failure}")
-
-    def _piece_failed(self, state: StepState, flight: Flight, ended: Ended) -> None:
-        failure = first_failure(flight.work)
-        if failure is None or (ended.killed and failure.error_class == "code"):
-            # A rank that was killed leaves nothing; its peers then fail over a lost connection.
-            message = ended.failure or "the worker left without a result"
-            kind = PREEMPTED if ended.preempted else "WorkerDied"
-            failure = dataclasses.replace(_failure("infra", kind, message), traceback=last_words(flight.work))
-        if flight.piece.what == "shard" and failure.type != LeaseLostError.__name__:
-            self._shard_failed(state, flight, failure)
-        else:
-            self._attempt_failed(state, failure)
+                self.events.note("step_warning", state.step.name, message=f"after its end: {ended.failure}")
 
     def _shard_failed(self, state: StepState, flight: Flight, failure: Failure) -> None:
         """Try one shard again while the others go on; the last failure that is let pass ends the step."""
         assert state.fan_out is not None
         shard = flight.piece.shard
-        Place(self._store.root.storage, flight.piece.out).remove()
+        try:
+            Place(self._store.root.storage, flight.piece.out).remove()
+        except OSError as error:  # a worker that was cut off may still write there; the next turn has another folder
+            self.events.note("step_warning", state.step.name, message=f"shard {shard['name']} leaves files: {error}")
         after = state.retries.after_shard(shard["name"], failure)
         if isinstance(after, Failure):
             self._abandon(state)
@@ -370,14 +410,14 @@ class Coordinator:
                 self._fail(state, after)
             return
         state.fan_out.delayed.append((time.monotonic() + after.backoff_s, shard))
-        self.events.write(
+        self.events.note(
             "shard_retry", state.step.name, shard=shard["name"], failure=to_json(failure), backoff_s=after.backoff_s
         )
 
     def _attempt_failed(self, state: StepState, failure: Failure) -> None:
         """Stop what is left of an attempt; try again where its class of error allows."""
         self._abandon(state)
-        if failure.error_class == "stopped" or (self._cancel.is_requested() and failure.error_class == "infra"):
+        if failure.error_class == "stopped" or (self._is_stopping and failure.error_class == "infra"):
             self._stopped(state, failure.message)
             return
         after = state.retries.after(failure, float(state.progress.get("done", 0)))
@@ -387,7 +427,7 @@ class Coordinator:
         what = f"retry {after.number} after" if after.number else "again after"
         state.status, state.reason = "pending", f"{what} {failure.type}: {failure.message}"
         state.retry_at_s = time.monotonic() + after.backoff_s
-        self.events.write("step_retry", state.step.name, failure=to_json(failure), backoff_s=after.backoff_s)
+        self.events.note("step_retry", state.step.name, failure=to_json(failure), backoff_s=after.backoff_s)
 
     def _abandon(self, state: StepState) -> None:
         """Stop what is left of an attempt; the shards that it committed stay."""
@@ -401,20 +441,21 @@ class Coordinator:
 
     def _release(self, state: StepState) -> None:
         if state.lease is not None:
-            state.lease.release()
+            self._due.append(state.lease.release)
             state.lease = None
 
     def _stopped(self, state: StepState, message: str) -> None:
         state.status, state.reason = "stopped", message
-        self.events.write("step_stopped", state.step.name, message=message)
+        self.events.note("step_stopped", state.step.name, message=message)
 
     def _fail(self, state: StepState, failure: Failure) -> None:
         state.status, state.failure, state.reason = "failed", failure, failure.message
         state.ended_at = time.time()
         self._release(state)
-        self.events.write("step_failed", state.step.name, failure=to_json(failure))
+        self.events.note("step_failed", state.step.name, failure=to_json(failure))
         if self._options.is_fail_fast:
-            self.request_stop()
+            self._is_stopping = True
+            self._due.append(self.request_stop)
 
     def _read_progress(self, state: StepState) -> None:
         if state.fan_out is not None:
@@ -430,6 +471,17 @@ class Coordinator:
 
 def _failure(error_class: ErrorClass, kind: str, message: str) -> Failure:
     return Failure(error_class, kind, message, "", 0, time.time())
+
+
+def _failure_of(flight: Flight, ended: Ended) -> Failure:
+    """Why a call left no result."""
+    failure = first_failure(flight.work)
+    if failure is not None and not (ended.killed and failure.error_class == "code"):
+        return failure
+    # A rank that was killed leaves nothing; its peers then fail over a lost connection.
+    message = ended.failure or "the worker left without a result"
+    kind = PREEMPTED if ended.preempted else "WorkerDied"
+    return dataclasses.replace(_failure("infra", kind, message), traceback=last_words(flight.work))
 
 
 def _read_shards(record: Place) -> list[Shard]:

@@ -24,7 +24,8 @@ What was not committed does not exist.  Every commit is one exclusive creation o
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -255,28 +256,43 @@ class EventLog:
         self._folder = run.directory / "events"
         self._attempt, self._sequence = attempt, 0
         self._cached: dict[str, str] = {}
+        self._noted: deque[bytes] = deque()
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether everything that was noted is recorded."""
+        return not self._cached and not self._noted
 
     def cached(self, step: str, artifact: str) -> None:
         """Note that a step was there already, to be recorded with others before anything else is."""
         self._cached[step] = artifact
 
-    def flush(self) -> None:
-        """Record what was noted."""
+    def note(self, kind: str, step: str = "", **details: Any) -> None:
+        """Note that something happened just now, to be recorded by the next flush."""
+        self._note_cached()
+        event = {"time": time.time(), "attempt": self._attempt, "kind": kind, "step": step, **details}
+        self._noted.append(json_bytes(event))
+
+    def _note_cached(self) -> None:
         if self._cached:
             steps, self._cached = self._cached, {}
-            self._create(_CACHED, "", {"steps": steps})
+            self.note(_CACHED, steps=steps)
+
+    def flush(self) -> None:
+        """Record what was noted; what a storage does not take, the next flush tries again."""
+        self._note_cached()
+        while self._noted:
+            file, data = self._folder / f"{self._attempt:03d}-{self._sequence:06d}.json", self._noted[0]
+            # What failed the time before may have been done all the same: then its bytes are there.
+            if not file.create(data) and file.read_bytes() != data:
+                raise LeaseLostError(f"event {file.name} was written by another coordinator of this run")
+            self._sequence += 1
+            self._noted.popleft()
 
     def write(self, kind: str, step: str = "", **details: Any) -> None:
         """Record that something happened."""
+        self.note(kind, step, **details)
         self.flush()
-        self._create(kind, step, details)
-
-    def _create(self, kind: str, step: str, details: Mapping[str, Any]) -> None:
-        event = {"time": time.time(), "attempt": self._attempt, "kind": kind, "step": step, **details}
-        name = f"{self._attempt:03d}-{self._sequence:06d}.json"
-        if not (self._folder / name).create(json_bytes(event)):
-            raise LeaseLostError(f"event {name} was written by another coordinator of this run")
-        self._sequence += 1
 
 
 @dataclass(frozen=True)

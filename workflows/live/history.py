@@ -94,7 +94,8 @@ class History:
 def tell(events: Sequence[Event], is_alive: bool, now_s: float) -> History:
     """The history of a run; while its coordinator is alive, what has not ended goes on until now."""
     sessions = _sessions(events, is_alive, now_s)
-    warnings = tuple(f"{e['step']}: {e['message']}" for e in events if e["kind"] == "step_warning")
+    warned = [event for event in events if event["kind"] in ("step_warning", "run_warning")]
+    warnings = tuple(f"{event['step'] or 'the run'}: {event['message']}" for event in warned)
     return History(sessions, _spans(events, {s.attempt: s for s in sessions}), _troubles(events), warnings)
 
 
