@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
+from pipeline.object_storage import ObjectStorage
 from pipeline.storage import FileStorage, Place, Storage
 from tests.support.executors import Inline
 from tests.support.mortal import in_memory
@@ -88,6 +89,7 @@ def drive(
 def storage_of(kind: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     """One that the workers open too."""
     storage: Any = FileStorage(root / "store") if kind == "files" else in_memory()
+    monkeypatch.setattr(ObjectStorage, "poll_s", 0.05)
     monkeypatch.setattr(worker, "open_storage", lambda url: storage)
     monkeypatch.setenv("DLM_CACHE", str(root / "cache"))
     return storage
@@ -120,30 +122,18 @@ def fail_once(kind: str, root: Path, monkeypatch: pytest.MonkeyPatch, number: in
     return "".join(failing.failed)
 
 
-def sweep(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
-    """Let every so manieth operation fail, counted so that in time each fails in both ways."""
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["files", pytest.param("memory", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("quick")
+def test_run_goes_on_after_any_operation_that_fails_once(kind: str, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "log").mkdir()
     calm = Failing(storage_of(kind, tmp_path, monkeypatch), nothing)
     drive(calm, copies_plan(tmp_path / "log", "ab"))
     faults: list[tuple[int, When]] = [(at, when) for at in range(len(calm.done)) for when in ("before", "after")]
     assert len(faults) > 100
-    failed = [fail_once(kind, tmp_path / f"{at}-{when}", monkeypatch, at, when) for at, when in faults[::every]]
+    failed = [fail_once(kind, tmp_path / f"{at}-{when}", monkeypatch, at, when) for at, when in faults]
     assert sum(map(bool, failed)) > 0.9 * len(failed)
     print(*failed, sep="\n")  # noqa: T201
-
-
-@pytest.mark.parametrize("kind", ["files", "memory"])
-@pytest.mark.usefixtures("quick")
-def test_run_goes_on_after_any_operation_that_fails_once(kind: str, tmp_path: Path, monkeypatch) -> None:
-    sweep(kind, tmp_path, monkeypatch, 13)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["files", "memory"])
-@pytest.mark.usefixtures("quick")
-def test_run_goes_on_after_every_operation_that_fails_once(kind: str, tmp_path: Path, monkeypatch) -> None:
-    sweep(kind, tmp_path, monkeypatch, 1)
 
 
 @pytest.mark.usefixtures("quick")
