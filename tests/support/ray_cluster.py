@@ -6,6 +6,7 @@
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,8 @@ import psutil
 from tests.support.toy_workflow import wait_until
 
 ROOT = Path(__file__).parents[2]
-TOKEN = "a-token-of-these-tests-0123456789"
+TOKEN = secrets.token_hex(20)
+"""Drawn anew: a constant would be in the code that runs keep."""
 _STORE_BYTES = 80 * 2**20
 
 
