@@ -20,8 +20,6 @@ from workflows.commands.completing import DEFAULT_STORE, complete_recipes, compl
 from workflows.coordinator import Options
 from workflows.store import Store, open_store, open_writable_store
 
-EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED = 2, 3, 4, 5, 75
-
 console = Console()
 errors = Console(stderr=True)
 

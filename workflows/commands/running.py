@@ -15,9 +15,6 @@ from workflows import runs
 from workflows.amendments import Wishes, amend, prepare
 from workflows.commands.common import (
     DEFAULT_STORE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_UNSCHEDULABLE,
     EnvOption,
     ExecutorOption,
     FailFastOption,
@@ -42,6 +39,7 @@ from workflows.commands.common import (
 from workflows.coordinator import Coordinator, Options
 from workflows.copies import local_copy
 from workflows.display import Display
+from workflows.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNSCHEDULABLE
 from workflows.lease import HEARTBEAT_S, STALE_AFTER_S, find_holder
 from workflows.live.writer import LiveReport
 from workflows.plan import Plan

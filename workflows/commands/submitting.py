@@ -15,7 +15,6 @@ from workflows import runs
 from workflows.cancel import CancelFile
 from workflows.commands.common import (
     DEFAULT_STORE,
-    EXIT_INTERRUPTED,
     EnvOption,
     FailFastOption,
     PythonOption,
@@ -35,6 +34,7 @@ from workflows.commands.common import (
     typed_command,
 )
 from workflows.coordinator import Options
+from workflows.exit_codes import EXIT_INTERRUPTED
 from workflows.lease import Holder, find_holder
 from workflows.selection import selection, selection_words
 from workflows.snapshot import code_archive
