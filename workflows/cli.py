@@ -90,11 +90,11 @@ def ending(error: Exception) -> tuple[int, str]:
 def main(run: Callable[[], Any] = app) -> None:
     """Entry point: what the user did wrong ends in a message, not in a traceback.
 
-    Recipes and stages of the user's own are found in the current directory, as with ``python -m``.
+    Recipes and stages of the user's own are found in the current directory, after everything that is installed.
     """
     try:
         if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
+            sys.path.append(os.getcwd())
         run()
     except EXPECTED as error:
         code, message = ending(error)
