@@ -365,7 +365,9 @@ def test_plan_is_frozen_as_a_run_that_nothing_works_on_until_it_is_resumed(dlm: 
     run = store.run("first")
     assert runs.frozen_plan(run).step("source").config["number"] == 5
     assert (list(run.events()), find_holder(run.lease_dir)) == ([], None)
-    assert dlm("plan", "toy", "--set", "source.number=5", "--freeze", "first").code == 0, "it is the same"
+    same = dlm("plan", "toy", "--set", "source.number=5", "--freeze", "first")
+    assert same.code == 0
+    assert same.stderr.startswith("run first was written down before, with this plan: dlm status first")
     other = dlm("plan", "toy", "--freeze", "first")
     assert other.code == 2
     assert "there is a run 'first' already, and it is another one" in other.stderr
