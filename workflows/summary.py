@@ -148,7 +148,7 @@ def summarise(store: Store, run: RunPlace, known: dict[str, Event] | None = None
     for step in plan.steps:
         own = [event for event in events if event["step"] == step.name and event["kind"].startswith("step_")]
         steps[step.name] = _summarise_step(_Seen(store, run, plan, status, attempt, turns), step, own, steps)
-    if status in UNFINISHED and all(_is_made(step) for step in steps.values()):
+    if status in (*UNFINISHED, "submitted") and all(_is_made(step) for step in steps.values()):
         status, detail = "succeeded", _finished_by(steps.values(), events)
     elif status == "partial":
         left_out = what_was_left_out([step.step for step in steps.values() if not _is_made(step)], len(steps))
