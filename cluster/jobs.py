@@ -148,13 +148,14 @@ class Jobs:
                     return Job(job_id, details.status.value, details.message or "")
         return None
 
-    def of_run(self, run_id: str) -> list[Job]:
-        """The jobs that were handed over for a run."""
+    def of_run(self, run_id: str, store_id: str) -> list[Job]:
+        """The jobs that were handed over for a run of a store: another store may have a run of that name."""
+        wanted = {"run": run_id, "store": store_id}
         with _readable(self.url):
             return [
                 Job(details.submission_id, details.status.value, details.message or "")
                 for details in self._client.list_jobs()
-                if details.submission_id and (details.metadata or {}).get("run") == run_id
+                if details.submission_id and wanted.items() <= (details.metadata or {}).items()
             ]
 
     def stop(self, job_id: str) -> None:

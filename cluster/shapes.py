@@ -230,9 +230,14 @@ def resume_command(run: str, store: str) -> str:
 
 
 def node_env(shape: ClusterShape) -> dict[str, str]:
-    """The environment of every node; nothing in it is secret."""
+    """The environment of every node; nothing in it is secret.
+
+    ``python -m`` takes what is installed, not what lies in the directory that it is called in; a job that was submitted
+    has its code on PYTHONPATH.
+    """
     return {
         **AUTH_MODE,
+        "PYTHONSAFEPATH": "1",
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_S),
         "RAY_USAGE_STATS_ENABLED": "0",

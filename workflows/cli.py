@@ -26,14 +26,8 @@ from workflows.commands import (
     upkeep,
     verifying,
 )
-from workflows.commands.common import (
-    EXIT_DRIFT,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_UNSCHEDULABLE,
-    EXIT_USAGE,
-    say,
-)
+from workflows.commands.common import say
+from workflows.exit_codes import EXIT_DRIFT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNSCHEDULABLE, EXIT_USAGE
 from workflows.lease import LeaseHeldError
 
 _TYPER_INTERRUPTED = 130
@@ -80,24 +74,31 @@ _ENDINGS: dict[type[Exception], tuple[int, str, str]] = {
     OSError: (EXIT_FAILED, "the store or a file cannot be used: ", "; mend it, then: dlm resume RUN"),
 }
 """What is not a bug -> exit code, and words around the message."""
+EXPECTED = tuple(_ENDINGS)
+
+
+def ending(error: Exception) -> tuple[int, str]:
+    """Exit code and message of an error that is ``EXPECTED``."""
+    code, before, after = next(ending for kind, ending in _ENDINGS.items() if isinstance(error, kind))
+    if is_disk_full(error):
+        before = "no space is left in the store: "
+    elif isinstance(error, OSError) and classify(error) == "transient":
+        code, before = EXIT_INTERRUPTED, "the store or a service does not answer: "
+    return code, f"{before}{error}{after}"
 
 
 def main(run: Callable[[], Any] = app) -> None:
     """Entry point: what the user did wrong ends in a message, not in a traceback.
 
-    Recipes and stages of the user's own are found in the current directory, as with ``python -m``.
+    Recipes and stages of the user's own are found in the current directory, after everything that is installed.
     """
     try:
         if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
+            sys.path.append(os.getcwd())
         run()
-    except tuple(_ENDINGS) as error:
-        code, before, after = next(ending for kind, ending in _ENDINGS.items() if isinstance(error, kind))
-        if is_disk_full(error):
-            before = "no space is left in the store: "
-        elif isinstance(error, OSError) and classify(error) == "transient":
-            code, before = EXIT_INTERRUPTED, "the store or a service does not answer: "
-        say(f"error: {before}{error}{after}")
+    except EXPECTED as error:
+        code, message = ending(error)
+        say(f"error: {message}")
         sys.exit(code)
     except SystemExit as end:
         if end.code != _TYPER_INTERRUPTED:

@@ -2,7 +2,7 @@
 
 import sys
 
-EXIT_INTERRUPTED = 75
+from workflows.exit_codes import EXIT_INTERRUPTED
 
 
 def main() -> None:

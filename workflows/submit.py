@@ -2,6 +2,7 @@
 
 import dataclasses
 import getpass
+import itertools
 import os
 import shlex
 import sys
@@ -10,15 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.auth import is_loopback, names_a_secret, redacted, secret_env, secret_values
-from cluster.jobs import OVER, Job, Jobs, dashboard_url
+from cluster.auth import AuthError, is_loopback, names_a_secret, redacted, secret_env, secret_values
+from cluster.jobs import OVER, ClusterError, Job, Jobs
 from pipeline.artifact import json_bytes, read_json
 from pipeline.config import from_json
 from pipeline.errors import UserError
 from pipeline.storage import Place
 from workflows.cancel import CancelFile
-from workflows.lease import find_holder
+from workflows.lease import find_holder, lease_is_free
 from workflows.store import RunPlace, Store
+
+_STORE_CHARS = 6
+"""Of a store's id, in that of a job: another store may have a run of the same name."""
+_ON_ITS_WAY_S = 120.0
+"""How long handing a job over may take: its code is sent, and a cluster that starts is asked again for a minute."""
+_MAX_CHARS = 200
+"""Of what is told of a job's end."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,11 @@ class Submission:
     address: str
     user: str
     time: float
-    attempt: int
-    """Of the run, which the job's coordinator is to begin: once there is one of this number, the job is out of it."""
+    attempt: int = 0
+    """Of the run, which the job's coordinator is to begin: once there is one of this number, the job is out of it.
+
+    0 in what an earlier version wrote down.
+    """
     python: str = ""
     """As it was given; empty for what the address decides."""
     env: tuple[str, ...] = ()
@@ -71,57 +82,84 @@ def submit_run(
     """
     if store.root.is_local and not is_loopback(address) and not store.root.path.is_absolute():
         raise UserError(f"--store {store.url} is relative; give the path that all nodes see")
-    last = last_submission(run)  # what was said of the cluster then holds
-    attempt = (holder.epoch if (holder := find_holder(run.lease_dir)) else 0) + 1
-    names = tuple(name for name in env_names if name) if env_names or last is None else last.env
-    if not env_names and (unset := [name for name in names if not os.environ.get(name)]):
-        raise UserError(
-            f"the last job of run {run.run_id} was given {unset[0]}, which is not set here: export it, or name what "
-            "the job is to get instead (--env NAME for each, --env '' for nothing)"
-        )
-    submission = Submission(
-        "",
-        dashboard_url(address),
-        _user(),
-        time.time(),
-        attempt,
-        python or (last.python if last else ""),
-        names,
-        tuple(words),
-    )
-    env = _public_env(submission.env)
     jobs = Jobs(address)
-    known = jobs_of(run, jobs)
-    if live := [job for job in known if job.status not in OVER]:
-        if python or env_names or words:
-            _require_same(run, live[0], submission)
-        return live[0]
-    python = submission.python or (sys.executable if is_loopback(address) else "python")
-    command = [python, "-m", "workflows.supervise", run.run_id, "--store", store.url, "--address", "auto", *words]
-    number = attempt
-    while (job_id := f"{run.run_id}-a{number}") in {job.job_id for job in known}:
-        number += 1
+    known = jobs_of(store, run, jobs)
+    wanted = _wanted(run, jobs.url, python, env_names, words)
+    has_options = bool(python or env_names or words)
+    if live := next((job for job in known if job.status not in OVER), None):
+        if has_options:
+            _require_same(run, live.job_id, wanted)
+        if lease_is_free(run.lease_dir):  # it has not begun, and is wanted to
+            CancelFile(run.cancel_file).withdraw()
+        return live
+    env = _env(run, wanted, are_kept=not env_names)
+    job_id = _next_id(store, run, wanted, known)
+    wanted = dataclasses.replace(wanted, job_id=job_id)
+    if not _record(run, job_id).create(json_bytes(wanted)):  # by somebody who hands it over at the same time
+        if has_options:
+            _require_same(run, job_id, wanted)
+        wanted = from_json(Submission, read_json(_record(run, job_id)))
+        env = _env(run, wanted, are_kept=True)
     CancelFile(run.cancel_file).withdraw()
-    job = jobs.submit(job_id, command, code, {**env, "DLM_JOB_ID": job_id}, {"run": run.run_id, "user": _user()})
-    submission = dataclasses.replace(submission, job_id=job_id, address=jobs.url)
-    (run.directory / "jobs" / f"{job_id}.json").write(json_bytes(submission))
-    return job
+    about = {"run": run.run_id, "store": store.store_id, "user": wanted.user}
+    try:
+        return jobs.submit(job_id, _command(store, run, wanted), code, {**env, "DLM_JOB_ID": job_id}, about)
+    except (AuthError, ClusterError) as error:
+        note_end(run, job_id, f"it was not handed over: {error}")
+        raise
 
 
-def _require_same(run: RunPlace, live: Job, wanted: Submission) -> None:
+def _wanted(run: RunPlace, url: str, python: str, env_names: Sequence[str], words: Sequence[str]) -> Submission:
+    """What is to be handed over, still without an id: of the cluster holds what was said for the job before."""
+    last, holder = last_submission(run), find_holder(run.lease_dir)
+    attempt = (holder.epoch if holder else 0) + 1
+    names = tuple(name for name in env_names if name) if env_names or last is None else last.env
+    return Submission(
+        "", url, _user(), time.time(), attempt, python or (last.python if last else ""), names, tuple(words)
+    )
+
+
+def _command(store: Store, run: RunPlace, submission: Submission) -> list[str]:
+    python = submission.python or (sys.executable if is_loopback(submission.address) else "python")
+    command = [python, "-m", "workflows.supervise", run.run_id, "--store", store.url, "--address", "auto"]
+    return [*command, *submission.words]
+
+
+def _next_id(store: Store, run: RunPlace, wanted: Submission, known: Sequence[Job]) -> str:
+    """An id that no job of the run had, on whatever cluster; or that of one that somebody is handing over just now."""
+    had = {one.job_id for one in _submissions(run) if not _is_on_its_way(run, one, wanted.address)}
+    had |= {job.job_id for job in known}
+    ids = (f"{run.run_id}-a{number}-{store.store_id[:_STORE_CHARS]}" for number in itertools.count(wanted.attempt))
+    return next(job_id for job_id in ids if job_id not in had)
+
+
+def _is_on_its_way(run: RunPlace, submission: Submission, url: str) -> bool:
+    """Whether a job that a cluster does not know may only not have come there yet."""
+    if submission.address != url or end_of(run, submission.job_id):
+        return False
+    record = _record(run, submission.job_id)
+    return record.parent.now() - record.modified() < _ON_ITS_WAY_S
+
+
+def _require_same(run: RunPlace, job_id: str, wanted: Submission) -> None:
     """UserError if a job that works on a run does not do so with the options that are wanted."""
-    found = [one for one in _submissions(run) if one.job_id == live.job_id]
-    if not found or found[0].options != wanted.options:
-        has = f"with {found[0].options}" if found and found[0].options else "without options"
+    found = next((one for one in _submissions(run) if one.job_id == job_id), None)
+    if found is None or found.options != wanted.options:
+        has = f"with {found.options}" if found and found.options else "without options"
         raise UserError(
-            f"job {live.job_id} works on run {run.run_id} already, {has}; it would take no notice of {wanted.options}. "
+            f"job {job_id} works on run {run.run_id} already, {has}; it would take no notice of {wanted.options}. "
             f"End it first: dlm cancel {run.run_id}; or leave the options out"
         )
 
 
-def _public_env(names: Sequence[str]) -> Mapping[str, str]:
-    """The variables of these names; UserError for a secret, which everybody who sees the dashboard would read."""
-    env = secret_env(names)
+def _env(run: RunPlace, submission: Submission, are_kept: bool) -> Mapping[str, str]:
+    """The variables that a job gets; UserError for a secret, which everybody who sees the dashboard would read."""
+    if are_kept and (unset := [name for name in submission.env if not os.environ.get(name)]):
+        raise UserError(
+            f"the last job of run {run.run_id} was given {unset[0]}, which is not set here: export it, or name what "
+            "the job is to get instead (--env NAME for each, --env '' for nothing)"
+        )
+    env = secret_env(submission.env)
     secrets = set(secret_values())
     if leaked := [name for name, value in env.items() if value in secrets or names_a_secret(name)]:
         raise UserError(
@@ -148,12 +186,16 @@ def _submissions(run: RunPlace) -> list[Submission]:
     return [from_json(Submission, read_json(folder / name)) for name in folder.names()]
 
 
-def jobs_of(run: RunPlace, jobs: Jobs) -> list[Job]:
+def _record(run: RunPlace, job_id: str) -> Place:
+    return run.directory / "jobs" / f"{job_id}.json"
+
+
+def jobs_of(store: Store, run: RunPlace, jobs: Jobs) -> list[Job]:
     """The jobs of a run that a cluster knows.
 
     How those ended that did is written down, for all who see the store and not the cluster.
     """
-    found = jobs.of_run(run.run_id)
+    found = jobs.of_run(run.run_id, store.store_id)
     for job in found:
         if job.status in OVER:
             note_end(run, job.job_id, job.status.lower() + (f": {job.message}" if job.message else ""))
@@ -161,10 +203,15 @@ def jobs_of(run: RunPlace, jobs: Jobs) -> list[Job]:
 
 
 def note_end(run: RunPlace, job_id: str, how: str) -> None:
-    """Write down that a job is over; whoever saw it first has the word."""
+    """Write down that a job is over, in a line without secrets; whoever saw it first has the word.
+
+    What Ray tells may have the end of the job's log behind its first line.
+    """
     record = _end_record(run, job_id)
     if not record.exists():
-        record.create(json_bytes({"how": redacted(how), "time": time.time()}))
+        line = redacted(how).strip().partition("\n")[0]
+        told = line if len(line) <= _MAX_CHARS else f"{line[: _MAX_CHARS - 1]}…"
+        record.create(json_bytes({"how": told, "time": time.time()}))
 
 
 def end_of(run: RunPlace, job_id: str) -> str:

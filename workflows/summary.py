@@ -12,6 +12,7 @@ from cluster.auth import redacted, secret_values
 from pipeline.artifact import read_json
 from pipeline.errors import CorruptionError, UserError, classify
 from workflows import runs
+from workflows.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNSCHEDULABLE
 from workflows.lease import STALE_AFTER_S, Holder, find_holder
 from workflows.plan import Plan, PlannedStep
 from workflows.step import load_stage
@@ -27,7 +28,6 @@ UNFINISHED: frozenset[RunStatus] = frozenset({"partial", "failed", "stopped", "c
 Event = dict[str, Any]
 _OLD_S = 60.0
 """Progress that was reported longer ago is shown with its age."""
-_FAILED, _CANNOT_BE_SCHEDULED, _RESUMABLE = 3, 5, 75
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ class RunSummary:
     def exit_code(self) -> int | None:
         """What a command that waits for the run ends with; None while there is something to wait for."""
         if self.status in ("submitted", "running"):
-            return _RESUMABLE if self.is_stale else None
+            return EXIT_INTERRUPTED if self.is_stale else None
         if self.status in ("succeeded", "partial"):
             return 0  # all that was asked for is there
         if self.status in ("stopped", "cancelled", "interrupted"):
-            return _RESUMABLE
+            return EXIT_INTERRUPTED
         classes = {step.error.error_class for step in self.steps if step.error is not None}
-        return _CANNOT_BE_SCHEDULED if classes == {"unschedulable"} else _FAILED
+        return EXIT_UNSCHEDULABLE if classes == {"unschedulable"} else EXIT_FAILED
 
 
 def summary_json(summary: RunSummary) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def summarise(store: Store, run: RunPlace, known: dict[str, Event] | None = None
     for step in plan.steps:
         own = [event for event in events if event["step"] == step.name and event["kind"].startswith("step_")]
         steps[step.name] = _summarise_step(_Seen(store, run, plan, status, attempt, turns), step, own, steps)
-    if status in UNFINISHED and all(_is_made(step) for step in steps.values()):
+    if status in (*UNFINISHED, "submitted") and all(_is_made(step) for step in steps.values()):
         status, detail = "succeeded", _finished_by(steps.values(), events)
     elif status == "partial":
         left_out = what_was_left_out([step.step for step in steps.values() if not _is_made(step)], len(steps))

@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from pipeline.errors import UserError
+from workflows.exit_codes import EXIT_DRIFT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNSCHEDULABLE, EXIT_USAGE
+
 if TYPE_CHECKING:
     from workflows.store import RunPlace, Store
 
-ENDINGS = frozenset({0, 2, 3, 4, 5, 75})
-"""Codes with which ``dlm`` says what happened; all others are those of a process that died."""
-INTERRUPTED = 75
-_FAILED_FOR_GOOD = frozenset({2, 3, 4})
+_FAILED_FOR_GOOD = frozenset({EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT})
 """Codes of a run that ends no better on another cluster."""
+ENDINGS = _FAILED_FOR_GOOD | {0, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED}
+"""Codes with which ``dlm`` says what happened; all others are those of a process that died."""
 _STOPPED_S = 60.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _MAX_DEATHS = 3
@@ -53,8 +55,8 @@ class Supervisor:
         while True:
             code, is_asked = self._run_once()
             if is_asked:
-                return code if code in ENDINGS else INTERRUPTED
-            if code in ENDINGS and (code != INTERRUPTED or self._has_ended()):
+                return code if code in ENDINGS else EXIT_INTERRUPTED
+            if code in ENDINGS and (code != EXIT_INTERRUPTED or self._has_ended()):
                 return code
             found = self._published(seen)
             deaths = 1 if found - seen else deaths + 1
@@ -66,7 +68,7 @@ class Supervisor:
             wait_s = min(self.backoff_s * 2 ** (deaths - 1), _MAX_BACKOFF_S)
             _say(f"the coordinator {how}; it is started again in {wait_s:g} s ({deaths} of {_MAX_DEATHS})")
             if signal.sigtimedwait(_SIGNALS, wait_s) is not None:
-                return INTERRUPTED
+                return EXIT_INTERRUPTED
 
     def _published(self, otherwise: frozenset[str]) -> frozenset[str]:
         try:
@@ -137,16 +139,38 @@ def has_ended(run: "RunPlace") -> bool:
 
 def is_final(code: int, run: "RunPlace") -> bool:
     """Whether a run that ended with a code is not to be tried again by itself, though it did not succeed."""
-    if code == INTERRUPTED:
-        return [event["status"] for event in run.events() if event["kind"] == "run_ended"][-1:] == ["cancelled"]
+    if code == EXIT_INTERRUPTED:
+        endings = [event["status"] for event in run.events() if event["kind"] == "run_ended"]
+        return has_ended(run) and endings[-1] == "cancelled"
     return code in _FAILED_FOR_GOOD
 
 
 def _supervise(words: Sequence[str] | None = None) -> None:
     from cluster.jobs import stop_own_job  # noqa: PLC0415 - as in main
+    from workflows.cli import EXPECTED, ending  # noqa: PLC0415
     from workflows.store import open_store  # noqa: PLC0415
-    from workflows.submit import note_end  # noqa: PLC0415
 
+    given, more = _parser().parse_known_args(words)
+    run: RunPlace | None = None
+    try:
+        store = open_store(given.store)
+        run = store.run_place(given.run)  # that there is none is for the coordinator to say
+        code = _coordinate(store, run, given.address, more)
+        how, is_over = f"its coordinator ended with code {code}, the job's log says why", is_final(code, run)
+    except EXPECTED as error:
+        code, message = ending(error)
+        how, is_over = f"its supervisor ended with code {code}: {message}", code in _FAILED_FOR_GOOD
+        _say(f"error: {message}")
+    if run is not None:
+        _note_end(run, how)
+    if given.stop_own_job and is_over:
+        _say(f"the run ended with {code}, and a new attempt would end no better: this job is stopped")
+        stop_own_job()
+        signal.sigtimedwait(_SIGNALS, _STOPPED_S)  # which is how that is told
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
     about = "Whatever else is given is passed on to dlm resume."
     parser = argparse.ArgumentParser(
         prog="python -m workflows.supervise", description=__doc__, epilog=about, allow_abbrev=False
@@ -160,22 +184,25 @@ def _supervise(words: Sequence[str] | None = None) -> None:
         help="where a new attempt would end no better, let this job of Ray end as stopped and not as failed: KubeRay "
         "makes a new cluster for each job that failed",
     )
-    given, more = parser.parse_known_args(words)
-    store = open_store(given.store)
-    run = store.run_place(given.run)  # that there is none is for the coordinator to say
-    resume = ["resume", given.run, "--store", given.store, "--address", given.address, *more]
+    return parser
+
+
+def _coordinate(store: "Store", run: "RunPlace", address: str, more: Sequence[str]) -> int:
+    """The code with which the coordinator of a run ended at last."""
+    resume = ["resume", run.run_id, "--store", store.url, "--address", address, *more]
     command = [sys.executable, "-m", "workflows.cli", *resume]
-    code = Supervisor(command, lambda: published(store, run), has_ended=lambda: has_ended(run)).run()
+    return Supervisor(command, lambda: published(store, run), has_ended=lambda: has_ended(run)).run()
+
+
+def _note_end(run: "RunPlace", how: str) -> None:
+    """Write down how the job of this process ended, if it is one."""
+    from workflows.submit import note_end  # noqa: PLC0415 - as in main
+
     if job_id := os.environ.get("DLM_JOB_ID"):
         try:
-            note_end(run, job_id, f"its coordinator ended with code {code}, the job's log says why")
-        except OSError as error:  # the store may be what the coordinator died of
+            note_end(run, job_id, how)
+        except (OSError, UserError) as error:  # the store may be what the coordinator died of
             _say(f"the end of the job could not be written down: {error}")
-    if given.stop_own_job and is_final(code, run):
-        _say(f"the run ended with {code}, and a new attempt would end no better: this job is stopped")
-        stop_own_job()
-        signal.sigtimedwait(_SIGNALS, _STOPPED_S)  # which is how that is told
-    sys.exit(code)
 
 
 def _say(message: str) -> None:

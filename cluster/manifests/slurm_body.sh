@@ -82,7 +82,8 @@ while true; do # a signal ends the wait, not the driver
 done
 
 # A run that somebody ended with dlm cancel could go on, but is not wanted to.
-was_cancelled() { dlm status "${command[3]}" --store "$DLM_STORE" --json | grep -q '"status": "cancelled"'; }
+# grep reads to the end: with -q it would end early, and dlm fail because nobody reads on.
+was_cancelled() { dlm status "${command[3]}" --store "$DLM_STORE" --json | grep '"status": "cancelled"' >/dev/null; }
 
 if [ "$code" = 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$max_requeues" ] && ! was_cancelled; then
   echo "interrupted, and put into the queue again"

@@ -167,6 +167,7 @@ def test_every_node_asks_for_a_token() -> None:
     assert env["RAY_AUTH_MODE"] == "token"
     assert 60 <= int(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) < int(env["RAY_JOB_STOP_WAIT_TIME_S"])
     assert env["DLM_STORE"] == SHAPE.store
+    assert env["PYTHONSAFEPATH"] == "1"
 
 
 def test_this_ray_reads_the_variables_that_we_set() -> None:

@@ -119,7 +119,7 @@ esac""",
   echo "nodes $RAY_ADDRESS $*" >>"$LOG"
   exit
 fi
-echo "driver $RAY_ADDRESS $DLM_STORE $*" >>"$LOG"
+echo "driver $RAY_ADDRESS $DLM_STORE ${PYTHONSAFEPATH-unsafe} $*" >>"$LOG"
 trap 'echo "driver saved" >>"$LOG"; sleep 0.3; exit 75' TERM
 touch "$WORK/driving"
 [ ! -e "$WORK/wait" ] || while :; do sleep 0.05; done
@@ -201,7 +201,7 @@ def test_ray_is_started_on_every_node_and_the_run_is_resumed(world: World) -> No
     places = [re.findall(r"--nodelist=(\S+)", line) for line in log if line.startswith("srun")]
     assert places == [["node-b"], ["node-a"], ["node-b"]]
     _, _, expected = resume_command("run-1", SHAPE.store).partition("python ")
-    assert [line for line in log if line.startswith("driver")] == [f"driver 10.1.2.3:6379 {SHAPE.store} {expected}"]
+    assert [line for line in log if line.startswith("driver")] == [f"driver 10.1.2.3:6379 {SHAPE.store} 1 {expected}"]
     assert log.count("ray ended") == 2
     assert not [line for line in log if "requeue" in line]
     assert "f00d" not in "\n".join(log)
@@ -222,6 +222,14 @@ def test_only_what_can_go_on_is_requeued(world: World, code: int, restarts: str,
 def test_a_run_that_was_cancelled_is_not_requeued(world: World) -> None:
     (world.work / "code").write_text("75", encoding="utf-8")
     (world.work / "status").write_text('{\n "status": "cancelled"\n}\n', encoding="utf-8")
+    assert world.run() == (75, "")
+    assert "scontrol requeue 77" not in world.log()
+
+
+def test_a_run_that_was_cancelled_is_not_requeued_however_much_is_told_of_it(world: World) -> None:
+    (world.work / "code").write_text("75", encoding="utf-8")
+    steps = ' "step": "a step of many"\n' * 20_000
+    (world.work / "status").write_text(f'{{\n "status": "cancelled"\n{steps}}}\n', encoding="utf-8")
     assert world.run() == (75, "")
     assert "scontrol requeue 77" not in world.log()
 

@@ -8,10 +8,12 @@ import psutil
 import pytest
 
 from tests.support.toy_stages.trouble import executions
-from tests.support.toy_workflow import ONCE, is_gone, toy_workflow, wait_until
+from tests.support.toy_workflow import ONCE, fabricate, is_gone, toy_plan, toy_workflow, wait_until
 from tests.workflows.conftest import Dlm
 from tests.workflows.test_kill import toy
+from workflows import runs
 from workflows.cancel import CancelFile
+from workflows.runs import ExecutorName
 from workflows.store import Store
 from workflows.summary import summarise
 
@@ -60,13 +62,34 @@ def test_coordinator_that_does_not_listen_is_ended_itself(store: Store, log: Pat
     wait_until(lambda: all(map(is_gone, children)), "no process is left", 20.0)
 
 
-def test_run_that_nobody_works_on_is_left_as_it_is(store: Store, dlm: Dlm):
-    store.create_run("r1", {})
+@pytest.mark.parametrize(("executor", "is_made"), [("local", False), ("ray", True)])
+def test_run_that_nothing_will_begin_by_itself_is_left_as_it_is(
+    store: Store, log: Path, dlm: Dlm, executor: ExecutorName, is_made: bool
+):
+    plan = toy_plan(log)
+    if is_made:
+        fabricate(store, plan)
+    runs.create_run(store, plan, executor, "r1")
     before = sorted(store.root.path.rglob("*"))
     done = dlm("cancel", "r1")
     assert (done.code, done.stderr.strip()) == (0, "nothing works on run r1")
     assert sorted(store.root.path.rglob("*")) == before
     assert dlm("cancel", "r2").code == 2
+
+
+def test_run_that_waits_where_nobody_can_look_is_stopped_when_it_is_begun(store: Store, log: Path, dlm: Dlm):
+    """As a Slurm job in the queue does, or a RayJob between two clusters."""
+    run = runs.create_run(store, toy_plan(log), "ray", "r1")
+    done = dlm("cancel", "r1")
+    assert done.code == 0
+    assert "the request was left for a job that begins it later" in done.stderr
+    assert "dlm cancel r1 --undo" in done.stderr
+    assert dlm("resume", "r1", "--address", "auto").code == 75  # what begins by itself
+    assert summarise(store, run).status == "cancelled"
+    assert executions(log) == {}
+    assert dlm("cancel", "r1").code == 0, "the next cluster of a RayJob"
+    assert dlm("cancel", "r1", "--undo").code == 0
+    assert not run.cancel_file.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"grace_s": "soon"}'])

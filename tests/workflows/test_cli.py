@@ -11,7 +11,7 @@ from dlm_core.models.presets import PRESETS
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import fabricate, toy_plan, toy_workflow
 from tests.workflows.conftest import Dlm, Done
-from workflows import runs
+from workflows import cli, runs
 from workflows.commands.common import store_option
 from workflows.lease import acquire_lease, find_holder
 from workflows.store import Store, open_writable_store
@@ -365,12 +365,34 @@ def test_plan_is_frozen_as_a_run_that_nothing_works_on_until_it_is_resumed(dlm: 
     run = store.run("first")
     assert runs.frozen_plan(run).step("source").config["number"] == 5
     assert (list(run.events()), find_holder(run.lease_dir)) == ([], None)
-    assert dlm("plan", "toy", "--set", "source.number=5", "--freeze", "first").code == 0, "it is the same"
+    same = dlm("plan", "toy", "--set", "source.number=5", "--freeze", "first")
+    assert same.code == 0
+    assert same.stderr.startswith("run first was written down before, with this plan: dlm status first")
     other = dlm("plan", "toy", "--freeze", "first")
     assert other.code == 2
     assert "there is a run 'first' already, and it is another one" in other.stderr
     assert dlm("plan", "toy", "--freeze", "second", "--settings").code == 2
     assert [made.run_id for made in store.runs()] == ["first"]
+
+
+def test_package_of_the_current_directory_does_not_take_the_place_of_an_installed_one(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "typer.py").write_text("raise SystemExit('not this one')")
+    (tmp_path / "mine.py").write_text("from tests.support.toy_workflow import toy_workflow as toy")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "DLM_STORE": store.url}
+    command = [sys.executable, "-m", "workflows.cli", "plan", "mine:toy"]
+
+    def plan(**more: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(command, cwd=tmp_path, env=env | more, capture_output=True, text=True, timeout=50)
+
+    assert plan().stderr == "not this one\n", "so does Python"
+    planned = plan(PYTHONSAFEPATH="1")
+    assert (planned.returncode, "never run" in planned.stdout) == (0, True), planned.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cli.main(lambda: None)
+    assert sys.path[-1] == str(tmp_path)
 
 
 def test_command_to_copy_names_the_store_unless_it_is_the_default_one_and_a_lost_working_directory_is_none(

@@ -230,9 +230,13 @@ def test_run_whose_steps_another_run_finished_has_succeeded(dlm, store):
     assert dlm("status", "r1", "--watch").code == 0
 
 
-def test_run_that_was_never_started_does_not_succeed_by_what_others_made(store):
-    fabricate(store, toy_plan())
-    assert summarise(store, fabricate_run(store, toy_plan())).status == "submitted"
+def test_run_that_was_never_started_has_succeeded_once_others_made_all_of_it(store):
+    run = fabricate_run(store, toy_plan())
+    fabricate(store, toy_plan(), "source", "aside", "double")
+    assert summarise(store, run).status == "submitted"
+    fabricate(store, toy_plan(), "total")
+    summary = summarise(store, run)
+    assert (summary.status, summary.exit_code, summary.detail) == ("succeeded", 0, "finished by run test")
 
 
 def test_coordinator_not_heard_of_is_shown_as_stale_and_counts_as_interrupted(dlm, store):

@@ -96,17 +96,18 @@ def test_run_whose_rest_another_run_made_has_succeeded(dlm: Dlm, store, log):
 
 
 def test_selection_of_a_submitted_run_is_in_the_command_of_its_job(dlm: Dlm, store, monkeypatch):
-    commands = []
+    commands, over = [], []
 
     class Jobs:
         def __init__(self, address):
             self.url = address
 
-        def of_run(self, run_id):
-            return []
+        def of_run(self, run_id, store_id):
+            return over
 
         def submit(self, job_id, command, code, env, metadata):
             commands.append(command)
+            over.append(Job(job_id, "FAILED", ""))
             return Job(job_id, "PENDING", "")
 
     monkeypatch.setattr("workflows.submit.Jobs", Jobs)

@@ -7,27 +7,33 @@ from pathlib import Path
 import pytest
 
 from cluster.auth import names_a_secret
+from cluster.jobs import ClusterError, Job, Jobs
+from pipeline.artifact import json_bytes
 from pipeline.errors import UserError
 from tests.cluster.test_jobs import TOKEN, Dashboard, code, dashboard
 from tests.support.fabricated import begin, end, fabricate_run
-from tests.support.toy_workflow import toy_plan
+from tests.support.toy_workflow import fabricate, toy_plan
 from tests.workflows.conftest import Dlm
 from workflows import runs
 from workflows.cancel import CancelFile
 from workflows.lease import acquire_lease
 from workflows.store import Store
-from workflows.submit import last_submission, note_end, submit_run
+from workflows.submit import end_of, last_submission, note_end, submit_run
 
 __all__ = ["code", "dashboard"]
 
 
+def job_id(store: Store, attempt: int) -> str:
+    return f"r1-a{attempt}-{store.store_id[:6]}"
+
+
 def test_run_that_a_job_works_on_gets_no_second_job(dashboard: Dashboard, code: Path, store: Store, log):
     run = runs.create_run(store, toy_plan(log), "ray", "r1")
-    assert submit_run(store, run, dashboard.url, code).job_id == "r1-a1"
-    dashboard.jobs["r1-a1"]["status"] = "RUNNING"
+    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 1)
+    dashboard.jobs[job_id(store, 1)]["status"] = "RUNNING"
     acquire_lease(run.lease_dir, "the job's")
-    assert submit_run(store, run, dashboard.url, code).job_id == "r1-a1"
-    assert list(dashboard.jobs) == ["r1-a1"]
+    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 1)
+    assert list(dashboard.jobs) == [job_id(store, 1)]
 
 
 def test_attempt_after_one_that_is_over_is_another_job_that_may_run(
@@ -35,9 +41,9 @@ def test_attempt_after_one_that_is_over_is_another_job_that_may_run(
 ):
     run = runs.create_run(store, toy_plan(log), "ray", "r1")
     submit_run(store, run, dashboard.url, code)
-    dashboard.jobs["r1-a1"]["status"] = "FAILED"
+    dashboard.jobs[job_id(store, 1)]["status"] = "FAILED"
     CancelFile(run.cancel_file).request(is_cancel=True)
-    assert submit_run(store, run, dashboard.url, code).job_id == "r1-a2"
+    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 2)
     assert not run.cancel_file.exists(), "it was wanted again"
     words = dashboard.asked["entrypoint"].split()
     assert words[1:5] == ["-m", "workflows.supervise", "r1", "--store"]
@@ -54,16 +60,16 @@ def test_second_job_with_the_same_options_is_the_first_and_with_others_is_refuse
     def hand_over(python: str = "", env_names: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> str:
         return submit_run(store, run, dashboard.url, code, python, env_names, words).job_id
 
-    assert hand_over(env_names=("HF_HOME",), words=("--until", "double")) == "r1-a1"
-    assert hand_over() == hand_over(words=("--until", "double")) == "r1-a1"
-    assert hand_over(env_names=("HF_HOME",), words=("--until", "double")) == "r1-a1"
+    assert hand_over(env_names=("HF_HOME",), words=("--until", "double")) == job_id(store, 1)
+    assert hand_over() == hand_over(words=("--until", "double")) == job_id(store, 1)
+    assert hand_over(env_names=("HF_HOME",), words=("--until", "double")) == job_id(store, 1)
     for options in ({"words": ("--only", "source")}, {"python": "python9"}, {"env_names": ("OMP_NUM_THREADS",)}):
         with pytest.raises(
-            UserError, match=r"r1-a1 works on run r1 already, with --env HF_HOME --until double; .*dlm c"
+            UserError, match=r"r1-a1-\w{6} works on run r1 already, with --env HF_HOME --until double; .*dlm c"
         ):
             hand_over(**options)
-    dashboard.jobs["r1-a1"]["status"] = "FAILED"
-    assert hand_over(words=("--only", "source")) == "r1-a2"
+    dashboard.jobs[job_id(store, 1)]["status"] = "FAILED"
+    assert hand_over(words=("--only", "source")) == job_id(store, 2)
     assert dashboard.asked["runtime_env"]["env_vars"]["HF_HOME"] == "1", "as before"
     assert dashboard.asked["entrypoint"].endswith("--only source")
 
@@ -99,14 +105,18 @@ def test_job_that_ended_before_its_coordinator_began_is_told_by_whoever_sees_it(
     submit_run(store, run, dashboard.url, code)
     status, exit_code, detail = status_of(dlm, "--address", dashboard.url)
     assert (status, exit_code) == ("submitted", None)
-    assert f"job r1-a1 was handed over to {dashboard.url} on 20" in detail
+    assert f"job {job_id(store, 1)} was handed over to {dashboard.url} on 20" in detail
     assert "dlm status --address" in detail
-    dashboard.jobs["r1-a1"] |= {"status": "FAILED", "message": f"no such interpreter {TOKEN}"}
+    dashboard.jobs[job_id(store, 1)] |= {"status": "FAILED", "message": f"no such interpreter {TOKEN}"}
     assert status_of(dlm)[0] == "submitted", "nobody has looked"
     watched = dlm("status", "r1", "--watch", "--address", dashboard.url)
     assert watched.code == 75
     assert "go on with: dlm resume r1" in watched.stdout
-    told = ("interrupted", 75, "job r1-a1 ended before it began to work on it: failed: no such interpreter ***")
+    told = (
+        "interrupted",
+        75,
+        f"job {job_id(store, 1)} ended before it began to work on it: failed: no such interpreter ***",
+    )
     assert status_of(dlm) == told
     assert dlm("status", "r1", "--watch").code == 75
     lease = begin(run, [])
@@ -120,10 +130,13 @@ def test_resumed_run_waits_for_its_new_job(dashboard: Dashboard, code: Path, sto
     run = fabricate_run(store, toy_plan(log), [("step_started", "source", {"epoch": 1})])
     end(run, 1, "failed")
     assert status_of(dlm)[0] == "failed"
-    assert submit_run(store, run, dashboard.url, code).job_id == "r1-a2"
+    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 2)
     assert status_of(dlm)[0] == "submitted"
-    note_end(run, "r1-a2", "failed: no such node")
-    assert status_of(dlm)[::2] == ("failed", "job r1-a2 ended before it began to work on it: failed: no such node")
+    note_end(run, job_id(store, 2), "failed: no such node")
+    assert status_of(dlm)[::2] == (
+        "failed",
+        f"job {job_id(store, 2)} ended before it began to work on it: failed: no such node",
+    )
 
 
 def test_job_that_a_cluster_does_not_know_ends_the_watch(dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm):
@@ -134,7 +147,10 @@ def test_job_that_a_cluster_does_not_know_ends_the_watch(dashboard: Dashboard, c
     dashboard.jobs.clear()
     watched = dlm("status", "r1", "--watch", "--address", dashboard.url)
     assert watched.code == 2
-    assert f"knows no job r1-a1: it is not the one at {dashboard.url}, or has been started anew" in watched.stderr
+    assert (
+        f"knows no job {job_id(store, 1)}: it is not the one at {dashboard.url}, or has been started anew"
+        in watched.stderr
+    )
 
 
 def test_job_that_is_cancelled_before_it_began_leaves_no_run_that_waits(
@@ -142,8 +158,8 @@ def test_job_that_is_cancelled_before_it_began_leaves_no_run_that_waits(
 ):
     monkeypatch.setattr("workflows.commands.submitting._BEYOND_GRACE_S", 0.1)
 
-    def stop(jobs, job_id: str) -> None:
-        dashboard.jobs[job_id]["status"] = "STOPPED"
+    def stop(jobs, stopped: str) -> None:
+        dashboard.jobs[stopped]["status"] = "STOPPED"
 
     monkeypatch.setattr("cluster.jobs.Jobs.stop", stop)
     submit_run(store, runs.create_run(store, toy_plan(log), "ray", "r1"), dashboard.url, code)
@@ -176,6 +192,116 @@ def test_job_that_cannot_be_asked_does_not_keep_a_run_from_being_cancelled(
     assert last_submission(run) is not None
     assert dlm("cancel", "r1", "--undo").code == 0
     assert not run.cancel_file.exists()
+
+
+@pytest.mark.parametrize("is_made", [False, True])
+def test_request_stays_where_the_cluster_of_a_job_that_has_not_begun_does_not_answer(
+    dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm, monkeypatch, is_made: bool
+):
+    monkeypatch.setattr("cluster.jobs._TRIES", 1)
+    plan = toy_plan(log)
+    if is_made:
+        fabricate(store, plan)
+    run = runs.create_run(store, plan, "ray", "r1")
+    submit_run(store, run, dashboard.url, code)
+    dashboard.version = "1.2.3"  # of a cluster that nobody here can talk to
+    done = dlm("cancel", "r1", "--grace", "0")
+    assert (done.code, run.cancel_file.exists()) == (75, True)
+    assert "its job cannot be asked" in done.stderr
+    assert "dlm cancel r1 --undo" in done.stderr
+
+
+def test_run_that_is_made_and_whose_cluster_knows_no_job_is_left_as_it_is(
+    dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm
+):
+    plan = toy_plan(log)
+    fabricate(store, plan)
+    run = runs.create_run(store, plan, "ray", "r1")
+    submit_run(store, run, dashboard.url, code)
+    dashboard.jobs.clear()
+    done = dlm("cancel", "r1")
+    assert (done.code, done.stderr.endswith("nothing works on run r1\n")) == (0, True), done.stderr
+    assert not run.cancel_file.exists()
+
+
+@pytest.mark.parametrize(("has_begun", "is_left"), [(False, False), (True, True)])
+def test_run_that_waits_for_its_job_is_wanted_again_when_it_is_submitted_again(
+    dashboard: Dashboard, code: Path, store: Store, log, has_begun: bool, is_left: bool
+):
+    run = runs.create_run(store, toy_plan(log), "ray", "r1")
+    submit_run(store, run, dashboard.url, code)
+    if has_begun:
+        acquire_lease(run.lease_dir, "the job's")
+    CancelFile(run.cancel_file).request(is_cancel=True)
+    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 1)
+    assert run.cancel_file.exists() is is_left
+
+
+def test_submitted_run_all_of_whose_steps_are_there_has_succeeded(
+    dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm
+):
+    plan = toy_plan(log)
+    fabricate(store, plan)
+    submit_run(store, runs.create_run(store, plan, "ray", "r1"), dashboard.url, code)
+    assert status_of(dlm) == ("succeeded", 0, "finished by run test")
+
+
+def test_log_that_ray_tells_as_the_end_of_a_job_is_not_told_further(
+    dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm
+):
+    run = runs.create_run(store, toy_plan(log), "ray", "r1")
+    submit_run(store, run, dashboard.url, code)
+    log_lines = "a line of the log with a key of the cluster\n" * 40
+    dashboard.jobs[job_id(store, 1)] |= {"status": "FAILED", "message": f"exit code 1, {'long ' * 80}:\n{log_lines}"}
+    _, _, detail = status_of(dlm, "--address", dashboard.url)
+    told = end_of(run, job_id(store, 1))
+    assert told in detail
+    assert told.startswith("failed: exit code 1, long long")
+    assert len(told) <= 200
+    assert "log" not in detail.partition(": ")[2]
+    assert "\n" not in detail
+
+
+def test_record_of_an_earlier_version_is_read(store: Store, log, dlm: Dlm):
+    run = runs.create_run(store, toy_plan(log), "local", "r1")
+    old = {"job_id": "r1-a1", "address": "http://127.0.0.1:1", "user": "u", "time": 1.0, "python": "", "env": []}
+    (run.directory / "jobs" / "r1-a1.json").write(json_bytes(old))
+    assert status_of(dlm)[:2] == ("interrupted", 75)
+    assert dlm("list").code == 0
+
+
+def test_cluster_that_is_silent_for_a_while_does_not_end_the_watch(
+    dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm, monkeypatch
+):
+    monkeypatch.setattr("workflows.commands.status._ASK_EVERY_S", 0.0)
+    submit_run(store, runs.create_run(store, toy_plan(log), "ray", "r1"), dashboard.url, code)
+    real, looks = Jobs.of_run, []
+
+    def of_run(jobs: Jobs, *about: str) -> list[Job]:
+        looks.append(len(looks))
+        if len(looks) in (2, 3):
+            raise ClusterError("the cluster does not answer")
+        if len(looks) == 4:
+            dashboard.jobs[job_id(store, 1)]["status"] = "FAILED"
+        return real(jobs, *about)
+
+    monkeypatch.setattr(Jobs, "of_run", of_run)
+    watched = dlm("status", "r1", "--watch", "--address", dashboard.url)
+    assert (watched.code, len(looks)) == (75, 4), watched.stderr
+    assert watched.stderr.count("does not answer; it is asked again") == 1
+
+
+def test_cluster_that_does_not_answer_at_all_is_refused(
+    dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm, monkeypatch
+):
+    submit_run(store, runs.create_run(store, toy_plan(log), "ray", "r1"), dashboard.url, code)
+
+    def of_run(jobs: Jobs, *about: str) -> list[Job]:
+        raise ClusterError("the cluster does not answer")
+
+    monkeypatch.setattr(Jobs, "of_run", of_run)
+    watched = dlm("status", "r1", "--watch", "--address", dashboard.url)
+    assert (watched.code, watched.stderr.endswith("error: the cluster does not answer\n")) == (5, True), watched.stderr
 
 
 @pytest.mark.parametrize(

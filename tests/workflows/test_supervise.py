@@ -1,5 +1,6 @@
 """The supervisor of a coordinator, around children that do as they are told."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import psutil
 import pytest
 
 from cluster.local import LocalExecutor
+from pipeline.artifact import json_bytes
 from tests.support.executors import NUM_CPUS
 from tests.support.toy_workflow import coordinate, fabricate, is_gone, toy_plan, wait_until
 from workflows import runs, supervise
-from workflows.store import EventLog, open_store
+from workflows.store import EventLog, RunPlace, Store, open_store
 from workflows.submit import end_of
 from workflows.supervise import Supervisor, has_ended, is_final, published
 
@@ -257,6 +259,63 @@ def test_what_another_cluster_would_do_no_good_is_final(tmp_path, code: int, end
     for status in endings:
         log.write("run_ended", status=status)
     assert is_final(code, run) is final
+
+
+def test_attempt_that_did_not_end_is_not_final_because_the_one_before_was_cancelled(tmp_path):
+    run = open_store(tmp_path).create_run("r1", {})
+    first = EventLog(run, 1)
+    first.write("run_started")
+    first.write("run_ended", status="cancelled")
+    assert is_final(75, run)
+    EventLog(run, 2).write("run_started")
+    assert not is_final(75, run)
+
+
+def with_another_schema(store: Store, run: RunPlace) -> None:
+    (store.root / "store.json").write(json_bytes({"schema_version": 99, "id": "x"}))
+
+
+def with_a_damaged_plan(store: Store, run: RunPlace) -> None:
+    (run.directory / "run.json").write(b'{"plan"')
+
+
+def with_a_stage_that_is_not_here(store: Store, run: RunPlace) -> None:
+    plan = json.loads((run.directory / "run.json").read_bytes())
+    plan["plan"]["steps"][0]["stage"] = "own_stages"
+    (run.directory / "run.json").write(json_bytes(plan))
+
+
+@pytest.mark.parametrize(
+    ("made", "code", "told"),
+    [
+        (with_another_schema, 2, ""),
+        (with_a_damaged_plan, 3, "its supervisor ended with code 3: "),
+        (with_a_stage_that_is_not_here, 2, "its supervisor ended with code 2: stage 'own_stages'"),
+    ],
+)
+def test_end_of_the_supervisor_itself_is_noted_and_stops_its_job(store, monkeypatch, capsys, made, code, told):
+    run = runs.create_run(store, toy_plan(), "ray", "r1")
+    made(store, run)
+    stopped: list[bool] = []
+    monkeypatch.setattr("cluster.jobs.stop_own_job", lambda: stopped.append(True))
+    monkeypatch.setattr(supervise, "_STOPPED_S", 0.0)
+    monkeypatch.setenv("DLM_JOB_ID", "r1-a1")
+    with pytest.raises(SystemExit, match=str(code)):
+        supervise._supervise(["r1", "--store", store.url, "--stop-own-job"])
+    assert stopped == [True]
+    assert end_of(run, "r1-a1").startswith(told)
+    assert bool(end_of(run, "r1-a1")) is bool(told)
+    assert "supervisor: error: " in capsys.readouterr().err
+
+
+def test_store_that_does_not_answer_the_supervisor_is_tried_again_on_another_cluster(store, monkeypatch):
+    def silent(url: str) -> Store:
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr("workflows.store.open_store", silent)
+    monkeypatch.setattr("cluster.jobs.stop_own_job", lambda: pytest.fail("it is not for good"))
+    with pytest.raises(SystemExit, match="75"):
+        supervise._supervise(["r1", "--store", store.url, "--stop-own-job"])
 
 
 def test_job_of_its_own_is_stopped_where_a_new_attempt_would_end_no_better(store, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from workflows.commands.common import (
     parse_settings,
     print_json,
     say,
+    store_option,
     typed_command,
 )
 from workflows.plan import Action, explain
@@ -116,8 +117,14 @@ def plan(
                 sizing.print_sizings(console, sized)
         return
     if freeze:
-        made = runs.create_run(find_writable_store(store), plan, "ray", freeze, settings, typed_command())
-        say(f"run {made.run_id} is written down, and nothing works on it yet")
+        place = find_writable_store(store)
+        is_new = not (place.run_place(freeze).directory / "run.json").exists()
+        runs.create_run(place, plan, "ray", freeze, settings, typed_command())
+        say(
+            f"run {freeze} is written down, and nothing works on it yet"
+            if is_new
+            else f"run {freeze} was written down before, with this plan: dlm status {freeze}{store_option(place)}"
+        )
     actions = explain(plan, find_store(store))
     if as_json:
         print_json(actions)

@@ -20,8 +20,6 @@ from workflows.commands.completing import DEFAULT_STORE, complete_recipes, compl
 from workflows.coordinator import Options
 from workflows.store import Store, open_store, open_writable_store
 
-EXIT_USAGE, EXIT_FAILED, EXIT_DRIFT, EXIT_UNSCHEDULABLE, EXIT_INTERRUPTED = 2, 3, 4, 5, 75
-
 console = Console()
 errors = Console(stderr=True)
 
@@ -86,7 +84,12 @@ EnvOption = Annotated[
     ),
 ]
 QueueOption = Annotated[
-    float, typer.Option("--queue-timeout", min=0.0, help="Seconds to wait for what a step needs and nobody else uses.")
+    float | None,
+    typer.Option(
+        "--queue-timeout",
+        min=0.0,
+        help=f"Seconds to wait for what a step needs and nobody else uses; {Options.queue_timeout_s:.0f} by default.",
+    ),
 ]
 FailFastOption = Annotated[bool, typer.Option("--fail-fast", help="Stop everything at the first failure.")]
 
@@ -177,7 +180,12 @@ def store_option(store: Store) -> str:
     return f" --store {shlex.quote(store.url)}"
 
 
-def option_words(queue_timeout_s: float, is_fail_fast: bool) -> list[str]:
-    """The words that give a job's command the options of how it runs."""
+def queue_timeout(given_s: float | None) -> float:
+    """What --queue-timeout was given, or its default."""
+    return Options.queue_timeout_s if given_s is None else given_s
+
+
+def option_words(queue_timeout_s: float | None, is_fail_fast: bool) -> list[str]:
+    """The words that give a job's command the options of how it runs, if they were given."""
     words = ["--fail-fast"] if is_fail_fast else []
-    return words if queue_timeout_s == Options.queue_timeout_s else [*words, "--queue-timeout", f"{queue_timeout_s:g}"]
+    return words if queue_timeout_s is None else [*words, "--queue-timeout", f"{queue_timeout_s:g}"]

@@ -9,15 +9,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from workflows.commands.common import (
-    DEFAULT_STORE,
-    EXIT_FAILED,
-    JsonOption,
-    StoreOption,
-    console,
-    print_json,
-    say,
-)
+from workflows.commands.common import DEFAULT_STORE, JsonOption, StoreOption, console, print_json, say
+from workflows.exit_codes import EXIT_FAILED
 
 _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 

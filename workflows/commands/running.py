@@ -15,9 +15,6 @@ from workflows import runs
 from workflows.amendments import Wishes, amend, prepare
 from workflows.commands.common import (
     DEFAULT_STORE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_UNSCHEDULABLE,
     EnvOption,
     ExecutorOption,
     FailFastOption,
@@ -35,6 +32,7 @@ from workflows.commands.common import (
     find_writable_store,
     option_words,
     parse_settings,
+    queue_timeout,
     say,
     store_option,
     typed_command,
@@ -42,6 +40,7 @@ from workflows.commands.common import (
 from workflows.coordinator import Coordinator, Options
 from workflows.copies import local_copy
 from workflows.display import Display
+from workflows.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNSCHEDULABLE
 from workflows.lease import HEARTBEAT_S, STALE_AFTER_S, find_holder
 from workflows.live.writer import LiveReport
 from workflows.plan import Plan
@@ -68,7 +67,7 @@ def run(
     from_: StepsFrom = [],  # noqa: B006 - as above
     until: StepsUntil = [],  # noqa: B006 - as above
     only: StepsOnly = [],  # noqa: B006 - as above
-    queue_timeout_s: QueueOption = Options.queue_timeout_s,
+    queue_timeout_s: QueueOption = None,
     fail_fast: FailFastOption = False,
 ) -> None:
     """Run a recipe; steps whose output exists are not run again."""
@@ -79,7 +78,7 @@ def run(
     made = runs.create_run(place, plan, name, run_id, settings, typed_command())
     plan = runs.frozen_plan(made)
     _warn(*runs.advice(plan), runs.code_change(made), *runs.crowding(plan))
-    _drive(place, made, plan, name, Options(queue_timeout_s, fail_fast, selected=selected))
+    _drive(place, made, plan, name, Options(queue_timeout(queue_timeout_s), fail_fast, selected=selected))
 
 
 def resume(
@@ -103,7 +102,7 @@ def resume(
     from_: StepsFrom = [],  # noqa: B006 - as above
     until: StepsUntil = [],  # noqa: B006 - as above
     only: StepsOnly = [],  # noqa: B006 - as above
-    queue_timeout_s: QueueOption = Options.queue_timeout_s,
+    queue_timeout_s: QueueOption = None,
     fail_fast: FailFastOption = False,
     python: PythonOption = "",
     env: EnvOption = [],  # noqa: B006 - as above
@@ -131,7 +130,7 @@ def resume(
         words = [*selection_words(from_, until, only), *option_words(queue_timeout_s, fail_fast)]
         hand_over(place, run, address, python, env, words)
         return
-    options = Options(queue_timeout_s, fail_fast, is_wanted_again=address != _WITHIN, selected=selected)
+    options = Options(queue_timeout(queue_timeout_s), fail_fast, is_wanted_again=address != _WITHIN, selected=selected)
     _drive(place, run, plan, runs.frozen_executor(run), options, address)
 
 

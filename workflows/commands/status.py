@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from cluster.jobs import Jobs
+from cluster.jobs import ClusterError, Jobs
 from pipeline.errors import UserError
 from workflows import runs
 from workflows.commands.common import (
@@ -24,6 +24,7 @@ from workflows.commands.common import (
     page_width,
     print_json,
     print_line,
+    say,
     store_option,
 )
 from workflows.display import age, columns, duration
@@ -55,7 +56,7 @@ def status(
     place = find_store(store)
     run = runs.require_run_id(place, run_id)
     known: dict[str, Event] = {}
-    ask = _asking(run, address) if address else None
+    ask = _asking(place, run, address) if address else None
 
     def look() -> RunSummary:
         summary = summarise(place, run, known)
@@ -86,20 +87,33 @@ def status(
         raise typer.Exit(summary.exit_code or 0)
 
 
-def _asking(run: RunPlace, address: str) -> Callable[[], None]:
-    """Asks a cluster, now and then, about the job that was handed over last: how it ended is then in the store."""
+def _asking(store: Store, run: RunPlace, address: str) -> Callable[[], None]:
+    """Asks a cluster, now and then, about the job that was handed over last: how it ended is then in the store.
+
+    One that has answered once may be silent for a while.
+    """
     if last_submission(run) is None:
         raise UserError(f"run {run.run_id} was not handed over to a cluster; leave --address out")
-    jobs, next_s = Jobs(address), 0.0
+    jobs, next_s, has_answered, is_silent = Jobs(address), 0.0, False, False
 
     def ask() -> None:
-        nonlocal next_s
+        nonlocal next_s, has_answered, is_silent
         if time.monotonic() < next_s:
             return
         next_s = time.monotonic() + _ASK_EVERY_S
         job = last_submission(run)
         assert job is not None
-        if job.job_id not in {found.job_id for found in jobs_of(run, jobs)}:
+        try:
+            known = {found.job_id for found in jobs_of(store, run, jobs)}
+        except ClusterError as error:
+            if not has_answered:
+                raise
+            if not is_silent:
+                say(f"{error}; it is asked again every {_ASK_EVERY_S:g} s")
+            is_silent = True
+            return
+        has_answered, is_silent = True, False
+        if job.job_id not in known:
             raise UserError(
                 f"the cluster at {jobs.url} knows no job {job.job_id}: it is not the one at {job.address}, or has been "
                 f"started anew since. To hand the run over again: dlm resume {run.run_id} --address {address}"

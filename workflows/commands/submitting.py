@@ -15,7 +15,6 @@ from workflows import runs
 from workflows.cancel import CancelFile
 from workflows.commands.common import (
     DEFAULT_STORE,
-    EXIT_INTERRUPTED,
     EnvOption,
     FailFastOption,
     PythonOption,
@@ -34,12 +33,13 @@ from workflows.commands.common import (
     store_option,
     typed_command,
 )
-from workflows.coordinator import Options
+from workflows.exit_codes import EXIT_INTERRUPTED
 from workflows.lease import Holder, find_holder
 from workflows.selection import selection, selection_words
 from workflows.snapshot import code_archive
 from workflows.store import RunPlace, Store
 from workflows.submit import jobs_of, last_submission, submit_run
+from workflows.summary import summarise
 
 AddressOption = Annotated[
     str,
@@ -63,7 +63,7 @@ def submit(
     from_: StepsFrom = [],  # noqa: B006 - as above
     until: StepsUntil = [],  # noqa: B006 - as above
     only: StepsOnly = [],  # noqa: B006 - as above
-    queue_timeout_s: QueueOption = Options.queue_timeout_s,
+    queue_timeout_s: QueueOption = None,
     fail_fast: FailFastOption = False,
 ) -> None:
     """Hand a run over to a Ray cluster; with the id of an existing run this is a resume."""
@@ -107,15 +107,22 @@ def cancel(
         request.withdraw()
         return
     is_free = holder is None or holder.is_free
-    if is_free and last_submission(run) is None:
+    may_begin = is_free and _may_begin(place, run)
+    if is_free and not may_begin and last_submission(run) is None:
         say(f"nothing works on run {run_id}")
         return
     request.request(grace, is_cancel=True)  # before anybody else is asked, who may not answer
-    job = _live_job(run)
+    job, was_asked = _live_job(place, run)
     if is_free and job is None:
-        request.withdraw()
-        say(f"nothing works on run {run_id}")
-        return
+        if was_asked and not may_begin:
+            request.withdraw()
+            say(f"nothing works on run {run_id}")
+            return
+        say(
+            f"nothing works on run {run_id} as far as is known; the request was left for a job that begins it later. "
+            f"To take it back: dlm cancel {run_id} --undo{store_option(place)}, or dlm resume"
+        )
+        raise typer.Exit(0 if was_asked else EXIT_INTERRUPTED)
     if not _ends(run, job, grace + _BEYOND_GRACE_S):
         _end_by_force(run, holder, job)
     if not _ends(run, job, _GIVE_UP_S):
@@ -123,25 +130,30 @@ def cancel(
         say(f"the request was left, but {holder or 'its job'} has not answered; it stops when it sees it")
         raise typer.Exit(EXIT_INTERRUPTED)
     if job is not None:
-        jobs_of(run, job[0])
+        jobs_of(place, run, job[0])
     say(f"cancelled; go on with: dlm resume {run_id}{store_option(place)}")
 
 
 _LiveJob = tuple[Jobs, str]
 
 
-def _live_job(run: RunPlace) -> _LiveJob | None:
-    """The job that works on a run or waits to; None if there is none, or its cluster does not answer."""
+def _may_begin(store: Store, run: RunPlace) -> bool:
+    """Whether what the store knows nothing of may begin a run: a Slurm job that waits, the next cluster of a RayJob."""
+    return summarise(store, run).status != "succeeded" and runs.frozen_executor(run) == "ray"
+
+
+def _live_job(store: Store, run: RunPlace) -> tuple[_LiveJob | None, bool]:
+    """The job that works on a run or waits to, if there is one; and whether its cluster could be asked."""
     submission = last_submission(run)
     if submission is None:
-        return None
+        return None, True
     try:
         jobs = Jobs(submission.address)
-        live = [job for job in jobs_of(run, jobs) if job.status not in OVER]
+        live = [job for job in jobs_of(store, run, jobs) if job.status not in OVER]
     except (AuthError, ClusterError) as error:
         say(f"its job cannot be asked, the request in the store has to do: {error}")
-        return None
-    return (jobs, live[0].job_id) if live else None
+        return None, False
+    return (jobs, live[0].job_id) if live else None, True
 
 
 def _ends(run: RunPlace, job: _LiveJob | None, within_s: float) -> bool:

@@ -11,8 +11,6 @@ from workflows import runs
 from workflows.commands import running
 from workflows.commands.common import (
     DEFAULT_STORE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
     ExecutorOption,
     JsonOption,
     SetOption,
@@ -28,6 +26,7 @@ from workflows.commands.common import (
     typed_command,
 )
 from workflows.coordinator import Options
+from workflows.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from workflows.store import Store
 from workflows.summary import summarise
 from workflows.sweep import Row, create_sweep, open_sweep, parse_grid, plan_sweep, results

@@ -10,7 +10,6 @@ from pipeline.errors import UserError
 from pipeline.storage import Place
 from workflows.commands.common import (
     DEFAULT_STORE,
-    EXIT_UNSCHEDULABLE,
     JsonOption,
     StoreOption,
     console,
@@ -19,6 +18,7 @@ from workflows.commands.common import (
     print_json,
     say,
 )
+from workflows.exit_codes import EXIT_UNSCHEDULABLE
 from workflows.gc import DAY_S, collect, find_garbage, freed_bytes
 from workflows.lease import STALE_AFTER_S, Holder, Lease, find_holder
 from workflows.store import ArtifactPlace, Store
