@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from tests.support.tiny_run import Artifacts
 
 _WITH_RAY = ("cluster", "workflows")
+"""Packages whose tests share a process, and Ray's token there."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "Scheduling":
-    """Whatever may start a Ray shares one process: Ray reads its token once in each.  Other files stay together."""
+    """Two Rays at once are too many for two cores: what may start one shares a process.  Other files stay together."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -34,6 +35,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "Scheduling"
             return "Ray" if file.split("/")[1] in _WITH_RAY else file
 
     return ByFile(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_ray_token(request: pytest.FixtureRequest) -> None:
+    """Where there are tests that may start a Ray, its token is settled before the first."""
+    if any(item.path.relative_to(Path(__file__).parent).parts[0] in _WITH_RAY for item in request.session.items):
+        from tests.support.ray_token import settle_token
+
+        settle_token()
 
 
 @pytest.fixture(scope="session")

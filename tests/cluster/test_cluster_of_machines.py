@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.ray_cluster import ROOT, TOKEN, cluster_env
+from tests.support.ray_cluster import ROOT, cluster_env
 from tests.support.ray_namespaces import Machines, can_make_namespaces, machines
+from tests.support.ray_token import TOKEN
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, toy_workflow, wait_until
 from workflows.store import RunPlace, Store

@@ -15,7 +15,8 @@ import pytest
 
 from cluster.jobs import OVER, Jobs
 from cluster.shapes import resume_command
-from tests.support.ray_cluster import ROOT, TOKEN, Running, cluster_env, ray_cluster
+from tests.support.ray_cluster import ROOT, Running, cluster_env, ray_cluster
+from tests.support.ray_token import TOKEN
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, is_gone, toy_workflow, wait_until
 from workflows.snapshot import OWN_PACKAGES, code_zip

@@ -13,7 +13,8 @@ import pytest
 
 from cluster.jobs import OVER, Jobs
 from tests.support.checks import of, only, tree
-from tests.support.ray_cluster import ROOT, TOKEN, Running, cluster_env, ray_cluster
+from tests.support.ray_cluster import ROOT, Running, cluster_env, ray_cluster
+from tests.support.ray_token import TOKEN
 from tests.support.toy_workflow import wait_until
 from tests.workflows.test_doctor import WAITING
 from tests.workflows.test_supervise import DRIVER

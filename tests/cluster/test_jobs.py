@@ -16,9 +16,9 @@ from cluster import jobs as jobs_module
 from cluster.auth import AuthError
 from cluster.jobs import ClusterError, Jobs, dashboard_url
 from cluster.shapes import STABLE, ray_version
+from tests.support.ray_token import TOKEN
 
 pytestmark = [pytest.mark.filterwarnings("default::ResourceWarning"), pytest.mark.timeout(120)]
-TOKEN = "a-token-of-this-test"
 
 
 class Dashboard(ThreadingHTTPServer):
@@ -55,8 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _is_let_in(self) -> bool:
-        # Which token is not looked at: Ray reads it once a process, and other tests may have had another.
-        if (self.headers.get("Authorization") or "").startswith("Bearer ") and self.server.token == TOKEN:
+        if self.headers.get("Authorization") == f"Bearer {self.server.token}":
             return True
         self._answer(401, "Unauthorized")
         return False

@@ -6,7 +6,6 @@
 
 import json
 import os
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -18,11 +17,10 @@ from typing import Any
 
 import psutil
 
+from tests.support.ray_token import TOKEN
 from tests.support.toy_workflow import wait_until
 
 ROOT = Path(__file__).parents[2]
-TOKEN = secrets.token_hex(20)
-"""Drawn anew: a constant would be in the code that runs keep."""
 _STORE_BYTES = 80 * 2**20
 
 

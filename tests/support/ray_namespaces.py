@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from tests.support.ray_cluster import ROOT, TOKEN, cluster_env
+from tests.support.ray_cluster import ROOT, cluster_env
+from tests.support.ray_token import TOKEN
 from tests.support.toy_workflow import wait_until
 
 _PORT, _DASHBOARD_PORT = 6399, 8299
