@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cluster.executor import GPUS_ENV
@@ -22,6 +23,15 @@ _COLLECTIVE_TIMEOUT_S = 600
 _MORE_WAIT_S = 15.0
 """Time that fewer ranks than wanted wait for more to fit: a lost node may be replaced, another call may just end."""
 _LOOK_EVERY_S = 0.5
+
+GANG_LOG = "gang.log"
+"""What drives a gang writes it, on the machine of the coordinator."""
+_STARTING = "starting"
+
+
+def has_room(log: Path) -> bool:
+    """Whether a gang has found room, and its ranks are being started: they hold the cores that look taken then."""
+    return log.exists() and any(line.startswith(_STARTING) for line in log.read_text(errors="replace").splitlines())
 
 
 def run_gang(
@@ -47,7 +57,8 @@ def run_gang(
     from cluster.gloo import NodeAddressConfig
 
     size, on_gpus = _wait_for_room(sizes, cpus, wants_gpus, may_grow)
-    print(f"starting {size} of at most {sizes[-1]} ranks, {'one GPU each' if on_gpus else 'without GPUs'}", flush=True)  # noqa: T201
+    kind = "one GPU each" if on_gpus else "without GPUs"
+    print(f"{_STARTING} {size} of at most {sizes[-1]} ranks, {kind}", flush=True)  # noqa: T201
     with tempfile.TemporaryDirectory(prefix="dlm-train-") as storage:
         trainer = (TorchTrainer if may_grow else _own_trainer())(
             _run_rank,

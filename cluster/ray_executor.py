@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.connect import connect
 from cluster.executor import Call, Ended, Executor, Shortage
-from cluster.gang import run_gang
+from cluster.gang import GANG_LOG, has_room, run_gang
 from cluster.logged import redirected, run_logged
 from cluster.nodes import drain_notice, nodes, remove_placement_groups, shortage
 from cluster.reaper import dismiss_reaper, start_reaper
@@ -52,7 +52,7 @@ def _run_gang(
     may_grow: bool,
 ) -> None:
     os.environ.update(env)
-    with redirected(Path(log_dir) / "gang.log"):
+    with redirected(Path(log_dir) / GANG_LOG):
         run_gang(function, payload, sizes, cpus, log_dir, wants_gpus=wants_gpus, may_grow=may_grow)
 
 
@@ -137,7 +137,9 @@ class RayExecutor(Executor):
         return not self._is_embedded
 
     def shortage(self, call: Call) -> Shortage | None:
-        """What the nodes lack."""
+        """What the nodes lack; nothing where a log on this machine tells that the call holds what it wants."""
+        if (call.log_dir / "rank-0.log").exists() or (call.gang_sizes and has_room(call.log_dir / GANG_LOG)):
+            return None
         return shortage(call, nodes())
 
     def start(self, call: Call) -> None:

@@ -19,8 +19,8 @@ from workflows.store import ArtifactPlace, EventLog, RunPlace, Store
 from workflows.worker import ON_GPUS, Piece
 
 _WORKER = "workflows.worker:run_piece"
-_SHOWN_AFTER_S = 2.0
-"""A call that waits for so long is told to be queued."""
+_SHOWN_AFTER_S = 5.0
+"""A call that waits for so long is told to be queued: the process of one that need not wait takes seconds to start."""
 
 
 @dataclass(frozen=True)

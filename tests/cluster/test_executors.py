@@ -324,3 +324,18 @@ def test_gang_is_started_again_on_the_cores_of_a_killed_controller_while_another
     assert shared_ray.wait(0.0) == [], "the other one goes on"
     shared_ray.cancel(left)
     wait_until(lambda: [one.key for one in shared_ray.wait(0.1)] == [left], "it has ended", 60.0)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(RAY_LIMIT_S)
+@pytest.mark.parametrize("gang_size", [0, 2])
+def test_call_that_runs_lacks_nothing_though_it_holds_all_that_there_is(shared_ray, tmp_path, gang_size):
+    item = call("sleep", tmp_path, gang_size=gang_size, cpus=NUM_CPUS / max(gang_size, 1))
+    other = call("sleep", tmp_path, key="other")
+    shared_ray.start(item)
+    wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == max(gang_size, 1), "it runs", 90.0)
+    assert shared_ray.shortage(item) is None
+    assert "free are 0 cores" in shared_ray.shortage(other).reason
+    shared_ray.cancel(item.key)
+    found: list[Ended] = []
+    wait_until(lambda: found.extend(shared_ray.wait(0.1)) or found, "the call has ended", 60.0)
