@@ -362,7 +362,7 @@ def test_unlock_releases_a_stale_lease_of_a_run_and_of_an_artifact(dlm: Dlm, sto
         done = dlm("unlock", name)
         assert (done.code, "elsewhere" in done.stdout, "released" in done.stdout) == (0, True, True)
         assert "000001.released" in folder.names()
-        assert "was released" in dlm("unlock", name).stdout
+        assert "nothing to release" in dlm("unlock", name).stdout
 
 
 def test_unlock_releases_the_lease_of_a_dead_process(dlm: Dlm, store):

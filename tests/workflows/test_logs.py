@@ -101,6 +101,11 @@ def test_run_without_logs_says_so(dlm, store):
     assert "no logs yet" in dlm("logs").stdout
 
 
+def test_log_without_a_line_says_so(dlm, store):
+    fabricate_turn(fabricate_run(store, toy_plan()), 1, "source", log_0="", done=None)
+    assert dlm("logs").stdout.endswith("rank-0.log <==\n(empty)\n")
+
+
 def test_end_of_a_long_log_is_whole_lines(store, tmp_path):
     text = "".join(f"{number} {'ü' * 1000}\n" for number in range(300)) + "last"
     (tmp_path / "log").write_text(text)

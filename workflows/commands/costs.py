@@ -15,7 +15,7 @@ from workflows.cost import Cost, cost_json, cost_of, total_of
 from workflows.display import columns, duration
 from workflows.summary import summarise
 
-_HEADER = ("step", "attempt", "processes", "wall", "CPU used", "CPU-hours", "GPU-hours", "")
+_HEADER = ("step", "attempt", "processes", "their wall time", "CPU used", "CPU-hours", "GPU-hours", "")
 
 
 def cost(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:

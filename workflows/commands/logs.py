@@ -87,7 +87,7 @@ def logs(
     hide = _hiding()
     tail, end = tail_of(log.place, lines)
     if not follow:
-        print_line(hide(tail).rstrip("\n"))
+        print_line(hide(tail).rstrip("\n") or "(empty)")
         return
     whole, _, rest = tail.rpartition("\n")
     if whole:

@@ -80,7 +80,8 @@ def unlock(
         return
     lease = Lease(folder, holder.epoch, holder.token)
     if (folder / f"{holder.epoch:06d}.released").exists():
-        console.print(f"the lease on {what} was released: epoch {holder.epoch}, {_who(holder)}", highlight=False)
+        was = f"epoch {holder.epoch}, process {holder.owner.pid} on {holder.owner.host} ({holder.purpose})"
+        console.print(f"nothing to release: who held the lease on {what} gave it back ({was})", highlight=False)
         return
     console.print(f"the lease on {what}: epoch {holder.epoch}, {_who(holder)}", highlight=False)
     if holder.is_free:
