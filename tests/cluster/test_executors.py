@@ -9,8 +9,10 @@ import pytest
 from cluster import gpus, local
 from cluster import ray_executor as ray_executor_module
 from cluster.executor import Call, Ended, Executor
+from cluster.gang import GANG_LOG
 from cluster.gpus import DriverGpu
 from cluster.local import LocalExecutor
+from cluster.nodes import Node
 from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, ray_executor
 from tests.support.toy_workflow import is_gone, wait_until
 
@@ -307,8 +309,9 @@ def test_gang_whose_controller_is_killed_leaves_no_rank_and_no_placement_group(s
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(RAY_LIMIT_S)
+@pytest.mark.timeout(400)
 def test_gang_is_started_again_on_the_cores_of_a_killed_controller_while_another_one_runs(shared_ray, tmp_path):
     gangs = [call("sleep", tmp_path / key, key=key, gang_size=2) for key in ("one", "another")]
     for item in gangs:
@@ -326,16 +329,16 @@ def test_gang_is_started_again_on_the_cores_of_a_killed_controller_while_another
     wait_until(lambda: [one.key for one in shared_ray.wait(0.1)] == [left], "it has ended", 60.0)
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(RAY_LIMIT_S)
-@pytest.mark.parametrize("gang_size", [0, 2])
-def test_call_that_runs_lacks_nothing_though_it_holds_all_that_there_is(shared_ray, tmp_path, gang_size):
-    item = call("sleep", tmp_path, gang_size=gang_size, cpus=NUM_CPUS / max(gang_size, 1))
-    other = call("sleep", tmp_path, key="other")
-    shared_ray.start(item)
-    wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == max(gang_size, 1), "it runs", 90.0)
-    assert shared_ray.shortage(item) is None
-    assert "free are 0 cores" in shared_ray.shortage(other).reason
-    shared_ray.cancel(item.key)
-    found: list[Ended] = []
-    wait_until(lambda: found.extend(shared_ray.wait(0.1)) or found, "the call has ended", 60.0)
+def test_call_whose_log_tells_that_it_holds_its_cores_lacks_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_executor_module, "nodes", lambda: [Node("n", NUM_CPUS, 0.0, 0.0, 0.0)])
+    executor = object.__new__(ray_executor_module.RayExecutor)
+    one, gang = call("sleep", tmp_path, key="one"), call("sleep", tmp_path, key="gang", gang_size=2)
+    for item in (one, gang):
+        item.log_dir.mkdir(parents=True)
+        assert "free are 0 cores" in executor.shortage(item).reason
+    (one.log_dir / "rank-0.log").touch()
+    (gang.log_dir / GANG_LOG).write_text("a warning\n")
+    assert executor.shortage(one) is None
+    assert executor.shortage(gang) is not None
+    (gang.log_dir / GANG_LOG).write_text("a warning\nstarting 2 of at most 2 ranks, without GPUs\n")
+    assert executor.shortage(gang) is None

@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.wandb_file import next_step
@@ -58,6 +58,7 @@ _SIZES = st.sampled_from([0, 50, 3000, 32_700, 32_768, 100_000])
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), _SIZES), max_size=12), st.integers(0, 200_000))
+@example([(True, 0), (True, 0)], 99)  # within the header of the file
 def test_next_step_follows_the_last_row_of_a_file_cut_anywhere(kinds: list[tuple[bool, int]], cut: int) -> None:
     data = _file([_record(step if is_row else None, size) for step, (is_row, size) in enumerate(kinds)])
     with tempfile.TemporaryDirectory() as name:
