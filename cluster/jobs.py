@@ -5,6 +5,7 @@ Nothing here retries a job: an attempt that is lost is followed by another one, 
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import socket
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from cluster.auth import AuthError, redacted, require_token
+from cluster.auth import AuthError, find_token, redacted, require_token
 from cluster.shapes import STABLE, ray_version
 
 JobStatus = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
@@ -76,6 +77,7 @@ class Jobs:
         self._wait_for_port()
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # it tells each upload
         with _readable(self.url), _no_other_address():
             self._client = JobSubmissionClient(self.url)
             found = self._client.get_version()
@@ -98,7 +100,7 @@ class Jobs:
                 if attempt == _TRIES - 1:
                     raise ClusterError(
                         f"no cluster answers at {self.url} ({error}). Start it, or open a tunnel to its dashboard: "
-                        f"ssh -L {_DASHBOARD_PORT}:127.0.0.1:{_DASHBOARD_PORT} HEAD"
+                        f"ssh -L {url.port}:127.0.0.1:{_DASHBOARD_PORT} HEAD"
                     ) from None
                 time.sleep(2**attempt)
 
@@ -198,9 +200,15 @@ def _readable(url: str) -> Iterator[None]:
     except Exception as error:
         text = redacted(str(error))
         if type(error).__name__ == "AuthenticationError" or "status code 401" in text or "status code 403" in text:
+            token = find_token()
+            found = (
+                "wants a token, and there is none here"
+                if token is None
+                else f"does not take this token, {token.source}"
+            )
             raise AuthError(
-                f"the cluster at {url} does not take this token. Set RAY_AUTH_TOKEN_PATH to a file with the token that "
-                "the cluster was started with"
+                f"the cluster at {url} {found}. Set RAY_AUTH_TOKEN_PATH to a file with the token that the cluster was "
+                "started with"
             ) from None
         if isinstance(error, ConnectionError) or type(error).__module__.startswith(("requests", "urllib3")):
             raise ClusterError(f"the cluster at {url} does not answer: {text}") from error

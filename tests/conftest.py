@@ -3,6 +3,8 @@
 Imports stay inside the fixtures: dlm_core must not be imported before its shapes are instrumented.
 """
 
+import functools
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,18 +23,24 @@ if TYPE_CHECKING:
     from tests.support.tiny_run import Artifacts
 
 _WITH_RAY = ("cluster", "workflows")
-"""Packages whose tests share a process, and Ray's token there."""
+"""Packages with tests that start a Ray or talk to one."""
+_STARTS_RAY = re.compile(r"mark\.ray\b|^def test\w+\([^)]*\bexecutor", re.MULTILINE)
+"""In a file of such tests."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "Scheduling":
-    """Two Rays at once are too many for two cores: what may start one shares a process.  Other files stay together."""
+    """Two Rays at once are too many for two cores: the files that start one share a process."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "Ray" if file.split("/")[1] in _WITH_RAY else file
+            return "Ray" if starts_ray(file) else file
+
+    @functools.cache
+    def starts_ray(file: str) -> bool:
+        return _STARTS_RAY.search((config.rootpath / file).read_text()) is not None
 
     return ByFile(config, log)
 

@@ -467,6 +467,9 @@ class Coordinator:
                 continue
             if state.first_progress is None:
                 state.first_progress = (state.progress["time"], state.progress["done"])
+                if (wanted := state.progress.get("wanted_workers")) is not None:
+                    message = f"works with {state.progress['workers']} of {wanted} workers: no more found room"
+                    self.events.note("step_warning", state.step.name, message=message)
 
 
 def _failure(error_class: ErrorClass, kind: str, message: str) -> Failure:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.training_state import checkpoint_name
+from workflows.progress import progress_words, seconds_left
 from workflows.state import StepState
 
 _STYLES = {
@@ -72,32 +73,12 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | N
     return lines
 
 
-def _scaled(value: float) -> str:
-    """A rate in few letters: 980, 12.3k, 4.56M."""
-    for factor, prefix in ((1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3g}{prefix}" if value < 999.5 * factor else f"{value / factor:.0f}{prefix}"
-    return f"{value:.0f}"
-
-
 def _detail(state: StepState) -> str:
     if state.status != "running":
         return state.reason.splitlines()[0] if state.reason else ""
-    progress: dict[str, Any] = state.progress
-    if not progress:
-        return "starting"
-    done, total = progress.get("done", 0), progress.get("total", 0)
-    figures = progress.get("figures", {})
-    parts = [f"{done}/{total}"] if total else []
-    if "tokens_per_s" in figures:  # a training
-        parts = [f"{done}/{total} steps", f"loss {figures['loss']:.3f}" if "loss" in figures else "loss not finite"]
-        parts.append(f"{_scaled(figures['tokens_per_s'])} tokens/s")
-    if "documents" in figures:
-        parts.append(f"{figures['documents']} documents, {figures['mb']:.1f} MB")
-    if total and state.first_progress and done > state.first_progress[1]:
-        started_at, first = state.first_progress
-        rate_per_s = (done - first) / max(1e-9, progress["time"] - started_at)
-        parts.append(f"{duration((total - done) / rate_per_s)} left")
+    parts = progress_words(state.progress)
+    if (left_s := seconds_left(state.progress, state.first_progress)) is not None:
+        parts.append(f"{duration(left_s)} left")
     return "  ".join(parts)
 
 
@@ -145,7 +126,7 @@ class Display:
         due = now >= self._next_line_s
         for state in states:
             changed = self._shown.get(state.step.name) != state.status
-            if (changed and state.status != "pending") or (due and state.status == "running" and state.progress):
+            if (changed and state.status != "pending") or (due and state.status == "running"):
                 self._print_line(state)
             self._shown[state.step.name] = state.status
         if due:

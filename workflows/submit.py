@@ -59,7 +59,7 @@ class Submission:
 def submit_run(
     store: Store,
     run: RunPlace,
-    address: str,
+    jobs: Jobs,
     code: Path,
     python: str = "",
     env_names: Sequence[str] = (),
@@ -72,7 +72,7 @@ def submit_run(
     Args:
         store: where the run lies; the nodes of the cluster must see it under the same name.
         run: what to work on.
-        address: of the cluster's dashboard.
+        jobs: of the cluster.
         code: archive of the packages that the job runs.
         python: interpreter on the cluster; by default as for the job before, and for the first that of this process
             on a cluster of this machine.
@@ -80,9 +80,8 @@ def submit_run(
             for an empty name.
         words: further ones of its command, such as --until STEP.
     """
-    if store.root.is_local and not is_loopback(address) and not store.root.path.is_absolute():
+    if store.root.is_local and not is_loopback(jobs.url) and not store.root.path.is_absolute():
         raise UserError(f"--store {store.url} is relative; give the path that all nodes see")
-    jobs = Jobs(address)
     known = jobs_of(store, run, jobs)
     wanted = _wanted(run, jobs.url, python, env_names, words)
     has_options = bool(python or env_names or words)

@@ -15,6 +15,7 @@ from workflows import runs
 from workflows.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNSCHEDULABLE
 from workflows.lease import STALE_AFTER_S, Holder, find_holder
 from workflows.plan import Plan, PlannedStep
+from workflows.progress import progress_words
 from workflows.step import load_stage
 from workflows.store import RunPlace, Store
 from workflows.submit import end_of, last_submission
@@ -346,10 +347,6 @@ def _latest_progress(seen: _Seen, step: PlannedStep) -> dict[str, Any] | None:
 def _told(progress: dict[str, Any] | None) -> str:
     if progress is None:
         return ""
-    figures = [
-        f"{key} {figure:.4g}" if isinstance(figure, float) else f"{key} {figure}"
-        for key, figure in progress["figures"].items()
-    ]
     age_s = time.time() - progress["time"]
     old = [f"({age_s / 60:.0f} min ago)"] if age_s > _OLD_S else []
-    return " ".join([f"{progress['done']}/{progress['total']}", *figures, *old])
+    return "  ".join([*progress_words(progress), *old])

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -114,15 +114,15 @@ class _Throttled:
 
 
 class _ProgressFile:
-    """Writes progress.json, now and then and always at the end."""
+    """Writes progress.json, now and then and always at the end; ``beside`` stands in it too."""
 
-    def __init__(self, file: Place) -> None:
-        self._file, self._next_s = file, 0.0
+    def __init__(self, file: Place, beside: Mapping[str, Any]) -> None:
+        self._file, self._beside, self._next_s = file, beside, 0.0
         self._unwritten: dict[str, Any] | None = None
 
     def __call__(self, done: int, total: int, **figures: Any) -> None:
         shown = {k: v for k, v in figures.items() if not isinstance(v, float) or math.isfinite(v)}
-        self._unwritten = {"done": done, "total": total, "figures": shown, "time": time.time()}
+        self._unwritten = {"done": done, "total": total, "figures": shown, "time": time.time(), **self._beside}
         if done == total or time.monotonic() >= self._next_s:
             self.flush()
 
@@ -179,7 +179,7 @@ def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
     log = Path(piece.log_dir) / f"rank-{rank}.log"
     with _LogCopies(log, work), UsageMeter(work, rank), _Reserve(work, rank) as reserve:
         cancel = _Throttled((root / piece.cancel).exists, 2 * root.storage.poll_s)
-        progress = _ProgressFile(work / "progress.json")
+        progress = _ProgressFile(work / "progress.json", _fewer_workers(piece))
 
         def failed(error: BaseException, preempted: str = "") -> None:
             _write_failure(work, reserve, error, rank, preempted)
@@ -217,6 +217,13 @@ def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
         except BaseException as error:
             failed(error)
             raise
+
+
+def _fewer_workers(piece: Piece) -> dict[str, int]:
+    """How many workers a gang has, where it was to have more."""
+    wanted = int(piece.config.get("workers", 1))
+    size = int(os.environ.get("WORLD_SIZE", str(wanted)))  # told to the ranks of a gang alone
+    return {"workers": size, "wanted_workers": wanted} if size < wanted else {}
 
 
 def _check_store(root: Place, piece: Piece) -> None:

@@ -261,6 +261,8 @@ def test_gang_that_loses_a_node_goes_on_with_fewer_ranks_from_where_it_was(store
         assert ticks(log) <= 122, "what was counted is not counted again"
         (retry,) = [event for event in run.events() if event["kind"] == "step_retry"]
         assert retry["failure"]["error_class"] == "infra"
+        (warning,) = [event["message"] for event in run.events() if event["kind"] == "step_warning"]
+        assert warning == "works with 1 of 2 workers: no more found room"
 
 
 def test_gang_whose_node_is_drained_goes_on_and_nobody_is_charged(store, log):

@@ -192,6 +192,14 @@ def test_token_that_is_not_taken_is_told_without_showing_it(dashboard: Dashboard
     assert TOKEN not in str(error.value)
 
 
+def test_token_that_is_missing_is_told_as_missing(dashboard: Dashboard, monkeypatch, tmp_path: Path):
+    dashboard.token = "another"
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(AuthError, match=r"wants a token, and there is none here\. Set RAY_AUTH_TOKEN_PATH"):
+        Jobs(dashboard.url)
+
+
 def test_cluster_that_is_not_there_is_given_up_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(jobs_module, "_TRIES", 2)

@@ -104,11 +104,22 @@ def shared_ray() -> Iterator[Executor]:
         yield executor
 
 
-@pytest.fixture(
-    params=["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(RAY_LIMIT_S)])],
-)
+_ON_RAY = (pytest.mark.ray, pytest.mark.timeout(RAY_LIMIT_S))
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=_ON_RAY)])
 def executor(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     """How to make an executor of each kind."""
+    return _executor(request)
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=(*_ON_RAY, pytest.mark.slow))])
+def executor_of_gangs(request: pytest.FixtureRequest) -> Callable[[], Executor]:
+    """The same for several gangs one after another: on Ray each takes 10 s to start."""
+    return _executor(request)
+
+
+def _executor(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     if request.param == "local":
         return lambda: LocalExecutor(NUM_CPUS)
     shared = request.getfixturevalue("shared_ray")

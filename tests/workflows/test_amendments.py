@@ -52,7 +52,7 @@ def test_drift_is_refused_naming_step_field_both_values_and_ways_out(store, data
     assert amendments(store) == []
 
 
-def test_drift_of_a_committed_step_is_accepted_by_name_and_stays_so(store, log, data, monkeypatch, executor):
+def test_drift_of_a_committed_step_is_accepted_by_name_and_stays_so(store, log, data, monkeypatch, executor_of_gangs):
     plan = toy_plan(log, source__path=str(data))
     run = runs.create_run(store, plan, "local", "r1")
     fabricate(store, plan, "source")
@@ -69,7 +69,7 @@ def test_drift_of_a_committed_step_is_accepted_by_name_and_stays_so(store, log, 
     assert (changed(store), amendment["command"]) == ({"source": "accepted"}, ["dlm", "resume"])
     assert runs.frozen_plan(run) == accepted
     assert amended(store, run, Wishes()) == accepted  # said once
-    states = coordinate(store, run, executor)
+    states = coordinate(store, run, executor_of_gangs)
     assert {name: state.status for name, state in states.items() if name == "source"} == {"source": "cached"}
     assert "source" not in executions(log)
     data.write_text("shorter")
@@ -124,10 +124,10 @@ def test_amend_of_a_run_at_work_is_refused(store):
 # --- steps made anew --------------------------------------------------------------------------------------------------
 
 
-def test_rebuild_makes_a_step_and_what_follows_at_new_addresses_and_keeps_the_old(store, log, executor):
+def test_rebuild_makes_a_step_and_what_follows_at_new_addresses_and_keeps_the_old(store, log, executor_of_gangs):
     plan = toy_plan(log)
     run = runs.create_run(store, plan, "local", "r1")
-    coordinate(store, run, executor)
+    coordinate(store, run, executor_of_gangs)
     before = {step.name: step.fingerprint for step in plan.steps}
     anew = amended(store, run, Wishes(rebuild=("double",)))
     after = {step.name: step.fingerprint for step in anew.steps}
@@ -136,7 +136,7 @@ def test_rebuild_makes_a_step_and_what_follows_at_new_addresses_and_keeps_the_ol
     assert {c["step"]: (c["what"], c["old_fingerprint"], c["fingerprint"]) for c in amendment["changes"]} == {
         name: ("rebuilt", before[name], after[name]) for name in ("double", "total")
     }
-    states = coordinate(store, run, executor)
+    states = coordinate(store, run, executor_of_gangs)
     assert {name: state.status for name, state in states.items()} == {
         "source": "cached", "aside": "cached", "double": "committed", "total": "committed",
     }  # fmt: skip

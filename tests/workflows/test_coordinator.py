@@ -139,10 +139,10 @@ def test_transient_failure_that_stays_fails_in_the_end(store, log, no_backoff):
     assert executions(log)["source"] == 6
 
 
-def test_gang_with_a_killed_rank_restarts_as_a_whole(store, log, executor, no_backoff):
+def test_gang_with_a_killed_rank_restarts_as_a_whole(store, log, executor_of_gangs, no_backoff):
     plan = gang_plan(store, log, total__trouble="kill", total__where="total-1")
     run = runs.create_run(store, plan, "local", "r1")
-    states = coordinate(store, run, executor)
+    states = coordinate(store, run, executor_of_gangs)
     assert statuses(states)["total"] == "committed", states["total"].failure
     assert value_of(states["total"]) == 4
     assert executions(log) == {"total-0": 2, "total-1": 2}

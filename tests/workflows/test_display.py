@@ -46,10 +46,10 @@ def _shown(*frames: list[StepState], is_terminal: bool, width: int = 100) -> str
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
-        (_training(220, 3.21449, 12_345.6), "220/1000 steps  loss 3.214  12.3k tokens/s  1m18s left"),
-        (_training(20, 10.0, 987.6), "20/1000 steps  loss 10.000  988 tokens/s"),
-        (_training(900, None, 4.561e6), "900/1000 steps  loss not finite  4.56M tokens/s  10.0s left"),
-        (_training(990, 1.0, 999_700.0), "990/1000 steps  loss 1.000  1000k tokens/s  1.0s left"),
+        (_training(220, 3.21449, 12_345.6), "220/1,000 steps  loss 3.214  12.3k tokens/s  1m18s left"),
+        (_training(20, 10.0, 987.6), "20/1,000 steps  loss 10.000  988 tokens/s"),
+        (_training(900, None, 4.561e6), "900/1,000 steps  loss not finite  4.56M tokens/s  10.0s left"),
+        (_training(990, 1.0, 999_700.0), "990/1,000 steps  loss 1.000  1000k tokens/s  1.0s left"),
         (_step("tokens", status="running", progress={"done": 3, "total": 8, "figures": {}, "time": 1.0}), "3/8"),
         (_step("corpus", status="running"), "starting"),
         (_step("corpus", status="failed", reason="no file\nat all"), "no file"),
@@ -65,9 +65,9 @@ def test_training_on_a_terminal_stays_on_one_line_that_is_drawn_anew() -> None:
     frames = [[_step("rows", status="cached"), _training(done, 4.0, 5e4)] for done in (100, 200, 300)]
     shown = _shown(*frames, is_terminal=True, width=90)
     for done in (100, 200, 300):
-        assert shown.count(f"{done}/1000 steps") == (2 if done == 300 else 1)  # the last frame stays when it ends
+        assert shown.count(f"{done}/1,000 steps") == (2 if done == 300 else 1)  # the last frame stays when it ends
     assert shown.count("\x1b[1A") >= 2 * 3, "each frame begins where the one before began"
-    (line,) = {line.strip() for line in shown.splitlines() if "300/1000 steps" in line}
+    (line,) = {line.strip() for line in shown.splitlines() if "300/1,000 steps" in line}
     assert "left" in line, "the line of a training fits a terminal of 90 columns"
 
 
@@ -95,7 +95,7 @@ def test_training_elsewhere_gives_a_line_every_now_and_then(monkeypatch: pytest.
             shown.update([_training(done, 4.0, 5e4)])
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
-    assert [line.split()[2] for line in lines] == ["20/1000", "140/1000", "260/1000", "380/1000"]
+    assert [line.split()[2] for line in lines] == ["20/1,000", "140/1,000", "260/1,000", "380/1,000"]
     assert not any("\x1b" in line for line in lines)
 
 

@@ -248,3 +248,10 @@ def test_logs_of_an_object_store_are_read_and_followed(dlm, objects):
     thread.join()
     lease.release()
     assert followed.stdout.partition("<==\n")[2] == "one\ntwo\n"
+
+
+def test_part_that_was_asked_to_stop_is_listed_as_stopped(store):
+    run = fabricate_run(store, toy_plan())
+    fabricate_turn(run, 1, "total", log_0="a", log_1="b", failure_0=failure("stopped"), failure_1=failure("user"))
+    there = find_logs(run)
+    assert [(log.rank, log.told) for log in there if log.turn.step == "total"] == [(0, "stopped"), (1, "failed")]

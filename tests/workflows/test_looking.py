@@ -14,14 +14,19 @@ from typing import Any
 import pytest
 
 from cluster.executor import Call, Ended, Shortage
+from pipeline.stage import environment
 from tests.support.executors import Inline
 from tests.support.fabricated import age_lease, begin, end, fabricate_run, fabricate_turn, failure, usage
-from tests.support.toy_workflow import coordinate, copies_plan, fabricate, toy_plan, toy_workflow, wait_until
+from tests.support.toy_stages.relay.config import RelayConfig
+from tests.support.toy_workflow import STAGES, coordinate, copies_plan, fabricate, toy_plan, toy_workflow, wait_until
 from tests.workflows.conftest import Dlm
 from workflows import calls, summary
 from workflows.lease import STALE_AFTER_S
+from workflows.plan import make_plan
+from workflows.progress import progress_words
 from workflows.runs import create_run
 from workflows.state import StepState
+from workflows.step import Step, Workflow
 from workflows.store import RunPlace, Store
 from workflows.summary import StepSummary, summarise
 from workflows.turns import find_turns
@@ -49,7 +54,7 @@ def test_queued_step_says_what_it_wants_until_a_worker_begins(store):
     progress = {"done": 3, "total": 9, "figures": {"loss": 1.5}, "time": time.time()}
     fabricate_turn(run, 1, "source", usage_0=usage(0.1), progress=progress)
     step = step_of(store, run, "source")
-    assert (step.status, step.detail) == ("running", "3/9 loss 1.5")
+    assert (step.status, step.detail) == ("running", "3/9  loss 1.5")
 
 
 class Full(Inline):
@@ -96,7 +101,7 @@ def test_progress_that_is_old_is_shown_with_its_age(store):
     run = create_run(store, toy_plan(), "local", "r1")
     begin(run, [STARTED])
     fabricate_turn(run, 1, "source", progress={"done": 3, "total": 9, "figures": {}, "time": time.time() - 300})
-    assert step_of(store, run, "source").detail == "3/9 (5 min ago)"
+    assert step_of(store, run, "source").detail == "3/9  (5 min ago)"
 
 
 def test_running_map_step_counts_its_shards(store):
@@ -443,3 +448,17 @@ def dlm_lines(*arguments: str, env: dict[str, str]) -> list[str]:
     code = "from workflows.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, check=True)
     return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).splitlines()
+
+
+def test_gang_with_fewer_workers_than_it_was_to_have_says_so(store, log, dlm: Dlm, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    config = RelayConfig(ticks=2, log=str(log), workers=3, min_workers=1)
+    plan = make_plan(Workflow("relay", "counting", (Step("relay", f"{STAGES}.relay", config),)), environment())
+    run = create_run(store, plan, "local", "r1")
+    seen: set[str] = set()
+    coordinate(store, run, Inline, lambda states: seen.update(progress_words(states[0].progress)))
+    assert "1 of 3 workers" in seen
+    (warning,) = [event["message"] for event in run.events() if event["kind"] == "step_warning"]
+    assert warning == "works with 1 of 3 workers: no more found room"
+    assert warning in dlm("status", "r1", "--why").stdout

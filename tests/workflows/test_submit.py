@@ -29,10 +29,10 @@ def job_id(store: Store, attempt: int) -> str:
 
 def test_run_that_a_job_works_on_gets_no_second_job(dashboard: Dashboard, code: Path, store: Store, log):
     run = runs.create_run(store, toy_plan(log), "ray", "r1")
-    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 1)
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 1)
     dashboard.jobs[job_id(store, 1)]["status"] = "RUNNING"
     acquire_lease(run.lease_dir, "the job's")
-    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 1)
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 1)
     assert list(dashboard.jobs) == [job_id(store, 1)]
 
 
@@ -40,10 +40,10 @@ def test_attempt_after_one_that_is_over_is_another_job_that_may_run(
     dashboard: Dashboard, code: Path, store: Store, log
 ):
     run = runs.create_run(store, toy_plan(log), "ray", "r1")
-    submit_run(store, run, dashboard.url, code)
+    submit_run(store, run, Jobs(dashboard.url), code)
     dashboard.jobs[job_id(store, 1)]["status"] = "FAILED"
     CancelFile(run.cancel_file).request(is_cancel=True)
-    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 2)
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 2)
     assert not run.cancel_file.exists(), "it was wanted again"
     words = dashboard.asked["entrypoint"].split()
     assert words[1:5] == ["-m", "workflows.supervise", "r1", "--store"]
@@ -58,7 +58,7 @@ def test_second_job_with_the_same_options_is_the_first_and_with_others_is_refuse
     run = runs.create_run(store, toy_plan(log), "ray", "r1")
 
     def hand_over(python: str = "", env_names: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> str:
-        return submit_run(store, run, dashboard.url, code, python, env_names, words).job_id
+        return submit_run(store, run, Jobs(dashboard.url), code, python, env_names, words).job_id
 
     assert hand_over(env_names=("HF_HOME",), words=("--until", "double")) == job_id(store, 1)
     assert hand_over() == hand_over(words=("--until", "double")) == job_id(store, 1)
@@ -102,7 +102,7 @@ def test_job_that_ended_before_its_coordinator_began_is_told_by_whoever_sees_it(
     dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm
 ):
     run = runs.create_run(store, toy_plan(log), "ray", "r1")
-    submit_run(store, run, dashboard.url, code)
+    submit_run(store, run, Jobs(dashboard.url), code)
     status, exit_code, detail = status_of(dlm, "--address", dashboard.url)
     assert (status, exit_code) == ("submitted", None)
     assert f"job {job_id(store, 1)} was handed over to {dashboard.url} on 20" in detail
@@ -130,7 +130,7 @@ def test_resumed_run_waits_for_its_new_job(dashboard: Dashboard, code: Path, sto
     run = fabricate_run(store, toy_plan(log), [("step_started", "source", {"epoch": 1})])
     end(run, 1, "failed")
     assert status_of(dlm)[0] == "failed"
-    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 2)
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 2)
     assert status_of(dlm)[0] == "submitted"
     note_end(run, job_id(store, 2), "failed: no such node")
     assert status_of(dlm)[::2] == (
@@ -143,7 +143,7 @@ def test_job_that_a_cluster_does_not_know_ends_the_watch(dashboard: Dashboard, c
     run = runs.create_run(store, toy_plan(log), "ray", "r1")
     refused = dlm("status", "r1", "--address", dashboard.url)
     assert (refused.code, "was not handed over to a cluster" in refused.stderr) == (2, True)
-    submit_run(store, run, dashboard.url, code)
+    submit_run(store, run, Jobs(dashboard.url), code)
     dashboard.jobs.clear()
     watched = dlm("status", "r1", "--watch", "--address", dashboard.url)
     assert watched.code == 2
@@ -162,7 +162,7 @@ def test_job_that_is_cancelled_before_it_began_leaves_no_run_that_waits(
         dashboard.jobs[stopped]["status"] = "STOPPED"
 
     monkeypatch.setattr("cluster.jobs.Jobs.stop", stop)
-    submit_run(store, runs.create_run(store, toy_plan(log), "ray", "r1"), dashboard.url, code)
+    submit_run(store, runs.create_run(store, toy_plan(log), "ray", "r1"), Jobs(dashboard.url), code)
     assert dlm("cancel", "r1", "--grace", "0").code == 0
     assert status_of(dlm)[:2] == ("interrupted", 75)
 
@@ -182,7 +182,7 @@ def test_job_that_cannot_be_asked_does_not_keep_a_run_from_being_cancelled(
     monkeypatch.setattr("workflows.commands.submitting._GIVE_UP_S", 0.1)
     monkeypatch.setattr("workflows.commands.submitting._end_by_force", lambda run, holder, job: None)
     run = runs.create_run(store, toy_plan(log), "ray", "r1")
-    submit_run(store, run, dashboard.url, code)
+    submit_run(store, run, Jobs(dashboard.url), code)
     acquire_lease(run.lease_dir, "the job's")
     dashboard.version = "1.2.3"  # of a cluster that nobody here can talk to
     done = dlm("cancel", "r1", "--grace", "0")
@@ -203,7 +203,7 @@ def test_request_stays_where_the_cluster_of_a_job_that_has_not_begun_does_not_an
     if is_made:
         fabricate(store, plan)
     run = runs.create_run(store, plan, "ray", "r1")
-    submit_run(store, run, dashboard.url, code)
+    submit_run(store, run, Jobs(dashboard.url), code)
     dashboard.version = "1.2.3"  # of a cluster that nobody here can talk to
     done = dlm("cancel", "r1", "--grace", "0")
     assert (done.code, run.cancel_file.exists()) == (75, True)
@@ -217,7 +217,7 @@ def test_run_that_is_made_and_whose_cluster_knows_no_job_is_left_as_it_is(
     plan = toy_plan(log)
     fabricate(store, plan)
     run = runs.create_run(store, plan, "ray", "r1")
-    submit_run(store, run, dashboard.url, code)
+    submit_run(store, run, Jobs(dashboard.url), code)
     dashboard.jobs.clear()
     done = dlm("cancel", "r1")
     assert (done.code, done.stderr.endswith("nothing works on run r1\n")) == (0, True), done.stderr
@@ -229,11 +229,11 @@ def test_run_that_waits_for_its_job_is_wanted_again_when_it_is_submitted_again(
     dashboard: Dashboard, code: Path, store: Store, log, has_begun: bool, is_left: bool
 ):
     run = runs.create_run(store, toy_plan(log), "ray", "r1")
-    submit_run(store, run, dashboard.url, code)
+    submit_run(store, run, Jobs(dashboard.url), code)
     if has_begun:
         acquire_lease(run.lease_dir, "the job's")
     CancelFile(run.cancel_file).request(is_cancel=True)
-    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 1)
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 1)
     assert run.cancel_file.exists() is is_left
 
 
@@ -242,7 +242,7 @@ def test_submitted_run_all_of_whose_steps_are_there_has_succeeded(
 ):
     plan = toy_plan(log)
     fabricate(store, plan)
-    submit_run(store, runs.create_run(store, plan, "ray", "r1"), dashboard.url, code)
+    submit_run(store, runs.create_run(store, plan, "ray", "r1"), Jobs(dashboard.url), code)
     assert status_of(dlm) == ("succeeded", 0, "finished by run test")
 
 
@@ -250,7 +250,7 @@ def test_log_that_ray_tells_as_the_end_of_a_job_is_not_told_further(
     dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm
 ):
     run = runs.create_run(store, toy_plan(log), "ray", "r1")
-    submit_run(store, run, dashboard.url, code)
+    submit_run(store, run, Jobs(dashboard.url), code)
     log_lines = "a line of the log with a key of the cluster\n" * 40
     dashboard.jobs[job_id(store, 1)] |= {"status": "FAILED", "message": f"exit code 1, {'long ' * 80}:\n{log_lines}"}
     _, _, detail = status_of(dlm, "--address", dashboard.url)
@@ -274,7 +274,7 @@ def test_cluster_that_is_silent_for_a_while_does_not_end_the_watch(
     dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm, monkeypatch
 ):
     monkeypatch.setattr("workflows.commands.status._ASK_EVERY_S", 0.0)
-    submit_run(store, runs.create_run(store, toy_plan(log), "ray", "r1"), dashboard.url, code)
+    submit_run(store, runs.create_run(store, toy_plan(log), "ray", "r1"), Jobs(dashboard.url), code)
     real, looks = Jobs.of_run, []
 
     def of_run(jobs: Jobs, *about: str) -> list[Job]:
@@ -294,7 +294,7 @@ def test_cluster_that_is_silent_for_a_while_does_not_end_the_watch(
 def test_cluster_that_does_not_answer_at_all_is_refused(
     dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm, monkeypatch
 ):
-    submit_run(store, runs.create_run(store, toy_plan(log), "ray", "r1"), dashboard.url, code)
+    submit_run(store, runs.create_run(store, toy_plan(log), "ray", "r1"), Jobs(dashboard.url), code)
 
     def of_run(jobs: Jobs, *about: str) -> list[Job]:
         raise ClusterError("the cluster does not answer")
@@ -315,7 +315,7 @@ def test_variable_that_is_named_like_a_secret_is_not_passed_with_a_job(
     monkeypatch.setenv(name, "x")
     run = runs.create_run(store, toy_plan(log), "ray", "r1")
     with pytest.raises(UserError, match=f"--env {name} is a secret"):
-        submit_run(store, run, dashboard.url, code, env_names=[name])
+        submit_run(store, run, Jobs(dashboard.url), code, env_names=[name])
     assert dashboard.jobs == {}
 
 
@@ -331,7 +331,7 @@ def test_names_of_variables_are_those_of_the_last_job_until_others_or_none_are_g
     for name in ("ONE", "TWO"):
         monkeypatch.setenv(name, name.lower())
     run = runs.create_run(store, toy_plan(log), "ray", "r1")
-    submit_run(store, run, dashboard.url, code, "py", env_names=["ONE"])
+    submit_run(store, run, Jobs(dashboard.url), code, "py", env_names=["ONE"])
 
     def given(*words: str) -> tuple[str, ...]:
         for job in dashboard.jobs.values():

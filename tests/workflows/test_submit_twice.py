@@ -26,31 +26,31 @@ def run(store: Store, log: Path) -> RunPlace:
 def test_end_of_a_job_of_another_cluster_is_not_taken_for_that_of_the_next_one(
     dashboard: Dashboard, code: Path, store: Store, run: RunPlace, dlm: Dlm
 ):
-    submit_run(store, run, dashboard.url, code)
+    submit_run(store, run, Jobs(dashboard.url), code)
     dashboard.jobs[job_id(store, 1)]["status"] = "FAILED"
     assert dlm("status", "r1", "--address", dashboard.url).code == 0
     dashboard.jobs.clear()
-    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 2)
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 2)
     assert status_of(dlm, "--address", dashboard.url)[:2] == ("submitted", None)
     record = run.directory / "jobs" / f"{job_id(store, 2)}.json"
     record.write(record.read_bytes().replace(dashboard.url.encode(), b"http://another:8265"))
     dashboard.jobs.clear()
-    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 3)
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 3)
 
 
 def test_job_that_its_cluster_has_lost_is_handed_over_under_another_id_once_it_cannot_be_on_its_way(
     dashboard: Dashboard, code: Path, store: Store, run: RunPlace, monkeypatch
 ):
-    submit_run(store, run, dashboard.url, code, words=("--until", "source"))
+    submit_run(store, run, Jobs(dashboard.url), code, words=("--until", "source"))
     dashboard.jobs.clear()
     with pytest.raises(UserError, match="works on run r1 already, with --until source"):
-        submit_run(store, run, dashboard.url, code, words=("--until", "double"))
+        submit_run(store, run, Jobs(dashboard.url), code, words=("--until", "double"))
     assert dashboard.jobs == {}
-    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 1)
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 1)
     assert dashboard.asked["entrypoint"].endswith("--until source"), "as it was written down"
     dashboard.jobs.clear()
     monkeypatch.setattr("workflows.submit._ON_ITS_WAY_S", 0.0)
-    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 2)
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 2)
 
 
 @pytest.mark.parametrize("words", [(), ("--until", "double"), ("--until", "source")])
@@ -62,15 +62,15 @@ def test_of_two_who_submit_at_once_the_second_has_the_job_of_the_first_or_is_ref
     def of_run(jobs: Jobs, *about: str) -> list[Job]:
         found = real(jobs, *about)
         monkeypatch.setattr(Jobs, "of_run", real)
-        submit_run(store, run, dashboard.url, code, words=("--until", "source"))  # somebody else
+        submit_run(store, run, Jobs(dashboard.url), code, words=("--until", "source"))  # somebody else
         return found
 
     monkeypatch.setattr(Jobs, "of_run", of_run)
     if words == ("--until", "double"):
         with pytest.raises(UserError, match=r"works on run r1 already, with --until source; .* of --until double"):
-            submit_run(store, run, dashboard.url, code, words=words)
+            submit_run(store, run, Jobs(dashboard.url), code, words=words)
     else:
-        assert submit_run(store, run, dashboard.url, code, words=words).job_id == job_id(store, 1)
+        assert submit_run(store, run, Jobs(dashboard.url), code, words=words).job_id == job_id(store, 1)
     last = last_submission(run)
     assert last is not None
     assert last.words == ("--until", "source")
@@ -83,10 +83,10 @@ def test_submission_that_a_cluster_refused_is_no_job_that_is_waited_for(
 ):
     dashboard.refusals = ["no such thing"]
     with pytest.raises(ClusterError, match="no such thing"):
-        submit_run(store, run, dashboard.url, code)
+        submit_run(store, run, Jobs(dashboard.url), code)
     assert end_of(run, job_id(store, 1)).startswith("it was not handed over: ")
     assert status_of(dlm)[0] == "interrupted"
-    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 2)
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 2)
 
 
 def test_runs_of_one_name_in_two_stores_have_jobs_of_their_own(
@@ -100,8 +100,8 @@ def test_runs_of_one_name_in_two_stores_have_jobs_of_their_own(
     monkeypatch.setattr(Jobs, "stop", stop)
     other = open_writable_store(tmp_path / "other")
     twin = runs.create_run(other, toy_plan(log), "ray", "r1")
-    submit_run(store, run, dashboard.url, code)
-    assert submit_run(other, twin, dashboard.url, code).job_id == job_id(other, 1) != job_id(store, 1)
+    submit_run(store, run, Jobs(dashboard.url), code)
+    assert submit_run(other, twin, Jobs(dashboard.url), code).job_id == job_id(other, 1) != job_id(store, 1)
     assert dlm("cancel", "r1", "--grace", "0", "--store", other.url).code == 0
     statuses = {name: job["status"] for name, job in dashboard.jobs.items()}
     assert statuses == {job_id(store, 1): "PENDING", job_id(other, 1): "STOPPED"}
@@ -112,14 +112,14 @@ def test_variable_that_is_not_set_any_more_is_not_needed_for_a_job_that_is_there
     dashboard: Dashboard, code: Path, store: Store, run: RunPlace, monkeypatch
 ):
     monkeypatch.setenv("HF_HOME", "/models")
-    submit_run(store, run, dashboard.url, code, env_names=["HF_HOME"])
+    submit_run(store, run, Jobs(dashboard.url), code, env_names=["HF_HOME"])
     monkeypatch.delenv("HF_HOME")
-    assert submit_run(store, run, dashboard.url, code).job_id == job_id(store, 1)
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 1)
     note_end(run, job_id(store, 1), "stopped")
     dashboard.jobs.clear()
     CancelFile(run.cancel_file).request(is_cancel=True)
     with pytest.raises(UserError, match="was given HF_HOME, which is not set here"):
-        submit_run(store, run, dashboard.url, code)
+        submit_run(store, run, Jobs(dashboard.url), code)
     assert run.cancel_file.exists(), "nothing was handed over"
     assert (run.directory / "jobs").names() == [f"{job_id(store, 1)}.json"]
 

@@ -2,13 +2,17 @@ import json
 
 import pytest
 
+from cluster.shapes import ray_version
 from pipeline.artifact import json_bytes
 from pipeline.errors import UserError
+from tests.cluster.test_jobs import Dashboard, dashboard
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, toy_workflow
 from tests.workflows.conftest import Dlm
 from workflows import runs, sweep
 from workflows.sweep import Sweep, parse_grid
+
+__all__ = ["dashboard"]
 
 
 def sets(log) -> list[str]:
@@ -157,14 +161,14 @@ def test_plan_of_a_sweep_refuses_points_that_differ_in_how_they_run_only():
         sweep.plan_sweep("tests.support.toy_workflow:toy_workflow", parse_grid(["total.workers=1,2"]), [])
 
 
-def test_sweep_with_an_address_hands_every_run_over_and_runs_nothing_here(dlm: Dlm, store, log, monkeypatch):
-    given = []
-    monkeypatch.setattr("workflows.commands.submitting.hand_over", lambda *arguments: given.append(arguments))
-    command = ["sweep", "toy", "--sweep-id", "s", "--grid", "total.number=3,4", "--address", "http://127.0.0.1:8265"]
+def test_sweep_with_an_address_hands_every_run_over_and_runs_nothing_here(dlm: Dlm, store, log, dashboard: Dashboard):
+    command = ["sweep", "toy", "--sweep-id", "s", "--grid", "total.number=3,4", "--address", dashboard.url]
     assert dlm(*command, *sets(log)).code == 2  # --executor local
+    dashboard.version = "2.58.0"
+    assert dlm(*command, *sets(log)[2:]).code == 5
+    assert not store.runs(), "nothing is left behind that nobody works on"
+    dashboard.version = ray_version()
     assert dlm(*command, *sets(log)[2:]).code == 0
-    assert [(run.run_id, *rest) for _, run, *rest in given] == [
-        (f"s-{number}", "http://127.0.0.1:8265", "", [], []) for number in (1, 2)
-    ]
+    assert list(dashboard.jobs) == [f"s-{number}-a1-{store.store_id[:6]}" for number in (1, 2)]
     assert executions(log) == {}
     assert {row.status for row in sweep.results(store, sweep.open_sweep(store, "s"))} == {"submitted"}

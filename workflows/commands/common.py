@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import parse_value, to_json
@@ -22,6 +23,7 @@ from workflows.store import Store, open_store, open_writable_store
 
 console = Console()
 errors = Console(stderr=True)
+_ANY_WIDTH = 100_000
 
 SetOption = Annotated[
     list[str],
@@ -102,6 +104,11 @@ def say(message: str) -> None:
 def page_width() -> int | None:
     """Columns of the terminal; None where the output goes elsewhere, and lines are not cut."""
     return console.width if console.is_terminal else None
+
+
+def print_table(table: Table) -> None:
+    """Print a table; into a pipe as wide as it gets."""
+    console.print(table, highlight=False, markup=False, width=page_width() or _ANY_WIDTH)
 
 
 def print_line(line: str | Text) -> None:

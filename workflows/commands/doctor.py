@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from workflows.commands.common import DEFAULT_STORE, JsonOption, StoreOption, console, print_json, say
+from workflows.commands.common import DEFAULT_STORE, JsonOption, StoreOption, print_json, print_table, say
 from workflows.exit_codes import EXIT_FAILED
 
 _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
@@ -49,7 +49,7 @@ def doctor(
         for check in checks:
             found = f"{check.found}\n{check.todo}" if check.todo else check.found
             table.add_row(check.name, check.node, Text(check.status, style=_STYLES[check.status]), Text(found))
-        console.print(table, highlight=False, markup=False)
+        print_table(table)
         failures = sum(check.status == "failure" for check in checks)
         warnings = sum(check.status == "warning" for check in checks)
         say(f"{len(checks)} checks: {failures} failed, {warnings} with a warning")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cluster.auth import redacted, secret_values
+from pipeline.artifact import read_json
 from pipeline.errors import UserError
 from pipeline.storage import Place
 from workflows import runs
@@ -54,7 +55,8 @@ class Log:
     def told(self) -> str:
         """How it ended; nothing if it did not say."""
         if self.rank in self.turn.ranks("failure"):
-            return "failed"
+            failure = read_json(self.turn.folder / f"failure-{self.rank}.json")
+            return "stopped" if failure["error_class"] == "stopped" else "failed"
         return "done" if self.turn.is_done else ""
 
 

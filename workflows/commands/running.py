@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.jobs import Jobs
 from pipeline.artifact import read_json
 from pipeline.errors import CorruptionError, UserError
 from workflows import runs
@@ -123,12 +124,12 @@ def resume(
     plan = amendment.plan
     selected = selection(plan, place, from_, until, only)
     amend(place, run, amendment, typed_command())
-    _warn(*runs.advice(plan), runs.code_change(run), *([] if address else runs.crowding(plan)))
+    _warn(runs.code_change(run), *([] if address else runs.crowding(plan)))
     if address and address != _WITHIN:
         from workflows.commands.submitting import hand_over
 
         words = [*selection_words(from_, until, only), *option_words(queue_timeout_s, fail_fast)]
-        hand_over(place, run, address, python, env, words)
+        hand_over(place, run, Jobs(address), python, env, words)
         return
     options = Options(queue_timeout(queue_timeout_s), fail_fast, is_wanted_again=address != _WITHIN, selected=selected)
     _drive(place, run, plan, runs.frozen_executor(run), options, address)

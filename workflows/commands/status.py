@@ -1,5 +1,6 @@
 """``dlm status``: where a run stands, once or until it ends."""
 
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -94,7 +95,8 @@ def _asking(store: Store, run: RunPlace, address: str) -> Callable[[], None]:
     """
     if last_submission(run) is None:
         raise UserError(f"run {run.run_id} was not handed over to a cluster; leave --address out")
-    jobs, next_s, has_answered, is_silent = Jobs(address), 0.0, False, False
+    connect = functools.cache(lambda: Jobs(address))
+    next_s, has_answered, is_silent = 0.0, False, False
 
     def ask() -> None:
         nonlocal next_s, has_answered, is_silent
@@ -103,6 +105,7 @@ def _asking(store: Store, run: RunPlace, address: str) -> Callable[[], None]:
         next_s = time.monotonic() + _ASK_EVERY_S
         job = last_submission(run)
         assert job is not None
+        jobs = connect()
         try:
             known = {found.job_id for found in jobs_of(store, run, jobs)}
         except ClusterError as error:

@@ -71,20 +71,21 @@ def submit(
     plan = runs.plan_recipe(recipe, parse_settings(settings))
     words = [*selection_words(from_, until, only), *option_words(queue_timeout_s, fail_fast)]
     selection(plan, place, from_, until, only)
+    jobs = Jobs(address)  # before the run is there, which nobody would work on
     run = runs.create_run(place, plan, "ray", run_id, settings, typed_command())
     for line in filter(None, [*runs.advice(plan), runs.code_change(run)]):
         say(f"warning: {line}")
-    hand_over(place, run, address, python, env, words)
+    hand_over(place, run, jobs, python, env, words)
 
 
-def hand_over(store: Store, run: RunPlace, address: str, python: str, env: list[str], words: Sequence[str]) -> None:
+def hand_over(store: Store, run: RunPlace, jobs: Jobs, python: str, env: list[str], words: Sequence[str]) -> None:
     """Submit a job for a run and say how to follow it; ``words`` are further ones of its command."""
     with tempfile.TemporaryDirectory(prefix="dlm-code-") as folder:
         code = code_archive(runs.frozen_plan(run), Path(folder))
-        job = submit_run(store, run, address, code, python, env, words)
+        job = submit_run(store, run, jobs, code, python, env, words)
     where = store_option(store)
     print(run.run_id)
-    say(f"job {job.job_id} at {address} ({job.status.lower()})")
+    say(f"job {job.job_id} at {jobs.url} ({job.status.lower()})")
     say(f"see it: dlm status {run.run_id} --watch{where}, dlm logs {run.run_id} -f{where}")
     say(f"end it: dlm cancel {run.run_id}{where}")
 

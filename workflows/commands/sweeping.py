@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cluster.jobs import Jobs
 from pipeline.errors import UserError
 from workflows import runs
 from workflows.commands import running
@@ -21,6 +22,7 @@ from workflows.commands.common import (
     find_writable_store,
     parse_settings,
     print_json,
+    print_table,
     say,
     store_option,
     typed_command,
@@ -71,13 +73,14 @@ def sweep(
         raise UserError(f"--executor {name} runs on this machine alone; leave --address {address} out")
     plans = plan_sweep(recipe, values, parse_settings(settings))
     place = find_writable_store(store)
+    jobs = Jobs(address) if address else None
     sweep_id = sweep_id or runs.new_run_id(f"{plans[0].workflow}-sweep")
     made = create_sweep(place, sweep_id, recipe, name, values, settings, plans, typed_command())
-    if address:
+    if jobs is not None:
         from workflows.commands.submitting import hand_over
 
         for run in made:
-            hand_over(place, run, address, "", [], [])
+            hand_over(place, run, jobs, "", [], [])
         say(f"see all: dlm sweep --show {sweep_id}{store_option(place)}")
         return
     status = ""
@@ -116,7 +119,7 @@ def _print_results(store: Store, sweep_id: str, as_json: bool) -> None:
     for row in rows:
         varied = [json.dumps(row.settings[path]) for path in paths]
         table.add_row(row.run_id, *varied, row.status, *(_shown(row, name) for name in figures))
-    console.print(table)
+    print_table(table)
 
 
 def _shown(row: Row, name: str) -> str:

@@ -1,6 +1,7 @@
 """Commands that keep a store in order: delete what is not needed, free what a dead process holds."""
 
 import re
+from collections import Counter
 from typing import Annotated
 
 import typer
@@ -12,10 +13,11 @@ from workflows.commands.common import (
     DEFAULT_STORE,
     JsonOption,
     StoreOption,
-    console,
     find_store,
     find_writable_store,
     print_json,
+    print_line,
+    print_table,
     say,
 )
 from workflows.exit_codes import EXIT_UNSCHEDULABLE
@@ -58,9 +60,10 @@ def gc(
     for one in deleted:
         table.add_row(one.what, f"{one.size_bytes:,}", one.place.key, one.reason)
     if deleted:
-        console.print(table)
+        print_table(table)
     verb = "would be deleted, which gives back" if dry_run else "deleted, which gave back"
-    console.print(f"{len(deleted)} {verb} {freed:,} bytes", highlight=False)
+    kinds = ", ".join(f"{number} {what}" for what, number in Counter(one.what for one in deleted).most_common())
+    print_line(f"{len(deleted)} {verb} {freed:,} bytes{f': {kinds}' if kinds else ''}")
     if len(deleted) < len(found):
         say(f"{len(found) - len(deleted)} left, since somebody has begun to use them")
 
@@ -76,17 +79,17 @@ def unlock(
     folder = _lease_dir(find_store(store), what)
     holder = find_holder(folder)
     if holder is None:
-        console.print(f"nobody ever held the lease on {what}", highlight=False)
+        print_line(f"nobody ever held the lease on {what}")
         return
     lease = Lease(folder, holder.epoch, holder.token)
     if (folder / f"{holder.epoch:06d}.released").exists():
         was = f"epoch {holder.epoch}, process {holder.owner.pid} on {holder.owner.host} ({holder.purpose})"
-        console.print(f"nothing to release: who held the lease on {what} gave it back ({was})", highlight=False)
+        print_line(f"nothing to release: who held the lease on {what} gave it back ({was})")
         return
-    console.print(f"the lease on {what}: epoch {holder.epoch}, {_who(holder)}", highlight=False)
+    print_line(f"the lease on {what}: epoch {holder.epoch}, {_who(holder)}")
     if holder.is_free:
         lease.release()
-        console.print("released", highlight=False)
+        print_line("released")
         return
     assert holder.age_s is not None
     if force is None:
@@ -101,9 +104,7 @@ def unlock(
             f"--force {force}: the lease has epoch {holder.epoch}; look again who holds it, and repeat that"
         )
     lease.release()
-    console.print(
-        "released by force; a holder that still runs is kept from publishing once another takes over", highlight=False
-    )
+    print_line("released by force; a holder that still runs is kept from publishing once another takes over")
 
 
 def _who(holder: Holder) -> str:

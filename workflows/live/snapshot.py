@@ -15,6 +15,7 @@ from workflows.copies import local_copy, scratch
 from workflows.live.history import Costs, History, tell, with_last_signs
 from workflows.live.readers import CostReader, MetricsReader
 from workflows.plan import Plan, PlannedStep
+from workflows.progress import progress_words, seconds_left
 from workflows.recipes import RECIPES
 from workflows.report.data import Metrics, ReportData, collect
 from workflows.state import StepState
@@ -110,21 +111,12 @@ def view_of(state: StepState) -> dict[str, Any]:
 
 
 def _progress(progress: Mapping[str, Any], first: tuple[float, float] | None, status: str) -> dict[str, Any]:
-    done, total = float(progress.get("done", 0)), float(progress.get("total", 0))
-    found: dict[str, Any] = {"done": done, "total": total}
+    found: dict[str, Any] = {"done": float(progress.get("done", 0)), "total": float(progress.get("total", 0))}
     if status != "running":
         return found
-    figures = progress.get("figures", {})
-    parts = [f"{done:,.0f} of {total:,.0f}"] if total else ["starting"]
-    parts += [
-        f"{name.replace('_per_s', '/s')} {value:,.4g}"
-        for name, value in figures.items()
-        if isinstance(value, int | float)
-    ]
-    if total and first is not None and done > first[1]:
-        rate_per_s = (done - first[1]) / max(1e-9, progress.get("time", time.time()) - first[0])
-        found["left_s"] = (total - done) / rate_per_s
-    return found | {"detail": ", ".join(parts)}
+    if (left_s := seconds_left(progress, first)) is not None:
+        found["left_s"] = left_s
+    return found | {"detail": ", ".join(progress_words(progress))}
 
 
 class Watcher:
