@@ -28,6 +28,7 @@ class Site:
     """What the calls of a run attempt have in common."""
 
     store: Store
+    store_id: str
     run: RunPlace
     attempt: int
 
@@ -59,7 +60,7 @@ class Site:
             step=step.name,
             config=step.config,
             store=self.store.url,
-            store_id=self.store.store_id,
+            store_id=self.store_id,
             inputs={name: place.key for name, place in state.inputs.items()},
             out=out.key,
             state=self.place(state).state.key,

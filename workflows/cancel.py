@@ -1,5 +1,6 @@
 """The request to stop a run: a file that everybody who works on the run looks at."""
 
+import math
 import time
 from typing import Any
 
@@ -14,17 +15,22 @@ class CancelFile:
     def __init__(self, file: Place) -> None:
         self._file = file
         self._every_s = 0.0 if file.is_local else file.storage.poll_s
-        self._next_s, self._since_s = 0.0, 0.0
-        self._grace_s: float | None = None
+        self._next_s, self._overdue_at_s = 0.0, math.inf
+        self._seen: dict[str, Any] | None = None
         self.is_cancel = False
-        """Whether the request that was seen is for good."""
+        """Whether a request that was seen is for good."""
 
     def request(self, grace_s: float | None = None, is_cancel: bool = False) -> None:
         """Ask all stages to save and stop; those that have not after ``grace_s`` are ended.
 
-        A run that is cancelled is not to be started again by itself, as one whose machine is wanted back may be.
+        A run that is cancelled is not to be started again by itself, as one whose machine is wanted back may be: the
+        request to cancel takes the place of another one, and no other takes its.
         """
-        self._file.write(json_bytes({"grace_s": grace_s, "cancel": is_cancel, "time": time.time()}))
+        data = json_bytes({"grace_s": grace_s, "cancel": is_cancel, "time": time.time()})
+        if is_cancel:
+            self._file.write(data)
+        else:
+            self._file.create(data)
         self._next_s = 0.0
 
     def withdraw(self) -> None:
@@ -36,30 +42,34 @@ class CancelFile:
 
         A run that somebody cancelled goes on only if it is wanted again, not because a job was started anew by itself.
         """
-        if self._file.exists() and (is_wanted_again or _read(self._file).get("cancel") is not True):
+        found = _read(self._file)
+        if found is not None and (is_wanted_again or found.get("cancel") is not True):
             self.withdraw()
 
-    def is_requested(self) -> bool:
-        """Whether the run was asked to stop."""
+    def is_requested(self, at_once: bool = False) -> bool:
+        """Whether the run was asked to stop; a later request may leave less time, or be for good."""
         now = time.monotonic()
-        if not self._since_s and now >= self._next_s:
+        if at_once or now >= self._next_s:
             self._next_s = now + self._every_s
-            if self._file.exists():
-                value = _read(self._file)
-                grace_s = value.get("grace_s")
-                self._grace_s = float(grace_s) if isinstance(grace_s, int | float) else None
-                self._since_s, self.is_cancel = now, value.get("cancel") is True
-        return self._since_s > 0
+            found = _read(self._file)
+            if found is not None and found != self._seen:
+                self._seen = found
+                self.is_cancel |= found.get("cancel") is True
+                if isinstance(grace_s := found.get("grace_s"), int | float):
+                    self._overdue_at_s = min(self._overdue_at_s, now + grace_s)
+        return self._seen is not None
 
     def is_overdue(self) -> bool:
-        """Whether the time is up that the request left for saving."""
-        return self._grace_s is not None and time.monotonic() - self._since_s >= self._grace_s
+        """Whether the time is up that a request left for saving."""
+        return time.monotonic() >= self._overdue_at_s
 
 
-def _read(file: Place) -> dict[str, Any]:
-    """What a request says; one that says nothing leaves all the time that is needed."""
+def _read(file: Place) -> dict[str, Any] | None:
+    """What a request says, None if there is none; one that says nothing leaves all the time that is needed."""
     try:
         value = read_json(file)
+    except FileNotFoundError:
+        return None
     except CorruptionError:
         return {}
     return value if isinstance(value, dict) else {}  # pyright: ignore[reportUnknownVariableType]

@@ -116,7 +116,13 @@ class Display:
             self._live.__exit__(*details)
 
     def update(self, states: list[StepState]) -> None:
-        """Show the states."""
+        """Show the states; a terminal that is gone ends no run."""
+        try:
+            self._show(states)
+        except OSError:
+            self._console.quiet = True
+
+    def _show(self, states: list[StepState]) -> None:
         for state in states:
             self._tell_resumed(state)
         if self._live is not None:

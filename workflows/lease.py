@@ -181,8 +181,16 @@ def _find_holder(folder: Place) -> Holder | None:
     return Holder(epoch, owner, value["purpose"], value["token"], folder.now() - shown.modified())
 
 
-def acquire_lease(folder: Place, purpose: str) -> Lease:
-    """Take the lease on a folder by creating the next epoch.  LeaseHeldError unless it is free."""
+def acquire_lease(
+    folder: Place,
+    purpose: str,
+    give_up: Callable[[Callable[[], None]], None] = lambda release: release(),
+) -> Lease:
+    """Take the lease on a folder by creating the next epoch.  LeaseHeldError unless it is free.
+
+    What failed with an OSError may have been done all the same, and the lease would be held by nobody: ``give_up`` is
+    given what releases it, to be done now or as soon as the storage answers.
+    """
     holder = find_holder(folder)
     if holder is not None and not holder.is_free:
         raise LeaseHeldError(str(holder))
@@ -194,7 +202,7 @@ def acquire_lease(folder: Place, purpose: str) -> Lease:
             raise LeaseHeldError(f"{folder}: another process took the lease first")
         lease.heartbeat()
     except OSError:
-        lease.release()  # what failed may have been done all the same, and would be held by nobody
+        give_up(lease.release)
         raise
     return lease
 

@@ -1,5 +1,6 @@
 """What the terminal shows of a run: one line a step, in place on a terminal, lines one after another elsewhere."""
 
+import errno
 import io
 import time
 from typing import Any
@@ -104,3 +105,15 @@ def test_training_elsewhere_gives_a_line_every_now_and_then(monkeypatch: pytest.
 )
 def test_duration_has_two_units(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
+
+
+def test_terminal_that_is_gone_ends_no_run():
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    console = Console(file=Gone(), force_terminal=False, width=40)
+    with Display(console, "r") as shown:
+        for done in (100, 200):
+            shown.update([_training(done, 4.0, 5e4)])
+    assert console.quiet

@@ -15,7 +15,8 @@ from tests.support.mortal import in_memory
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import coordinate, copies_plan
 from workflows import coordinator, lease, runs, worker
-from workflows.coordinator import Coordinator, Options
+from workflows.coordinator import Coordinator
+from workflows.driver import Options
 from workflows.lease import lease_is_free
 from workflows.plan import Plan
 from workflows.state import StepState
@@ -113,12 +114,7 @@ def fail_once(kind: str, root: Path, monkeypatch: pytest.MonkeyPatch, number: in
     assert lease_is_free(run.lease_dir)
     for step in states.values():
         assert lease_is_free(store.artifact(step.step.stage.rpartition(".")[2], step.step.fingerprint).lease_dir)
-    counts = executions(log)
-    assert counts.keys() == ONCE.keys()
-    assert max(counts.values()) <= 2
-    looks = [told for told in failing.failed if told.startswith(("exists", "names", "sizes", "modified"))]
-    if any("/work/" in told for told in looks):
-        assert counts == ONCE, "what a worker left is looked at again, not made again"
+    assert executions(log) == ONCE, f"what a worker has made is not made again: {failing.failed}"
     return "".join(failing.failed)
 
 
@@ -146,7 +142,7 @@ def test_passing_error_is_told_once_a_row(tmp_path: Path, log: Path) -> None:
     _, run, states, _ = drive(Failing(FileStorage(tmp_path / "store"), three), copies_plan(log, "ab"))
     assert states["copies"].status == "committed"
     (warning,) = [event for event in run.events() if event["kind"] == "run_warning"]
-    assert "ConnectionError: exists runs/r1/cancel was not answered" in warning["message"]
+    assert "ConnectionError: read runs/r1/cancel was not answered" in warning["message"]
 
 
 @pytest.mark.parametrize("what", ["/events/", "/lease/", "/work/", "/cancel", "COMMIT.json"])
@@ -164,7 +160,7 @@ def test_storage_that_does_not_come_back_ends_the_run(what: str, tmp_path: Path,
 def test_error_that_does_not_pass_ends_the_run_at_once(tmp_path: Path, log: Path) -> None:
     failing = Failing(
         FileStorage(tmp_path / "store"),
-        lambda number, told: PermissionError(errno.EACCES, "not allowed") if told == "exists runs/r1/cancel" else None,
+        lambda number, told: PermissionError(errno.EACCES, "not allowed") if told == "read runs/r1/cancel" else None,
     )
     with pytest.raises(PermissionError):
         drive(failing, copies_plan(log, "ab"))
@@ -191,7 +187,7 @@ def test_fail_fast_stops_the_others_although_the_request_cannot_be_written_at_fi
     row = iter(range(3))
 
     def three(number: int, told: str) -> OSError | None:
-        return lost(told) if told.startswith("write") and "/cancel" in told and next(row, None) is not None else None
+        return lost(told) if told.startswith("create") and "/cancel" in told and next(row, None) is not None else None
 
     failing = Failing(FileStorage(tmp_path / "store"), three)
     plan = copies_plan(log, "ab", trouble="user", where="copies-000")

@@ -13,7 +13,8 @@ from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import copies_plan, toy_plan
 from workflows import calls, runs
 from workflows.cancel import CancelFile
-from workflows.coordinator import Coordinator, Options
+from workflows.coordinator import Coordinator
+from workflows.driver import Options
 from workflows.lease import acquire_lease
 from workflows.plan import Plan, gang_sizes, step_config
 from workflows.state import StepState

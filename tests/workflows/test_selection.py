@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.jobs import Job
 from pipeline.errors import UserError
+from tests.cluster.test_jobs import Dashboard, dashboard
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, fabricate, toy_plan, toy_workflow
 from tests.workflows.conftest import Dlm
 from workflows.selection import selection
+
+__all__ = ["dashboard"]
 
 EVERY = ("source", "double", "aside", "total")
 
@@ -95,28 +97,14 @@ def test_run_whose_rest_another_run_made_has_succeeded(dlm: Dlm, store, log):
     assert told(dlm) == ("succeeded", "finished by run r2", 0)
 
 
-def test_selection_of_a_submitted_run_is_in_the_command_of_its_job(dlm: Dlm, store, monkeypatch):
-    commands, over = [], []
-
-    class Jobs:
-        def __init__(self, address):
-            self.url = address
-
-        def of_run(self, run_id, store_id):
-            return over
-
-        def submit(self, job_id, command, code, env, metadata):
-            commands.append(command)
-            over.append(Job(job_id, "FAILED", ""))
-            return Job(job_id, "PENDING", "")
-
-    monkeypatch.setattr("workflows.submit.Jobs", Jobs)
-    where = ["--address", "http://127.0.0.1:8265"]
+def test_selection_of_a_submitted_run_is_in_the_command_of_its_job(dlm: Dlm, store, dashboard: Dashboard):
+    where = ["--address", dashboard.url]
     assert dlm("submit", "toy", *where, "--run-id", "r1", "--until", "double", "--until", "aside").code == 0
+    assert dashboard.asked["entrypoint"].endswith(" auto --until double --until aside")
+    for job in dashboard.jobs.values():
+        job["status"] = "FAILED"
     assert dlm("resume", "r1", *where, "--only", "source").code == 0
+    assert dashboard.asked["entrypoint"].endswith(" auto --only source")
     refused = dlm("resume", "r1", *where, "--only", "total")
     assert (refused.code, "not there yet" in refused.stderr) == (2, True)
-    assert [command[command.index("auto") + 1 :] for command in commands] == [
-        ["--until", "double", "--until", "aside"],
-        ["--only", "source"],
-    ]
+    assert len(dashboard.jobs) == 2

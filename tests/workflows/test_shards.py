@@ -435,7 +435,7 @@ def test_stop_request_while_shards_are_taken_over_leaves_them_and_waits_in_peace
         if states[1].fan_out is not None:
             run.cancel_file.touch()
 
-    monkeypatch.setattr("workflows.coordinator._COMMIT_FOR_S", 0.0)
+    monkeypatch.setattr("workflows.driver._COMMIT_FOR_S", 0.0)
     states = coordinate(store, run, Busy, stop)
     assert states["copies"].status == "stopped"
     assert len(timeouts) == 20

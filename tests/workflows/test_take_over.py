@@ -13,7 +13,7 @@ from tests.support.toy_stages.source import config as source_config
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import coordinate, copies_plan, fabricate, toy_plan, toy_workflow, wait_until
 from tests.workflows.conftest import Dlm
-from workflows import coordinator, runs
+from workflows import coordinator, driver, runs
 from workflows import lease as lease_module
 from workflows.lease import Beating, Lease, acquire_lease, find_holder, lease_is_free
 from workflows.store import ArtifactPlace, Store
@@ -21,14 +21,14 @@ from workflows.store import ArtifactPlace, Store
 
 def test_step_that_another_run_commits_between_the_look_and_the_lease_is_not_made_again(store: Store, log, monkeypatch):
     plan = toy_plan(log, ("source",))
-    acquire = coordinator.acquire_lease
+    acquire = driver.acquire_lease
 
-    def acquire_late(folder, purpose: str) -> Lease:
+    def acquire_late(folder, purpose: str, give_up) -> Lease:
         if "step source" in purpose and not executions(log) and not (folder.parent / "COMMIT.json").exists():
             fabricate(store, plan, "source")
-        return acquire(folder, purpose)
+        return acquire(folder, purpose, give_up)
 
-    monkeypatch.setattr(coordinator, "acquire_lease", acquire_late)
+    monkeypatch.setattr(driver, "acquire_lease", acquire_late)
     states = coordinate(store, plan, Inline)
     assert states["source"].status == "cached"
     assert executions(log) == {}

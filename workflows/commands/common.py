@@ -18,11 +18,20 @@ from pipeline.config import parse_value, to_json
 from pipeline.errors import UserError
 from workflows import runs
 from workflows.commands.completing import DEFAULT_STORE, complete_recipes, complete_runs, complete_steps
-from workflows.coordinator import Options
+from workflows.driver import Options
 from workflows.store import Store, open_store, open_writable_store
 
-console = Console()
-errors = Console(stderr=True)
+
+class _Terminal(Console):
+    """What is under way goes on without a word once whoever read along has left."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console = _Terminal()
+errors = _Terminal(stderr=True)
 _ANY_WIDTH = 100_000
 
 SetOption = Annotated[

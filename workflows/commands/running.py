@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated, Any
 
@@ -38,9 +39,10 @@ from workflows.commands.common import (
     store_option,
     typed_command,
 )
-from workflows.coordinator import Coordinator, Options
+from workflows.coordinator import Coordinator
 from workflows.copies import local_copy
 from workflows.display import Display
+from workflows.driver import Options
 from workflows.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNSCHEDULABLE
 from workflows.lease import HEARTBEAT_S, STALE_AFTER_S, find_holder
 from workflows.live.writer import LiveReport
@@ -194,7 +196,8 @@ class _stop_on_signal:
             signal.signal(other, signal.default_int_handler)
         self._coordinator.request_stop()
         first = "stages save first" if self._coordinator.is_at_work else "no step runs yet"
-        say(f"stopping: {first}; interrupt again to stop at once")
+        with suppress(OSError):  # of a terminal that is gone
+            say(f"stopping: {first}; interrupt again to stop at once")
 
     def __exit__(self, *details: Any) -> None:
         for number, handler in self._previous.items():

@@ -27,7 +27,7 @@ from workflows.commands.common import (
     store_option,
     typed_command,
 )
-from workflows.coordinator import Options
+from workflows.driver import Options
 from workflows.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from workflows.store import Store
 from workflows.summary import summarise
