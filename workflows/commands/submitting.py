@@ -116,10 +116,16 @@ def cancel(
     place = find_store(store)
     run = place.run(run_id)
     request, holder = CancelFile(run.cancel_file), find_holder(run.lease_dir)
-    if undo:
-        request.withdraw()
-        return
     is_free = holder is None or holder.is_free
+    if undo:
+        if not run.cancel_file.exists():
+            say(f"run {run_id} was not asked to stop: there is no request to take back")
+            return
+        request.withdraw()
+        say(f"the request to stop run {run_id} was taken back")
+        if not is_free:
+            say(f"{holder}: if it has seen the request, it stops all the same")
+        return
     may_begin = is_free and _may_begin(place, run)
     if is_free and not may_begin and last_submission(run) is None:
         say(f"nothing works on run {run_id}")
