@@ -37,6 +37,10 @@ class ClusterError(RuntimeError):
     """A cluster that cannot be reached, or does not do what is asked.  The message says what to do."""
 
 
+class SilentError(ClusterError):
+    """A cluster that does not answer: what it was asked to do it may have done."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A job that was handed over."""
@@ -211,5 +215,5 @@ def _readable(url: str) -> Iterator[None]:
                 "started with"
             ) from None
         if isinstance(error, ConnectionError) or type(error).__module__.startswith(("requests", "urllib3")):
-            raise ClusterError(f"the cluster at {url} does not answer: {text}") from error
+            raise SilentError(f"the cluster at {url} does not answer: {text}") from error
         raise ClusterError(f"the cluster at {url} refused: {text}") from error

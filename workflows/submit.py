@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.auth import AuthError, is_loopback, names_a_secret, redacted, secret_env, secret_values
-from cluster.jobs import OVER, ClusterError, Job, Jobs
+from cluster.jobs import OVER, ClusterError, Job, Jobs, SilentError
 from pipeline.artifact import json_bytes, read_json
 from pipeline.config import from_json
 from pipeline.errors import UserError
 from pipeline.storage import Place
 from workflows.cancel import CancelFile
-from workflows.lease import find_holder, lease_is_free
+from workflows.lease import find_holder
 from workflows.store import RunPlace, Store
 
 _STORE_CHARS = 6
@@ -67,7 +67,8 @@ def submit_run(
 ) -> Job:
     """Hand over a job that works on a run, unless one does already: that one is returned.
 
-    UserError if that one was handed over with other options than those given now.
+    UserError if that one was handed over with other options than those given now.  A request to stop the run is taken
+    back, unless somebody alive is at work who has to see it.
 
     Args:
         store: where the run lies; the nodes of the cluster must see it under the same name.
@@ -88,8 +89,7 @@ def submit_run(
     if live := next((job for job in known if job.status not in OVER), None):
         if has_options:
             _require_same(run, live.job_id, wanted)
-        if lease_is_free(run.lease_dir):  # it has not begun, and is wanted to
-            CancelFile(run.cancel_file).withdraw()
+        _want_again(run)
         return live
     env = _env(run, wanted, are_kept=not env_names)
     job_id = _next_id(store, run, wanted, known)
@@ -99,13 +99,52 @@ def submit_run(
             _require_same(run, job_id, wanted)
         wanted = from_json(Submission, read_json(_record(run, job_id)))
         env = _env(run, wanted, are_kept=True)
-    CancelFile(run.cancel_file).withdraw()
+    _want_again(run)
     about = {"run": run.run_id, "store": store.store_id, "user": wanted.user}
     try:
         return jobs.submit(job_id, _command(store, run, wanted), code, {**env, "DLM_JOB_ID": job_id}, about)
     except (AuthError, ClusterError) as error:
+        if found := _taken_all_the_same(run, jobs, job_id, error):
+            return found
         note_end(run, job_id, f"it was not handed over: {error}")
         raise
+
+
+def _want_again(run: RunPlace) -> None:
+    if not _may_be_at_work(run):
+        CancelFile(run.cancel_file).withdraw()
+
+
+def _may_be_at_work(run: RunPlace) -> bool:
+    """Whether somebody alive may hold the lease on a run: that of a job that is over is only not stale yet."""
+    holder = find_holder(run.lease_dir)
+    if holder is None or holder.is_free:
+        return False
+    begun = (event for event in run.events() if event["kind"] == "run_started" and event["attempt"] == holder.epoch)
+    job_id = next((event.get("job", "") for event in begun), "")
+    return not (job_id and end_of(run, job_id))
+
+
+def _taken_all_the_same(run: RunPlace, jobs: Jobs, job_id: str, error: Exception) -> Job | None:
+    """The job that could not be handed over, if the cluster has it: then only its answer was lost.
+
+    ClusterError if nobody can tell.
+    """
+    if isinstance(error, AuthError):  # it would let nobody look either
+        return None
+    try:
+        found = jobs.find(job_id)
+    except (AuthError, ClusterError):
+        is_known, found = False, None
+    else:
+        is_known = found is not None or not isinstance(error, SilentError)
+    if not is_known:
+        raise ClusterError(
+            f"{error}; whether job {job_id} was taken is not known. Once the cluster answers, dlm status {run.run_id} "
+            f"--address {jobs.url} tells, and dlm resume {run.run_id} --address {jobs.url} hands the run over again "
+            "without starting a second job"
+        ) from error
+    return found
 
 
 def _wanted(run: RunPlace, url: str, python: str, env_names: Sequence[str], words: Sequence[str]) -> Submission:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -131,17 +131,36 @@ def published(store: "Store", run: "RunPlace") -> frozenset[str]:
     return frozenset(names)
 
 
-def has_ended(run: "RunPlace") -> bool:
-    """Whether the last attempt of a run came to an end of its own."""
-    kinds = [event["kind"] for event in run.events() if event["kind"] in ("run_started", "run_ended")]
-    return kinds[-1:] == ["run_ended"]
+def newest_attempt(run: "RunPlace") -> int:
+    """The number of the attempt that took the lease on a run last, whether it came to write anything or not."""
+    from workflows.lease import find_holder  # noqa: PLC0415 - as in main
+
+    holder = find_holder(run.lease_dir)
+    return holder.epoch if holder else 0
 
 
-def is_final(code: int, run: "RunPlace") -> bool:
-    """Whether a run that ended with a code is not to be tried again by itself, though it did not succeed."""
+def has_ended(run: "RunPlace", before: int) -> bool:
+    """Whether the last of the attempts that came after the one of number ``before`` came to an end of its own.
+
+    Earlier ones say nothing of a coordinator that was let down before it could write that it had begun.
+    """
+    return _last_word(run, before).get("kind") == "run_ended"
+
+
+def _last_word(run: "RunPlace", before: int) -> dict[str, Any]:
+    words = [
+        event for event in run.events() if event["kind"] in ("run_started", "run_ended") and event["attempt"] > before
+    ]
+    return words[-1] if words else {}
+
+
+def is_final(code: int, run: "RunPlace", before: int) -> bool:
+    """Whether a run that ended with a code is not to be tried again by itself, though it did not succeed.
+
+    ``before`` as for ``has_ended``.
+    """
     if code == EXIT_INTERRUPTED:
-        endings = [event["status"] for event in run.events() if event["kind"] == "run_ended"]
-        return has_ended(run) and endings[-1] == "cancelled"
+        return _last_word(run, before).get("status") == "cancelled"
     return code in _FAILED_FOR_GOOD
 
 
@@ -155,8 +174,9 @@ def _supervise(words: Sequence[str] | None = None) -> None:
     try:
         store = open_store(given.store)
         run = store.run_place(given.run)  # that there is none is for the coordinator to say
-        code = _coordinate(store, run, given.address, more)
-        how, is_over = f"its coordinator ended with code {code}, the job's log says why", is_final(code, run)
+        before = newest_attempt(run)
+        code = _coordinate(store, run, before, given.address, more)
+        how, is_over = f"its coordinator ended with code {code}, the job's log says why", is_final(code, run, before)
     except EXPECTED as error:
         code, message = ending(error)
         how, is_over = f"its supervisor ended with code {code}: {message}", code in _FAILED_FOR_GOOD
@@ -187,11 +207,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _coordinate(store: "Store", run: "RunPlace", address: str, more: Sequence[str]) -> int:
+def _coordinate(store: "Store", run: "RunPlace", before: int, address: str, more: Sequence[str]) -> int:
     """The code with which the coordinator of a run ended at last."""
     resume = ["resume", run.run_id, "--store", store.url, "--address", address, *more]
     command = [sys.executable, "-m", "workflows.cli", *resume]
-    return Supervisor(command, lambda: published(store, run), has_ended=lambda: has_ended(run)).run()
+    return Supervisor(command, lambda: published(store, run), has_ended=lambda: has_ended(run, before)).run()
 
 
 def _note_end(run: "RunPlace", how: str) -> None:

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -31,6 +31,10 @@ class Dashboard(ThreadingHTTPServer):
         self.jobs: dict[str, dict[str, Any]] = {}
         self.refusals: list[str] = []
         """What the next submissions are refused with."""
+        self.lost: list[Literal["asked", "answer", "all"]] = []
+        """What gets lost of the next submissions on the way there or back; with all, it is silent from then on."""
+        self.is_silent = False
+        """Whether it hangs up on whoever asks for its jobs."""
         self.labels: dict[str, str] = {}
         self.asked: dict[str, Any] = {}
         """The last submission."""
@@ -73,6 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
             }  # fmt: skip
             rows = {"result": [node], "total": 1, "num_after_truncation": 1, "num_filtered": 1}
             self._answer(200, {"result": True, "msg": "", "data": {"result": {**rows, "partial_failure_warning": ""}}})
+        elif self.path.startswith("/api/jobs") and self.server.is_silent:
+            self.close_connection = True
         elif self.path.startswith("/api/jobs"):
             self._answer(200, list(self.server.jobs.values()))
         else:  # is a package there already
@@ -87,6 +93,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.refusals:
             self._answer(500, self.server.refusals.pop(0))
             return
+        lost = self.server.lost.pop(0) if self.server.lost else ""
+        if lost == "asked":
+            self.close_connection = True
+            return
         job_id = asked["submission_id"]
         self.server.jobs[job_id] = {
             "type": "SUBMISSION", "submission_id": job_id, "status": "PENDING", "entrypoint": asked["entrypoint"],
@@ -94,6 +104,10 @@ class _Handler(BaseHTTPRequestHandler):
             "driver_info": None,
         }  # fmt: skip
         self.server.asked = asked
+        if lost:
+            self.server.is_silent = lost == "all"
+            self.close_connection = True
+            return
         self._answer(200, {"job_id": job_id, "submission_id": job_id})
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.fabricated import begin
 from tests.support.toy_stages.trouble import executions
 from tests.support.toy_workflow import ONCE, fabricate, is_gone, toy_plan, toy_workflow, wait_until
 from tests.workflows.conftest import Dlm
@@ -88,8 +89,27 @@ def test_run_that_waits_where_nobody_can_look_is_stopped_when_it_is_begun(store:
     assert summarise(store, run).status == "cancelled"
     assert executions(log) == {}
     assert dlm("cancel", "r1").code == 0, "the next cluster of a RayJob"
-    assert dlm("cancel", "r1", "--undo").code == 0
+    undone = dlm("cancel", "r1", "--undo")
+    assert (undone.code, undone.stderr) == (0, "the request to stop run r1 was taken back\n")
     assert not run.cancel_file.exists()
+
+
+def test_request_that_is_taken_back_from_who_may_have_seen_it_is_said_to_stop_that_one_all_the_same(
+    store: Store, log: Path, dlm: Dlm
+):
+    run = runs.create_run(store, toy_plan(log), "ray", "r1")
+    lease = begin(run, [])
+    CancelFile(run.cancel_file).request(60.0, is_cancel=True)
+    undone = dlm("cancel", "r1", "--undo")
+    assert (undone.code, run.cancel_file.exists()) == (0, False)
+    first, second = undone.stderr.splitlines()
+    assert first == "the request to stop run r1 was taken back"
+    assert second.endswith(
+        "is at work (test), last heard of 0 s ago: if it has seen the request, it stops all the same"
+    )
+    lease.release()
+    undone = dlm("cancel", "r1", "--undo")
+    assert (undone.code, undone.stderr) == (0, "run r1 was not asked to stop: there is no request to take back\n")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"grace_s": "soon"}'])

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from tests.support.fabricated import fabricate_run
-from tests.support.toy_workflow import fabricate, toy_plan
+from tests.support.toy_workflow import amended, fabricate, toy_plan
 from tests.workflows.conftest import Dlm
 from workflows import runs
+from workflows.amendments import Wishes
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +47,30 @@ def test_one_step_of_a_run_is_explained_from_its_frozen_plan(dlm, store):
     assert list(rows) == ["total"]
     assert rows["total"]["nearest"]["changes"] == {"config.number": {"from": 1, "to": 3}}
     assert str(store.root.path / "artifacts" / "toy-total") in dlm("explain", "r1", "total").stdout
+
+
+def test_step_that_was_accepted_as_it_was_shows_what_differs(dlm, store, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text("before")
+    plan = toy_plan(source__path=str(data))
+    run = runs.create_run(store, plan, "local", "r1")
+    fabricate(store, plan, "source", "aside")
+    assert "accepted as it was" not in dlm("explain", "r1").stdout
+    data.write_text("short")
+    amended(store, run, Wishes(accept=("source",)))
+    rows = rows_of(dlm, "r1")
+    assert rows["source"]["action"] == "cached"
+    assert {name: row["accepted"] for name, row in rows.items()} == {
+        "source": {"external.bytes": {"from": 6, "to": 5}}, "aside": {}, "double": {}, "total": {},
+    }  # fmt: skip
+    shown = dlm("explain", "r1").stdout
+    assert "gone" not in shown
+    assert shown.count("accepted as it was") == 1
+    assert "\n  accepted as it was, although outside data bytes differs: 6 -> 5\n" in shown
+    store.artifact("toy-source", plan.step("source").fingerprint).directory.remove()
+    gone = dlm("explain", "r1", "source").stdout
+    assert "\n  accepted as it was, although outside data bytes differs: 6 -> 5\n" in gone
+    assert "\n  and is gone since: the run goes on only with --rebuild source\n" in gone
 
 
 def test_outside_file_that_changed_is_named(dlm, store, tmp_path):

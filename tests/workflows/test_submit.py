@@ -11,13 +11,13 @@ from cluster.jobs import ClusterError, Job, Jobs
 from pipeline.artifact import json_bytes
 from pipeline.errors import UserError
 from tests.cluster.test_jobs import TOKEN, Dashboard, code, dashboard
-from tests.support.fabricated import begin, end, fabricate_run
+from tests.support.fabricated import age_lease, begin, end, fabricate_run
 from tests.support.toy_workflow import fabricate, toy_plan
 from tests.workflows.conftest import Dlm
 from workflows import runs
 from workflows.cancel import CancelFile
 from workflows.lease import acquire_lease
-from workflows.store import Store
+from workflows.store import EventLog, Store
 from workflows.submit import end_of, last_submission, note_end, submit_run
 
 __all__ = ["code", "dashboard"]
@@ -222,6 +222,56 @@ def test_run_that_is_made_and_whose_cluster_knows_no_job_is_left_as_it_is(
     done = dlm("cancel", "r1")
     assert (done.code, done.stderr.endswith("nothing works on run r1\n")) == (0, True), done.stderr
     assert not run.cancel_file.exists()
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_job_handed_over_while_another_coordinator_works_waits_for_it_and_leaves_it_its_request_to_stop(
+    dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm, monkeypatch, is_cancelled: bool
+):
+    monkeypatch.setattr("workflows.commands.submitting.code_archive", lambda plan, folder: code)
+    run = runs.create_run(store, toy_plan(log), "ray", "r1")
+    lease = begin(run, [])
+    if is_cancelled:
+        CancelFile(run.cancel_file).request(60.0, is_cancel=True)
+    for _ in range(2):  # the second finds the first one's job
+        done = dlm("resume", "r1", "--address", dashboard.url)
+        assert done.code == 0, done.stderr
+        assert list(dashboard.jobs) == [job_id(store, 2)]
+        assert "is at work (test), last heard of 0 s ago; the job waits for it to end, 130 s at most" in done.stderr
+        assert ("stops the job too: to take it back, dlm cancel r1 --undo" in done.stderr) is is_cancelled
+        assert run.cancel_file.exists() is is_cancelled
+    lease.release()
+    done = dlm("resume", "r1", "--address", dashboard.url)
+    assert (done.code, "is at work" in done.stderr) == (0, False)
+    assert not run.cancel_file.exists(), "nobody is left who has to see it"
+
+
+def test_request_to_a_job_that_was_killed_is_taken_back_before_its_lease_is_stale(
+    dashboard: Dashboard, code: Path, store: Store, log
+):
+    run = runs.create_run(store, toy_plan(log), "ray", "r1")
+    submit_run(store, run, Jobs(dashboard.url), code)
+    age_lease(acquire_lease(run.lease_dir, "the job's"), 20.0)
+    EventLog(run, 1).write("run_started", job=job_id(store, 1))
+    CancelFile(run.cancel_file).request(60.0, is_cancel=True)
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 1)
+    assert run.cancel_file.exists(), "it is there and has to see it"
+    dashboard.jobs[job_id(store, 1)]["status"] = "STOPPED"
+    assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 2)
+    assert not run.cancel_file.exists()
+
+
+def test_job_that_works_is_not_said_to_wait_for_itself(
+    dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm, monkeypatch
+):
+    monkeypatch.setattr("workflows.commands.submitting.code_archive", lambda plan, folder: code)
+    run = runs.create_run(store, toy_plan(log), "ray", "r1")
+    resume = ("resume", "r1", "--address", dashboard.url)
+    assert dlm(*resume).code == 0
+    dashboard.jobs[job_id(store, 1)]["status"] = "RUNNING"
+    begin(run, [])
+    done = dlm(*resume)
+    assert (done.code, "is at work" in done.stderr) == (0, False)
 
 
 @pytest.mark.parametrize(("has_begun", "is_left"), [(False, False), (True, True)])

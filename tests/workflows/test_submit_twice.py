@@ -1,6 +1,7 @@
 """Jobs that meet others: of the same run, of a run of the same name, of another cluster."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -87,6 +88,32 @@ def test_submission_that_a_cluster_refused_is_no_job_that_is_waited_for(
     assert end_of(run, job_id(store, 1)).startswith("it was not handed over: ")
     assert status_of(dlm)[0] == "interrupted"
     assert submit_run(store, run, Jobs(dashboard.url), code).job_id == job_id(store, 2)
+
+
+def test_job_that_was_taken_though_the_answer_was_lost_is_the_one_that_was_handed_over(
+    dashboard: Dashboard, code: Path, store: Store, run: RunPlace, dlm: Dlm
+):
+    dashboard.lost = ["answer"]
+    assert submit_run(store, run, Jobs(dashboard.url), code) == Job(job_id(store, 1), "PENDING")
+    assert end_of(run, job_id(store, 1)) == ""
+    assert status_of(dlm)[:2] == ("submitted", None)
+
+
+@pytest.mark.parametrize("lost", ["asked", "all"])
+def test_of_a_job_that_may_have_been_taken_nothing_is_written_down_and_the_next_hand_over_is_the_same(
+    dashboard: Dashboard, code: Path, store: Store, run: RunPlace, dlm: Dlm, lost: Literal["asked", "all"]
+):
+    jobs = Jobs(dashboard.url)
+    dashboard.lost = [lost]
+    with pytest.raises(ClusterError, match="does not answer") as error:
+        submit_run(store, run, jobs, code)
+    for told in (f"whether job {job_id(store, 1)} was taken is not known", f"dlm status r1 --address {dashboard.url}"):
+        assert told in str(error.value)
+    assert end_of(run, job_id(store, 1)) == ""
+    assert status_of(dlm)[:2] == ("submitted", None)
+    dashboard.is_silent = False
+    assert submit_run(store, run, jobs, code).job_id == job_id(store, 1)
+    assert list(dashboard.jobs) == [job_id(store, 1)]
 
 
 def test_runs_of_one_name_in_two_stores_have_jobs_of_their_own(

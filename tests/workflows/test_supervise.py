@@ -14,11 +14,12 @@ import pytest
 from cluster.local import LocalExecutor
 from pipeline.artifact import json_bytes
 from tests.support.executors import NUM_CPUS
+from tests.support.fabricated import begin, end
 from tests.support.toy_workflow import coordinate, fabricate, is_gone, toy_plan, wait_until
 from workflows import runs, supervise
 from workflows.store import EventLog, RunPlace, Store, open_store
 from workflows.submit import end_of
-from workflows.supervise import Supervisor, has_ended, is_final, published
+from workflows.supervise import Supervisor, has_ended, is_final, newest_attempt, published
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
@@ -235,7 +236,7 @@ def test_attempt_without_its_last_word_has_not_ended(tmp_path, kinds: list[str],
     log = EventLog(run, 1)
     for kind in kinds:
         log.write(kind)
-    assert has_ended(run) is is_over
+    assert has_ended(run, before=0) is is_over
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_what_another_cluster_would_do_no_good_is_final(tmp_path, code: int, end
     log = EventLog(run, 1)
     for status in endings:
         log.write("run_ended", status=status)
-    assert is_final(code, run) is final
+    assert is_final(code, run, before=0) is final
 
 
 def test_attempt_that_did_not_end_is_not_final_because_the_one_before_was_cancelled(tmp_path):
@@ -266,9 +267,44 @@ def test_attempt_that_did_not_end_is_not_final_because_the_one_before_was_cancel
     first = EventLog(run, 1)
     first.write("run_started")
     first.write("run_ended", status="cancelled")
-    assert is_final(75, run)
+    assert is_final(75, run, before=0)
     EventLog(run, 2).write("run_started")
-    assert not is_final(75, run)
+    assert not is_final(75, run, before=0)
+
+
+@pytest.mark.parametrize("status", ["stopped", "cancelled"])
+def test_end_of_an_earlier_attempt_is_not_that_of_a_coordinator_that_was_let_down_before_it_began(
+    store, monkeypatch, status: str
+):
+    run = runs.create_run(store, toy_plan(), "ray", "r1")
+    begin(run, []).release()
+    end(run, 1, status)
+    starts: list[int] = []
+    monkeypatch.setattr(Supervisor, "_run_once", lambda self: (starts.append(1) or 75, False))
+    monkeypatch.setattr(supervise, "_MAX_BACKOFF_S", 0.01)
+    monkeypatch.setattr("cluster.jobs.stop_own_job", lambda: pytest.fail("it is not for good"))
+    with pytest.raises(SystemExit, match="75"):
+        supervise._supervise(["r1", "--store", store.url, "--stop-own-job"])
+    assert len(starts) == 4
+
+
+def test_end_that_its_own_coordinator_wrote_is_final(store, monkeypatch):
+    run = runs.create_run(store, toy_plan(), "ray", "r1")
+    begin(run, []).release()
+    end(run, 1, "stopped")
+
+    def run_once(supervisor: Supervisor) -> tuple[int, bool]:
+        begin(run, []).release()
+        end(run, 2, "cancelled")
+        return 75, False
+
+    stopped: list[bool] = []
+    monkeypatch.setattr(Supervisor, "_run_once", run_once)
+    monkeypatch.setattr("cluster.jobs.stop_own_job", lambda: stopped.append(True))
+    monkeypatch.setattr(supervise, "_STOPPED_S", 0.0)
+    with pytest.raises(SystemExit, match="75"):
+        supervise._supervise(["r1", "--store", store.url, "--stop-own-job"])
+    assert (stopped, newest_attempt(run)) == ([True], 2)
 
 
 def with_another_schema(store: Store, run: RunPlace) -> None:

@@ -68,7 +68,8 @@ def explain(
         files = changed_content(planned, nearest) if nearest is not None else []
         newer = changed_files(planned, nearest) if nearest is not None and not files else []
         where = place.artifact(stage.name, planned.fingerprint)
-        rows.append(_row(action, str(where.directory), where.made_by(), nearest, files, newer))
+        accepted = accepted_changes(planned)
+        rows.append(_row(action, str(where.directory), where.made_by(), accepted, nearest, files, newer))
         if not as_json:
             _print(rows[-1], plan, planned)
     if as_json:
@@ -92,6 +93,7 @@ def _row(
     action: Action,
     artifact: str,
     made_by: str,
+    accepted: dict[str, tuple[Any, Any]],
     nearest: Nearest | None,
     files: list[FileChange],
     newer: list[tuple[str, float]],
@@ -100,16 +102,27 @@ def _row(
         **vars(action),
         "artifact": artifact,
         "from_run": made_by,
+        "accepted": _changes_json(accepted),
         "nearest": None
         if nearest is None
         else {
             "run_id": nearest.run_id,
             "artifact": str(nearest.place.directory),
-            "changes": {field: {"from": old, "to": new} for field, (old, new) in nearest.changes.items()},
+            "changes": _changes_json(nearest.changes),
             "files": [{**vars(file), "told": file.told} for file in files],
             "files_changed_since": [path for path, _ in newer],
         },
     }
+
+
+def _changes_json(changes: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+    return {field: {"from": old, "to": new} for field, (old, new) in changes.items()}
+
+
+def accepted_changes(step: PlannedStep) -> dict[str, tuple[Any, Any]]:
+    """Fields in which a step would have come out otherwise when it was accepted as it was -> (committed, then)."""
+    frozen = flatten({"config": step.config, "code_version": step.code_version, "external": step.external})
+    return {field: (frozen.get(field), value) for field, value in step.accepted.items()}
 
 
 def changed_content(step: PlannedStep, nearest: Nearest) -> list[FileChange]:
@@ -159,10 +172,20 @@ def _texts(config: Any) -> Iterator[tuple[str, str]]:
                 yield path, item
 
 
+def _told(field: str) -> str:
+    kind, _, name = field.partition(".")
+    return {"config": name, "external": f"outside data {name}".rstrip()}.get(kind, field)
+
+
 def _print(row: dict[str, Any], plan: Plan, step: PlannedStep) -> None:
     by = f", made by run {row['from_run']}" if row["from_run"] else ""
     print_line(f"{row['step']}  {row['action']}: {row['reason']}{by}")
     print_line(f"  artifact  {row['artifact']}")
+    for field, change in row["accepted"].items():
+        old, new = (json.dumps(change[side]) for side in ("from", "to"))
+        print_line(f"  accepted as it was, although {_told(field)} differs: {old} -> {new}")
+    if row["accepted"] and row["action"] == "run":
+        print_line(f"  and is gone since: the run goes on only with --rebuild {step.name}")
     nearest = row["nearest"]
     if nearest is None:
         return
@@ -175,8 +198,7 @@ def _print(row: dict[str, Any], plan: Plan, step: PlannedStep) -> None:
             old, new = (str(change[side] or "none")[:12] for side in ("from", "to"))
             print_line(f"    input {name}{made}: {old} -> {new}")
         else:
-            told = {"config": name, "external": f"outside data {name}".rstrip()}.get(kind, field)
-            print_line(f"    {told}: {old} -> {new}")
+            print_line(f"    {_told(field)}: {old} -> {new}")
     for file in nearest["files"][:_MOST_FILES]:
         print_line(f"    file {file['source']}: {file['told']}")
     if len(nearest["files"]) > _MOST_FILES:

@@ -34,7 +34,7 @@ from workflows.commands.common import (
     typed_command,
 )
 from workflows.exit_codes import EXIT_INTERRUPTED
-from workflows.lease import Holder, find_holder
+from workflows.lease import HEARTBEAT_S, STALE_AFTER_S, Holder, find_holder
 from workflows.selection import selection, selection_words
 from workflows.snapshot import code_archive
 from workflows.store import RunPlace, Store
@@ -86,8 +86,20 @@ def hand_over(store: Store, run: RunPlace, jobs: Jobs, python: str, env: list[st
     where = store_option(store)
     print(run.run_id)
     say(f"job {job.job_id} at {jobs.url} ({job.status.lower()})")
+    _say_who_is_before(store, run)
     say(f"see it: dlm status {run.run_id} --watch{where}, dlm logs {run.run_id} -f{where}")
     say(f"end it: dlm cancel {run.run_id}{where}")
+
+
+def _say_who_is_before(store: Store, run: RunPlace) -> None:
+    """Say who keeps the job that was handed over last from beginning, if anybody does."""
+    holder, submission = find_holder(run.lease_dir), last_submission(run)
+    if holder is None or holder.is_free or submission is None or submission.attempt <= holder.epoch:
+        return
+    say(f"{holder}; the job waits for it to end, {STALE_AFTER_S + HEARTBEAT_S:.0f} s at most")
+    if run.cancel_file.exists():
+        undo = f"dlm cancel {run.run_id} --undo{store_option(store)}"
+        say(f"the request to stop that one stops the job too: to take it back, {undo} once that one has ended")
 
 
 def cancel(
@@ -104,10 +116,16 @@ def cancel(
     place = find_store(store)
     run = place.run(run_id)
     request, holder = CancelFile(run.cancel_file), find_holder(run.lease_dir)
-    if undo:
-        request.withdraw()
-        return
     is_free = holder is None or holder.is_free
+    if undo:
+        if not run.cancel_file.exists():
+            say(f"run {run_id} was not asked to stop: there is no request to take back")
+            return
+        request.withdraw()
+        say(f"the request to stop run {run_id} was taken back")
+        if not is_free:
+            say(f"{holder}: if it has seen the request, it stops all the same")
+        return
     may_begin = is_free and _may_begin(place, run)
     if is_free and not may_begin and last_submission(run) is None:
         say(f"nothing works on run {run_id}")
