@@ -18,7 +18,12 @@ OBJECT_STORES = {"s3": "s3fs", "gs": "gcsfs"}
 _NO_CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "DefaultCredentialsError", "RefreshError",
 }  # fmt: skip
-_CONNECT_S, _SILENCE_S = 20.0, 60.0
+_CONNECT_S, _SILENCE_S = 5.0, 10.0
+"""Of one try of one request."""
+_ANSWER_S = 40.0
+"""Of an operation on one object or folder with all its tries: much less than a lease lives without a sign of life."""
+_S3_TRIES = {"mode": "standard", "total_max_attempts": 3}
+"""By botocore, which knows what passes (throttling, 5xx, silence); s3fs does so again where a body breaks off."""
 _CLIENTS = {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "requests"}
 """Packages that raise errors of their own, some of them for connections that are OSErrors without a number."""
 
@@ -49,7 +54,7 @@ class ObjectStorage:
     def _fs(self) -> Any:
         """The fsspec file system, which asks the store every time: what another machine wrote must be seen."""
         try:
-            return _gs_client() if self.scheme == "gs" else _client(self.scheme)
+            return _gs_client() if self.scheme == "gs" else _s3_client()
         except ImportError:
             raise UserError(
                 f"{self.url} needs the package {OBJECT_STORES[self.scheme]}: pip install 'dlm[{self.scheme}]'"
@@ -76,7 +81,7 @@ class ObjectStorage:
         for _ in range(_CREATE_TRIES):
             try:
                 with _translated(self.url, is_put=True):
-                    self._fs.pipe_file(self._at(key), data, mode="create")
+                    self._fs.pipe_file(self._at(key), data, mode="create", timeout=_ANSWER_S)
                 return True
             except OSError as error:
                 if isinstance(error, FileExistsError) or _is_refused(error):
@@ -89,7 +94,7 @@ class ObjectStorage:
     def write(self, key: str, data: bytes, is_durable: bool = True) -> None:
         """A PUT."""
         with _translated(self.url, is_put=True):
-            self._fs.pipe_file(self._at(key), data)
+            self._fs.pipe_file(self._at(key), data, timeout=_ANSWER_S)
 
     def touch(self, key: str) -> None:
         """A PUT of nothing."""
@@ -98,18 +103,18 @@ class ObjectStorage:
     def read(self, key: str) -> bytes:
         """A GET."""
         with _translated(self.url):
-            return self._fs.cat_file(self._at(key))
+            return self._fs.cat_file(self._at(key), timeout=_ANSWER_S)
 
     def exists(self, key: str) -> bool:
         """A HEAD, and a listing of one where there is no such object."""
         with _translated(self.url):
-            return self._fs.exists(self._at(key))
+            return self._fs.exists(self._at(key), timeout=_ANSWER_S)
 
     def names(self, key: str) -> list[str]:
         """A listing up to the next slash."""
         try:
             with _translated(self.url):
-                found = self._fs.ls(self._at(key), detail=False, refresh=True)
+                found = self._fs.ls(self._at(key), detail=False, refresh=True, timeout=_ANSWER_S)
         except FileNotFoundError:
             return []
         names = {path.rstrip("/").rpartition("/")[2] for path in found}
@@ -125,7 +130,8 @@ class ObjectStorage:
     def modified(self, key: str) -> float:
         """LastModified, of whole seconds on S3."""
         with _translated(self.url):
-            return self._fs.modified(self._at(key)).timestamp()
+            found = self._fs.info(self._at(key), timeout=_ANSWER_S)
+        return found["mtime" if self.scheme == "gs" else "LastModified"].timestamp()
 
     def now(self, key: str) -> float:
         """The LastModified of an object that is made and deleted."""
@@ -159,17 +165,22 @@ class ObjectStorage:
             self._fs.cp_file(self._at(key), self._at(to))
 
 
-def _client(scheme: str) -> Any:
-    import fsspec
+def _s3_client() -> Any:
+    """The client, which does not ask before a PUT whether it may: it would wait for that answer without end."""
+    from aiobotocore.session import AioSession
+    from botocore.handlers import add_expect_header
+    from s3fs import S3FileSystem
 
-    return fsspec.filesystem(scheme, use_listings_cache=False)
+    session = AioSession()
+    session.unregister("before-call.s3", add_expect_header)
+    limits = {"connect_timeout": _CONNECT_S, "read_timeout": _SILENCE_S, "retries": _S3_TRIES}
+    client = S3FileSystem(use_listings_cache=False, session=session, config_kwargs=limits, skip_instance_cache=True)
+    client.retries = 2
+    return client
 
 
 def _gs_client() -> Any:
-    """The client that speaks JSON over HTTP only: the other one asks over gRPC first what kind of bucket it has.
-
-    Without limits of time a request that nobody answers may take half an hour to fail.
-    """
+    """The client that speaks JSON over HTTP only: the other one asks over gRPC first what kind of bucket it has."""
     import aiohttp
     from gcsfs.core import GCSFileSystem
 
@@ -209,6 +220,8 @@ def _translated(url: str, is_put: bool = False) -> Iterator[None]:
             raise RefusedError(
                 f"{url} refuses this: {error}. Check the credentials and the rights on the bucket"
             ) from error
+        if kind == "FSTimeoutError":
+            raise ConnectionError(f"{url} did not answer in time") from error
         if client in _CLIENTS and not isinstance(error, FileNotFoundError | FileExistsError):
             raise ConnectionError(f"{url}: {kind}: {error}") from error
         raise

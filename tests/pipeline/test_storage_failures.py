@@ -1,12 +1,15 @@
 """An object store that refuses, is absent or loses answers: errors that say what to do, in bounded time."""
 
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from pipeline import object_storage
 from pipeline.errors import UserError, classify
 from pipeline.object_storage import ObjectStorage, RefusedError
 from pipeline.storage import Place
@@ -53,6 +56,77 @@ def test_a_server_that_cannot_be_reached_is_a_passing_fault_in_bounded_time(abse
         absent.create("store.json", b"1")
     assert classify(caught.value) == "transient"
     assert time.monotonic() - begun_s < BOUND_S
+
+
+@pytest.fixture
+def silent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, anew: None) -> Iterator[ObjectStorage]:
+    """A storage whose server takes every request and says nothing; with little patience."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:  # the kernel accepts what nobody answers
+        for name, value in FAKE_AWS.items():
+            monkeypatch.setenv(name, value)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        monkeypatch.setattr(object_storage, "_SILENCE_S", 0.5)
+        monkeypatch.setattr(object_storage, "_ANSWER_S", 1.5)
+        yield ObjectStorage(request.param, "bucket/store")
+
+
+@pytest.mark.parametrize("silent", ["s3", "gs"], indirect=True)
+@pytest.mark.parametrize("what", ["create", "write", "read", "exists", "names", "modified", "now"])
+def test_a_server_that_says_nothing_is_a_passing_fault_soon(silent: ObjectStorage, what: str) -> None:
+    begun_s = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"://bucket/store did not answer in time") as caught:
+        getattr(silent, what)("a", *([b"1"] if what in ("create", "write") else []))
+    assert classify(caught.value) == "transient"
+    assert time.monotonic() - begun_s < 10.0
+
+
+@pytest.mark.parametrize("silent", ["s3"], indirect=True)
+@pytest.mark.parametrize("what", ["upload", "sizes"])
+def test_what_takes_many_requests_has_no_limit_as_a_whole_and_ends_where_one_is_not_answered(
+    silent: ObjectStorage, what: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    begun_s = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"://bucket/store: \w*Timeout"):
+        silent.upload(tmp_path / "file", "a") if what == "upload" else getattr(silent, what)("a")
+    assert time.monotonic() - begun_s < 30.0
+
+
+class Busy(BaseHTTPRequestHandler):
+    """A server of S3 that refuses for a while, then answers."""
+
+    refusals: Iterator[tuple[int, str]] = iter(())
+
+    def do_GET(self) -> None:
+        code, reason = next(Busy.refusals, (200, ""))
+        error = f"<Error><Code>{reason}</Code><Message>told</Message></Error>"
+        body = (error if reason else "<ListBucketResult></ListBucketResult>").encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *given: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("refusal", [(500, "InternalError"), (503, "SlowDown"), (503, "ServiceUnavailable")])
+def test_a_server_of_s3_that_wants_time_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, refusal: tuple[int, str]
+) -> None:
+    for name, value in FAKE_AWS.items():
+        monkeypatch.setenv(name, value)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        Busy.refusals = iter([refusal] * 2)
+        assert ObjectStorage("s3", "bucket/store").names("a") == []
+        assert next(Busy.refusals, None) is None
+        server.shutdown()
+        thread.join()
 
 
 @pytest.mark.parametrize("fixture", ["s3_url", "gs_url"])
@@ -178,13 +252,13 @@ class Deaf:
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
 
-    def pipe_file(self, path: str, data: bytes, mode: str = "overwrite") -> None:
+    def pipe_file(self, path: str, data: bytes, timeout: float, mode: str = "overwrite") -> None:
         self.objects[path] = data
 
-    def cat_file(self, path: str) -> bytes:
+    def cat_file(self, path: str, timeout: float) -> bytes:
         return self.objects[path]
 
-    def exists(self, path: str) -> bool:
+    def exists(self, path: str, timeout: float) -> bool:
         return path in self.objects
 
     def rm(self, path: str, recursive: bool) -> None:

@@ -116,7 +116,10 @@ class Mortal(Storage):
 
 
 class OneAtATime:
-    """A client of which only one method is at work at a time: fsspec's files in memory have one position for all."""
+    """A client of which only one method is at work at a time: fsspec's files in memory have one position for all.
+
+    It answers like those of object stores, and at once.
+    """
 
     def __init__(self, client: Any) -> None:
         self._client, self._lock = client, threading.Lock()
@@ -124,11 +127,14 @@ class OneAtATime:
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
 
-        def call(*given: Any, **more: Any) -> Any:
+        def call(*given: Any, timeout: float = 0.0, **more: Any) -> Any:
             with self._lock:
                 return method(*given, **more)
 
         return call
+
+    def info(self, path: str, timeout: float) -> dict[str, Any]:
+        return {"LastModified": self.modified(path)}
 
 
 def in_memory() -> ObjectStorage:
