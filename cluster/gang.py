@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.executor import GPUS_ENV
 from cluster.logged import run_logged
-from cluster.nodes import drain_notice, has_gpus, nodes, ranks_that_fit, request_nodes
+from cluster.nodes import Demand, drain_notice, has_gpus, nodes, ranks_that_fit
 
 _LEAN_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -34,6 +34,11 @@ def has_room(log: Path) -> bool:
     return log.exists() and any(line.startswith(_STARTING) for line in log.read_text(errors="replace").splitlines())
 
 
+def demand_name(log_dir: str) -> str:
+    """What the demand of a gang is called while it waits for room."""
+    return f"dlm demand {log_dir}"
+
+
 def run_gang(
     function: str,
     payload: dict[str, Any],
@@ -56,7 +61,11 @@ def run_gang(
 
     from cluster.gloo import NodeAddressConfig
 
-    size, on_gpus = _wait_for_room(sizes, cpus, wants_gpus, may_grow)
+    demand = Demand(demand_name(log_dir))
+    try:
+        size, on_gpus = _wait_for_room(sizes, cpus, wants_gpus, may_grow, demand)
+    finally:  # also when it is cancelled
+        demand.withdraw()
     kind = "one GPU each" if on_gpus else "without GPUs"
     print(f"{_STARTING} {size} of at most {sizes[-1]} ranks, {kind}", flush=True)  # noqa: T201
     with tempfile.TemporaryDirectory(prefix="dlm-train-") as storage:
@@ -92,29 +101,30 @@ def _own_trainer() -> type[Any]:
     return OwnTrainer
 
 
-def _wait_for_room(sizes: Sequence[int], cpus: float, wants_gpus: bool, may_grow: bool) -> tuple[int, bool]:
+def _wait_for_room(
+    sizes: Sequence[int], cpus: float, wants_gpus: bool, may_grow: bool, demand: Demand
+) -> tuple[int, bool]:
     """The largest size there is room for, and whether on GPUs.
 
     What others hold, or a node that may come back, is waited for a while as long as fewer ranks would do, and without
-    end if none would: the coordinator ends the wait.
+    end if none would: the coordinator ends the wait.  Room that the demand holds is the gang's as soon as it is
+    withdrawn; should another one be faster, the ranks that Ray Train starts wait for theirs.
     """
     settle_s = time.monotonic() + _MORE_WAIT_S
-    has_asked = False
     while True:
         found = nodes()
         on_gpus = wants_gpus or has_gpus(found)
         gpus = 1.0 if on_gpus else 0.0
+        if demand.is_met(sizes[-1], cpus, gpus):  # asked after the look: what it holds looks taken
+            return sizes[-1], on_gpus
         room = ranks_that_fit(found, cpus, gpus, free=True)
         wanted = sizes[-1] if may_grow else min(sizes[-1], ranks_that_fit(found, cpus, gpus, free=False))
         fitting = [size for size in sizes if size <= room]
         is_all = bool(fitting) and not any(fitting[-1] < size <= wanted for size in sizes)
         if is_all or (fitting and time.monotonic() >= settle_s):
-            if has_asked:
-                request_nodes(0, 0.0, 0.0)
             return fitting[-1], on_gpus
-        if may_grow and not has_asked:  # what merely waits is no demand for an autoscaler
-            request_nodes(sizes[-1], cpus, gpus)
-            has_asked = True
+        if may_grow:  # what merely waits is no demand for an autoscaler
+            demand.ask(sizes[-1], cpus, gpus)
         time.sleep(_LOOK_EVERY_S)
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.executor import Call, Shortage
 
@@ -60,12 +61,54 @@ def has_gpus(found: Sequence[Node]) -> bool:
     return any(node.gpus for node in found)
 
 
-def request_nodes(ranks: int, cpus: float, gpus: float) -> None:
-    """Ask the autoscaler of the cluster, if it has one, for room for so many processes; for none: take that back."""
-    from ray.autoscaler.sdk import request_resources
+class Demand:
+    """Room for all ranks of a gang, asked of the autoscaler if the cluster has one: a placement group that waits.
 
-    each = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-    request_resources(bundles=[each] * ranks)
+    What several gangs ask for adds up.  ``ray.autoscaler.sdk.request_resources`` would keep one value for the whole
+    cluster, past its end, and count what others already use.
+    """
+
+    def __init__(self, name: str) -> None:
+        """``name`` is its own: by it ``withdraw_demand`` finds what was left."""
+        self._name = name
+        self._group: Any = None
+        self._asked: tuple[int, float, float] | None = None
+
+    def ask(self, ranks: int, cpus: float, gpus: float) -> None:
+        """Ask for so many processes, instead of what was asked for before."""
+        if self._asked == (ranks, cpus, gpus):
+            return
+        from ray.util import placement_group
+
+        self.withdraw()
+        each = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+        self._group = placement_group([each] * ranks, strategy="PACK", name=self._name)
+        self._asked = (ranks, cpus, gpus)
+
+    def is_met(self, ranks: int, cpus: float, gpus: float) -> bool:
+        """Whether just this was asked for and is there; it is held then, until it is withdrawn."""
+        from ray.util import placement_group_table
+
+        return self._asked == (ranks, cpus, gpus) and placement_group_table(self._group).get("state") == "CREATED"
+
+    def withdraw(self) -> None:
+        """Ask no longer."""
+        from ray.util import remove_placement_group
+
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = self._asked = None
+
+
+def withdraw_demand(name: str) -> None:
+    """Withdraw what a process asked for that was killed: Ray itself would wait for the end of the job."""
+    from ray.util import get_placement_group, remove_placement_group
+
+    try:
+        left = get_placement_group(name)
+    except ValueError:  # Ray's word for none of that name: it was withdrawn
+        return
+    remove_placement_group(left)
 
 
 def ranks_that_fit(found: Sequence[Node], cpus: float, gpus: float, *, free: bool) -> int:

@@ -16,9 +16,9 @@ from typing import Any
 
 from cluster.connect import connect
 from cluster.executor import Call, Ended, Executor, Shortage
-from cluster.gang import GANG_LOG, has_room, run_gang
+from cluster.gang import GANG_LOG, demand_name, has_room, run_gang
 from cluster.logged import redirected, run_logged
-from cluster.nodes import drain_notice, nodes, remove_placement_groups, shortage
+from cluster.nodes import drain_notice, nodes, remove_placement_groups, shortage, withdraw_demand
 from cluster.reaper import dismiss_reaper, start_reaper
 
 _LEAN_RAY = {
@@ -94,7 +94,8 @@ class RayExecutor(Executor):
         self._is_embedded = not address
         self._num_cpus = float(num_cpus)
         self._refs: dict[Any, str] = {}
-        self._gangs: set[Any] = set()
+        self._gangs: dict[Any, str] = {}
+        """What drives a gang, and what its demand is called."""
         self._kill_at_s: dict[Any, float] = {}
         self._reaper = None
         if self._is_embedded:
@@ -157,7 +158,7 @@ class RayExecutor(Executor):
             task = self._ray.remote(_run_gang)
             task = task.options(num_cpus=0, max_retries=0, name=call.key, scheduling_strategy=here)
             ref = task.remote(*common, call.gang_sizes, call.cpus, call.wants_gpus, self.may_grow)
-            self._gangs.add(ref)
+            self._gangs[ref] = demand_name(str(call.log_dir))
         else:
             task = self._ray.remote(_run_task).options(num_cpus=call.cpus, max_retries=0, name=call.key)
             ref = task.remote(*common)
@@ -176,7 +177,7 @@ class RayExecutor(Executor):
         key = self._refs.pop(ref)
         self._kill_at_s.pop(ref, None)
         if ref in self._gangs:
-            self._gangs.remove(ref)
+            withdraw_demand(self._gangs.pop(ref))
             self._free_groups()
         try:
             self._ray.get(ref)

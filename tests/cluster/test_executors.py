@@ -12,7 +12,7 @@ from cluster.executor import Call, Ended, Executor
 from cluster.gang import GANG_LOG
 from cluster.gpus import DriverGpu
 from cluster.local import LocalExecutor
-from cluster.nodes import Node
+from cluster.nodes import Demand, Node
 from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, ray_executor
 from tests.support.toy_workflow import is_gone, wait_until
 
@@ -307,6 +307,52 @@ def test_gang_whose_controller_is_killed_leaves_no_rank_and_no_placement_group(s
     wait_until(
         lambda: all(group["state"] == "REMOVED" for group in placement_group_table().values()), "no group is left", 20.0
     )
+
+
+def groups(*states: str) -> list[str]:
+    """Names of the placement groups in these states."""
+    from ray.util import placement_group_table
+
+    return sorted(group["name"] for group in placement_group_table().values() if group["state"] in states)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(RAY_LIMIT_S)
+def test_demands_add_up_hold_nothing_while_they_wait_and_are_met_once_there_is_room(shared_ray):
+    demands = [Demand("one"), Demand("another"), Demand("small")]
+    try:
+        demands[0].ask(NUM_CPUS + 1, 1.0, 0.0)
+        demands[1].ask(NUM_CPUS + 1, 1.0, 0.0)
+        demands[0].ask(NUM_CPUS + 2, 1.0, 0.0)
+        assert groups("PENDING") == ["another", "one"]
+        demands[2].ask(NUM_CPUS, 1.0, 0.0)
+        wait_until(lambda: demands[2].is_met(NUM_CPUS, 1.0, 0.0), "there is room for it", 20.0)
+        assert not demands[2].is_met(NUM_CPUS, 1.0, 1.0)
+        assert not demands[0].is_met(NUM_CPUS + 2, 1.0, 0.0)
+    finally:
+        for demand in demands:
+            demand.withdraw()
+    assert groups("PENDING", "CREATED", "PREPARED", "RESCHEDULING") == []
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(RAY_LIMIT_S)
+@pytest.mark.parametrize("how", ["cancelled", "killed"])
+def test_gang_that_ends_while_it_waits_leaves_no_demand(shared_ray, tmp_path, monkeypatch, how):
+    monkeypatch.setattr(shared_ray, "_is_embedded", False)  # as on a cluster, which may grow
+    item = call("sleep", tmp_path, gang_size=NUM_CPUS + 1)
+    shared_ray.start(item)
+    name = f"dlm demand {item.log_dir}"
+    wait_until(lambda: groups("PENDING") == [name], "it asks for room", 60.0)
+    if how == "cancelled":
+        shared_ray.cancel(item.key)
+    else:
+        drivers = [p for p in psutil.process_iter() if p.name() == f"ray::{item.key}"]
+        next(p for p in drivers if psutil.Process() in p.parents()).kill()
+    found: list[Ended] = []
+    wait_until(lambda: found.extend(shared_ray.wait(0.1)) or found, "the call has ended", 60.0)
+    assert found[0].failure
+    wait_until(lambda: groups("PENDING", "CREATED") == [], "it asks no longer", 20.0)
 
 
 @pytest.mark.slow
