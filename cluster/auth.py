@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 AUTH_MODE = {"RAY_AUTH_MODE": "token"}
@@ -166,6 +167,18 @@ def redacted(text: str, secrets: Iterable[str] | None = None) -> str:
     for form in sorted(forms, key=len, reverse=True):  # a secret may be part of another one
         text = text.replace(form, "***")
     return text
+
+
+def redacted_in(value: Any, secrets: Iterable[str] | None = None) -> Any:
+    """A value as JSON has them, with every text in it ``redacted``."""
+    hidden = list(secret_values() if secrets is None else secrets)
+    if isinstance(value, str):
+        return redacted(value, hidden)
+    if isinstance(value, Mapping):
+        return {redacted_in(key, hidden): redacted_in(one, hidden) for key, one in value.items()}  # pyright: ignore
+    if isinstance(value, list | tuple):
+        return type(value)(redacted_in(one, hidden) for one in value)  # pyright: ignore
+    return value
 
 
 def secret_env(names: Sequence[str], env: Mapping[str, str] = os.environ) -> dict[str, str]:

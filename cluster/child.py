@@ -9,9 +9,12 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from cluster.auth import redacted
 
 PARENT_PIPE_ENV = "DLM_PARENT_PIPE"
 
@@ -38,6 +41,23 @@ def call_function(function: str, payload: dict[str, Any], notice: Callable[[], s
     getattr(importlib.import_module(module), name)(payload, notice)
 
 
+class CallFailedError(RuntimeError):
+    """A call has raised; its log tells where."""
+
+
+def call_told(function: str, payload: dict[str, Any], notice: Callable[[], str] = no_notice) -> None:
+    """``call_function``; CallFailedError if that raises, whose traceback is written to the log here.
+
+    Whoever prints a traceback later would print the secrets that may be in it.
+    """
+    try:
+        call_function(function, payload, notice)
+    except Exception as error:  # noqa: BLE001 - whatever a call raises is how it ended
+        sys.stderr.write(redacted("".join(traceback.format_exception(error))))
+        sys.stderr.flush()
+        raise CallFailedError(redacted(f"{type(error).__name__}: {error}")) from None
+
+
 def main() -> None:
     """``python -m cluster.child MODULE:FUNCTION PAYLOAD.json``.
 
@@ -46,7 +66,10 @@ def main() -> None:
     """
     die_with_parent(int(os.environ.pop(PARENT_PIPE_ENV)))
     function, payload_path = sys.argv[1:]
-    call_function(function, json.loads(Path(payload_path).read_text()))
+    try:
+        call_told(function, json.loads(Path(payload_path).read_text()))
+    except CallFailedError:
+        sys.exit(1)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

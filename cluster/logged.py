@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.child import call_function
+from cluster.child import call_told
 
 
 @contextmanager
@@ -26,6 +26,6 @@ def redirected(path: Path) -> Iterator[None]:
 
 
 def run_logged(function: str, payload: dict[str, Any], log_dir: str, rank: int, notice: Callable[[], str]) -> None:
-    """Call ``module:function`` with its output in ``log_dir``."""
+    """Call ``module:function`` with its output in ``log_dir``; raises as ``call_told``."""
     with redirected(Path(log_dir) / f"rank-{rank}.log"):
-        call_function(function, payload, notice)
+        call_told(function, payload, notice)

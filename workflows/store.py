@@ -30,7 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from cluster.auth import redacted_in
 from pipeline.artifact import Manifest, check_file_sizes, fsync_dir, json_bytes, load_manifest, read_json
+from pipeline.config import to_json
 from pipeline.errors import CorruptionError, LeaseLostError, UserError
 from pipeline.stage import Shard, is_same_shard
 from pipeline.storage import Place, open_storage
@@ -250,7 +252,7 @@ class RunPlace:
 
 
 class EventLog:
-    """Append-only events of one run attempt, each under a name of its own."""
+    """Append-only events of one run attempt, each under a name of its own, without the secrets of this process."""
 
     def __init__(self, run: RunPlace, attempt: int) -> None:
         self._folder = run.directory / "events"
@@ -270,7 +272,8 @@ class EventLog:
     def note(self, kind: str, step: str = "", **details: Any) -> None:
         """Note that something happened just now, to be recorded by the next flush."""
         self._note_cached()
-        event = {"time": time.time(), "attempt": self._attempt, "kind": kind, "step": step, **details}
+        told = redacted_in(to_json(details))  # what others say of a failure may hold anything
+        event = {"time": time.time(), "attempt": self._attempt, "kind": kind, "step": step, **told}
         self._noted.append(json_bytes(event))
 
     def _note_cached(self) -> None:

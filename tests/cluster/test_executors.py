@@ -96,6 +96,17 @@ def test_call_that_raises_ends_with_a_failure_and_its_traceback_is_kept(executor
     assert "RuntimeError: no good" in text + ended.failure
 
 
+def test_call_that_raises_tells_no_secret(executor, tmp_path):
+    item = call("fail_over_a_secret", tmp_path, name="DLM_TEST_TOKEN", value="ninety-nine luftballons")
+    ended = collect(executor, item)[item.key]
+    assert ended.failure
+    assert not ended.killed
+    texts = {path.name: path.read_text() for path in item.log_dir.glob("*.log")}
+    assert "RuntimeError: *** is wrong" in texts["rank-0.log"]
+    assert "KeyError: '***'" in texts["rank-0.log"]
+    assert "luftballons" not in "".join(texts.values()) + ended.failure
+
+
 def test_call_that_is_killed_says_so(executor, tmp_path):
     item = call("be_killed", tmp_path, rank="0")
     ended = collect(executor, item)[item.key]

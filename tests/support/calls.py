@@ -40,6 +40,15 @@ def fail(payload: dict[str, Any], notice: Callable[[], str]) -> None:
     time.sleep(_LONG_S)
 
 
+def fail_over_a_secret(payload: dict[str, Any], notice: Callable[[], str]) -> None:
+    """Raise with what this process alone knows to be a secret, in the error and in its cause."""
+    os.environ[payload["name"]] = payload["value"]
+    try:
+        raise KeyError(payload["value"])
+    except KeyError as error:
+        raise RuntimeError(f"{payload['value']} is wrong") from error
+
+
 def be_killed(payload: dict[str, Any], notice: Callable[[], str]) -> None:
     """Be killed on the rank of the payload; on the others, raise because of it or sleep."""
     _start(payload)

@@ -450,6 +450,17 @@ def test_runs_are_listed_newest_first(store: Store):
     assert [run.run_id for run in store.runs()] == ["c", "a", "b"]
 
 
+def test_events_tell_no_secret_and_keep_what_is_no_text(store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", "12345678")
+    run = store.run_place("r1")
+    events = EventLog(run, 1)
+    events.note("step_warning", "a", message="after its end: 12345678 is wrong", epoch=12345678)
+    events.write("step_retry", "a", failure={"message": "12345678", "ranks": ["12345678", 3]}, backoff_s=0.5)
+    noted, written = run.events()
+    assert (noted["message"], noted["epoch"]) == ("after its end: *** is wrong", 12345678)
+    assert (written["failure"], written["backoff_s"]) == ({"message": "***", "ranks": ["***", 3]}, 0.5)
+
+
 def test_events_of_two_attempts_come_in_order(store: Store):
     run = store.create_run("r1", {})
     first, second = EventLog(run, 1), EventLog(run, 2)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.auth import redacted, secret_values
+from cluster.auth import redacted_in, secret_values
 from pipeline.artifact import Manifest, checked
 from pipeline.config import diff, to_json
 from pipeline.errors import CorruptionError, UserError
@@ -174,13 +174,7 @@ class Watcher:
 
     def _clean(self, value: Any) -> Any:
         """A value with the secrets that this process knows out of every text in it."""
-        if isinstance(value, str):
-            return redacted(value, self._secrets) if self._secrets else value
-        if isinstance(value, Mapping):
-            return {self._clean(key): self._clean(one) for key, one in value.items()}  # pyright: ignore
-        if isinstance(value, list | tuple):
-            return type(value)(self._clean(one) for one in value)  # pyright: ignore
-        return value
+        return redacted_in(value, self._secrets)
 
     def _views(self, summary: RunSummary, history: History) -> dict[str, dict[str, Any]]:
         """Where the steps stand, as the store tells."""
