@@ -203,11 +203,11 @@ def test_every_start_of_a_shard_reports_to_a_place_of_its_own(store: Store, log,
 
 @pytest.mark.parametrize("executor", [Inline, LocalExecutor])
 def test_failure_is_written_down_without_the_secrets_of_the_environment(store: Store, log, monkeypatch, executor):
-    secret = " ".join(["copies-001", "does", "not", "like"])  # the store has a snapshot of this file too
+    secret = " ".join(["copies-002", "does", "not", "like"])  # the store has a snapshot of this file too
     monkeypatch.setenv("SOME_SERVICE_TOKEN", secret)
-    run = runs.create_run(store, copies_plan(log, trouble="user", where="copies-001"), "local", "r1")
+    run = runs.create_run(store, copies_plan(log, trouble="user", where="copies-002"), "local", "r1")
     states = coordinate(store, run, executor)
-    assert states["copies"].failure.message == "shard 001: *** its settings"
+    assert states["copies"].failure.message == "shard 002: *** its settings"
     texts = {path: path.read_text(errors="replace") for path in store.root.path.rglob("*") if path.is_file()}
     assert [path for path, text in texts.items() if secret in text] == []
     logs = [text for path, text in texts.items() if path.suffix == ".log"]
