@@ -1,7 +1,6 @@
 """Stores and executors for the tests of the workflow engine."""
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from cluster.local import LocalExecutor
 from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
 from pipeline.storage import OBJECT_STORES, ObjectStorage, Place
 from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, Kept, ray_executor
+from tests.support.mortal import in_memory
 from tests.support.toy_workflow import toy_workflow
 from workflows import cli, retries
 from workflows.commands import common
@@ -63,8 +63,7 @@ def dlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sto
 def objects(monkeypatch: pytest.MonkeyPatch) -> Store:
     """An object store, which the commands find under any name."""
     monkeypatch.setitem(OBJECT_STORES, "memory", "fsspec")
-    storage = ObjectStorage("memory", f"/bucket-{time.monotonic_ns()}/store")
-    found = Store(Place(storage))
+    found = Store(Place(in_memory()))
     monkeypatch.setattr(ObjectStorage, "poll_s", 0.1)
     monkeypatch.setattr(common, "open_store", lambda url: found)
     return found

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import threading
 import time
@@ -16,10 +15,10 @@ import pytest
 
 from cluster.local import LocalExecutor
 from pipeline.config import to_json
-from pipeline.object_storage import ObjectStorage
 from pipeline.storage import Place
 from tests.support.executors import NUM_CPUS
 from tests.support.live_views import FAILURE, event, snapshot, step_view
+from tests.support.mortal import in_memory
 from tests.support.toy_workflow import coordinate, fabricate, toy_plan
 from tests.workflows.conftest import Dlm
 from tests.workflows.test_report import Page
@@ -242,7 +241,7 @@ def test_dlm_report_brings_the_page_up_to_date_unless_somebody_works_on_the_run(
 
 def test_report_of_a_run_in_an_object_store_is_copied_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("DLM_CACHE", str(tmp_path))
-    store = Store(Place(ObjectStorage("memory", f"live-{os.getpid()}")))
+    store = Store(Place(in_memory()))
     run = create_run(store, toy_plan(), "local", "r1")
     copy = write_report(store, run)
     assert copy.is_relative_to(tmp_path)

@@ -157,7 +157,7 @@ def test_numbers_of_ranks_are_those_that_the_configuration_holds_with():
 @pytest.mark.parametrize("required", [False, True])
 def test_training_that_requires_gpus_waits_for_them_from_its_first_start_on(store: Store, required: bool):
     plan = runs.plan_recipe("quickstart", [("pretrain.requires_gpus", required)])
-    site = calls.Site(store, runs.create_run(store, plan, "ray", "r1"), 1)
+    site = calls.Site(store, "id", runs.create_run(store, plan, "ray", "r1"), 1)
     state = StepState(plan.step("pretrain"))
     place = site.place(state)
     state.lease = acquire_lease(place.lease_dir, "r1")
