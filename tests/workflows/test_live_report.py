@@ -19,7 +19,7 @@ from pipeline.storage import Place
 from tests.support.executors import NUM_CPUS
 from tests.support.live_views import FAILURE, event, snapshot, step_view
 from tests.support.mortal import in_memory
-from tests.support.toy_workflow import coordinate, fabricate, toy_plan
+from tests.support.toy_workflow import coordinate, fabricate, toy_plan, wait_until
 from tests.workflows.conftest import Dlm
 from tests.workflows.test_report import Page
 from workflows.cost import Cost
@@ -64,9 +64,15 @@ def test_page_is_live_while_the_run_goes_on_and_over_at_its_end(store: Store, lo
     with LiveReport(store, run, toy_plan(log), every_s=0.01) as report:
 
         def look(states: list[StepState]) -> None:
-            report.update(states)
-            if (run.directory / PAGE).exists():
-                pages.add(page_of(run))
+            is_at_double = any(state.step.name == "double" and state.status == "running" for state in states)
+
+            def is_shown() -> bool:
+                report.update(states)
+                if (run.directory / PAGE).exists():
+                    pages.add(page_of(run))
+                return not is_at_double or any("double: running" in page for page in pages)
+
+            wait_until(is_shown, "the page shows the step that runs", 60.0)
 
         coordinate(store, run, executor, look)
     live = [page for page in pages if "▶ running" in page]

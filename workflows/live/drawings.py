@@ -48,25 +48,33 @@ def mark_of(status: str) -> str:
     return _MARKS.get(status, "○")
 
 
-def status_words(step: StepView) -> str:
+def seconds_taken(step: StepView, history: History) -> float | None:
+    """Time that all attempts of a step took in this run; in the one that made it, where another did."""
+    if spans := history.spans_of(step.name):
+        return sum(span.end_s - span.start_s for span in spans)
+    return step.manifest.elapsed_s if step.manifest is not None else None
+
+
+def _status_words(step: StepView, history: History) -> str:
     """A status in the space of a box."""
     words = f"{mark_of(step.status)} {step.status}"
     if step.status == "running" and step.total:
         return f"{words} {step.done / step.total:.0%}"
-    return f"{words} · {_short(step.manifest.elapsed_s)}" if step.manifest is not None else words
+    took_s = seconds_taken(step, history) if step.manifest is not None else None
+    return words if took_s is None else f"{words} · {_short(took_s)}"
 
 
 def _short(seconds: float) -> str:
     return duration(seconds).replace(" min ", "m").replace(" h ", "h").replace(" s", "s").replace(" min", "m")
 
 
-def graph(steps: Sequence[StepView]) -> str:
+def graph(steps: Sequence[StepView], history: History) -> str:
     """Boxes with their status, and arrows from what is made to what is made from it."""
     shown = steps[:MOST_STEPS]
     nodes = [
         svg.Node(
             step.name,
-            status_words(step),
+            _status_words(step, history),
             share=min(1.0, step.done / step.total) if step.status == "running" and step.total else None,
             state=step.status,
         )

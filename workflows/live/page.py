@@ -183,7 +183,7 @@ def _steps(seen: Snapshot) -> str:
             [
                 step.name,
                 Html(_badge(step.status)),
-                Number(_took(step, seen)),
+                Number("" if (took_s := drawings.seconds_taken(step, seen.history)) is None else duration(took_s)),
                 Html(f"{attempts}<span class='on-phone'> attempts</span>" if attempts > 1 else ""),
                 Html(f'<span class="message">{plain(_cut(_detail(step, seen)))}</span>'),
             ]
@@ -198,18 +198,11 @@ def _steps(seen: Snapshot) -> str:
         f"left out.{drawings.left_out(seen.steps)}"
     )
     steps = table(head, rows).replace("<table>", '<table class="flow">', 1)
-    return section("Steps", drawings.graph(seen.steps), legend, steps, remark)
+    return section("Steps", drawings.graph(seen.steps, seen.history), legend, steps, remark)
 
 
 def _badge(status: str) -> str:
     return f'<span class="badge {plain(status)}">{mark_of(status)} {plain(status)}</span>'
-
-
-def _took(step: StepView, seen: Snapshot) -> str:
-    spans = seen.history.spans_of(step.name)
-    if spans:
-        return duration(sum(span.end_s - span.start_s for span in spans))
-    return duration(step.manifest.elapsed_s) if step.manifest is not None else ""
 
 
 def _detail(step: StepView, seen: Snapshot) -> str:
