@@ -103,15 +103,21 @@ def test_run_is_submitted_with_a_token_finishes_and_a_second_submission_is_no_se
     assert executions(log) == ONCE, "nothing was left to do"
 
 
-@pytest.mark.parametrize("token", ["not-the-token-of-this-cluster", ""])
-def test_wrong_or_missing_token_is_refused_and_is_not_shown(shared, store, token):
+@pytest.mark.parametrize(
+    ("token", "told"),
+    [
+        ("not-the-token-of-this-cluster", "does not take this token, RAY_AUTH_TOKEN"),
+        ("", "wants a token, and there is"),
+    ],
+)
+def test_wrong_or_missing_token_is_refused_and_is_not_shown(shared, store, token, told):
     done = dlm("submit", "toy", "--address", shared.dashboard, "--store", store.url, "--run-id", "r1", token=token)
     assert done.returncode == 2
-    assert "does not take this token" in done.stderr
+    assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert TOKEN not in done.stderr + done.stdout
     assert not token or token not in done.stderr + done.stdout
-    assert not (store.root / "runs" / "r1" / "jobs").names()
+    assert not (store.root / "runs").names(), "no run is left that nobody works on"
 
 
 def test_secrets_are_in_no_file_of_the_store(shared, store, log):

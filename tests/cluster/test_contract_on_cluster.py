@@ -59,5 +59,11 @@ def executor(request: pytest.FixtureRequest, on_cluster: Executor) -> Executor |
 
 
 @pytest.fixture
+def executor_of_gangs(on_cluster: Executor) -> Callable[[], Executor]:
+    """The same, for tests with several gangs one after another."""
+    return lambda: Kept(on_cluster)
+
+
+@pytest.fixture
 def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "BACKOFF_S", 0.01)
