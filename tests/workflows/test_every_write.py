@@ -75,6 +75,7 @@ class Machine:
         for lock in total._held:
             lock.close()
         total._held.clear()
+        self.inner.remove("")  # a listing in memory looks at all there is
         shutil.rmtree(self._root, ignore_errors=True)
 
     def artifacts(self) -> Iterator[ArtifactPlace]:
