@@ -108,7 +108,7 @@ def _wait_for_room(
 
     What others hold, or a node that may come back, is waited for a while as long as fewer ranks would do, and without
     end if none would: the coordinator ends the wait.  Room that the demand holds is the gang's as soon as it is
-    withdrawn; should another one be faster, the ranks that Ray Train starts wait for theirs.
+    withdrawn; should another one be faster, the ranks that Ray Train starts wait for theirs, and after a while fail.
     """
     settle_s = time.monotonic() + _MORE_WAIT_S
     while True:

@@ -7,7 +7,7 @@ goes on.
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 
 from cluster.executor import Ended, Executor
 from pipeline.errors import LeaseLostError
@@ -45,10 +45,9 @@ class Coordinator:
         site = Site(store, store_id, run, self._run_lease.epoch)
         self._beating = Beating()
         self._cancel = CancelFile(run.cancel_file)
-        self._driver = StepDriver(site, plan, options, self._cancel, self._kept_alive)
+        self._driver = StepDriver(site, plan, options, self._cancel, self.request_stop, self._kept_alive)
         self._states = list(self._driver.states.values())
-        self._cancel.clear(options.is_wanted_again)
-        self._next_look_s = 0.0
+        self._has_begun, self._next_look_s = False, 0.0
         self._ended: deque[Ended] = deque()
         """Calls that are over, and what has not been done about that yet."""
         self._patience = Patience()
@@ -62,12 +61,21 @@ class Coordinator:
             events.note("run_ended", status=self.status)
             self._go_on()
         finally:
-            self._driver.close()
-            for action in (*self._driver.due, self._run_lease.release):
-                with suppress(LeaseLostError):  # ends this attempt anyway
-                    while self._patience.tried(action) is not None:
-                        time.sleep(_POLL_S)
+            with ExitStack() as last:
+                last.callback(self._do_at_last, self._run_lease.release)
+                last.callback(self._do_all_due)
+                self._driver.close()
         return self._states
+
+    def _do_all_due(self) -> None:
+        with ExitStack() as rest:
+            for action in self._driver.due:
+                rest.callback(self._do_at_last, action)
+
+    def _do_at_last(self, action: Callable[[], None]) -> None:
+        with suppress(LeaseLostError):  # ends this attempt anyway
+            while self._patience.tried(action) is not None:
+                time.sleep(_POLL_S)
 
     def _go_on(self) -> None:
         """Turn by turn, until nothing is left to be done or recorded."""
@@ -90,12 +98,16 @@ class Coordinator:
         Therefore what cannot be found out twice is forgotten last (``_ended``), and what is to be written is kept until
         it is (``due``, and the events).
         """
-        self._driver.is_stopping |= self._cancel.is_requested()
-        while self._ended:
-            self._driver.finished(self._ended[0])
-            self._ended.popleft()
-            self._settle()
+        if not self._has_begun:
+            self._cancel.clear(self._options.is_wanted_again)
+            self._has_begun = True
         self._settle()
+        self._driver.look_for_request()
+        for _ in range(len(self._ended)):
+            self._ended.rotate(-1)  # one that the storage refuses does not keep the others waiting
+            self._driver.finished(self._ended[-1])
+            self._ended.pop()
+            self._settle()
         self._advance()
         self._settle()
 
@@ -161,8 +173,6 @@ class Coordinator:
         is_time_to_look = time.monotonic() >= self._next_look_s
         if is_time_to_look:
             self._next_look_s = time.monotonic() + self._store.root.storage.poll_s
-        if self._options.is_fail_fast and not driver.is_stopping and any(s.status == "failed" for s in self._states):
-            self.request_stop()
         for state in self._states:
             driver.advance(state)
             if state.status == "running" and is_time_to_look:

@@ -35,6 +35,8 @@ _STYLES = {
 }
 _GAP = 2
 _PLAIN_EVERY_S = 15.0
+_TOLD_AFTER_S = 5.0
+"""How long a step starts before it is said for how long."""
 
 
 def duration(seconds: float) -> str:
@@ -77,6 +79,8 @@ def _detail(state: StepState) -> str:
     if state.status != "running":
         return state.reason.splitlines()[0] if state.reason else ""
     parts = progress_words(state.progress)
+    if not state.progress and (so_far_s := time.time() - state.started_at) >= _TOLD_AFTER_S and state.started_at:
+        parts.append(f"for {duration(so_far_s)}")
     if (left_s := seconds_left(state.progress, state.first_progress)) is not None:
         parts.append(f"{duration(left_s)} left")
     return "  ".join(parts)

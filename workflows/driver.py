@@ -25,6 +25,8 @@ from workflows.worker import PREEMPTED, Failure, first_failure, last_words
 
 _COMMIT_FOR_S = 1.0
 """Longest time that is spent at once on committing what was taken over."""
+_COMMIT_WITHIN_S = 20.0
+"""How long a storage may refuse what a step has made while it takes all else: less than ends the run."""
 _CALLS_PER_CORE = 2
 _SPARE_CALLS = 2
 """Shards of a step that the executor is given at a time: enough to keep it busy, few enough to be forgotten."""
@@ -47,7 +49,7 @@ class Options:
 class StepDriver:
     """The steps of one run attempt.
 
-    A passing error of the storage may leave any method here halfway: it is then called again.
+    A passing error of the storage may leave ``advance`` and ``finished`` halfway: they are then called again.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class StepDriver:
         plan: Plan,
         options: Options,
         cancel: CancelFile,
+        request_stop: Callable[[], None],
         kept_alive: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """``kept_alive`` is for what may take longer than a lease lives without a heartbeat."""
         self._site, self._store, self._run = site, site.store, site.run
-        self._options, self._cancel, self._kept_alive = options, cancel, kept_alive
+        self._options, self._cancel = options, cancel
+        self._request_stop, self._kept_alive = request_stop, kept_alive
         self.events = EventLog(site.run, site.attempt)
         self.states = {step.name: StepState(step) for step in plan.steps}
         self.executor: Executor | None = None
@@ -72,6 +76,11 @@ class StepDriver:
     def has_adopted(self) -> bool:
         """Whether shards that were taken over wait to be committed."""
         return any(state.fan_out is not None and state.fan_out.has_adopted for state in self.states.values())
+
+    def look_for_request(self, at_once: bool = False) -> None:
+        """Start nothing more if the run was asked to stop."""
+        if self._cancel.is_requested(at_once):  # a signal may have set it meanwhile
+            self.is_stopping = True
 
     def close(self) -> None:
         """End what runs, and give all leases up."""
@@ -86,7 +95,7 @@ class StepDriver:
         """Start a step that waits, if it is time, or feed its shards."""
         if state.status in ("pending", "waiting") and (self.is_stopping or time.monotonic() >= state.retry_at_s):
             self._consider(state)
-        elif state.fan_out is not None:
+        elif state.fan_out is not None and self._or_fail(state, lambda: self._commit_adopted(state), is_repeated=True):
             self._or_fail(state, lambda: self._feed(state))
 
     # --- one step -----------------------------------------------------------------------------------------------
@@ -178,7 +187,7 @@ class StepDriver:
         bring_logs(flight)
         found = None if (flight.work / "done.json").exists() else _failure_of(flight, ended)
         if found is not None and found.error_class == "stopped":  # its worker may have seen the request first
-            self.is_stopping |= self._cancel.is_requested(at_once=True)
+            self.look_for_request(at_once=True)
         if found is None:
             self._or_fail(state, lambda: self._keep(state, flight, ended), is_repeated=True)
         state.flights.pop(ended.key, None)
@@ -251,7 +260,7 @@ class StepDriver:
         return state.attempt.parent / f"{state.attempt.name}-shards-{suffix}"
 
     def _feed(self, state: StepState) -> None:
-        """Commit shards that were taken over, start as many as may run, and finish after the last."""
+        """Start as many shards as may run, and finish after the last."""
         fan_out = state.fan_out
         assert fan_out is not None
         assert self.executor is not None
@@ -260,7 +269,6 @@ class StepDriver:
             if not state.flights:
                 self.attempt_failed(state, failure("stopped", "Stopped", "the run was asked to stop"))
             return
-        self._commit_adopted(state, fan_out)
         stage = load_stage(state.step.stage)
         at_most = int(_CALLS_PER_CORE * self.executor.num_cpus / (stage.cpus or 1.0)) + _SPARE_CALLS
         while len(state.flights) < at_most and (shard := fan_out.next_shard(time.monotonic())) is not None:
@@ -272,13 +280,16 @@ class StepDriver:
             shard_dirs = [fan_out.committed[shard["name"]] for shard in fan_out.shards]
             self._give(state, self._site.flight(state, "finish", state.attempt, shard_dirs=shard_dirs))
 
-    def _commit_adopted(self, state: StepState, fan_out: FanOut) -> None:
-        if not fan_out.is_adopting:
+    def _commit_adopted(self, state: StepState) -> None:
+        """Commit shards that were taken over."""
+        fan_out = state.fan_out
+        assert fan_out is not None
+        if self.is_stopping or not fan_out.is_adopting:
             return
         until_s = time.monotonic() + _COMMIT_FOR_S
-        while time.monotonic() < until_s and (taken := fan_out.take_adopted()) is not None:
-            self._commit_shard(state, *taken)
-            fan_out.num_adopted += 1
+        while time.monotonic() < until_s and (adopted := fan_out.next_adopted()) is not None:
+            self._commit_shard(state, *adopted)
+            fan_out.drop_adopted()
         if not fan_out.is_adopting:
             self._report_adopted(state, fan_out)
 
@@ -323,15 +334,22 @@ class StepDriver:
 
     # --- ends ---------------------------------------------------------------------------------------------------
 
-    def _or_fail(self, state: StepState, action: Callable[[], None], is_repeated: bool = False) -> None:
-        """Do something for an attempt, which fails if that does; a passing error is none of what is repeated."""
+    def _or_fail(self, state: StepState, action: Callable[[], None], is_repeated: bool = False) -> bool:
+        """Do something for an attempt, which fails if that does; what is repeated has some time to succeed."""
         try:
             action()
         except (LeaseLostError, CorruptionError, UserError, OSError) as error:
             error_class = classify(error)
-            if is_repeated and error_class == "transient" and isinstance(error, OSError):
+            may_pass = is_repeated and error_class == "transient" and isinstance(error, OSError)
+            state.refused_since_s = state.refused_since_s or time.monotonic()
+            if may_pass and time.monotonic() - state.refused_since_s < _COMMIT_WITHIN_S:
                 raise
+            state.refused_since_s = None
             self.attempt_failed(state, failure(error_class, type(error).__name__, str(error)))
+            return False
+        if is_repeated:
+            state.refused_since_s = None
+        return True
 
     def attempt_failed(self, state: StepState, found: Failure) -> None:
         """Stop what is left of an attempt; try again where its class of error allows."""
@@ -373,6 +391,8 @@ class StepDriver:
         state.ended_at = time.time()
         self._release(state)
         self.events.note("step_failed", state.step.name, failure=to_json(found))
+        if self._options.is_fail_fast and not self.is_stopping:
+            self._request_stop()
 
 
 def failure(error_class: ErrorClass, kind: str, message: str) -> Failure:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.artifact import read_json
@@ -166,7 +167,9 @@ def _staging(store: Store, now: float, older_than_s: float) -> Iterator[Garbage]
     """Files of a file system that a killed process was writing; an object store shows none."""
     if not store.root.is_local:
         return
-    for folder, _, files in os.walk(store.root.path):
+    at_work = {run.directory.path for run in store.runs() if not lease_is_free(run.lease_dir)}
+    for folder, folders, files in os.walk(store.root.path):
+        folders[:] = [name for name in folders if Path(folder) / name not in at_work]
         for name in files:
             if _STAGING.match(name):
                 relative = os.path.relpath(os.path.join(folder, name), store.root.path)

@@ -258,7 +258,7 @@ class Beating:
                     lost.append(lease)
             self._last_s = now
         except OSError:
-            if now - self._last_s > STALE_AFTER_S / 2:
+            if time.monotonic() - self._last_s > STALE_AFTER_S / 2:
                 raise
         return lost
 

@@ -146,16 +146,22 @@ class FanOut:
             self._adopting.append((shard, future))
         pool.shutdown(wait=False)  # its threads end with the last shard
 
-    def take_adopted(self) -> tuple[Shard, Place] | None:
-        """A shard that was taken over, ready to be committed; one that could not be waits to be run instead."""
+    def next_adopted(self) -> tuple[Shard, Place] | None:
+        """A shard that was taken over, to be committed; one that could not be waits to be run instead."""
         while self.has_adopted:
-            shard, future = self._adopting.popleft()
+            shard, future = self._adopting[0]
             try:
                 return shard, future.result()
             except (CorruptionError, OSError) as error:
+                self._adopting.popleft()
                 self.refused.append(str(error))
                 self.waiting.append(shard)
         return None
+
+    def drop_adopted(self) -> None:
+        """The next one was committed."""
+        self._adopting.popleft()
+        self.num_adopted += 1
 
     def next_shard(self, now_s: float) -> Shard | None:
         """A shard to start, those that failed and whose time has come first."""

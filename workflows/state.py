@@ -57,6 +57,8 @@ class StepState:
     """Of a map step, once its shards are known."""
     retries: Retries = field(default_factory=Retries)
     retry_at_s: float = 0.0
+    refused_since_s: float | None = None
+    """Since when the storage has taken nothing of what is to be committed."""
     _turns: Counter[str] = field(default_factory=Counter[str])
 
     def next_turn(self, shard: str) -> int:

@@ -278,8 +278,9 @@ def _summarise_step(seen: _Seen, step: PlannedStep, own: list[Event], others: di
         if last["kind"] == "step_waiting" or (last["kind"] == "step_queued" and not _has_begun(seen, step, own)):
             return StepSummary(step.name, last["kind"].removeprefix("step_"), detail=last["reason"], artifact=where)
     progress = _latest_progress(seen, step)
-    status = "running" if seen.status == "running" else "interrupted"
-    return StepSummary(step.name, status, detail=_told(progress), artifact=where, progress=progress)
+    if seen.status == "running":
+        return StepSummary(step.name, "running", detail=_told(progress or {}), artifact=where, progress=progress)
+    return StepSummary(step.name, "interrupted", detail=_told(progress), artifact=where, progress=progress)
 
 
 def _not_begun(seen: _Seen, step: PlannedStep, own: list[Event], others: dict[str, StepSummary]) -> tuple[str, str]:
@@ -347,6 +348,6 @@ def _latest_progress(seen: _Seen, step: PlannedStep) -> dict[str, Any] | None:
 def _told(progress: dict[str, Any] | None) -> str:
     if progress is None:
         return ""
-    age_s = time.time() - progress["time"]
+    age_s = time.time() - progress.get("time", time.time())
     old = [f"({age_s / 60:.0f} min ago)"] if age_s > _OLD_S else []
     return "  ".join([*progress_words(progress), *old])

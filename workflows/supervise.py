@@ -139,6 +139,14 @@ def newest_attempt(run: "RunPlace") -> int:
     return holder.epoch if holder else 0
 
 
+def _newest_or_none(run: "RunPlace") -> int:
+    try:
+        return newest_attempt(run)
+    except OSError as error:  # a coordinator may be luckier; what earlier attempts said then counts as well
+        _say(f"which attempt of the run was the last cannot be read now: {error}")
+        return 0
+
+
 def has_ended(run: "RunPlace", before: int) -> bool:
     """Whether the last of the attempts that came after the one of number ``before`` came to an end of its own.
 
@@ -174,7 +182,7 @@ def _supervise(words: Sequence[str] | None = None) -> None:
     try:
         store = open_store(given.store)
         run = store.run_place(given.run)  # that there is none is for the coordinator to say
-        before = newest_attempt(run)
+        before = _newest_or_none(run)
         code = _coordinate(store, run, before, given.address, more)
         how, is_over = f"its coordinator ended with code {code}, the job's log says why", is_final(code, run, before)
     except EXPECTED as error:

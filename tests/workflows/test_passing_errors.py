@@ -13,7 +13,7 @@ from pipeline.storage import FileStorage, Place, Storage
 from tests.support.executors import Inline
 from tests.support.mortal import in_memory
 from tests.support.toy_stages.trouble import executions
-from tests.support.toy_workflow import coordinate, copies_plan
+from tests.support.toy_workflow import coordinate, copies_plan, toy_plan
 from workflows import coordinator, lease, runs, worker
 from workflows.coordinator import Coordinator
 from workflows.driver import Options
@@ -211,3 +211,41 @@ def test_folder_of_a_failed_shard_that_cannot_be_removed_is_left(tmp_path: Path,
     assert len(failing.failed) == 1
     (warning,) = [event for event in run.events() if event["kind"] == "step_warning"]
     assert "shard 001 leaves files" in warning["message"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_storage_refuses_of_one_step_fails_that_step_alone(tmp_path: Path, log: Path, monkeypatch):
+    monkeypatch.setattr("workflows.driver._COMMIT_WITHIN_S", 0.2)
+    plan = toy_plan(log)
+    refused = f"artifacts/toy-source/{plan.step('aside').fingerprint[:12]}/COMMIT.json"
+    failing = Failing(
+        FileStorage(tmp_path / "store"), lambda number, told: lost(told) if told == f"create {refused}" else None
+    )
+    _, _, states, driven = drive(failing, plan)
+    found = states["aside"].failure
+    assert found is not None
+    assert found.error_class == "transient"
+    assert {name: state.status for name, state in states.items()} == {
+        "source": "committed", "double": "committed", "aside": "failed", "total": "blocked"
+    }  # fmt: skip
+    assert driven.status == "failed"
+    assert {name: number for name, number in executions(log).items() if number > 1} == {"aside": 6}
+
+
+@pytest.mark.usefixtures("quick")
+def test_shard_that_was_taken_over_is_committed_once_the_storage_takes_it(tmp_path: Path, log: Path):
+    row = iter(range(3))
+
+    def three(number: int, told: str) -> OSError | None:
+        is_shard = told.startswith("create") and "/shards/" in told and told.startswith("create artifacts/")
+        return lost(told) if is_shard and next(row, None) is not None else None
+
+    failing = Failing(FileStorage(tmp_path / "store"), three)
+    store = Store(Place(failing))  # pyright: ignore[reportArgumentType]
+    assert coordinate(store, copies_plan(log, "ab"), Inline)["copies"].status == "committed"
+    assert not failing.failed
+    _, run, states, _ = drive(failing, copies_plan(log, "abc"))
+    assert states["copies"].status == "committed"
+    assert len(failing.failed) == 3
+    assert executions(log) == {**ONCE, "copies-list": 2, "copies-002": 1, "copies-finish": 2}
+    assert not [event for event in run.events() if event["kind"] == "step_retry"]

@@ -21,6 +21,9 @@ from workflows.commands.completing import DEFAULT_STORE, complete_recipes, compl
 from workflows.driver import Options
 from workflows.store import Store, open_store, open_writable_store
 
+_ANY_WIDTH = 100_000
+"""Into a pipe a table is as wide as it gets."""
+
 
 class _Terminal(Console):
     """What is under way goes on without a word once whoever read along has left."""
@@ -32,7 +35,8 @@ class _Terminal(Console):
 
 console = _Terminal()
 errors = _Terminal(stderr=True)
-_ANY_WIDTH = 100_000
+if not console.is_terminal:
+    console.width = _ANY_WIDTH
 
 SetOption = Annotated[
     list[str],
@@ -116,8 +120,8 @@ def page_width() -> int | None:
 
 
 def print_table(table: Table) -> None:
-    """Print a table; into a pipe as wide as it gets."""
-    console.print(table, highlight=False, markup=False, width=page_width() or _ANY_WIDTH)
+    """Print a table."""
+    console.print(table, highlight=False, markup=False)
 
 
 def print_line(line: str | Text) -> None:

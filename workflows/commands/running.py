@@ -51,6 +51,7 @@ from workflows.selection import selection, selection_words
 from workflows.state import StepState
 from workflows.step import load_stage
 from workflows.store import RunPlace, Store
+from workflows.submit import last_submission
 from workflows.summary import what_was_left_out
 
 _WITHIN = "auto"
@@ -110,7 +111,7 @@ def resume(
     python: PythonOption = "",
     env: EnvOption = [],  # noqa: B006 - as above
 ) -> None:
-    """Go on with a run that failed, was stopped or was killed, with the executor that it was started with.
+    """Go on with a run that failed, was stopped or was killed: here, or with --address on a cluster.
 
     --set changes how it runs (workers, micro batch), never what comes out.
     """
@@ -133,6 +134,8 @@ def resume(
         words = [*selection_words(from_, until, only), *option_words(queue_timeout_s, fail_fast)]
         hand_over(place, run, Jobs(address), python, env, words)
         return
+    if not address and (job := last_submission(run)) is not None:
+        say(f"warning: the run was handed over to {job.address} before and goes on on this machine now, not there")
     options = Options(queue_timeout(queue_timeout_s), fail_fast, is_wanted_again=address != _WITHIN, selected=selected)
     _drive(place, run, plan, runs.frozen_executor(run), options, address)
 

@@ -150,7 +150,9 @@ def cancel(
         raise typer.Exit(EXIT_INTERRUPTED)
     if job is not None:
         jobs_of(place, run, job[0])
-    say(f"cancelled; go on with: dlm resume {run_id}{store_option(place)}")
+    last = last_submission(run)
+    there = f" --address {last.address}" if last is not None else ""
+    say(f"cancelled; go on with: dlm resume {run_id}{there}{store_option(place)}")
 
 
 _LiveJob = tuple[Jobs, str]
