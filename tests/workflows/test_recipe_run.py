@@ -60,7 +60,7 @@ def test_a_tiny_recipe_shortened_by_settings_commits_every_step_and_its_report(
     assert {step["step"]: step["status"] for step in status["steps"]} == dict.fromkeys(steps, "committed")
     report = Path(dlm("report", "r1").stdout.strip().splitlines()[-1])
     assert "</html>" in report.read_text(encoding="utf-8")
-    trained = metrics(runs.committed_outputs(store, runs.require_run_id(store, "r1"))["pretrain"])
+    trained = metrics(runs.committed_outputs(store, runs.require_run_id(store, "r1"))["pretrain"].path)
     assert len(trained) == 42
     pretrain: PretrainConfig = steps["pretrain"]
     assert list(dict.fromkeys(line["phase"] for line in trained)) == list(pretrain.phases or ["all"])
