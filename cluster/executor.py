@@ -46,6 +46,10 @@ class Ended:
     """Whether that was a node taken away after a notice."""
 
 
+class ExecutorLostError(RuntimeError):
+    """An executor has lost what it runs on, with all calls: nothing more can be done in this process."""
+
+
 @dataclass(frozen=True)
 class Shortage:
     """Why a call waits."""
@@ -78,7 +82,10 @@ class Executor(Protocol):
         ...
 
     def wait(self, timeout_s: float) -> list[Ended]:
-        """Calls that have ended since the last time, waiting up to ``timeout_s`` for the first."""
+        """Calls that have ended since the last time, waiting up to ``timeout_s`` for the first.
+
+        ExecutorLostError if nothing more will be heard of them.
+        """
         ...
 
     def cancel(self, *keys: str) -> None:

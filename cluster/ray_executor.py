@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cluster.connect import connect
-from cluster.executor import Call, Ended, Executor, Shortage
+from cluster.executor import Call, Ended, Executor, ExecutorLostError, Shortage
 from cluster.gang import GANG_LOG, demand_name, has_room, run_gang
 from cluster.logged import redirected, run_logged
 from cluster.nodes import drain_notice, nodes, remove_placement_groups, shortage, withdraw_demand
@@ -30,6 +33,9 @@ _TOKEN = secrets.token_hex(32)
 """Of every Ray that this process starts: Ray reads it once a process."""
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _CANCEL_WAIT_S = 15.0
+_ANSWER_S = 1.0
+_is_starting = threading.Event()
+"""Set while this process starts a Ray."""
 _KILL_AFTER_S = 10.0
 """Time that a cancelled task has to end by itself: one that waits outside Python does not hear of it."""
 
@@ -65,6 +71,43 @@ def _own_signal_handlers() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_group() -> None:
+    if _is_starting.is_set():
+        os.setpgid(0, 0)
+
+
+os.register_at_fork(after_in_child=_leave_group)
+
+
+@contextmanager
+def _group_of_its_own() -> Iterator[None]:
+    """What a Ray is made of is started in groups of its own: a signal to ours would end it before stages have saved."""
+    _is_starting.set()
+    try:
+        yield
+    finally:
+        _is_starting.clear()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _is_answering(address: str) -> bool:
+    """Whether anything listens there: a GCS that was asked to end closes its port, and may stay for a minute."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:  # it is slow, or this process has too many files open
+        return True
+    return True
 
 
 def _lost_process(error: Exception) -> bool:
@@ -110,19 +153,22 @@ class RayExecutor(Executor):
                 self._start(num_cpus)
             else:
                 connect(address)
-        self._node_id = ray.get_runtime_context().get_node_id()
+        context = ray.get_runtime_context()
+        self._node_id, self._gcs_address = context.get_node_id(), context.gcs_address
+        self._raylet = [part for part in psutil.Process().children() if part.name() == "raylet"]
 
     def _start(self, num_cpus: int) -> None:
         self._reaper = start_reaper()
         try:
-            self._ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=_OBJECT_STORE_BYTES,
-            )
+            with _group_of_its_own():
+                self._ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                )
         except BaseException:
             dismiss_reaper(self._reaper)
             raise
@@ -166,12 +212,18 @@ class RayExecutor(Executor):
 
     def wait(self, timeout_s: float) -> list[Ended]:
         """Calls that have ended."""
+        if self._is_lost():
+            raise ExecutorLostError("the Ray that this run had started has ended: by a signal, or for want of memory")
         if not self._refs:
             time.sleep(timeout_s)
             return []
         self._kill_overdue()
         ready, _ = self._ray.wait(list(self._refs), num_returns=1, timeout=timeout_s)
         return [self._ended(ref) for ref in ready]
+
+    def _is_lost(self) -> bool:
+        """Whether a Ray of our own has ended: Ray would look for its parts for a minute, then end this process."""
+        return self._is_embedded and not (all(map(_is_alive, self._raylet)) and _is_answering(self._gcs_address))
 
     def _ended(self, ref: Any) -> Ended:
         key = self._refs.pop(ref)
@@ -203,7 +255,9 @@ class RayExecutor(Executor):
             self._ray.cancel(ref, force=True, recursive=True)
 
     def close(self) -> None:
-        """Cancel what runs, then stop this process's Ray."""
+        """Cancel what runs, then stop this process's Ray; what is left of a lost one the reaper ends after us."""
+        if self._is_lost():
+            return
         self.cancel(*self._refs.values())
         if self._refs:
             self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=_CANCEL_WAIT_S)

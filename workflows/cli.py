@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from cluster.auth import AuthError
+from cluster.executor import ExecutorLostError
 from cluster.jobs import ClusterError
 from pipeline.errors import CorruptionError, LeaseLostError, UserError, classify, is_disk_full
 from workflows import runs
@@ -70,6 +71,7 @@ _ENDINGS: dict[type[Exception], tuple[int, str, str]] = {
     runs.DoesNotFitError: (EXIT_UNSCHEDULABLE, "", ""),
     LeaseHeldError: (EXIT_UNSCHEDULABLE, "this run is being worked on: ", ""),
     LeaseLostError: (EXIT_INTERRUPTED, "another process took over, this one has stopped: ", ""),
+    ExecutorLostError: (EXIT_INTERRUPTED, "", "; what was finished is kept, go on with: dlm resume RUN"),
     CorruptionError: (EXIT_FAILED, "", ""),
     OSError: (EXIT_FAILED, "the store or a file cannot be used: ", "; mend it, then: dlm resume RUN"),
 }

@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 DEAD_AFTER_S = 20.0
 
 
-def toy(*arguments: str, **settings: str) -> subprocess.Popen[bytes]:
+def toy(*arguments: str, process_group: int | None = None, **settings: str) -> subprocess.Popen[bytes]:
     """Start the command line with the toy recipe."""
     sets = [word for path, value in settings.items() for word in ("--set", f"{path.replace('__', '.')}={value}")]
     return subprocess.Popen(
@@ -26,14 +27,18 @@ def toy(*arguments: str, **settings: str) -> subprocess.Popen[bytes]:
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        process_group=process_group,
     )
 
 
-def start(store: Store, log: Path, executor: str, step: str, piece: str, trouble: str) -> subprocess.Popen[bytes]:
+def start(
+    store: Store, log: Path, executor: str, step: str, piece: str, trouble: str, process_group: int | None = None
+) -> subprocess.Popen[bytes]:
     """A run r1 that is in the middle of a slow piece when this returns."""
     logs = {f"{s.name}__log": str(log) for s in toy_workflow().steps}
     settings = {**logs, f"{step}__trouble": trouble, f"{step}__where": piece}
-    process = toy("run", "toy", "--store", str(store.root.path), "--executor", executor, "--run-id", "r1", **settings)
+    where = ("--store", str(store.root.path), "--executor", executor)
+    process = toy("run", "toy", *where, "--run-id", "r1", process_group=process_group, **settings)
     try:
         wait_until(lambda: (log / piece).exists() or process.poll() is not None, f"{piece} runs", 90.0)
         assert process.poll() is None, "the run ended by itself"
@@ -133,6 +138,37 @@ def test_signal_ends_a_run_as_resumable(store, log, signals, ends_as):
     assert process.wait(timeout=30) == 75
     assert_gone(found)
     assert summarise(store, store.run("r1")).status == ends_as
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(RAY_LIMIT_S)
+def test_signal_to_a_whole_group_lets_a_stage_on_ray_save(store, log, monkeypatch):
+    """As ``timeout`` sends it: what Ray is made of lives on until the stages have stopped."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    process = start(store, log, "ray", "source", "source", "slow", process_group=0)
+    found = children_of(process, at_least=3)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    assert_gone(found)
+    assert summarise(store, store.run("r1")).status == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(RAY_LIMIT_S)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ray_that_ends_under_a_run_ends_it_as_resumable(store, log, monkeypatch, number):
+    """As a service manager and the kernel end it: Ray itself looks for its parts for a minute and kills the driver."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    process = start(store, log, "ray", "source", "source", "leave")
+    wait_until(lambda: "aside" in runs.committed_outputs(store, store.run("r1")), "what runs beside it is committed")
+    found = children_of(process, at_least=3)
+    for part in found:
+        if part.name() in ("gcs_server", "raylet"):
+            part.send_signal(number)
+    assert process.wait(timeout=30) == 75
+    assert_gone(found)
+    finish(store, log, {"source"})
 
 
 @pytest.mark.ray
