@@ -86,6 +86,12 @@ def describe_drift(drifted: Drift) -> str:
     return "the run was planned for other data or code than there is now:\n" + "\n".join(lines)
 
 
+def refuse_outdated(drifted: Drift, again: str) -> None:
+    """DriftError for a step whose configuration this code does not take; ``again`` is the command for a new run."""
+    if outdated := {step: fields for step, fields in drifted.items() if "config" in fields}:
+        raise DriftError(f"{describe_drift(outdated)}\nThis code cannot go on with the run; start a new one: {again}")
+
+
 def prepare(store: Store, run: RunPlace, wishes: Wishes, again: str) -> Amendment:
     """What would change of a run; nothing is written.
 
@@ -98,8 +104,7 @@ def prepare(store: Store, run: RunPlace, wishes: Wishes, again: str) -> Amendmen
     require_steps(plan, "--rebuild", wishes.rebuild)
     anew = dependents(plan.steps, wishes.rebuild)
     drifted = check_drift(plan)
-    if outdated := {step: fields for step, fields in drifted.items() if "config" in fields}:
-        raise DriftError(f"{describe_drift(outdated)}\nThis code cannot go on with the run; start a new one: {again}")
+    refuse_outdated(drifted, again)
     configs = _with_settings(plan, wishes.settings, again)
     drifted = {step: fields for step, fields in drifted.items() if step not in anew}
     _refuse_accepted(store, plan, wishes.accept, anew, drifted)

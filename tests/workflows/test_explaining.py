@@ -1,5 +1,6 @@
 """``dlm explain``, what a shell completes, and names that are mistyped."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -71,6 +72,39 @@ def test_step_that_was_accepted_as_it_was_shows_what_differs(dlm, store, tmp_pat
     gone = dlm("explain", "r1", "source").stdout
     assert "\n  accepted as it was, although outside data bytes differs: 6 -> 5\n" in gone
     assert "\n  and is gone since: the run goes on only with --rebuild source\n" in gone
+
+
+def test_step_of_a_run_that_would_come_out_otherwise_now_says_that_a_resume_refuses_it(dlm, store, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text("before")
+    settings = ["--set", f"source.path={data}"]
+    plan = toy_plan(source__path=str(data))
+    fabricate_run(store, plan)
+    fabricate(store, plan, "source", "aside")
+    assert {row["drifted"] for row in rows_of(dlm, "r1").values()} == {None}
+    data.write_text("short")
+    rows = rows_of(dlm, "r1")
+    assert (rows["source"]["action"], rows["source"]["drifted"]["changes"]) == (
+        "cached", {"external.bytes": {"from": 6, "to": 5}},
+    )  # fmt: skip
+    assert [name for name, row in rows.items() if row["drifted"]] == ["source"]
+    assert rows_of(dlm, "toy", *settings)["source"]["drifted"] is None  # what is planned now is of now
+    told = "\n  drifted   it would come out otherwise now\n    outside data bytes: 6 -> 5\n"
+    assert (
+        f"{told}    dlm resume refuses that without --accept-drift or --rebuild source\n" in dlm("explain", "r1").stdout
+    )
+    store.artifact("toy-source", plan.step("source").fingerprint).directory.remove()
+    assert f"{told}    dlm resume refuses that without --rebuild source\n" in dlm("explain", "r1").stdout
+
+
+def test_step_of_a_run_whose_settings_this_code_does_not_take_says_that_it_cannot_go_on(dlm, store):
+    plan = toy_plan()
+    steps = [dataclasses.replace(s, config=s.config | {"gone": 1}) if s.name == "total" else s for s in plan.steps]
+    fabricate_run(store, dataclasses.replace(plan, steps=steps))
+    refused = dlm("explain", "r1")
+    assert refused.code == 4
+    assert "unknown setting total.gone" in refused.stderr
+    assert "This code cannot go on with the run; start a new one: dlm run toy" in refused.stderr
 
 
 def test_outside_file_that_changed_is_named(dlm, store, tmp_path):

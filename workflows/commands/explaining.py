@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from glob import glob
 from pathlib import Path
@@ -14,6 +14,7 @@ from pipeline.config import flatten
 from pipeline.corpus.config import CorpusConfig
 from pipeline.errors import CorruptionError, UserError
 from workflows import runs
+from workflows.amendments import Drift, refuse_outdated
 from workflows.commands.common import (
     DEFAULT_STORE,
     JsonOption,
@@ -24,10 +25,11 @@ from workflows.commands.common import (
     parse_settings,
     print_json,
     print_line,
+    store_option,
 )
 from workflows.commands.completing import complete_runs_and_recipes, complete_steps
 from workflows.outside import FileChange, changed_corpus_files
-from workflows.plan import Action, Nearest, Plan, PlannedStep, find_nearest, step_config
+from workflows.plan import Nearest, Plan, PlannedStep, check_drift, find_nearest, step_config
 from workflows.plan import explain as actions_of
 from workflows.recipes import RECIPES
 from workflows.step import load_stage
@@ -52,9 +54,13 @@ def explain(
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Show for each step what would happen and why, with every field that differs from the nearest artifact."""
+    """Show for each step what would happen and why, with every field that differs from the nearest artifact.
+
+    Of a run also what would come out otherwise now, which a resume refuses.
+    """
     place = find_store(store)
     plan = _plan_of(place, what, settings)
+    drifted = {} if _is_recipe(what) else _drift_of(place, what, plan)
     names = [planned.name for planned in plan.steps]
     if step:
         names = [found_or_suggested("step", step, names)]
@@ -65,19 +71,30 @@ def explain(
         planned = plan.step(action.step)
         stage = load_stage(planned.stage)
         nearest = find_nearest(plan, planned, stage, place) if action.action == "run" else None
-        files = changed_content(planned, nearest) if nearest is not None else []
-        newer = changed_files(planned, nearest) if nearest is not None and not files else []
         where = place.artifact(stage.name, planned.fingerprint)
-        accepted = accepted_changes(planned)
-        rows.append(_row(action, str(where.directory), where.made_by(), accepted, nearest, files, newer))
+        made_by = where.made_by()
+        drift = Nearest(made_by, where, drifted[action.step]) if action.step in drifted else None
+        row = {
+            **vars(action),
+            "artifact": str(where.directory),
+            "from_run": made_by,
+            "accepted": _changes_json(accepted_changes(planned)),
+            "nearest": None if nearest is None else _compared(planned, nearest),
+            "drifted": None if drift is None else _compared(planned, drift),
+        }
+        rows.append(row)
         if not as_json:
-            _print(rows[-1], plan, planned)
+            _print(row, plan, planned)
     if as_json:
         print_json(rows)
 
 
+def _is_recipe(what: str) -> bool:
+    return what in RECIPES or ":" in what
+
+
 def _plan_of(store: Store, what: str, settings: list[str]) -> Plan:
-    if what in RECIPES or ":" in what:
+    if _is_recipe(what):
         return runs.plan_recipe(what, parse_settings(settings))
     known = [run.run_id for run in store.runs()]
     found_or_suggested("recipe or run", what, [*RECIPES, *known])
@@ -89,29 +106,22 @@ def _plan_of(store: Store, what: str, settings: list[str]) -> Plan:
     return runs.frozen_plan(store.run(what))
 
 
-def _row(
-    action: Action,
-    artifact: str,
-    made_by: str,
-    accepted: dict[str, tuple[Any, Any]],
-    nearest: Nearest | None,
-    files: list[FileChange],
-    newer: list[tuple[str, float]],
-) -> dict[str, Any]:
+def _drift_of(store: Store, run_id: str, plan: Plan) -> Drift:
+    drifted = check_drift(plan)
+    refuse_outdated(drifted, runs.command_of(store.run(run_id)) + store_option(store))
+    return drifted
+
+
+def _compared(step: PlannedStep, with_: Nearest) -> dict[str, Any]:
+    """In what a step differs from an artifact, down to the files outside."""
+    files = changed_content(step, with_)
+    newer = [] if files else changed_files(step, with_)
     return {
-        **vars(action),
-        "artifact": artifact,
-        "from_run": made_by,
-        "accepted": _changes_json(accepted),
-        "nearest": None
-        if nearest is None
-        else {
-            "run_id": nearest.run_id,
-            "artifact": str(nearest.place.directory),
-            "changes": _changes_json(nearest.changes),
-            "files": [{**vars(file), "told": file.told} for file in files],
-            "files_changed_since": [path for path, _ in newer],
-        },
+        "run_id": with_.run_id,
+        "artifact": str(with_.place.directory),
+        "changes": _changes_json(with_.changes),
+        "files": [{**vars(file), "told": file.told} for file in files],
+        "files_changed_since": [path for path, _ in newer],
     }
 
 
@@ -186,11 +196,18 @@ def _print(row: dict[str, Any], plan: Plan, step: PlannedStep) -> None:
         print_line(f"  accepted as it was, although {_told(field)} differs: {old} -> {new}")
     if row["accepted"] and row["action"] == "run":
         print_line(f"  and is gone since: the run goes on only with --rebuild {step.name}")
-    nearest = row["nearest"]
-    if nearest is None:
-        return
-    print_line(f"  nearest   {nearest['artifact']}, made by run {nearest['run_id']}")
-    for field, change in nearest["changes"].items():
+    if (drifted := row["drifted"]) is not None:
+        print_line("  drifted   it would come out otherwise now")
+        _print_changes(drifted, step)
+        again = f"--rebuild {step.name}" if row["action"] == "run" else f"--accept-drift or --rebuild {step.name}"
+        print_line(f"    dlm resume refuses that without {again}")
+    if (nearest := row["nearest"]) is not None:
+        print_line(f"  nearest   {nearest['artifact']}, made by run {nearest['run_id']}")
+        _print_changes(nearest, step)
+
+
+def _print_changes(compared: Mapping[str, Any], step: PlannedStep) -> None:
+    for field, change in compared["changes"].items():
         kind, _, name = field.partition(".")
         old, new = (json.dumps(change[side]) for side in ("from", "to"))
         if kind == "inputs":
@@ -199,11 +216,11 @@ def _print(row: dict[str, Any], plan: Plan, step: PlannedStep) -> None:
             print_line(f"    input {name}{made}: {old} -> {new}")
         else:
             print_line(f"    {_told(field)}: {old} -> {new}")
-    for file in nearest["files"][:_MOST_FILES]:
+    for file in compared["files"][:_MOST_FILES]:
         print_line(f"    file {file['source']}: {file['told']}")
-    if len(nearest["files"]) > _MOST_FILES:
-        print_line(f"    and {len(nearest['files']) - _MOST_FILES} more files")
-    files = nearest["files_changed_since"]
+    if len(compared["files"]) > _MOST_FILES:
+        print_line(f"    and {len(compared['files']) - _MOST_FILES} more files")
+    files = compared["files_changed_since"]
     for path in files[:_MOST_FILES]:
         written = datetime.fromtimestamp(Path(path).stat().st_mtime)
         print_line(f"    written since then: {path} ({written:%Y-%m-%d %H:%M:%S})")
