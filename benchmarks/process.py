@@ -11,10 +11,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from benchmarks.command import RefusedError
 
 ROOT = Path(__file__).parents[1]
 _LOG_CHARS = 2000
+_GONE_WITHIN_S = 10.0
 _CALL = """
 import importlib, sys
 module, name = sys.argv[1].split(":")
@@ -52,6 +55,22 @@ def _killed_after(limit_s: float, group: int) -> Iterator[None]:
         timer.cancel()
 
 
+def _await_end(group: int, name: str) -> None:
+    """Return once no process of a group is left: one that was killed takes its time, which would be the next one's."""
+    deadline = time.monotonic() + _GONE_WITHIN_S
+    while left := [process for process in psutil.process_iter() if _is_of(group, process)]:
+        if time.monotonic() > deadline:
+            raise RefusedError(f"{name}: processes of it are left after {_GONE_WITHIN_S:.0f} s: {left}")
+        time.sleep(0.01)
+
+
+def _is_of(group: int, process: psutil.Process) -> bool:
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+
+
 def run_command(
     command: Sequence[str],
     *,
@@ -82,6 +101,7 @@ def run_command(
     wall_s = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if limit_s is not None and wall_s >= limit_s and process.returncode == -signal.SIGKILL:
+        _await_end(process.pid, name)
         return Cost(wall_s, usage.ru_utime + usage.ru_stime, is_stopped=True)
     if process.returncode:
         tail = log.read_text(errors="replace")[-_LOG_CHARS:]
