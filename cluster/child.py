@@ -45,15 +45,21 @@ class CallFailedError(RuntimeError):
     """A call has raised; its log tells where."""
 
 
+class CallStoppedError(RuntimeError):
+    """A call ends early because it was asked to: that explains itself, without a traceback."""
+
+
 def call_told(function: str, payload: dict[str, Any], notice: Callable[[], str] = no_notice) -> None:
-    """``call_function``; CallFailedError if that raises, whose traceback is written to the log here.
+    """``call_function``; CallFailedError if that raises, of which the log tells: the traceback, if it was not stopped.
 
     Whoever prints a traceback later would print the secrets that may be in it.
     """
     try:
         call_function(function, payload, notice)
     except Exception as error:  # noqa: BLE001 - whatever a call raises is how it ended
-        sys.stderr.write(redacted("".join(traceback.format_exception(error))))
+        is_stop = isinstance(error, CallStoppedError)
+        told = f"stopped: {error}\n" if is_stop else "".join(traceback.format_exception(error))
+        sys.stderr.write(redacted(told))
         sys.stderr.flush()
         raise CallFailedError(redacted(f"{type(error).__name__}: {error}")) from None
 

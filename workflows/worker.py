@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.auth import redacted
+from cluster.child import CallStoppedError
 from cluster.executor import GPUS_ENV
 from pipeline.artifact import MANIFEST, checked_files, json_bytes, read_json, write_json
 from pipeline.config import from_json
@@ -168,7 +169,7 @@ class _LogCopies:
 
 
 def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
-    """Run one piece; raises what the stage raised, after writing it down.
+    """Run one piece; raises what the stage raised, after writing it down, and CallStoppedError if it was stopped.
 
     ``notice`` tells why this process will soon be taken away, or nothing.
     """
@@ -213,7 +214,7 @@ def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
         except Stopped as stopped:
             reason = "" if cancel() else notice()
             failed(stopped, reason)
-            raise
+            raise CallStoppedError(str(stopped)) from None
         except BaseException as error:
             failed(error)
             raise

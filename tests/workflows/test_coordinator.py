@@ -4,12 +4,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.child import no_notice
+from cluster.child import CallStoppedError, no_notice
 from cluster.executor import Executor
 from cluster.local import LocalExecutor
 from pipeline.artifact import read_json, write_json
 from pipeline.config import to_json
-from pipeline.stage import Stopped
 from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, Kept
 from tests.support.races import place_at
 from tests.support.toy_stages.trouble import executions
@@ -99,6 +98,9 @@ def test_step_with_a_permanent_failure_blocks_what_needs_it_and_nothing_else(sto
     assert states["source"].failure.error_class == error_class
     assert states["double"].reason == "needs source"
     assert executions(log) == {"source": 1, "aside": 1}
+    (told,) = (path.read_text() for path in run.directory.path.glob("work/001/source/*/rank-0.log"))
+    assert "stopped: source had enough\n" in told
+    assert "Traceback" not in told
     summary = summarise(store, run)
     assert summary.status == "failed"
     assert summary.steps[0].status == "failed"
@@ -256,7 +258,7 @@ def test_worker_that_starts_after_the_stop_request_does_nothing(store, log):
         fingerprint=step.fingerprint, run_id="r1", lease=lease.folder.key, lease_epoch=lease.epoch,
         lease_token=lease.token, cancel=run.cancel_file.key,
     )  # fmt: skip
-    with pytest.raises(Stopped):
+    with pytest.raises(CallStoppedError, match="asked to stop"):
         run_piece(to_json(piece), no_notice)
     assert executions(log) == {}
     found = first_failure(out)
@@ -277,7 +279,8 @@ def test_stop_request_during_back_off_is_heard_at_once(store, log, monkeypatch):
 
 
 def test_stage_that_stops_by_itself_stops_what_needs_it(store, log):
-    states = coordinate(store, toy_plan(log, source__trouble="stop"), local)
+    run = runs.create_run(store, toy_plan(log, source__trouble="stop"), "local", "r1")
+    states = coordinate(store, run, local)
     assert statuses(states) == {"source": "stopped", "double": "stopped", "aside": "committed", "total": "stopped"}
     assert executions(log) == {"source": 1, "aside": 1}
 
