@@ -157,7 +157,7 @@ class Jobs:
         while (known := self.find(job_id)) is None:
             if self._has_agent() is False:
                 raise ClusterError(
-                    f"{self._takes_no_jobs()}. It has come up without its port: another process of that machine has it"
+                    f"{self._takes_no_jobs()}. It runs without its port, as a rule since another process there has it"
                 )
             try:
                 with _readable(self.url), _no_other_address():

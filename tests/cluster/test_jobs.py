@@ -191,7 +191,9 @@ def test_cluster_that_has_just_started_is_asked_again(dashboard: Dashboard, code
 
 def test_cluster_whose_job_agent_has_no_port_is_refused_without_waiting(dashboard: Dashboard, code: Path):
     dashboard.agent_port = -1
-    with pytest.raises(ClusterError, match=r"takes no jobs: the job agent of its head .*without its port") as error:
+    with pytest.raises(
+        ClusterError, match=r"takes no jobs: the job agent of its head .*runs without its port"
+    ) as error:
         Jobs(dashboard.url).submit("r1-a1", ["python"], code, {}, {})
     assert "--dashboard-agent-listen-port PORT (52365 by default)" in str(error.value)
     assert not dashboard.asked
