@@ -9,8 +9,9 @@ import logging
 import os
 import shlex
 import socket
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +23,13 @@ from cluster.shapes import STABLE, ray_version
 JobStatus = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 OVER: frozenset[JobStatus] = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
 _DASHBOARD_PORT = 8265
+_AGENT_PORT = 52365
 _CONNECT_S = 5.0
+_TOLD_AFTER_S = 3.0
 _TRIES = 3
 _TAKEN = "already exists"
-_STARTING, _STARTING_S = "No available agent", 60.0
-"""What a cluster answers that has just been started, and how long it may."""
+_STARTING, _STARTING_S = "No available agent", 30.0
+"""What a cluster answers that has just been started, each time after ten seconds, and how long it may."""
 _ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 """Ray's client prefers these to the address that it is given."""
 _OWN_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -79,6 +82,7 @@ class Jobs:
         if token is not None:
             os.environ["RAY_AUTH_MODE"] = "token"
         self._wait_for_port()
+        self._require_dashboard()
         from ray.job_submission import JobSubmissionClient
 
         logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # it tells each upload
@@ -108,6 +112,19 @@ class Jobs:
                     ) from None
                 time.sleep(2**attempt)
 
+    def _require_dashboard(self) -> None:
+        """ClusterError if what listens there is something else: the client itself would wait for it without end."""
+        import requests
+
+        try:
+            requests.get(f"{self.url}/api/version", timeout=_CONNECT_S, allow_redirects=False)
+        except requests.RequestException as error:
+            raise ClusterError(
+                f"what listens at {self.url} does not answer as the dashboard of a Ray cluster: {_cause(error)}. Give "
+                f"the address that ray start calls the dashboard's, port {_DASHBOARD_PORT} unless another was chosen; "
+                "at the end of a tunnel, look whether the dashboard runs where it leads"
+            ) from None
+
     def submit(
         self,
         job_id: str,
@@ -115,14 +132,33 @@ class Jobs:
         code: Path,
         env: Mapping[str, str],
         metadata: Mapping[str, str],
+        tell: Callable[[str], None] = lambda line: None,
     ) -> Job:
         """Hand a command over, to be run in a directory with the content of the archive ``code``.
 
         It runs on a stable node where the cluster has nodes that are labelled so.  A job of that id that is there
-        already is returned as it is: asking twice starts one.
+        already is returned as it is: asking twice starts one.  ``tell`` gets a line once this takes long.
         """
+        line = (
+            f"waiting: the cluster at {self.url} has not taken the job yet; its code is under way, or the job agent of "
+            f"its head node does not answer, which is waited for about {_STARTING_S:.0f} s"
+        )
+        timer = threading.Timer(_TOLD_AFTER_S, tell, [line])
+        timer.start()
+        try:
+            return self._submit(job_id, command, code, env, metadata)
+        finally:
+            timer.cancel()
+
+    def _submit(
+        self, job_id: str, command: Sequence[str], code: Path, env: Mapping[str, str], metadata: Mapping[str, str]
+    ) -> Job:
         deadline = time.monotonic() + _STARTING_S
         while (known := self.find(job_id)) is None:
+            if self._has_agent() is False:
+                raise ClusterError(
+                    f"{self._takes_no_jobs()}. It runs without its port, as a rule since another process there has it"
+                )
             try:
                 with _readable(self.url), _no_other_address():
                     self._client.submit_job(
@@ -135,10 +171,31 @@ class Jobs:
                 return Job(job_id, "PENDING")
             except ClusterError as error:
                 is_taken = _TAKEN in str(error)  # by somebody who asked for the same at the same time
-                if not (is_taken or _STARTING in str(error)) or time.monotonic() >= deadline:
+                is_starting, is_late = _STARTING in str(error), time.monotonic() >= deadline
+                if is_starting and is_late:
+                    raise ClusterError(f"{self._takes_no_jobs()}. It was asked to the end: {_STARTING}") from error
+                if is_late or not (is_taken or is_starting):
                     raise
                 time.sleep(1.0)
         return known
+
+    def _takes_no_jobs(self) -> str:
+        return (
+            f"the cluster at {self.url} takes no jobs: the job agent of its head node does not answer. Look into "
+            "dashboard_agent.log among the logs of the head (/tmp/ray/session_latest/logs); if its port is taken, by "
+            "another cluster on that machine for example, start the head with one that is free: ray start --head "
+            f"--dashboard-agent-listen-port PORT ({_AGENT_PORT} by default)"
+        )
+
+    def _has_agent(self) -> bool | None:
+        """Whether the job agent of the head node listens; None if the dashboard does not tell."""
+        with _readable(self.url):
+            answer = self._client._do_request("GET", "/nodes?view=summary", timeout=_CONNECT_S)
+            if answer.status_code != 200:
+                return None
+            nodes = [node.get("raylet", {}) for node in answer.json().get("data", {}).get("summary", [])]
+        ports = [node.get("dashboardAgentListenPort") for node in nodes if node.get("isHeadNode")]
+        return ports[0] > 0 if ports and isinstance(ports[0], int) and ports[0] else None
 
     def _has_stable_nodes(self) -> bool:
         from ray.util.state import list_nodes
@@ -202,7 +259,7 @@ def _readable(url: str) -> Iterator[None]:
     except (AuthError, ClusterError):
         raise
     except Exception as error:
-        text = redacted(str(error))
+        text = redacted(str(error)).rstrip(". \n")
         if type(error).__name__ == "AuthenticationError" or "status code 401" in text or "status code 403" in text:
             token = find_token()
             found = (
@@ -215,5 +272,13 @@ def _readable(url: str) -> Iterator[None]:
                 "started with"
             ) from None
         if isinstance(error, ConnectionError) or type(error).__module__.startswith(("requests", "urllib3")):
-            raise SilentError(f"the cluster at {url} does not answer: {text}") from error
+            raise SilentError(f"the cluster at {url} does not answer: {_cause(error)}") from error
         raise ClusterError(f"the cluster at {url} refused: {text}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """What was at the bottom of an error of the network: those above it repeat the address."""
+    while below := error.__cause__ or error.__context__:
+        error = below
+    text = redacted(str(error)).rstrip(". \n")
+    return text if text and text.isprintable() else type(error).__name__  # what another protocol says is not

@@ -97,7 +97,7 @@ def prepare(store: Store, run: RunPlace, wishes: Wishes, again: str) -> Amendmen
 
     UserError for a wish that would change what comes out, or do nothing; DriftError for a step that would come out
     otherwise now and is neither accepted nor made anew.
-    ``again`` is the command for a new run.
+    ``again`` is the command for a new run with the settings that are wished for.
     """
     plan = effective_plan(run)
     require_steps(plan, "--accept-drift", wishes.accept)
@@ -128,7 +128,7 @@ def _with_settings(plan: Plan, settings: list[tuple[str, Any]], again: str) -> d
         for path, (was, wanted) in changed.items():
             raise UserError(
                 f"{name}.{path} is {was!r} and cannot become {wanted!r} in this run: it decides what comes out. "
-                f"Start a new run, which makes again only what changes: {again} --set {name}.{path}=VALUE"
+                f"Start a new run, which makes again only what changes: {again}"
             )
     return new
 

@@ -69,7 +69,11 @@ def _node_checks(machines: Machines) -> list[Check]:
     if machines.dashboard is None:
         return [dashboard_check(found[0].name, listening_hosts(_DASHBOARD_PORT), _DASHBOARD_PORT)]
     cpus, gpus = sum(machine.cpus for machine in found), sum(machine.gpus for machine in found)
-    checks = [Check("nodes", "all", "ok", f"{len(found)} nodes, {cpus:g} cores, {gpus} GPUs")]
+    checks = [
+        Check(
+            "nodes", "all", "ok", f"{_counted(len(found), 'node')}, {_counted(cpus, 'core')}, {_counted(gpus, 'GPU')}"
+        )
+    ]
     checks += [
         Check("nodes", machine.name, "warning", "is about to be taken away", "nothing new is started there")
         for machine in found
@@ -77,6 +81,10 @@ def _node_checks(machines: Machines) -> list[Check]:
     ]
     host, port = machines.dashboard
     return [*checks, dashboard_check("all", [host], port), admission_check("all", machines.gcs)]
+
+
+def _counted(number: float, what: str) -> str:
+    return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def _survey_checks(machines: Machines, url: str) -> tuple[list[Check], list[Machine]]:
@@ -177,8 +185,11 @@ def _all_reduce(machines: Machines, backend: Backend, ranks: dict[Machine, int])
 # --- as a job ---------------------------------------------------------------------------------------------------------
 
 
-def examine_as_job(address: str, url: str, is_reduced: bool) -> list[Check]:
-    """Have a job of the cluster at an address do it; what it found.  ClusterError if it cannot be reached."""
+def examine_as_job(address: str, url: str, is_reduced: bool, tell: Callable[[str], None]) -> list[Check]:
+    """Have a job of the cluster at an address do it; what it found.  ClusterError if it cannot be reached.
+
+    ``tell`` gets a line if the cluster takes long to take the job.
+    """
     root = local_root(url)
     if root is not None and not is_loopback(address) and not Path(url).is_absolute():
         raise UserError(f"--store {url} is relative; give the path that all nodes see")
@@ -190,7 +201,7 @@ def examine_as_job(address: str, url: str, is_reduced: bool) -> list[Check]:
     with tempfile.TemporaryDirectory(prefix="dlm-doctor-") as folder:
         code = Path(folder, "code.zip")
         code.write_bytes(code_zip(OWN_PACKAGES))
-        jobs.submit(job_id, [python, "-m", "workflows.cli", "doctor", *flags], code, {}, {"doctor": "dlm"})
+        jobs.submit(job_id, [python, "-m", "workflows.cli", "doctor", *flags], code, {}, {"doctor": "dlm"}, tell)
         status = _wait(partial(_status, jobs, job_id), _JOB_S)
     text = jobs.log(job_id)
     if status not in OVER:

@@ -216,16 +216,18 @@ def _shortened(items: list[str]) -> str:
 
 
 def find_nearest(plan: Plan, step: PlannedStep, stage: Stage, store: Store) -> Nearest | None:
-    """The artifact of the stage in the store that is most like the one that a step would make."""
+    """The artifact of the stage in the store that is most like the one that a step would make.
+
+    Of several that are alike the newest, as what was made anew is what its run uses.
+    """
     wanted = _recorded(step, plan)
-    nearest: Nearest | None = None
+    found: list[tuple[int, float, Nearest]] = []
     for place in store.artifacts(stage.name):
-        recorded = _committed_record(place, stage)
-        if recorded is not None:
-            changes = diff(recorded, wanted)
-            if nearest is None or len(changes) < len(nearest.changes):
-                nearest = Nearest(place.made_by(), place, changes)
-    return nearest
+        if (recorded := _committed_record(place, stage)) is not None:
+            made_at, record = recorded
+            changes = diff(record, wanted)
+            found.append((len(changes), -made_at, Nearest(place.made_by(), place, changes)))
+    return min(found, key=lambda one: one[:2], default=(0, 0.0, None))[2]
 
 
 def _has_state(place: ArtifactPlace) -> bool:
@@ -241,7 +243,8 @@ def _recorded(step: PlannedStep, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _committed_record(place: ArtifactPlace, stage: Stage) -> dict[str, Any] | None:
+def _committed_record(place: ArtifactPlace, stage: Stage) -> tuple[float, dict[str, Any]] | None:
+    """When an artifact was begun, and what identifies it."""
     try:
         found = place.committed_manifest()
         if found is None:
@@ -250,7 +253,7 @@ def _committed_record(place: ArtifactPlace, stage: Stage) -> dict[str, Any] | No
         config = identity(from_json(stage.config, manifest.config))
     except (CorruptionError, UserError):
         return None  # unreadable, or of an older shape of the configuration: nothing to compare with
-    return {
+    return manifest.started_at, {
         "config": config,
         "code_version": manifest.code_version,
         "inputs": manifest.inputs,

@@ -79,17 +79,18 @@ def create_run(
     store: Store,
     plan: Plan,
     executor: ExecutorName,
-    run_id: str = "",
+    run_id: str | None = None,
     settings: Sequence[str] = (),
     command: Sequence[str] = (),
 ) -> RunPlace:
     """Freeze a plan as a run; ``settings`` and ``command`` are those given for it, as they were typed.
 
-    The run that is there already if it has this id and this plan: whoever submits twice means one run.  UserError
-    naming what differs if it has another plan, and as ``require_ready``; DriftError if data or code have changed.
+    A name is made up for it where none is given.  The run that is there already if it has this id and this plan:
+    whoever submits twice means one run.  UserError naming what differs if it has another plan, and as
+    ``require_ready``; DriftError if data or code have changed.
     """
     require_ready(plan)
-    run_id = run_id or new_run_id(plan.workflow)
+    run_id = new_run_id(plan.workflow) if run_id is None else run_id
     store.run_place(run_id)
     value = {
         "plan": to_json(plan),
@@ -133,14 +134,19 @@ def _asked(plan: Plan, executor: ExecutorName) -> dict[str, Any]:
     return {"executor": executor, **steps}
 
 
-def command_of(run: RunPlace) -> str:
-    """The command that a run was started with, for a new one like it; without the option for the store."""
+def command_of(run: RunPlace, settings: Sequence[str] = ()) -> str:
+    """The command that a run was started with, for a new one like it; without the option for the store.
+
+    ``settings``, as they were typed, take the place of those of the same path.
+    """
     frozen = run.plan()
     plan = frozen_plan(run)
     words = ["dlm", "run", plan.recipe or plan.workflow]
     if frozen["executor"] != DEFAULT_EXECUTOR:
         words += ["--executor", frozen["executor"]]
-    for setting in frozen.get("settings", ()):
+    given = {setting.partition("=")[0] for setting in settings}
+    kept = [setting for setting in frozen.get("settings", ()) if setting.partition("=")[0] not in given]
+    for setting in [*kept, *settings]:
         words += ["--set", setting]
     return shlex.join(words)
 

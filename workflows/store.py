@@ -5,7 +5,8 @@
                  amendments/<n>.json        the plan that holds from then on (workflows/amendments.py)
                  lease/                     who coordinates the run (workflows/lease.py)
                  events/<attempt>-<n>.json  appended under unique names
-                 jobs/, job-ends/           what was handed over to a cluster, and how it ended (workflows/submit.py)
+                 jobs/, jobs-taken/, job-ends/  what was handed over to a cluster, what it is known to have taken, and
+                                            how that ended (workflows/submit.py)
                  work/<attempt>/<call>/     logs, progress, usage, failures
                  cancel                     request to stop
     artifacts/<stage>/<fp12>/

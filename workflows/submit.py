@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,7 @@ def submit_run(
     python: str = "",
     env_names: Sequence[str] = (),
     words: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Job:
     """Hand over a job that works on a run, unless one does already: that one is returned.
 
@@ -80,6 +81,7 @@ def submit_run(
         env_names: variables of this environment that the job gets; by default as for the job before, and none of them
             for an empty name.
         words: further ones of its command, such as --until STEP.
+        tell: gets a line if the cluster takes long.
     """
     if store.root.is_local and not is_loopback(jobs.url) and not store.root.path.is_absolute():
         raise UserError(f"--store {store.url} is relative; give the path that all nodes see")
@@ -89,6 +91,7 @@ def submit_run(
     if live := next((job for job in known if job.status not in OVER), None):
         if has_options:
             _require_same(run, live.job_id, wanted)
+        note_taken(run, live.job_id)
         _want_again(run)
         return live
     env = _env(run, wanted, are_kept=not env_names)
@@ -102,12 +105,15 @@ def submit_run(
     _want_again(run)
     about = {"run": run.run_id, "store": store.store_id, "user": wanted.user}
     try:
-        return jobs.submit(job_id, _command(store, run, wanted), code, {**env, "DLM_JOB_ID": job_id}, about)
+        job = jobs.submit(job_id, _command(store, run, wanted), code, {**env, "DLM_JOB_ID": job_id}, about, tell)
     except (AuthError, ClusterError) as error:
-        if found := _taken_all_the_same(run, jobs, job_id, error):
-            return found
-        note_end(run, job_id, f"it was not handed over: {error}")
-        raise
+        found = _taken_all_the_same(run, jobs, job_id, error)
+        if found is None:
+            note_end(run, job_id, f"it was not handed over: {error}")
+            raise
+        job = found
+    note_taken(run, job_id)
+    return job
 
 
 def _want_again(run: RunPlace) -> None:
@@ -184,6 +190,12 @@ def _require_same(run: RunPlace, job_id: str, wanted: Submission) -> None:
     found = next((one for one in _submissions(run) if one.job_id == job_id), None)
     if found is None or found.options != wanted.options:
         has = f"with {found.options}" if found and found.options else "without options"
+        if found and not was_taken(run, job_id):
+            raise UserError(
+                f"job {job_id} of run {run.run_id} is being handed over to {found.address}, {has}; it would take no "
+                f"notice of {wanted.options}. Leave the options out; or, if whoever did so was stopped, try again in "
+                f"{_ON_ITS_WAY_S:.0f} s"
+            )
         raise UserError(
             f"job {job_id} works on run {run.run_id} already, {has}; it would take no notice of {wanted.options}. "
             f"End it first: dlm cancel {run.run_id}; or leave the options out"
@@ -237,7 +249,46 @@ def jobs_of(store: Store, run: RunPlace, jobs: Jobs) -> list[Job]:
     for job in found:
         if job.status in OVER:
             note_end(run, job.job_id, job.status.lower() + (f": {job.message}" if job.message else ""))
+        else:
+            note_taken(run, job.job_id)
     return found
+
+
+def note_taken(run: RunPlace, job_id: str) -> None:
+    """Write down that a cluster has a job: whoever hands it over may be killed before he knows."""
+    record = _taken_record(run, job_id)
+    if not record.exists():
+        record.create(json_bytes({"time": time.time()}))
+
+
+def was_taken(run: RunPlace, job_id: str) -> bool:
+    """Whether a cluster is known to have, or to have had, a job."""
+    return _taken_record(run, job_id).exists()
+
+
+def _taken_record(run: RunPlace, job_id: str) -> Place:
+    return run.directory / "jobs-taken" / f"{job_id}.json"
+
+
+def cluster_of(run: RunPlace) -> str:
+    """Address of the cluster that a run was handed over to; empty if it never was, or was begun elsewhere since."""
+    job = last_submission(run)
+    if job is None:
+        return ""
+    begun = [event for event in run.events() if event["kind"] == "run_started"]
+    is_elsewhere = begun and begun[-1]["attempt"] >= job.attempt and not begun[-1].get("job")
+    return "" if is_elsewhere else job.address
+
+
+def told_of_unknown(run: RunPlace, job: Submission, url: str) -> str:
+    """That the cluster at an address knows nothing of a job."""
+    if job.address != url:
+        why = f"it is not the one at {job.address}"
+    elif was_taken(run, job.job_id):
+        why = "it has been started anew since it took it"
+    else:
+        why = "it never took it"
+    return f"the cluster at {url} knows no job {job.job_id}: {why}"
 
 
 def note_end(run: RunPlace, job_id: str, how: str) -> None:

@@ -18,7 +18,7 @@ from workflows.plan import Plan, PlannedStep
 from workflows.progress import progress_words
 from workflows.step import load_stage
 from workflows.store import RunPlace, Store
-from workflows.submit import end_of, last_submission
+from workflows.submit import end_of, last_submission, was_taken
 from workflows.turns import Turn, find_turns
 
 RunStatus = Literal[
@@ -75,6 +75,7 @@ class RunSummary:
     heartbeat_age_s: float | None
     """Since the coordinator was last heard of; None if none is at work."""
     detail: str
+    """What has to be known with the status: before the first semicolon in a few words."""
     steps: list[StepSummary]
 
     @property
@@ -191,11 +192,18 @@ def _run_status(run: RunPlace, holder: Holder | None, attempt: int, ended: Event
     detail = ""
     if job is not None and job.attempt > epoch:  # no coordinator has come of it
         if not (how := end_of(run, job.job_id)):
+            asked = f"dlm status {run.run_id} --address {job.address} asks there what has become of it"
+            if was_taken(run, job.job_id):
+                return "submitted", (
+                    f"job {job.job_id} waits at {job.address}; it was handed over on {_when(job.time)} and has not "
+                    f"begun; {asked}"
+                )
             return "submitted", (
-                f"job {job.job_id} was handed over to {job.address} on {_when(job.time)} and has not begun; "
-                "dlm status --address asks there what has become of it"
+                f"job {job.job_id} is not known to be at {job.address}; handing it over began on {_when(job.time)}; "
+                f"{asked}, and dlm resume {run.run_id} --address {job.address} hands it over, without starting a "
+                "second one"
             )
-        detail = f"job {job.job_id} ended before it began to work on it: {how}"
+        detail = f"job {job.job_id} ended before it began to work on it; {how}"
     if has_ended:
         assert ended is not None
         return ended["status"], detail

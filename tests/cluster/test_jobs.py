@@ -36,6 +36,8 @@ class Dashboard(ThreadingHTTPServer):
         self.is_silent = False
         """Whether it hangs up on whoever asks for its jobs."""
         self.labels: dict[str, str] = {}
+        self.agent_port: int | None = 52365
+        """Of the head's job agent: -1 where it has none, None where that is not told."""
         self.asked: dict[str, Any] = {}
         """The last submission."""
 
@@ -77,6 +79,10 @@ class _Handler(BaseHTTPRequestHandler):
             }  # fmt: skip
             rows = {"result": [node], "total": 1, "num_after_truncation": 1, "num_filtered": 1}
             self._answer(200, {"result": True, "msg": "", "data": {"result": {**rows, "partial_failure_warning": ""}}})
+        elif self.path.startswith("/nodes") and self.server.agent_port is not None:
+            other = {"raylet": {"isHeadNode": False, "dashboardAgentListenPort": 1}}
+            head = {"raylet": {"isHeadNode": True, "dashboardAgentListenPort": self.server.agent_port}}
+            self._answer(200, {"result": True, "data": {"summary": [other, head]}})
         elif self.path.startswith("/api/jobs") and self.server.is_silent:
             self.close_connection = True
         elif self.path.startswith("/api/jobs"):
@@ -173,9 +179,68 @@ def test_job_goes_to_a_stable_node_where_there_are_any(dashboard: Dashboard, cod
     assert dashboard.asked["entrypoint_label_selector"] == STABLE
 
 
-def test_cluster_that_has_just_started_is_asked_again(dashboard: Dashboard, code: Path):
-    dashboard.refusals = ["No available agent to submit job, please try again later."] * 2
+NO_AGENT = "No available agent to submit job, please try again later."
+
+
+@pytest.mark.parametrize("port", [52365, 0, None])
+def test_cluster_that_has_just_started_is_asked_again(dashboard: Dashboard, code: Path, port: int | None):
+    dashboard.agent_port = port
+    dashboard.refusals = [NO_AGENT] * 2
     assert Jobs(dashboard.url).submit("r1-a1", ["python"], code, {}, {}).job_id == "r1-a1"
+
+
+def test_cluster_whose_job_agent_has_no_port_is_refused_without_waiting(dashboard: Dashboard, code: Path):
+    dashboard.agent_port = -1
+    with pytest.raises(
+        ClusterError, match=r"takes no jobs: the job agent of its head .*runs without its port"
+    ) as error:
+        Jobs(dashboard.url).submit("r1-a1", ["python"], code, {}, {})
+    assert "--dashboard-agent-listen-port PORT (52365 by default)" in str(error.value)
+    assert not dashboard.asked
+
+
+def test_cluster_whose_job_agent_never_answers_is_given_up_in_our_words(dashboard: Dashboard, code: Path, monkeypatch):
+    monkeypatch.setattr(jobs_module, "_STARTING_S", 1.5)
+    dashboard.refusals = [NO_AGENT] * 10
+    with pytest.raises(ClusterError, match=r"takes no jobs: .*dashboard_agent\.log.*: No available agent$") as error:
+        Jobs(dashboard.url).submit("r1-a1", ["python"], code, {}, {})
+    assert str(error.value).count(dashboard.url) == 1
+    assert 2 <= 10 - len(dashboard.refusals) <= 3
+
+
+def test_who_waits_for_a_cluster_is_told_once_and_who_does_not_is_not(dashboard: Dashboard, code: Path, monkeypatch):
+    monkeypatch.setattr(jobs_module, "_TOLD_AFTER_S", 0.5)
+    jobs, told = Jobs(dashboard.url), list[str]()
+    jobs.submit("r1-a1", ["python"], code, {}, {}, told.append)
+    assert told == []
+    dashboard.refusals = [NO_AGENT] * 2
+    jobs.submit("r1-a2", ["python"], code, {}, {}, told.append)
+    (line,) = told
+    assert f"the cluster at {dashboard.url} has not taken the job yet" in line
+
+
+@pytest.mark.parametrize(("says", "why"), [(None, "timed out"), (b"\x00\x01\x02", "does not answer as the dashboard")])
+def test_address_of_something_else_is_refused_naming_it_once(monkeypatch, tmp_path: Path, says: bytes | None, why: str):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(jobs_module, "_CONNECT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+
+        def answer() -> None:
+            server.accept()[0].close()  # is anybody there
+            with server.accept()[0] as client:
+                if says is None:
+                    time.sleep(2.0)
+                else:
+                    client.sendall(says)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ClusterError, match=why) as error:
+            Jobs(url)
+        thread.join()
+    assert str(error.value).count(url) == 1
+    assert str(error.value).isprintable()
 
 
 def test_job_that_somebody_else_submits_at_the_same_time_is_found(dashboard: Dashboard, code: Path):
@@ -188,8 +253,8 @@ def test_job_that_somebody_else_submits_at_the_same_time_is_found(dashboard: Das
 
 
 def test_cluster_that_refuses_a_job_says_why(dashboard: Dashboard, code: Path):
-    dashboard.refusals = [f"no such thing {TOKEN}"]
-    with pytest.raises(ClusterError, match=r"refused: .*no such thing \*\*\*"):
+    dashboard.refusals = [f"no such thing {TOKEN}."]
+    with pytest.raises(ClusterError, match=r"refused: .*no such thing \*\*\*$"):
         Jobs(dashboard.url).submit("r1-a1", ["python"], code, {}, {})
 
 

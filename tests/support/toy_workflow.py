@@ -79,13 +79,14 @@ def coordinate(
 
 
 def amended(store: Store, run: RunPlace, wishes: Wishes, command: tuple[str, ...] = ()) -> Plan:
-    """The plan of a run after what a resume wished for; "dlm run toy" is the command for a new one."""
-    amendment = prepare(store, run, wishes, "dlm run toy")
+    """The plan of a run after what a resume wished for."""
+    settings = [f"{path}={value}" for path, value in wishes.settings]
+    amendment = prepare(store, run, wishes, cli.runs.command_of(run, settings))
     amend(store, run, amendment, command)
     return amendment.plan
 
 
-def fabricate(store: Store, plan: Plan, *only: str) -> None:
+def fabricate(store: Store, plan: Plan, *only: str, started_at: float = 0.0) -> None:
     """Commit an artifact for each step of a plan (or the named ones), without running anything."""
     for step in plan.steps:
         if only and step.name not in only:
@@ -99,7 +100,7 @@ def fabricate(store: Store, plan: Plan, *only: str) -> None:
         inputs = {name: plan.step(source).fingerprint for name, source in step.inputs.items()}
         files, stats = record_files(attempt.path), {"value": 1}
         made = (stage.name, step.fingerprint, step.code_version, step.config, inputs, files, stats)
-        manifest = Manifest(*made, external=step.external)
+        manifest = Manifest(*made, started_at=started_at, external=step.external)
         write_json(attempt.path / MANIFEST, manifest)
         place.commit(attempt, lease, "test")
         lease.release()

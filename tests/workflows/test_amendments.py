@@ -102,7 +102,10 @@ def test_drift_that_was_accepted_is_refused_once_the_artifact_is_gone(store, dat
         (Wishes(accept=("double",), rebuild=("source",)), "--rebuild makes it anew"),
         (Wishes(accept=("sauce",)), "--accept-drift sauce: .*did you mean source"),
         (Wishes(rebuild=("nothing",)), "--rebuild nothing: .*source, aside, double, total"),
-        (Wishes([("double.number", 4)]), r"double\.number is 1 and cannot become 4 .*dlm run toy --set double\.number"),
+        (
+            Wishes([("double.number", 4)]),
+            r"double\.number is 1 and cannot become 4 .*dlm run toy .*--set double\.number=4$",
+        ),
         (Wishes([("double.numbr", 4)]), "did you mean number"),
     ],
 )
@@ -192,6 +195,18 @@ def test_cli_resume_with_an_execution_setting_runs_with_it(dlm: Dlm, store, log)
     assert done.code == 0, done.stderr
     assert executions(log)["total-0"] == executions(log)["total-1"] + 1
     assert amendments(store)[0]["command"][:3] == ["dlm", "resume", "r1"]
+
+
+def test_cli_resume_with_a_setting_that_decides_the_result_names_it_once_as_it_was_typed(dlm: Dlm, store, log):
+    given = ["--set", f"source.log={log}", "--set", "double.number=3"]
+    assert dlm("run", "toy", "--run-id", "r1", "--executor", "local", *given, "--until", "source").code == 0
+    done = dlm("resume", "r1", "--set", "double.number=4")
+    assert done.code == 2
+    words = f"dlm run toy --executor local --set source.log={log} --set double.number=4 --store {store.root.path}"
+    assert done.stderr == (
+        "error: double.number is 3 and cannot become 4 in this run: it decides what comes out. Start a new run, which "
+        f"makes again only what changes: {words}\n"
+    )
 
 
 def test_cli_resume_with_drift_ends_with_code_4_and_goes_on_once_it_is_accepted(dlm: Dlm, store, log, data):

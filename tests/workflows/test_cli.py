@@ -39,7 +39,7 @@ def assert_refused(done: Done, *words: str, code: int = 2) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["plan", "quickstar"], ["quickstar", "did you mean quickstart"]),
+        (["plan", "quickstar"], ["quickstar", "did you mean quickstart? One of your own is given as module:function"]),
         (["run", "nothing"], ["nothing", "quickstart"]),
         (["plan", "toy", "--set", "sauce.number=2"], ["sauce.number", "source"]),
         (["plan", "toy", "--set", "source.nummer=2"], ["source.nummer", "did you mean number"]),
@@ -191,7 +191,16 @@ def test_cli_plan_changes_nothing_in_the_store(dlm, store):
     assert sorted(store.root.path.rglob("*")) == before
 
 
+def test_cli_where_there_is_no_store_says_so_and_makes_none(dlm, store):
+    for arguments in (["list"], ["list", "--json"], ["verify", "--all"], ["gc"], ["gc", "--dry-run"]):
+        done = dlm(*arguments)
+        assert_refused(done, f"there is no store at {store.root.path}; name one with --store")
+        assert done.stdout == ""
+    assert not store.root.path.exists()
+
+
 def test_cli_of_an_empty_store_lists_nothing(dlm, store):
+    store.mark()
     assert json.loads(dlm("list", "--json").stdout) == []
     assert dlm("list").code == 0
 
@@ -306,6 +315,17 @@ def test_cli_plan_diff_prints_every_field_with_both_values(dlm, store):
     assert_refused(dlm("plan", "toy", "--diff", "--settings"), "--diff", "--settings")
 
 
+def test_cli_plan_diff_compares_with_the_newest_of_those_that_are_alike(dlm, store, tmp_path):
+    data = tmp_path / "data"
+    setting = ("--set", f"source.path={data}")
+    for size, started_at in ((10, 1.0), (20, 3.0), (30, 2.0)):
+        data.write_text("x" * size)
+        fabricate(store, toy_plan(source__path=str(data)), "source", started_at=started_at)
+    data.write_text("x" * 40)
+    lines = dlm("plan", "toy", "--diff", *setting).stdout.splitlines()
+    assert lines[1] == "  external.bytes: 20 -> 40"
+
+
 def test_cli_plan_warns_of_what_is_hardly_ever_meant(dlm):
     few = dlm("plan", "quickstart", "--set", "pretrain.num_steps=50")
     assert few.code == 0
@@ -351,11 +371,16 @@ def test_cli_with_a_store_of_another_schema_is_refused_saying_which_dlm_reads_it
 
 
 @pytest.mark.parametrize(
-    "run_id", ["../x", "a/b", "/etc", "..", ".x", "-x", "a b", "a\nb", "a\\b", "x" * 129, "ü", "~x"]
+    "run_id", ["", "../x", "a/b", "/etc", "..", ".x", "-x", "a b", "a\nb", "a\\b", "x" * 129, "ü", "~x"]
 )
 def test_cli_run_ids_with_path_characters_are_refused_by_every_command_that_takes_one(dlm, store, run_id):
-    for arguments in (["run", "toy", f"--run-id={run_id}"], ["resume", "--", run_id], ["status", "--", run_id]):
+    commands = [["run", "toy", f"--run-id={run_id}"], ["plan", "toy", f"--freeze={run_id}"], ["resume", "--", run_id]]
+    if run_id:  # the newest one, where it may be left out
+        commands.append(["status", "--", run_id])
+    for arguments in commands:
         assert_refused(dlm(*arguments), "is no run id")
+    submitted = dlm("submit", "toy", f"--run-id={run_id}", "--address", "http://127.0.0.1:1")
+    assert_refused(submitted, "is no run id")
     assert not (store.root.path / "runs").exists()
 
 

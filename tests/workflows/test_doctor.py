@@ -296,6 +296,15 @@ def test_node_without_our_code_is_told_how_to_get_it():
     assert "http://HOST:8265" in check.todo
 
 
+@pytest.mark.parametrize(("number", "told"), [(1, "1 node, 1 core, 1 GPU"), (2, "2 nodes, 2 cores, 2 GPUs")])
+def test_one_node_is_a_node(number: int, told: str, monkeypatch):
+    monkeypatch.setattr(doctor, "admission_check", lambda node, address: Check("admission", node, "ok", address))
+    machine = Machine("a", "127.0.0.1", 1.0, 1)
+    machines: Any = SimpleNamespace(machines=(machine,) * number, dashboard=("127.0.0.1", 8265), gcs="")
+    found = doctor._node_checks(machines)
+    assert found[0].found == told
+
+
 def test_checks_of_a_job_are_found_in_its_log():
     checks = [Check("gpu", "a", "ok", "none"), Check("store", "b", "failure", "é {", "x")]
     text = json.dumps({"checks": [vars(check) for check in checks]}, indent=1)
@@ -305,7 +314,7 @@ def test_checks_of_a_job_are_found_in_its_log():
 
 def test_relative_store_is_refused_for_another_machine():
     with pytest.raises(UserError, match="is relative"):
-        examine_as_job("http://10.0.0.1:8265", "store", True)
+        examine_as_job("http://10.0.0.1:8265", "store", True, print)
 
 
 def test_silent_node_is_not_waited_for_again(store, monkeypatch):

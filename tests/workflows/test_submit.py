@@ -105,17 +105,19 @@ def test_job_that_ended_before_its_coordinator_began_is_told_by_whoever_sees_it(
     submit_run(store, run, Jobs(dashboard.url), code)
     status, exit_code, detail = status_of(dlm, "--address", dashboard.url)
     assert (status, exit_code) == ("submitted", None)
-    assert f"job {job_id(store, 1)} was handed over to {dashboard.url} on 20" in detail
-    assert "dlm status --address" in detail
+    assert f"job {job_id(store, 1)} waits at {dashboard.url}; it was handed over on 20" in detail
+    assert f"dlm status r1 --address {dashboard.url}" in detail
+    listed = dlm("list").stdout.splitlines()[1]
+    assert listed.endswith(f"job {job_id(store, 1)} waits at {dashboard.url}"), "the rest is told by dlm status"
     dashboard.jobs[job_id(store, 1)] |= {"status": "FAILED", "message": f"no such interpreter {TOKEN}"}
     assert status_of(dlm)[0] == "submitted", "nobody has looked"
     watched = dlm("status", "r1", "--watch", "--address", dashboard.url)
     assert watched.code == 75
-    assert "go on with: dlm resume r1" in watched.stdout
+    assert f"go on with: dlm resume r1 --address {dashboard.url}" in watched.stdout
     told = (
         "interrupted",
         75,
-        f"job {job_id(store, 1)} ended before it began to work on it: failed: no such interpreter ***",
+        f"job {job_id(store, 1)} ended before it began to work on it; failed: no such interpreter ***",
     )
     assert status_of(dlm) == told
     assert dlm("status", "r1", "--watch").code == 75
@@ -124,6 +126,7 @@ def test_job_that_ended_before_its_coordinator_began_is_told_by_whoever_sees_it(
     end(run, 1, "failed")
     lease.release()
     assert status_of(dlm) == ("failed", 3, "")
+    assert "--address" not in dlm("status", "r1").stdout, "it was begun on this machine since"
 
 
 def test_resumed_run_waits_for_its_new_job(dashboard: Dashboard, code: Path, store: Store, log, dlm: Dlm):
@@ -135,7 +138,7 @@ def test_resumed_run_waits_for_its_new_job(dashboard: Dashboard, code: Path, sto
     note_end(run, job_id(store, 2), "failed: no such node")
     assert status_of(dlm)[::2] == (
         "failed",
-        f"job {job_id(store, 2)} ended before it began to work on it: failed: no such node",
+        f"job {job_id(store, 2)} ended before it began to work on it; failed: no such node",
     )
 
 
@@ -147,10 +150,11 @@ def test_job_that_a_cluster_does_not_know_ends_the_watch(dashboard: Dashboard, c
     dashboard.jobs.clear()
     watched = dlm("status", "r1", "--watch", "--address", dashboard.url)
     assert watched.code == 2
-    assert (
-        f"knows no job {job_id(store, 1)}: it is not the one at {dashboard.url}, or has been started anew"
-        in watched.stderr
-    )
+    assert f"knows no job {job_id(store, 1)}: it has been started anew since it took it. To hand" in watched.stderr
+    record = run.directory / "jobs" / f"{job_id(store, 1)}.json"
+    record.write(record.read_bytes().replace(dashboard.url.encode(), b"http://192.0.2.9:8265"))
+    watched = dlm("status", "r1", "--watch", "--address", dashboard.url)
+    assert f"knows no job {job_id(store, 1)}: it is not the one at http://192.0.2.9:8265. To hand" in watched.stderr
 
 
 def test_job_that_is_cancelled_before_it_began_leaves_no_run_that_waits(

@@ -1,7 +1,7 @@
 """Jobs that meet others: of the same run, of a run of the same name, of another cluster."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -97,6 +97,46 @@ def test_job_that_was_taken_though_the_answer_was_lost_is_the_one_that_was_hande
     assert submit_run(store, run, Jobs(dashboard.url), code) == Job(job_id(store, 1), "PENDING")
     assert end_of(run, job_id(store, 1)) == ""
     assert status_of(dlm)[:2] == ("submitted", None)
+
+
+def test_job_whose_client_was_killed_is_not_said_to_be_there_and_the_next_client_hands_it_over(
+    dashboard: Dashboard, code: Path, store: Store, run: RunPlace, dlm: Dlm, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    monkeypatch.setenv("HF_HOME", "1")
+    jobs = Jobs(dashboard.url)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "submit", killed)
+        with pytest.raises(Killed):
+            submit_run(store, run, jobs, code)
+    status, _, detail = status_of(dlm)
+    assert status == "submitted"
+    assert f"job {job_id(store, 1)} is not known to be at {dashboard.url}" in detail
+    assert dlm("list").stdout.rstrip().endswith(f"is not known to be at {dashboard.url}")
+    asked = dlm("status", "r1", "--address", dashboard.url)
+    assert (asked.code, f"knows no job {job_id(store, 1)}: it never took it" in asked.stderr) == (2, True)
+    with pytest.raises(UserError, match=r"is being handed over .*try again in 120 s"):
+        submit_run(store, run, jobs, code, env_names=["HF_HOME"])
+    assert submit_run(store, run, jobs, code).job_id == job_id(store, 1)
+    assert list(dashboard.jobs) == [job_id(store, 1)]
+    assert f"job {job_id(store, 1)} waits at {dashboard.url}; " in status_of(dlm)[2]
+
+
+def test_job_that_is_found_on_its_cluster_is_known_to_have_been_taken(
+    dashboard: Dashboard, code: Path, store: Store, run: RunPlace, dlm: Dlm
+):
+    jobs = Jobs(dashboard.url)
+    dashboard.lost = ["all"]
+    with pytest.raises(ClusterError):
+        submit_run(store, run, jobs, code)
+    assert "is not known to be at" in status_of(dlm)[2]
+    dashboard.is_silent = False
+    assert f"waits at {dashboard.url}; " in status_of(dlm, "--address", dashboard.url)[2]
 
 
 @pytest.mark.parametrize("lost", ["asked", "all"])

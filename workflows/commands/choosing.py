@@ -79,17 +79,17 @@ def plan(
         bool, typer.Option("--diff", help="Print every field in which a step differs from the nearest that was made.")
     ] = False,
     freeze: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--freeze",
             metavar="RUN",
             help="Write the plan into the store as a run of this name, which a RayJob or a Slurm job then begins.",
         ),
-    ] = "",
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a run would do and why, without doing it."""
-    if dry_run + deepspeed + show_settings + show_diff + bool(freeze) > 1:
+    if dry_run + deepspeed + show_settings + show_diff + (freeze is not None) > 1:
         raise UserError(
             "--dry-run, --deepspeed, --settings, --diff and --freeze each do something else; give one of them"
         )
@@ -116,7 +116,7 @@ def plan(
             else:
                 sizing.print_sizings(console, sized)
         return
-    if freeze:
+    if freeze is not None:
         place = find_writable_store(store)
         is_new = not (place.run_place(freeze).directory / "run.json").exists()
         runs.create_run(place, plan, "ray", freeze, settings, typed_command())

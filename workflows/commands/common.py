@@ -146,6 +146,16 @@ def find_store(url: str) -> Store:
     return open_store(url)
 
 
+def find_existing_store(url: str) -> Store:
+    """A store to look at as a whole; UserError if there is none."""
+    store = find_store(url)
+    if not (store.root / "store.json").exists():
+        raise UserError(
+            f"there is no store at {store.url}; name one with --store, or make one with: dlm run quickstart"
+        )
+    return store
+
+
 def find_writable_store(url: str) -> Store:
     """A store to work in, made if it is not there."""
     store = find_store(url)

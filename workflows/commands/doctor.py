@@ -39,7 +39,7 @@ def doctor(
         with _interrupted_by_sigterm():
             checks = examine(machines, store, all_reduce)
     else:
-        checks = examine_as_job(address, store, all_reduce)
+        checks = examine_as_job(address, store, all_reduce, say)
     if as_json:
         print_json({"checks": checks})
     else:

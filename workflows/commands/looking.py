@@ -11,6 +11,7 @@ from workflows.commands.common import (
     JsonOption,
     OptionalRun,
     StoreOption,
+    find_existing_store,
     find_store,
     page_width,
     print_json,
@@ -29,7 +30,7 @@ def list_runs(
     as_json: JsonOption = False,
 ) -> None:
     """List the runs of a store, newest first."""
-    place = find_store(store)
+    place = find_existing_store(store)
     found = place.runs()
     summaries = [summarise_or_say_why(place, run) for run in found[:limit]]
     if len(found) > limit:
@@ -53,7 +54,7 @@ def _note(summary: RunSummary) -> str:
     """What has to be known with the status."""
     if summary.is_stale and summary.heartbeat_age_s is not None:
         return f"lease stale {age(summary.heartbeat_age_s)}"
-    return "" if summary.status == "damaged" else summary.detail
+    return "" if summary.status == "damaged" else summary.detail.partition("; ")[0]
 
 
 def report(run_id: OptionalRun = "", store: StoreOption = DEFAULT_STORE) -> None:

@@ -66,8 +66,9 @@ def run(
     store: StoreOption = DEFAULT_STORE,
     executor: ExecutorOption = runs.DEFAULT_EXECUTOR,
     run_id: Annotated[
-        str, typer.Option("--run-id", help="Name of the run; made up by default. One that exists is gone on with.")
-    ] = "",
+        str | None,
+        typer.Option("--run-id", help="Name of the run; made up by default. One that exists is gone on with."),
+    ] = None,
     from_: StepsFrom = [],  # noqa: B006 - as above
     until: StepsUntil = [],  # noqa: B006 - as above
     only: StepsOnly = [],  # noqa: B006 - as above
@@ -123,7 +124,7 @@ def resume(
     if address == _WITHIN:
         wait_until_free(run)
     wishes = Wishes(parse_settings(settings), tuple(accept_drift), tuple(rebuild))
-    amendment = prepare(place, run, wishes, runs.command_of(run) + store_option(place))
+    amendment = prepare(place, run, wishes, runs.command_of(run, settings) + store_option(place))
     plan = amendment.plan
     selected = selection(plan, place, from_, until, only)
     amend(place, run, amendment, typed_command())

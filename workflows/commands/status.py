@@ -30,7 +30,7 @@ from workflows.commands.common import (
 )
 from workflows.display import age, columns, duration
 from workflows.store import RunPlace, Store
-from workflows.submit import jobs_of, last_submission
+from workflows.submit import cluster_of, jobs_of, last_submission, told_of_unknown
 from workflows.summary import UNFINISHED, Event, RunSummary, StepSummary, summarise, summary_json
 
 _WATCH_EVERY_S = 0.5
@@ -118,8 +118,8 @@ def _asking(store: Store, run: RunPlace, address: str) -> Callable[[], None]:
         has_answered, is_silent = True, False
         if job.job_id not in known:
             raise UserError(
-                f"the cluster at {jobs.url} knows no job {job.job_id}: it is not the one at {job.address}, or has been "
-                f"started anew since. To hand the run over again: dlm resume {run.run_id} --address {address}"
+                f"{told_of_unknown(run, job, jobs.url)}. To hand the run over again: dlm resume {run.run_id} --address "
+                f"{address}{store_option(store)}"
             )
 
     return ask
@@ -219,7 +219,9 @@ def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Seq
         for step in made:
             print_line(f"  {step.step:<{width}}  {step.artifact}")
     if summary.is_stale or summary.status in UNFINISHED:
-        print_line(f"\ngo on with: dlm resume {run.run_id}{store_option(store)}")
+        there = cluster_of(run)
+        where = f" --address {there}" if there else ""
+        print_line(f"\ngo on with: dlm resume {run.run_id}{where}{store_option(store)}")
 
 
 def _told(event: Event) -> str:

@@ -38,7 +38,7 @@ from workflows.lease import HEARTBEAT_S, STALE_AFTER_S, Holder, find_holder
 from workflows.selection import selection, selection_words
 from workflows.snapshot import code_archive
 from workflows.store import RunPlace, Store
-from workflows.submit import jobs_of, last_submission, submit_run
+from workflows.submit import cluster_of, jobs_of, last_submission, submit_run
 from workflows.summary import summarise
 
 AddressOption = Annotated[
@@ -57,7 +57,9 @@ def submit(
     address: AddressOption,
     settings: SetOption = [],  # noqa: B006 - typer reads it, nobody changes it
     store: StoreOption = DEFAULT_STORE,
-    run_id: Annotated[str, typer.Option("--run-id", help="Name of the run; that of an existing one resumes it.")] = "",
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", help="Name of the run; that of an existing one resumes it.")
+    ] = None,
     python: PythonOption = "",
     env: EnvOption = [],  # noqa: B006 - as above
     from_: StepsFrom = [],  # noqa: B006 - as above
@@ -71,6 +73,8 @@ def submit(
     plan = runs.plan_recipe(recipe, parse_settings(settings))
     words = [*selection_words(from_, until, only), *option_words(queue_timeout_s, fail_fast)]
     selection(plan, place, from_, until, only)
+    if run_id is not None:
+        place.run_place(run_id)  # a name that cannot be one is refused before a cluster is looked for
     jobs = Jobs(address)  # before the run is there, which nobody would work on
     run = runs.create_run(place, plan, "ray", run_id, settings, typed_command())
     for line in filter(None, [*runs.advice(plan), runs.code_change(run)]):
@@ -82,7 +86,7 @@ def hand_over(store: Store, run: RunPlace, jobs: Jobs, python: str, env: list[st
     """Submit a job for a run and say how to follow it; ``words`` are further ones of its command."""
     with tempfile.TemporaryDirectory(prefix="dlm-code-") as folder:
         code = code_archive(runs.frozen_plan(run), Path(folder))
-        job = submit_run(store, run, jobs, code, python, env, words)
+        job = submit_run(store, run, jobs, code, python, env, words, say)
     where = store_option(store)
     print(run.run_id)
     say(f"job {job.job_id} at {jobs.url} ({job.status.lower()})")
@@ -150,9 +154,9 @@ def cancel(
         raise typer.Exit(EXIT_INTERRUPTED)
     if job is not None:
         jobs_of(place, run, job[0])
-    last = last_submission(run)
-    there = f" --address {last.address}" if last is not None else ""
-    say(f"cancelled; go on with: dlm resume {run_id}{there}{store_option(place)}")
+    there = cluster_of(run)
+    where = f" --address {there}" if there else ""
+    say(f"cancelled; go on with: dlm resume {run_id}{where}{store_option(place)}")
 
 
 _LiveJob = tuple[Jobs, str]

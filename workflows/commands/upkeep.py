@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from datetime import datetime, timedelta
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from workflows.commands.common import (
     DEFAULT_STORE,
     JsonOption,
     StoreOption,
+    find_existing_store,
     find_store,
     find_writable_store,
     print_json,
@@ -42,9 +44,9 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Delete what no run refers to. A run is dropped by deleting its folder, STORE/runs/RUN, before."""
-    place = find_store(store) if dry_run else find_writable_store(store)
-    if not (place.root / "store.json").exists():
-        raise UserError(f"there is no store at {place.url}; name one with --store")
+    place = find_existing_store(store)
+    if not dry_run:
+        place = find_writable_store(store)
     found = find_garbage(place, older_than * DAY_S, keep_state)
     freed = freed_bytes(found)
     deleted = found if dry_run else collect(place, found)
@@ -94,9 +96,12 @@ def unlock(
     assert holder.age_s is not None
     if force is None:
         left_s = STALE_AFTER_S - holder.age_s
+        until = f"{datetime.now() + timedelta(seconds=left_s):%H:%M:%S}"
         say(
-            f"not released: a holder counts as gone after {STALE_AFTER_S:.0f} s of silence, this one in {left_s:.0f} s "
-            f"at the earliest. If you know that it is gone: --force {holder.epoch}"
+            f"not released: the holder may be alive, and counts as gone after {STALE_AFTER_S:.0f} s of silence. Try "
+            f"again at {until}, in {left_s:.0f} s: if it was not heard of until then, it is released without more; a "
+            "holder that is alive is heard of again. To end one that is alive: dlm cancel RUN. Only where you have "
+            f"seen that its process is gone and cannot wait: --force {holder.epoch}"
         )
         raise typer.Exit(EXIT_UNSCHEDULABLE)
     if force != holder.epoch:

@@ -11,6 +11,7 @@ from workflows.commands.common import (
     JsonOption,
     OptionalRun,
     StoreOption,
+    find_existing_store,
     find_store,
     print_json,
     print_line,
@@ -29,7 +30,7 @@ def verify(
     """Hash every file of every committed artifact of a run; exit code 3 with what to delete if one differs."""
     if whole_store and run_id:
         raise UserError("--all looks at the whole store and RUN at one run; give one of them")
-    place = find_store(store)
+    place = find_existing_store(store) if whole_store else find_store(store)
     if whole_store:
         found = {artifact.address: artifact for artifact in all_artifacts(place)}
         again = "then resume the runs that need them"

@@ -37,7 +37,6 @@ def load_recipe(name: str) -> Workflow:
         return own_recipe(name)
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"the recipes are: {', '.join(RECIPES)}"
-        hint += "; one of your own is given as module:function"
-        raise UserError(f"there is no recipe {name!r}; {hint}")
+        hint = f"did you mean {close[0]}? One" if close else f"the recipes are: {', '.join(RECIPES)}; one"
+        raise UserError(f"there is no recipe {name!r}; {hint} of your own is given as module:function")
     return RECIPES[name]()
