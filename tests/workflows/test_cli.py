@@ -192,7 +192,8 @@ def test_cli_plan_changes_nothing_in_the_store(dlm, store):
 
 
 def test_cli_where_there_is_no_store_says_so_and_makes_none(dlm, store):
-    for arguments in (["list"], ["list", "--json"], ["verify", "--all"], ["gc"], ["gc", "--dry-run"]):
+    whole = (["list"], ["list", "--json"], ["verify", "--all"], ["gc"], ["gc", "--dry-run"], ["resume", "r1"])
+    for arguments in whole:
         done = dlm(*arguments)
         assert_refused(done, f"there is no store at {store.root.path}; name one with --store")
         assert done.stdout == ""

@@ -45,8 +45,9 @@ def sweep(
     store: StoreOption = DEFAULT_STORE,
     executor: ExecutorOption = runs.DEFAULT_EXECUTOR,
     sweep_id: Annotated[
-        str, typer.Option("--sweep-id", help="Name of the sweep; given again with the same command, goes on with it.")
-    ] = "",
+        str | None,
+        typer.Option("--sweep-id", help="Name of the sweep; given again with the same command, goes on with it."),
+    ] = None,
     show: Annotated[
         str, typer.Option("--show", metavar="SWEEP", help="Print the table of a sweep, and run nothing.")
     ] = "",
@@ -57,7 +58,7 @@ def sweep(
 ) -> None:
     """Run a recipe at every point of a grid, one run after another; what runs have in common is made once."""
     if show:
-        if recipe or grid or settings or sweep_id or address:
+        if recipe or grid or settings or sweep_id is not None or address:
             raise UserError(
                 "--show prints a sweep that is there; leave the recipe, --grid, --set, --sweep-id and --address out"
             )
@@ -74,7 +75,10 @@ def sweep(
     plans = plan_sweep(recipe, values, parse_settings(settings))
     place = find_writable_store(store)
     jobs = Jobs(address) if address else None
-    sweep_id = sweep_id or runs.new_run_id(f"{plans[0].workflow}-sweep")
+    if sweep_id is None:
+        sweep_id = runs.new_run_id(f"{plans[0].workflow}-sweep")
+    else:
+        place.run_place(sweep_id)  # names of sweeps are as those of runs
     made = create_sweep(place, sweep_id, recipe, name, values, settings, plans, typed_command())
     if jobs is not None:
         from workflows.commands.submitting import hand_over
