@@ -192,11 +192,12 @@ def test_cli_plan_changes_nothing_in_the_store(dlm, store):
 
 
 def test_cli_where_there_is_no_store_says_so_and_makes_none(dlm, store):
-    whole = (["list"], ["list", "--json"], ["verify", "--all"], ["gc"], ["gc", "--dry-run"], ["resume", "r1"])
+    whole = (["list"], ["list", "--json"], ["verify", "--all"], ["gc"], ["gc", "--dry-run"])
     for arguments in whole:
         done = dlm(*arguments)
         assert_refused(done, f"there is no store at {store.root.path}; name one with --store")
         assert done.stdout == ""
+    assert_refused(dlm("resume", "r1"), "there is no run 'r1'")
     assert not store.root.path.exists()
 
 

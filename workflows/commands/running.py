@@ -31,7 +31,7 @@ from workflows.commands.common import (
     StoreOption,
     console,
     executor_name,
-    find_existing_store,
+    find_store,
     find_writable_store,
     option_words,
     parse_settings,
@@ -117,7 +117,7 @@ def resume(
 
     --set changes how it runs (workers, micro batch), never what comes out.
     """
-    find_existing_store(store)  # before one is made
+    find_store(store).run(run_id)  # before a store is made
     place = find_writable_store(store)
     run = place.run(run_id)
     if (python or env) and address in ("", _WITHIN):
