@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.training_state import checkpoint_name
-from workflows.progress import progress_words, seconds_left
+from workflows.progress import duration, progress_words, seconds_left
 from workflows.state import StepState
 
 _STYLES = {
@@ -37,15 +37,6 @@ _GAP = 2
 _PLAIN_EVERY_S = 15.0
 _TOLD_AFTER_S = 5.0
 """How long a step starts before it is said for how long."""
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 8.1s, 2m05s or 1h02m."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)}m{int(seconds % 60):02d}s"
-    return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
 
 
 def age(seconds: float) -> str:
@@ -78,11 +69,9 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | N
 def _detail(state: StepState) -> str:
     if state.status != "running":
         return state.reason.splitlines()[0] if state.reason else ""
-    parts = progress_words(state.progress)
+    parts = progress_words(state.progress, seconds_left(state.progress, state.first_progress))
     if not state.progress and (so_far_s := time.time() - state.started_at) >= _TOLD_AFTER_S and state.started_at:
         parts.append(f"for {duration(so_far_s)}")
-    if (left_s := seconds_left(state.progress, state.first_progress)) is not None:
-        parts.append(f"{duration(left_s)} left")
     return "  ".join(parts)
 
 

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from workflows import display
-from workflows.display import Display, duration
+from workflows.display import Display
 from workflows.plan import PlannedStep
+from workflows.progress import duration
 from workflows.state import StepState
 
 STARTED_AT = 1_000.0
@@ -101,9 +102,20 @@ def test_training_elsewhere_gives_a_line_every_now_and_then(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("seconds", "expected"), [(8.12, "8.1s"), (125.0, "2m05s"), (3720.0, "1h02m"), (90_000.0, "25h00m")]
+    ("seconds", "expected"),
+    [
+        (8.12, "8.1s"),
+        (59.94, "59.9s"),
+        (59.97, "1m00s"),
+        (125.0, "2m05s"),
+        (125.7, "2m06s"),
+        (3599.7, "1h00m"),
+        (3720.0, "1h02m"),
+        (3779.0, "1h03m"),
+        (90_000.0, "25h00m"),
+    ],
 )
-def test_duration_has_two_units(seconds: float, expected: str) -> None:
+def test_duration_has_two_units_and_is_rounded(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
 
 

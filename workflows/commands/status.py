@@ -28,7 +28,8 @@ from workflows.commands.common import (
     say,
     store_option,
 )
-from workflows.display import age, columns, duration
+from workflows.display import age, columns
+from workflows.progress import duration
 from workflows.store import RunPlace, Store
 from workflows.submit import jobs_of, last_submission
 from workflows.summary import UNFINISHED, Event, RunSummary, StepSummary, summarise, summary_json

@@ -10,13 +10,14 @@ from typing import Any
 from workflows.cost import Cost, total_of
 from workflows.live import drawings
 from workflows.live.drawings import mark_of
-from workflows.live.history import Trouble
+from workflows.live.history import Trouble, ended_words
 from workflows.live.lineage import lineage
 from workflows.live.snapshot import Snapshot, StepView
 from workflows.live.style import SCRIPT, run_style
+from workflows.progress import duration
 from workflows.report import sections
 from workflows.report.style import page_style
-from workflows.report.text import Cell, Html, Number, count, duration, note, plain, section, table
+from workflows.report.text import Cell, Html, Number, count, note, plain, section, table
 from workflows.summary import UNFINISHED
 
 MOST_TROUBLES = 30
@@ -197,8 +198,12 @@ def _steps(seen: Snapshot) -> str:
         "An arrow leads from what is made to what is made from it; on a narrow screen arrows that others imply are "
         f"left out.{drawings.left_out(seen.steps)}"
     )
-    steps = table(head, rows).replace("<table>", '<table class="flow">', 1)
-    return section("Steps", drawings.graph(seen.steps, seen.history), legend, steps, remark)
+    return section("Steps", drawings.graph(seen.steps, seen.history), legend, _flowing(table(head, rows)), remark)
+
+
+def _flowing(shown: str) -> str:
+    """A table whose rows become paragraphs on a phone, where it would be cut off."""
+    return shown.replace("<table>", '<table class="flow">', 1)
 
 
 def _badge(status: str) -> str:
@@ -255,9 +260,10 @@ def _time_line(seen: Snapshot) -> str:
     if not drawn or not seen.history.spans:
         return ""
     explanation = (
-        "A bar is an attempt of a step, with how the last of them ended; a dashed one was killed or tried again. "
-        "Pauses between attempts of the run are shortened."
+        "A bar is an attempt of a step, with how the last of them ended; a dashed one was killed or tried again."
     )
+    if len(seen.history.sessions) > 1:
+        explanation += " Pauses between attempts of the run are shortened."
     return section("Time line", drawn, note(explanation), _sessions(seen))
 
 
@@ -267,11 +273,17 @@ def _sessions(seen: Snapshot) -> str:
     if len(sessions) < 2 and not any(session.about for session in sessions):
         return ""
     rows: list[list[Cell]] = [
-        [str(s.attempt), s.outcome, _utc(s.start_s), Number(duration(s.end_s - s.start_s)), s.about]
+        [
+            Html(f"<span class='on-phone'>Attempt </span>{s.attempt}"),
+            ended_words(s),
+            _utc(s.start_s),
+            Number(duration(s.end_s - s.start_s)),
+            s.about,
+        ]
         for s in reversed(sessions[-MOST_ROWS:])
     ]
     head: list[Cell] = ["Attempt of the run", "It was or is", "Started (UTC)", Number("Time"), "Where"]
-    return table(head, rows)
+    return _flowing(table(head, rows))
 
 
 def _trainings(seen: Snapshot) -> Sequence[str]:
@@ -312,15 +324,8 @@ def _costs(seen: Snapshot) -> str:
 
 
 def _cost_row(name: str, attempt: str, cost: Cost, has_gpus: bool) -> list[Cell]:
-    gpu = [Number(_hours(cost.gpu_s))] if has_gpus else []
-    return [name, Number(attempt), Number(_hours(cost.cpu_s)), *gpu, Number(count(cost.processes))]
-
-
-def _hours(seconds: float) -> str:
-    """A length of time as it is billed, once there are hours of it."""
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    return f"{seconds / 3600:,.2f} h" if seconds >= 3600 else duration(seconds)
+    gpu = [Number(duration(cost.gpu_s))] if has_gpus else []
+    return [name, Number(attempt), Number(duration(cost.cpu_s)), *gpu, Number(count(cost.processes))]
 
 
 # Events
