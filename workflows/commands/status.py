@@ -29,6 +29,7 @@ from workflows.commands.common import (
     store_option,
 )
 from workflows.display import age, columns
+from workflows.live.history import ended_words, tell
 from workflows.progress import duration
 from workflows.store import RunPlace, Store
 from workflows.submit import jobs_of, last_submission
@@ -39,6 +40,7 @@ _ASK_EVERY_S = 5.0
 _PROGRESS_EVERY_S = 15.0
 """Into a pipe, how often the progress of a step gives a line; everything else does at once."""
 _MADE = ("committed", "cached")
+_WHEN = "%Y-%m-%d %H:%M:%S"
 
 
 def status(
@@ -199,7 +201,12 @@ def _print_json_changes() -> Callable[[RunSummary], None]:
 
 
 def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Sequence[Event]) -> None:
-    """What failed and where to look; with events, what befell each step."""
+    """What failed and where to look; with events, what befell the run and each step."""
+    history = tell(events, summary.status == "running", time.time())
+    if events:
+        print_line("\nattempts of the run")
+    for session in history.sessions:
+        print_line(_line_of(session.attempt, session.start_s, ended_words(session)))
     for step in summary.steps:
         if step.error is not None:
             error = step.error
@@ -209,10 +216,17 @@ def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Seq
                 print_line(f"  log: {log}")
         elif events or step.status in ("damaged", "unknown"):
             print_line(f"\n{step.step} {step.status}" + (f": {step.detail}" if step.detail else ""))
-        for event in events:
-            if event["step"] == step.step:
-                when = f"{datetime.fromtimestamp(event['time']):%Y-%m-%d %H:%M:%S}"
-                print_line(f"  attempt {event['attempt']}  {when}  {_told(event)}")
+        told = [
+            (event["attempt"], _line_of(event["attempt"], event["time"], _told(event)))
+            for event in events
+            if event["step"] == step.step
+        ]
+        ends = {session.attempt: ended_words(session) for session in history.sessions if session.outcome == "killed"}
+        for span in history.spans_of(step.step):
+            if span.outcome == "killed":  # which left no event
+                told.append((span.attempt, _line_of(span.attempt, None, ends.get(span.attempt, span.outcome))))
+        for _, line in sorted(told, key=lambda one: one[0]):
+            print_line(line)
     made = [step for step in summary.steps if step.status in _MADE]
     if made:
         width = max(len(step.step) for step in made)
@@ -221,6 +235,11 @@ def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Seq
             print_line(f"  {step.step:<{width}}  {step.artifact}")
     if summary.is_stale or summary.status in UNFINISHED:
         print_line(f"\ngo on with: dlm resume {run.run_id}{store_option(store)}")
+
+
+def _line_of(attempt: int, at_s: float | None, words: str) -> str:
+    when = "" if at_s is None else f"{datetime.fromtimestamp(at_s):{_WHEN}}"
+    return f"  attempt {attempt}  {when:<{len('2026-01-31 23:59:59')}}  {words}"
 
 
 def _told(event: Event) -> str:
