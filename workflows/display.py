@@ -1,5 +1,6 @@
 """The run as a person sees it in the terminal: a live table of steps while it runs, columns of text afterwards."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -97,6 +98,8 @@ class Display:
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._shown: dict[str, str] = {}
         self._next_line_s = 0.0
+        self._queued: dict[str, tuple[str, float]] = {}
+        """Step -> why it was told to be queued, and when: shards get places one by one, and wait again between."""
         self._resumed: dict[str, int] = {}
 
     def __enter__(self) -> "Display":
@@ -124,12 +127,22 @@ class Display:
         now = time.monotonic()
         due = now >= self._next_line_s
         for state in states:
+            if state.status == "queued" and self._is_told(state, now):
+                continue
             changed = self._shown.get(state.step.name) != state.status
             if (changed and state.status != "pending") or (due and state.status == "running"):
                 self._print_line(state)
             self._shown[state.step.name] = state.status
         if due:
             self._next_line_s = now + _PLAIN_EVERY_S
+
+    def _is_told(self, state: StepState, now: float) -> bool:
+        """Whether the same wait was told a moment ago; takes note of it if not."""
+        reason, at_s = self._queued.get(state.step.name, ("", -math.inf))
+        if self._shown.get(state.step.name) == "queued" or (state.reason == reason and now - at_s < _PLAIN_EVERY_S):
+            return True
+        self._queued[state.step.name] = state.reason, now
+        return False
 
     def _tell_resumed(self, state: StepState) -> None:
         """Say once where a training went on."""

@@ -87,6 +87,29 @@ def test_training_that_was_resumed_says_once_from_which_checkpoint(is_terminal: 
     assert "goes on" not in _shown([_training(20, 4.0, 5e4)], is_terminal=is_terminal)
 
 
+def test_wait_of_shards_for_places_is_told_once_and_a_later_one_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now_s[0])
+    console = Console(file=io.StringIO(), force_terminal=False, width=100)
+    reason = "wants 1 core; free are 0 cores"
+    with Display(console, "r") as shown:
+        for at_s, status in [
+            (1, "queued"),
+            (2, "running"),
+            (3, "queued"),
+            (4, "running"),
+            (5, "queued"),
+            (90, "running"),
+        ]:
+            now_s[0] = at_s
+            shown.update([_step("evaluate", status=status, reason=reason if status == "queued" else "")])
+        now_s[0] = 91
+        shown.update([_step("evaluate", status="queued", reason=reason)])
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.split()[1] for line in console.file.getvalue().splitlines()]
+    assert lines == ["queued", "running", "running", "queued"]
+
+
 def test_training_elsewhere_gives_a_line_every_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [0.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: now_s[0])

@@ -215,6 +215,18 @@ def test_why_tells_what_befell_a_step(dlm, store):
     assert "retry after" not in dlm("status", "r1").stdout
 
 
+def test_why_tells_a_wait_that_shards_went_through_one_by_one_once(dlm, store):
+    wait, other = ("step_queued", "source", {"reason": "wants 1 core"}), ("step_queued", "source", {"reason": "a GPU"})
+    begin(create_run(store, toy_plan(), "local", "r1"), [STARTED, wait, wait, wait, other, wait])
+    shown = dlm("status", "r1", "--why").stdout
+    assert re.findall("queued: (.*)", shown.partition("attempts of the run")[2]) == [
+        "wants 1 core",  # of the status of the step
+        "wants 1 core",
+        "a GPU",
+        "wants 1 core",
+    ]
+
+
 def test_why_tells_how_every_attempt_ended_in_the_words_of_the_page(dlm, store):
     stopped = ("step_stopped", "source", {"message": "3 steps are done"})
     run = fabricate_run(store, toy_plan(), [STARTED], [STARTED, stopped])  # the first one said nothing more

@@ -3,7 +3,7 @@
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -218,8 +218,7 @@ def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Seq
             print_line(f"\n{step.step} {step.status}" + (f": {step.detail}" if step.detail else ""))
         told = [
             (event["attempt"], _line_of(event["attempt"], event["time"], _told(event)))
-            for event in events
-            if event["step"] == step.step
+            for event in _without_repeats(event for event in events if event["step"] == step.step)
         ]
         ends = {session.attempt: ended_words(session) for session in history.sessions if session.outcome == "killed"}
         for span in history.spans_of(step.step):
@@ -235,6 +234,16 @@ def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Seq
             print_line(f"  {step.step:<{width}}  {step.artifact}")
     if summary.is_stale or summary.status in UNFINISHED:
         print_line(f"\ngo on with: dlm resume {run.run_id}{store_option(store)}")
+
+
+def _without_repeats(events: Iterable[Event]) -> Iterator[Event]:
+    """Shards get their places one by one, and are queued again in between for the same reason."""
+    before: dict[str, Any] = {}
+    for event in events:
+        now = {key: value for key, value in event.items() if key != "time"}
+        if event["kind"] != "step_queued" or now != before:
+            yield event
+        before = now
 
 
 def _line_of(attempt: int, at_s: float | None, words: str) -> str:
