@@ -23,6 +23,7 @@ from tests.support.mortal import in_memory
 from tests.support.toy_workflow import coordinate, fabricate, toy_plan, wait_until
 from tests.workflows.conftest import Dlm
 from tests.workflows.test_report import Page
+from workflows.causes import failure_words
 from workflows.cost import Cost
 from workflows.lease import acquire_lease
 from workflows.live import drawings, writer
@@ -344,6 +345,19 @@ def test_time_line_shortens_the_pauses_between_attempts():
     assert width1 > 300
     assert 0 < x2 - (x1 + width1) < width1 / 2
     assert "↻ tried again, 1m40s in 2 attempts" in drawn
+
+
+def test_worker_that_died_is_told_in_a_line_with_the_whole_message_below():
+    message = "RayTaskError: \x1b[36mray::train()\x1b[39m\n  File x\nIts process has died. Causes include:"
+    killed = FAILURE | {"type": "WorkerDied", "message": message}
+    events = [event(1, "run_started"), event(1, "step_started", "a", epoch=1)]
+    events += [event(2, "step_retry", "a", failure=killed, backoff_s=1.0)]
+    source = render(snapshot([step_view("a", "running")], events), 3.0)
+    assert '<p class="message">a worker was killed or lost: Its process has died</p>' in source
+    assert "<summary>The whole message</summary>" in source
+    assert "Causes include:" in source
+    assert failure_words("ValueError", "\x1b[1mno such field\x1b[0m\nat all") == "no such field\nat all"
+    assert failure_words("WorkerDied", "") == "a worker was killed or lost"
 
 
 def test_time_line_has_its_words_beside_the_stretches_of_attempts():

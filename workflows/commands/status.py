@@ -15,6 +15,7 @@ from rich.text import Text
 from cluster.jobs import ClusterError, Jobs
 from pipeline.errors import UserError
 from workflows import runs
+from workflows.causes import ended_words, failure_words
 from workflows.commands.common import (
     DEFAULT_STORE,
     JsonOption,
@@ -29,7 +30,7 @@ from workflows.commands.common import (
     store_option,
 )
 from workflows.display import age, columns
-from workflows.live.history import ended_words, tell
+from workflows.live.history import tell
 from workflows.progress import duration
 from workflows.store import RunPlace, Store
 from workflows.submit import jobs_of, last_submission
@@ -206,7 +207,7 @@ def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Seq
     if events:
         print_line("\nattempts of the run")
     for session in history.sessions:
-        print_line(_line_of(session.attempt, session.start_s, ended_words(session)))
+        print_line(_line_of(session.attempt, session.start_s, ended_words(session.outcome)))
     for step in summary.steps:
         if step.error is not None:
             error = step.error
@@ -220,7 +221,9 @@ def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Seq
             (event["attempt"], _line_of(event["attempt"], event["time"], _told(event)))
             for event in _without_repeats(event for event in events if event["step"] == step.step)
         ]
-        ends = {session.attempt: ended_words(session) for session in history.sessions if session.outcome == "killed"}
+        ends = {
+            session.attempt: ended_words(session.outcome) for session in history.sessions if session.outcome == "killed"
+        }
         for span in history.spans_of(step.step):
             if span.outcome == "killed":  # which left no event
                 told.append((span.attempt, _line_of(span.attempt, None, ends.get(span.attempt, span.outcome))))
@@ -258,7 +261,8 @@ def _told(event: Event) -> str:
         what += f" of {event['shard']}"
     if "failure" in event:
         failure = event["failure"]
-        what += f" after {failure['error_class']} ({failure['type']}, rank {failure['rank']}): {failure['message']}"
+        words = failure_words(failure["type"], failure["message"])
+        what += f" after {failure['error_class']} ({failure['type']}, rank {failure['rank']}): {words}"
     elif reason := event.get("reason") or event.get("message"):
         what += f": {reason}"
     return what.replace("failed after", "failed:").replace("\n", " ")

@@ -17,11 +17,6 @@ _ENDS: Mapping[str, Outcome] = {
     "step_stopped": "stopped",
 }
 """Kinds of events that end an attempt of a step."""
-_SESSION_ENDS: Mapping[str, str] = {
-    "killed": "killed: its coordinator ended without a word",
-    "stopped": "stopped on request",
-    "cancelled": "cancelled on request",
-}
 _FAILURES = ("step_failed", "step_retry", "shard_retry")
 
 
@@ -37,11 +32,6 @@ class Session:
     """running, killed, or what the coordinator said at its end."""
     about: str = ""
     """Where it ran, in words."""
-
-
-def ended_words(session: Session) -> str:
-    """How an attempt of the run ended, or that it goes on."""
-    return _SESSION_ENDS.get(session.outcome, session.outcome)
 
 
 @dataclass(frozen=True)

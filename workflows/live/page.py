@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from workflows.causes import ended_words, failure_words
 from workflows.cost import Cost, total_of
 from workflows.live import drawings
 from workflows.live.drawings import mark_of
-from workflows.live.history import Trouble, ended_words
+from workflows.live.history import Trouble
 from workflows.live.lineage import lineage
 from workflows.live.snapshot import Snapshot, StepView
 from workflows.live.style import SCRIPT, run_style
@@ -241,12 +242,16 @@ def _trouble(trouble: Trouble, seen: Snapshot) -> str:
     if trouble.traceback:
         summary = "Traceback, or the last output" + (f", of rank {trouble.rank}" if trouble.rank else "")
         traceback = f"<details><summary>{summary}</summary><pre>{plain(_cut(trouble.traceback))}</pre></details>"
+    words = failure_words(trouble.kind, trouble.message)
+    if words != trouble.message:
+        whole = f"<details><summary>The whole message</summary><pre>{plain(_cut(trouble.message))}</pre></details>"
+        traceback = whole + traceback
     call = f"{trouble.step}-{trouble.shards[-1]}" if trouble.shards else trouble.step
     folder = f"work/{trouble.attempt:03d}/{call}"
     logs = f'<p class="detail">Logs: {_code(f"{seen.store}/runs/{seen.run_id}/{folder}")}</p>'
     return (
         f'<article class="trouble"><h3>{mark_of("failed")} {plain(trouble.step)}: {plain(trouble.kind)}</h3>'
-        f'<p class="detail">{plain(where)}</p><p class="message">{plain(_cut(trouble.message))}</p>'
+        f'<p class="detail">{plain(where)}</p><p class="message">{plain(_cut(words))}</p>'
         f'<p class="detail"><strong>{plain(trouble.error_class)}.</strong> {plain(_MEANS.get(trouble.error_class, ""))}'
         f"</p>{shards}{traceback}{logs}</article>"
     )
@@ -275,7 +280,7 @@ def _sessions(seen: Snapshot) -> str:
     rows: list[list[Cell]] = [
         [
             Html(f"<span class='on-phone'>Attempt </span>{s.attempt}"),
-            ended_words(s),
+            ended_words(s.outcome),
             _utc(s.start_s),
             Number(duration(s.end_s - s.start_s)),
             s.about,
