@@ -1,4 +1,4 @@
-"""Metrics of a training stage: a local JSONL file as the source of truth, Weights & Biases beside it.
+"""Metrics of a training stage: a local JSONL file as the source of truth, beside it lines to read and Weights & Biases.
 
 Weights & Biases may be absent, unreachable or broken; training never notices.
 
@@ -13,6 +13,7 @@ import json
 import netrc
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,8 @@ _FINISH_SLACK_S = 5.0
 """Beyond what wandb promises for itself."""
 _WANDB_HOST = "api.wandb.ai"
 _AXIS = "train/step"
+_LINE_EVERY_S = 1.0
+"""Quick steps give no line each: a log in a bucket goes up whole each time, and the metrics have every step."""
 
 
 class MetricsLog:
@@ -209,12 +212,49 @@ class WandbRun:
         self._warn("Weights & Biases did not take everything; send it what is on the disk with: wandb sync", error)
 
 
-class Tracker:
-    """The local log and, if wanted, Weights & Biases; rank 0 only."""
+class StepLines:
+    """Lines for whoever reads along: of a step at most every second, of one that was validated and of the last."""
 
-    def __init__(self, log: MetricsLog, wandb_run: WandbRun | None) -> None:
+    def __init__(self, num_steps: int, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._num_steps, self._clock_s = num_steps, clock_s
+        self._next_s = 0.0
+
+    def tell(self, values: Mapping[str, Any]) -> None:
+        """Print what a step measured, if it is due."""
+        is_wanted = values["step"] + 1 == self._num_steps or any(key in values for key in _VALIDATED)
+        if is_wanted or self._clock_s() >= self._next_s:
+            self._next_s = self._clock_s() + _LINE_EVERY_S
+            print(step_line(values, self._num_steps), flush=True)  # noqa: T201
+
+
+_VALIDATED = {"val_nelbo": "NELBO", "val_nll": "loss"}
+
+
+def step_line(values: Mapping[str, Any], num_steps: int) -> str:
+    """The figures of a step that a person follows, as "20/300 steps  loss 6.3798 nats/token  …"."""
+    parts = [f"{values['step'] + 1:,}/{num_steps:,} steps", _nats("loss", values["loss"])]
+    if values["grad_norm"] is not None:
+        parts.append(f"gradient norm {values['grad_norm']:.3g}")
+    parts += [f"lr {values['lr']:.3g}", f"{values['tokens_per_s']:,.0f} tokens/s"]
+    for key, name in _VALIDATED.items():
+        if key in values:
+            parts.append(_nats(f"validation {name}", values[key], values.get(f"{key}_mc_se")))
+    return "  ".join(parts)
+
+
+def _nats(name: str, value: float | None, error: float | None = None) -> str:
+    if value is None:
+        return f"{name} not finite"
+    return f"{name} {value:.4f}{'' if error is None else f' ± {error:.4f}'} nats/token"
+
+
+class Tracker:
+    """The local log, lines to read along and, if wanted, Weights & Biases; rank 0 only."""
+
+    def __init__(self, log: MetricsLog, wandb_run: WandbRun | None, lines: StepLines | None = None) -> None:
         self._log = log
         self._wandb_run = wandb_run
+        self._lines = lines
         if wandb_run is not None:
             for row in log.rows(wandb_run.next_step):
                 wandb_run.log(row)
@@ -222,6 +262,8 @@ class Tracker:
     def write(self, values: Mapping[str, Any]) -> None:
         """Record the values of one step."""
         self._log.write(values)
+        if self._lines is not None:
+            self._lines.tell(values)
         if self._wandb_run is not None:
             self._wandb_run.log(values)
 

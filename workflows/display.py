@@ -1,5 +1,6 @@
 """The run as a person sees it in the terminal: a live table of steps while it runs, columns of text afterwards."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.training_state import checkpoint_name
-from workflows.progress import progress_words, seconds_left
+from workflows.progress import duration, progress_words, seconds_left
 from workflows.state import StepState
 
 _STYLES = {
@@ -37,15 +38,6 @@ _GAP = 2
 _PLAIN_EVERY_S = 15.0
 _TOLD_AFTER_S = 5.0
 """How long a step starts before it is said for how long."""
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 8.1s, 2m05s or 1h02m."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)}m{int(seconds % 60):02d}s"
-    return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
 
 
 def age(seconds: float) -> str:
@@ -78,11 +70,9 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | N
 def _detail(state: StepState) -> str:
     if state.status != "running":
         return state.reason.splitlines()[0] if state.reason else ""
-    parts = progress_words(state.progress)
+    parts = progress_words(state.progress, seconds_left(state.progress, state.first_progress))
     if not state.progress and (so_far_s := time.time() - state.started_at) >= _TOLD_AFTER_S and state.started_at:
         parts.append(f"for {duration(so_far_s)}")
-    if (left_s := seconds_left(state.progress, state.first_progress)) is not None:
-        parts.append(f"{duration(left_s)} left")
     return "  ".join(parts)
 
 
@@ -108,6 +98,8 @@ class Display:
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._shown: dict[str, str] = {}
         self._next_line_s = 0.0
+        self._queued: dict[str, tuple[str, float]] = {}
+        """Step -> why it was told to be queued, and when: shards get places one by one, and wait again between."""
         self._resumed: dict[str, int] = {}
 
     def __enter__(self) -> "Display":
@@ -135,12 +127,22 @@ class Display:
         now = time.monotonic()
         due = now >= self._next_line_s
         for state in states:
+            if state.status == "queued" and self._is_told(state, now):
+                continue
             changed = self._shown.get(state.step.name) != state.status
             if (changed and state.status != "pending") or (due and state.status == "running"):
                 self._print_line(state)
             self._shown[state.step.name] = state.status
         if due:
             self._next_line_s = now + _PLAIN_EVERY_S
+
+    def _is_told(self, state: StepState, now: float) -> bool:
+        """Whether the same wait was told a moment ago; takes note of it if not."""
+        reason, at_s = self._queued.get(state.step.name, ("", -math.inf))
+        if self._shown.get(state.step.name) == "queued" or (state.reason == reason and now - at_s < _PLAIN_EVERY_S):
+            return True
+        self._queued[state.step.name] = state.reason, now
+        return False
 
     def _tell_resumed(self, state: StepState) -> None:
         """Say once where a training went on."""

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,9 +35,10 @@ class Garbage:
     what: What
     place: Place
     reason: str
-    size_bytes: int
     owner: ArtifactPlace | None = None
     """The artifact under whose lease it is deleted."""
+    freed_bytes: int = 0
+    """That deleting it gives back, as ``measured``."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,13 @@ def find_garbage(store: Store, older_than_s: float, keep_state: bool = False) ->
     for name in (store.root / "code").names():
         place = store.root / "code" / name
         if name.removesuffix(".zip") not in marked.code and now - place.modified() >= older_than_s:
-            found.append(_garbage("code", place, "no run was submitted with it"))
+            found.append(Garbage("code", place, "no run was submitted with it"))
     known = {run.run_id for run in store.runs()}
     for name in (store.root / "sweeps").names():
         place = store.root / "sweeps" / name
         if not known & set(_field(place, "runs") or ()) and now - place.modified() >= older_than_s:
-            found.append(_garbage("sweep", place, "none of its runs is there"))
-    return found + list(_staging(store, now, older_than_s))
+            found.append(Garbage("sweep", place, "none of its runs is there"))
+    return measured([*found, *_staging(store, now, older_than_s)])
 
 
 def _now(store: Store) -> float:
@@ -110,7 +111,7 @@ def _last_used(artifact: ArtifactPlace) -> float:
 
 def _of_artifact(store: Store, artifact: ArtifactPlace, is_marked: bool, keep_state: bool) -> Iterator[Garbage]:
     if not is_marked:
-        yield _garbage("artifact", artifact.directory, "no run refers to it", artifact)
+        yield Garbage("artifact", artifact.directory, "no run refers to it", artifact)
         return
     try:
         committed = artifact.committed()
@@ -124,16 +125,16 @@ def _of_artifact(store: Store, artifact: ArtifactPlace, is_marked: bool, keep_st
         if name == committed.name:
             continue
         if "-shards-" not in name:
-            yield _garbage("attempt", attempt, "another attempt was committed", artifact)
+            yield Garbage("attempt", attempt, "another attempt was committed", artifact)
             continue
         spare = [shard for shard in attempt.names() if f"{name}/{shard}" not in registered]
         reason = "their artifact is committed, and no other one takes them over"
         if len(spare) == len(attempt.names()):
-            yield _garbage("shards", attempt, reason, artifact)
+            yield Garbage("shards", attempt, reason, artifact)
         else:
-            yield from (_garbage("shards", attempt / shard, reason, artifact) for shard in spare)
+            yield from (Garbage("shards", attempt / shard, reason, artifact) for shard in spare)
     if not keep_state and artifact.state.exists():
-        yield _garbage("state", artifact.state, "its artifact is committed", artifact)
+        yield Garbage("state", artifact.state, "its artifact is committed", artifact)
 
 
 def _registered(store: Store, artifact: ArtifactPlace) -> set[str]:
@@ -152,7 +153,7 @@ def _records(store: Store, found: Iterable[Garbage]) -> Iterator[Garbage]:
             owner = store.root / "artifacts" / stage / str(_field(record, "artifact"))
             target = owner / "attempts" / str(_field(record, "directory"))
             if owner.key in gone or target.key in gone or not target.exists():
-                yield _garbage("record", record, "the shard that it names is not there any more")
+                yield Garbage("record", record, "the shard that it names is not there any more")
     for one in list(found):
         if one.what == "shards" and one.owner is not None:
             start = f"{(one.owner.directory / 'attempts').key}/"
@@ -160,7 +161,7 @@ def _records(store: Store, found: Iterable[Garbage]) -> Iterator[Garbage]:
                 record = one.owner.directory / "shards" / name
                 directory = f"{start}{_field(record, 'directory')}/"
                 if directory.startswith(f"{one.place.key}/"):
-                    yield _garbage("record", record, "the shard that it names is not needed any more", one.owner)
+                    yield Garbage("record", record, "the shard that it names is not needed any more", one.owner)
 
 
 def _staging(store: Store, now: float, older_than_s: float) -> Iterator[Garbage]:
@@ -175,7 +176,7 @@ def _staging(store: Store, now: float, older_than_s: float) -> Iterator[Garbage]
                 relative = os.path.relpath(os.path.join(folder, name), store.root.path)
                 place = store.root / relative
                 if now - place.modified() >= older_than_s:
-                    yield _garbage("staging", place, "its writer did not finish it")
+                    yield Garbage("staging", place, "its writer did not finish it")
 
 
 def _field(record: Place, name: str) -> Any:
@@ -187,30 +188,37 @@ def _field(record: Place, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else None  # pyright: ignore
 
 
-def _garbage(what: What, place: Place, reason: str, owner: ArtifactPlace | None = None) -> Garbage:
-    return Garbage(what, place, reason, sum(_sizes(place).values()), owner)
+def measured(found: Iterable[Garbage]) -> list[Garbage]:
+    """The same, each with the bytes that deleting it gives back once all before it are deleted.
+
+    A file with several links gives its bytes with the last of them, and none as long as there are others elsewhere: an
+    artifact has links to files of its state.
+    """
+    gone, seen, result = Counter[tuple[int, int]](), set[Path](), list[Garbage]()
+    for one in found:
+        if not one.place.is_local:
+            result.append(replace(one, freed_bytes=sum(_sizes(one.place).values())))
+            continue
+        freed = 0
+        for path in [path for path in _files(one.place.path) if path not in seen]:
+            seen.add(path)
+            stat = path.lstat()
+            inode = (stat.st_dev, stat.st_ino)
+            gone[inode] += 1
+            freed += stat.st_size if gone[inode] == stat.st_nlink else 0
+        result.append(replace(one, freed_bytes=freed))
+    return result
+
+
+def _files(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return [root]
+    return [Path(folder) / name for folder, _, names in os.walk(root) for name in names]
 
 
 def _sizes(place: Place) -> dict[str, int]:
-    if place.is_local and place.path.is_file():
-        return {"": place.path.stat().st_size}
+    """Of what an object store holds: one object, or all below a folder."""
     return place.sizes() or ({"": len(place.read_bytes())} if place.key.endswith((".json", ".zip")) else {})
-
-
-def freed_bytes(found: Iterable[Garbage]) -> int:
-    """Bytes that deleting all of it gives back: a file with further links elsewhere gives none."""
-    total, links, sizes = 0, Counter[tuple[int, int]](), dict[tuple[int, int], tuple[int, int]]()
-    for one in found:
-        if not one.place.is_local:
-            total += one.size_bytes
-            continue
-        root = one.place.path
-        for path in [root] if root.is_file() else (p for p in root.rglob("*") if p.is_file()):
-            stat = path.stat()
-            inode = (stat.st_dev, stat.st_ino)
-            links[inode] += 1
-            sizes[inode] = (stat.st_size, stat.st_nlink)
-    return total + sum(size for inode, (size, number) in sizes.items() if links[inode] >= number)
 
 
 def collect(store: Store, found: Iterable[Garbage]) -> list[Garbage]:
@@ -226,8 +234,9 @@ def collect(store: Store, found: Iterable[Garbage]) -> list[Garbage]:
             continue
         if one.what == "code" and one.place.name.removesuffix(".zip") in marked.code:
             continue
-        if _remove(one):
-            deleted.append(one)
+        now = measured([one])[0] if one.place.is_local else one  # what was left before may hold other links
+        if _remove(now):
+            deleted.append(now)
     return deleted
 
 

@@ -1,4 +1,4 @@
-"""How far a step has come, in the same words on the terminal, in dlm status and on the page of a run."""
+"""How far a step has come and how long it takes, in the same words on the terminal, in dlm status and on every page."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,18 @@ _NOT_SHOWN = ("resumed_at",)
 """Figures that are told in a line of their own, once."""
 
 
-def progress_words(progress: Mapping[str, Any]) -> list[str]:
-    """What a worker reported last, in parts; ``starting`` if it has not."""
+def duration(seconds: float) -> str:
+    """Seconds as 8.1s, 2m05s or 1h02m, rounded."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f}s"
+    if (whole := round(seconds)) < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def progress_words(progress: Mapping[str, Any], left_s: float | None = None) -> list[str]:
+    """What a worker reported last, in parts, with the time left if it is known; ``starting`` if it has not."""
     if not progress:
         return ["starting"]
     done, total, figures = progress.get("done", 0), progress.get("total", 0), progress.get("figures", {})
@@ -20,7 +30,7 @@ def progress_words(progress: Mapping[str, Any]) -> list[str]:
         parts += [f"{name} {_figure(value)}" for name, value in figures.items() if name not in _NOT_SHOWN]
     if "wanted_workers" in progress:
         parts.append(f"{progress['workers']} of {progress['wanted_workers']} workers")
-    return parts
+    return parts if left_s is None else [*parts, f"{duration(left_s)} left"]
 
 
 def seconds_left(progress: Mapping[str, Any], first: tuple[float, float] | None) -> float | None:

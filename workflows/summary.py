@@ -12,6 +12,7 @@ from cluster.auth import redacted, secret_values
 from pipeline.artifact import read_json
 from pipeline.errors import CorruptionError, UserError, classify
 from workflows import runs
+from workflows.causes import failure_words
 from workflows.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNSCHEDULABLE
 from workflows.lease import STALE_AFTER_S, Holder, find_holder
 from workflows.plan import Plan, PlannedStep
@@ -281,7 +282,8 @@ def _summarise_step(seen: _Seen, step: PlannedStep, own: list[Event], others: di
     if seen.status == "running":
         if last["kind"] == "step_retry":
             failure = last["failure"]
-            detail = f"again after {failure['error_class']} {failure['type']}: {failure['message']}"
+            words = failure_words(failure["type"], failure["message"])
+            detail = f"again after {failure['error_class']} {failure['type']}: {words}"
             return StepSummary(step.name, "pending", detail=detail, artifact=where)
         if last["kind"] == "step_waiting" or (last["kind"] == "step_queued" and not _has_begun(seen, step, own)):
             return StepSummary(step.name, last["kind"].removeprefix("step_"), detail=last["reason"], artifact=where)

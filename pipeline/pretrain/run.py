@@ -37,7 +37,7 @@ from pipeline.pretrain.saving import Belonging, Checkpointer, warn
 from pipeline.pretrain.validation import Validator, likelihood
 from pipeline.pretrain.watchdog import Watchdog
 from pipeline.stage import StageContext, Stats, stage_identity
-from pipeline.tracking import MetricsLog, Tracker, WandbRun, told, whole_lines
+from pipeline.tracking import MetricsLog, StepLines, Tracker, WandbRun, told, whole_lines
 from pipeline.training_state import checkpoint_name
 
 METRICS_FILE = "metrics.jsonl"
@@ -155,12 +155,13 @@ def open_log(path: Path, first_step: int) -> MetricsLog:
 
 
 def make_tracker(config: PretrainConfig, context: StageContext, log: MetricsLog, num_params: int) -> Tracker:
-    """The stage's log of metrics, with Weights & Biases beside it if it is wanted."""
+    """The stage's log of metrics, with lines to read along and, if it is wanted, Weights & Biases beside it."""
+    lines = StepLines(config.num_steps)
     if not config.track:
-        return Tracker(log, None)
+        return Tracker(log, None, lines)
     details = {**to_json(config), "num_params": num_params}
     group = context.labels.get("run_id", "alone")
-    return Tracker(log, WandbRun(context.state / "wandb", context.fingerprint[:12], group, details, warn))
+    return Tracker(log, WandbRun(context.state / "wandb", context.fingerprint[:12], group, details, warn), lines)
 
 
 def verify_averaged(training: Training) -> None:

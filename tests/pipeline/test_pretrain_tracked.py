@@ -31,6 +31,7 @@ def test_training_killed_twice_is_one_run_with_every_step_once_and_tells_no_secr
         gang = start_gang(STAGE, TRACKED, made.inputs(), tmp_path / "out", fault="pause_with_environment", **given)
         if kill_at is None:
             assert gang.wait() == [0], gang.log()
+            assert f"12/12 steps  loss {losses(tmp_path / 'out')[-1]:.4f} nats/token" in gang.log(0)
         else:
             gang.wait_for(lambda gang=gang, end=end: len(metrics(gang.state)) == end, f"line of step {end - 1}")
             gang.kill()
@@ -47,7 +48,7 @@ def test_training_killed_twice_is_one_run_with_every_step_once_and_tells_no_secr
 
 
 def test_tracker_of_a_workflow_run_has_its_group_and_the_stages_fingerprint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun: dict[str, Any] = {}
 
@@ -62,6 +63,7 @@ def test_tracker_of_a_workflow_run_has_its_group_and_the_stages_fingerprint(
     monkeypatch.setenv("WANDB_MODE", "offline")
     context = StageContext(tmp_path / "out", tmp_path, "f" * 64, labels={"run_id": "brave-run-1", "step": "pretrain"})
     with make_tracker(TRACKED, context, MetricsLog(tmp_path / "metrics.jsonl", 0), 1234) as tracker:
-        tracker.write({"step": 0})
+        tracker.write({"step": 0, "loss": 6.5, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_s": 10.0})
+    assert "1/12 steps  loss 6.5000 nats/token" in capsys.readouterr().out
     assert (begun["group"], begun["id"], begun["resume"]) == ("brave-run-1", "f" * 12, "allow")
     assert begun["config"] == {**to_json(TRACKED), "num_params": 1234}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking import MetricsLog, Tracker, WandbRun, is_logged_in, told
+from pipeline.tracking import MetricsLog, StepLines, Tracker, WandbRun, is_logged_in, step_line, told
 
 
 def _write_steps(path: Path, first: int, last: int) -> None:
@@ -134,6 +134,34 @@ def test_tracker_closes_the_log_when_training_fails(tmp_path: Path) -> None:
     assert _steps(tmp_path / "m.jsonl") == [0]
     with pytest.raises(ValueError, match="closed"):
         tracker.write({"step": 1})
+
+
+_STEP = {"step": 19, "loss": 6.37983, "grad_norm": 0.93479, "lr": 2.7272e-4, "tokens_per_s": 12_345.6}
+
+
+def test_a_step_is_told_with_its_units_and_what_was_validated() -> None:
+    assert step_line(_STEP, 300) == (
+        "20/300 steps  loss 6.3798 nats/token  gradient norm 0.935  lr 0.000273  12,346 tokens/s"
+    )
+    validated = {**_STEP, "val_nelbo": 6.77497, "val_nelbo_mc_se": 0.03744}
+    assert step_line(validated, 300).endswith("tokens/s  validation NELBO 6.7750 ± 0.0374 nats/token")
+    assert step_line({**_STEP, "val_nll": 5.5}, 300).endswith("validation loss 5.5000 nats/token")
+    broken = step_line({**_STEP, "loss": None, "grad_norm": None}, 300)
+    assert broken == "20/300 steps  loss not finite  lr 0.000273  12,346 tokens/s"
+
+
+def test_quick_steps_are_told_once_a_second_and_the_validated_and_the_last_always(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    now_s = [0.0]
+    lines = StepLines(10, lambda: now_s[0])
+    with Tracker(MetricsLog(tmp_path / "m.jsonl", 0), None, lines) as tracker:
+        for step in range(10):
+            now_s[0] = 0.4 * step
+            tracker.write({**_STEP, "step": step} | ({"val_nll": 1.0} if step == 4 else {}))
+    told = [int(line.partition("/")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert told == [1, 4, 5, 8, 10]
+    assert _steps(tmp_path / "m.jsonl") == list(range(10))
 
 
 def test_wandb_missing_warns_once_and_never_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

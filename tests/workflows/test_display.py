@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from workflows import display
-from workflows.display import Display, duration
+from workflows.display import Display
 from workflows.plan import PlannedStep
+from workflows.progress import duration
 from workflows.state import StepState
 
 STARTED_AT = 1_000.0
@@ -86,6 +87,29 @@ def test_training_that_was_resumed_says_once_from_which_checkpoint(is_terminal: 
     assert "goes on" not in _shown([_training(20, 4.0, 5e4)], is_terminal=is_terminal)
 
 
+def test_wait_of_shards_for_places_is_told_once_and_a_later_one_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now_s[0])
+    console = Console(file=io.StringIO(), force_terminal=False, width=100)
+    reason = "wants 1 core; free are 0 cores"
+    with Display(console, "r") as shown:
+        for at_s, status in [
+            (1, "queued"),
+            (2, "running"),
+            (3, "queued"),
+            (4, "running"),
+            (5, "queued"),
+            (90, "running"),
+        ]:
+            now_s[0] = at_s
+            shown.update([_step("evaluate", status=status, reason=reason if status == "queued" else "")])
+        now_s[0] = 91
+        shown.update([_step("evaluate", status="queued", reason=reason)])
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.split()[1] for line in console.file.getvalue().splitlines()]
+    assert lines == ["queued", "running", "running", "queued"]
+
+
 def test_training_elsewhere_gives_a_line_every_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [0.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: now_s[0])
@@ -101,9 +125,20 @@ def test_training_elsewhere_gives_a_line_every_now_and_then(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("seconds", "expected"), [(8.12, "8.1s"), (125.0, "2m05s"), (3720.0, "1h02m"), (90_000.0, "25h00m")]
+    ("seconds", "expected"),
+    [
+        (8.12, "8.1s"),
+        (59.94, "59.9s"),
+        (59.97, "1m00s"),
+        (125.0, "2m05s"),
+        (125.7, "2m06s"),
+        (3599.7, "1h00m"),
+        (3720.0, "1h02m"),
+        (3779.0, "1h03m"),
+        (90_000.0, "25h00m"),
+    ],
 )
-def test_duration_has_two_units(seconds: float, expected: str) -> None:
+def test_duration_has_two_units_and_is_rounded(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
 
 

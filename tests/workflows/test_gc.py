@@ -16,7 +16,7 @@ from tests.support.toy_workflow import amended, coordinate, copies_plan, fabrica
 from tests.workflows.conftest import Dlm
 from workflows import gc, runs
 from workflows.amendments import Wishes
-from workflows.gc import collect, find_garbage, freed_bytes
+from workflows.gc import collect, find_garbage
 from workflows.lease import STALE_AFTER_S, LeaseHeldError, acquire_lease
 from workflows.plan import Plan, artifact_of
 from workflows.store import Store
@@ -310,18 +310,52 @@ def test_gc_of_the_artifact_that_shards_came_from_spares_who_took_them_over(stor
     assert coordinate(store, runs.create_run(store, third, "local", "r3"), local)["copies"].status == "committed"
 
 
-def test_gc_counts_a_file_with_a_link_elsewhere_as_no_bytes_freed(store, used):
+def test_gc_counts_a_file_once_and_only_if_no_link_of_it_stays(dlm: Dlm, store, used):
+    plans = [toy_plan(double__number=number) for number in (5, 6)]
+    for plan in plans:
+        fabricate(store, plan, "double")
+    first, second = (artifact_of(plan.step("double"), store).directory for plan in plans)
+
+    def freed() -> dict[str, int]:
+        return {one.place.key: one.freed_bytes for one in find_garbage(store, 0.0)}
+
+    before = freed()
+    (first.path / "big").write_bytes(bytes(10_000))
+    os.link(first.path / "big", first.path / "twice")
+    assert sum(freed().values()) == sum(before.values()) + 10_000
+    os.link(first.path / "big", store.root.path / "elsewhere")
+    assert freed() == before
+    os.rename(store.root.path / "elsewhere", second.path / "big")
+    last = max(before, key=list(before).index)
+    assert freed() == before | {last: before[last] + 10_000}
+    value = json.loads(dlm("gc", "--dry-run", "--older-than", "0", "--json").stdout)
+    assert value["freed_bytes"] == sum(row["bytes"] for row in value["deleted"]) == sum(freed().values())
+    deleted = collect(store, find_garbage(store, 0.0))
+    assert {one.place.key: one.freed_bytes for one in deleted} == before | {last: before[last] + 10_000}
+
+
+def test_gc_that_has_to_leave_something_counts_no_bytes_that_it_shares(store, used):
+    plans = [toy_plan(double__number=number) for number in (5, 6)]
+    for plan in plans:
+        fabricate(store, plan, "double")
+    first, second = (artifact_of(plan.step("double"), store) for plan in plans)
+    (first.directory.path / "big").write_bytes(bytes(10_000))
+    os.link(first.directory.path / "big", second.directory.path / "big")
+    garbage = find_garbage(store, 0.0)
+    lease = acquire_lease((first if first.directory.key == garbage[0].place.key else second).lease_dir, "somebody")
+    (deleted,) = collect(store, garbage)
+    lease.release()
+    assert deleted.freed_bytes == garbage[1].freed_bytes - 10_000
+
+
+def test_gc_counts_what_lies_in_something_else_that_goes_once(store, used):
     other = toy_plan(double__number=5)
     fabricate(store, other, "double")
-    committed = artifact_of(other.step("double"), store).committed()
-    assert committed is not None
-    (committed.path / "big").write_bytes(bytes(10_000))
-    alone = freed_bytes(find_garbage(store, 0.0))
-    os.link(committed.path / "big", store.root.path / "elsewhere")
-    assert freed_bytes(find_garbage(store, 0.0)) == alone - 10_000
-    os.unlink(store.root.path / "elsewhere")
-    os.link(committed.path / "big", committed.path / "twice")
-    assert freed_bytes(find_garbage(store, 0.0)) == alone
+    folder = artifact_of(other.step("double"), store).directory
+    put(folder, ".half.0123abcd.tmp")
+    inside = {one.what: one.freed_bytes for one in find_garbage(store, 0.0)}
+    assert inside["staging"] == 0
+    assert inside["artifact"] == sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
 
 
 # --- unlock ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from cluster.local import LocalExecutor
+from pipeline.artifact import Manifest
 from pipeline.config import to_json
 from pipeline.storage import Place
 from tests.support.executors import NUM_CPUS
@@ -22,6 +23,7 @@ from tests.support.mortal import in_memory
 from tests.support.toy_workflow import coordinate, fabricate, toy_plan, wait_until
 from tests.workflows.conftest import Dlm
 from tests.workflows.test_report import Page
+from workflows.causes import failure_words
 from workflows.cost import Cost
 from workflows.lease import acquire_lease
 from workflows.live import drawings, writer
@@ -106,7 +108,7 @@ def test_page_needs_nothing_else_and_its_drawings_are_told_in_words(store: Store
         root = ElementTree.fromstring(drawing)
         assert [child.tag for child in root[:2]] == ["title", "desc"]
     assert "total: committed, from aside and double" in page.text
-    assert re.search(r"; double: committed after [\d.]+ s; ", page.text)
+    assert re.search(r"; double: committed after [\d.]+s; ", page.text)
 
 
 def test_the_policy_of_the_page_allows_its_own_script_only():
@@ -342,7 +344,52 @@ def test_time_line_shortens_the_pauses_between_attempts():
     assert width1 == pytest.approx(width2, abs=0.2)
     assert width1 > 300
     assert 0 < x2 - (x1 + width1) < width1 / 2
-    assert "↻ tried again, 1 min 40 s in 2 attempts" in drawn
+    assert "↻ tried again, 1m40s in 2 attempts" in drawn
+
+
+def test_worker_that_died_is_told_in_a_line_with_the_whole_message_below():
+    message = "RayTaskError: \x1b[36mray::train()\x1b[39m\n  File x\nIts process has died. Causes include:"
+    killed = FAILURE | {"type": "WorkerDied", "message": message}
+    events = [event(1, "run_started"), event(1, "step_started", "a", epoch=1)]
+    events += [event(2, "step_retry", "a", failure=killed, backoff_s=1.0)]
+    source = render(snapshot([step_view("a", "running")], events), 3.0)
+    assert '<p class="message">a worker was killed or lost: Its process has died</p>' in source
+    assert "<summary>The whole message</summary>" in source
+    assert "Causes include:" in source
+    assert failure_words("ValueError", "\x1b[1mno such field\x1b[0m\nat all") == "no such field\nat all"
+    assert failure_words("WorkerDied", "") == "a worker was killed or lost"
+
+
+def test_time_line_has_its_words_beside_the_stretches_of_attempts():
+    events = [
+        event(0, "run_started"),
+        event(0, "step_started", "a", epoch=1),
+        event(50, "step_committed", "a", elapsed_s=50.0),
+        event(100, "run_started", attempt=2),
+        event(150, "step_started", "b", attempt=2, epoch=1),
+        event(200, "step_committed", "b", attempt=2, elapsed_s=50.0),
+    ]
+    drawn = drawings.time_line([step_view("a"), step_view("b")], tell(events, False, 0.0))
+    wide, narrow = (ElementTree.fromstring(one) for one in re.findall(r"<svg.*?</svg>", drawn))
+    ends = [float(r.get("x", "")) + float(r.get("width", "")) for r in wide.iterfind("rect[@class='band']")]
+    words = [float(text.get("x", "")) for text in wide.iterfind("text[@class='legend']")]
+    assert len(words) == 2
+    assert min(words) > max(ends)
+    bands = [(float(r.get("y", "")), float(r.get("height", ""))) for r in narrow.iterfind("rect[@class='band']")]
+    lines = [float(text.get("y", "")) for text in narrow.iterfind("text[@class='legend']")]
+    assert (len(bands), len(lines)) == (4, 2)
+    assert not any(top - 1 < y < top + height + 11 for y in lines for top, height in bands)
+
+
+def test_time_of_a_step_is_that_which_status_tells():
+    events = [event(0, "run_started"), event(0, "step_started", "a", epoch=1)]
+    events += [event(50, "run_started", attempt=2), event(50, "step_started", "a", attempt=2, epoch=2)]
+    history = tell([*events, event(60, "step_committed", "a", attempt=2, elapsed_s=10.0)], False, 0.0)
+    made = dataclasses.replace(step_view("a"), manifest=Manifest("corpus", "f" * 64, 1, {}, {}, [], elapsed_s=9.96))
+    assert drawings.seconds_taken(made, history) == 9.96
+    assert "✓ committed · 10.0s" in drawings.graph([made], history)
+    assert drawings.seconds_taken(step_view("a", "running"), tell(events, True, 70.0)) == 20.0
+    assert drawings.seconds_taken(step_view("b", "pending"), history) is None
 
 
 def test_folded_graph_leads_an_edge_around_a_box_that_lies_between():
@@ -376,9 +423,13 @@ def test_attempts_of_the_run_are_listed_with_where_they_ran():
         event(2_001, "step_started", "a", attempt=2, epoch=1),
         event(2_060, "run_ended", attempt=2, status="cancelled"),
     ]
-    text = text_of(render(snapshot([step_view("a", "stopped")], events, "cancelled"), 3.0))
-    assert "2 cancelled 1970-01-01 00:33:20 1 min 00 s executor ray, address http://head:8265, job raysubmit_1" in text
-    assert "1 killed 1970-01-01 00:16:40 0.0 s executor ray, address auto" in text
+    source = render(snapshot([step_view("a", "stopped")], events, "cancelled"), 3.0)
+    text = text_of(source)
+    assert source.count('<table class="flow">') == 2  # of steps and of attempts: a phone would cut them off
+    where = "executor ray, address http://head:8265, job raysubmit_1"
+    assert f"Attempt 2 cancelled on request 1970-01-01 00:33:20 1m00s {where}" in text
+    killed = "Attempt 1 killed: its coordinator ended without a word 1970-01-01 00:16:40 0.0s"
+    assert f"{killed} executor ray, address auto" in text
     assert "This run was cancelled. What was finished is kept." in text
     assert "dlm resume r1" in text
 

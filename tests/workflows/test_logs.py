@@ -142,6 +142,30 @@ def test_run_whose_first_log_is_still_to_come_is_waited_for(dlm, store):
     assert followed.stdout.endswith("here\n")
 
 
+def test_step_whose_first_log_is_still_to_come_is_waited_for_unless_the_run_ends(dlm, store):
+    run = create_run(store, toy_plan(), "local", "r1")
+    lease = begin(run, [])
+    fabricate_turn(run, 1, "source", log_0="of another\n", done=None)
+
+    def write() -> None:
+        time.sleep(0.7)
+        fabricate_turn(run, 1, "total", log_0="here\n", done=None)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    followed = dlm("logs", "r1", "--step", "total", "-f")
+    thread.join()
+    assert followed.stderr.splitlines() == [
+        "waiting for the first log of total in run r1, which is running",
+        "total is done",
+    ]
+    assert followed.stdout.endswith("here\n")
+    lease.release()
+    end(run, 1, "stopped")
+    refused = dlm("logs", "r1", "--step", "double", "-f")
+    assert (refused.code, "double" in refused.stderr) == (2, True)
+
+
 def test_run_that_ended_without_a_log_is_not_waited_for(dlm, store):
     end(fabricate_run(store, toy_plan(), []), 1, "stopped")
     assert "no logs yet" in dlm("logs", "r1", "-f").stdout
@@ -188,6 +212,54 @@ def test_followed_log_is_printed_as_it_grows_until_the_call_ends(dlm, store, mon
     assert followed.code == 0
     assert followed.stdout.partition("<==\n")[2] == "old\nhalf a line\n*** is ü\nno end\n"
     assert followed.stderr == f"{why}\n"
+
+
+def test_followed_log_of_a_run_that_is_cancelled_ends_with_the_run(dlm, store):
+    run = create_run(store, toy_plan(), "local", "r1")
+    lease = begin(run, [])
+    folder = fabricate_turn(run, 1, "source", log_0="one\n")
+
+    def cancel() -> None:
+        time.sleep(0.4)
+        (folder / "failure-0.json").write(json.dumps(failure("stopped")).encode())
+        event = {"time": 1.0, "attempt": 1, "kind": "step_stopped", "step": "source", "message": "3 steps are done"}
+        (run.directory / "events" / "001-000900.json").write(json.dumps(event).encode())
+        time.sleep(0.8)  # other steps save what they have
+        end(run, 1, "cancelled")
+        lease.release()
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    followed = dlm("logs", "r1", "--step", "source", "-f")
+    thread.join()
+    assert followed.stderr == "run r1 has ended: cancelled\n"
+
+
+def test_wait_for_a_first_word_or_for_the_next_try_is_told_once(dlm, store, monkeypatch):
+    monkeypatch.setattr(logs, "_TOLD_AFTER_S", 0.3)
+    run = create_run(store, toy_plan(), "local", "r1")
+    lease = begin(run, [("step_queued", "source", {"reason": "wants 8 GPUs"})])
+    folder = fabricate_turn(run, 1, "source", log_0="")
+
+    def go_on() -> None:
+        time.sleep(1.2)
+        (folder / "rank-0.log").write(b"one\n")
+        (folder / "failure-0.json").write(json.dumps(failure("infra")).encode())
+        time.sleep(1.2)
+        second = fabricate_turn(run, 1, "source", "000002", log_0="two\n")
+        (second / "done.json").write(b"null")
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    followed = dlm("logs", "r1", "--step", "source", "-f")
+    thread.join()
+    lease.release()
+    where = "source is queued (wants 8 GPUs), run r1 running"
+    assert followed.stderr.splitlines() == [
+        f"source has written nothing yet; {where}",
+        f"waiting for what source writes next; {where}",
+        "source is done",
+    ]
 
 
 @pytest.mark.parametrize("is_resumed", [False, True])

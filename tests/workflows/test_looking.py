@@ -22,6 +22,8 @@ from tests.support.toy_workflow import STAGES, coordinate, copies_plan, fabricat
 from tests.workflows.conftest import Dlm
 from workflows import calls, summary
 from workflows.lease import STALE_AFTER_S
+from workflows.live.page import render
+from workflows.live.snapshot import Watcher
 from workflows.plan import make_plan
 from workflows.progress import progress_words
 from workflows.runs import create_run
@@ -211,6 +213,38 @@ def test_why_tells_what_befell_a_step(dlm, store):
     assert "retry after infra (RuntimeError, rank 2): lost" in shown
     assert "source waiting: process 7 is at work" in shown
     assert "retry after" not in dlm("status", "r1").stdout
+
+
+def test_why_tells_a_wait_that_shards_went_through_one_by_one_once(dlm, store):
+    wait, other = ("step_queued", "source", {"reason": "wants 1 core"}), ("step_queued", "source", {"reason": "a GPU"})
+    begin(create_run(store, toy_plan(), "local", "r1"), [STARTED, wait, wait, wait, other, wait])
+    shown = dlm("status", "r1", "--why").stdout
+    assert re.findall("queued: (.*)", shown.partition("attempts of the run")[2]) == [
+        "wants 1 core",  # of the status of the step
+        "wants 1 core",
+        "a GPU",
+        "wants 1 core",
+    ]
+
+
+def test_why_tells_how_every_attempt_ended_in_the_words_of_the_page(dlm, store):
+    stopped = ("step_stopped", "source", {"message": "3 steps are done"})
+    run = fabricate_run(store, toy_plan(), [STARTED], [STARTED, stopped])  # the first one said nothing more
+    end(run, 2, "cancelled")
+    shown = dlm("status", "r1", "--why").stdout
+    words = "killed: its coordinator ended without a word"
+    run_part, _, source_part = shown.partition("\nattempts of the run\n")[2].partition("\nsource ")
+    lines = [line.split(maxsplit=4) for line in run_part.splitlines() if line]
+    assert [(line[1], line[4]) for line in lines] == [("1", words), ("2", "cancelled on request")]
+    of_source = [line for line in source_part.partition("\n\n")[0].splitlines() if line.startswith("  attempt")]
+    assert [line.split("  ")[-1].strip() for line in of_source] == [
+        "started",
+        words,
+        "started",
+        "stopped: 3 steps are done",
+    ]
+    assert words in render(Watcher(store, run, toy_plan()).look(None, 10), 3.0)
+    assert words not in dlm("status", "r1").stdout
 
 
 def test_status_hides_secrets_in_messages(dlm, store, monkeypatch):

@@ -12,7 +12,8 @@ from workflows.commands.common import (
     print_line,
 )
 from workflows.cost import Cost, cost_json, cost_of, total_of
-from workflows.display import columns, duration
+from workflows.display import columns
+from workflows.progress import duration
 from workflows.summary import summarise
 
 _HEADER = ("step", "attempt", "processes", "their wall time", "CPU used", "CPU-hours", "GPU-hours", "")

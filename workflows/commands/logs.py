@@ -1,6 +1,7 @@
 """``dlm logs``: what the processes of a run wrote."""
 
 import codecs
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ _MOST_LISTED = 30
 _FOLLOW_EVERY_S = 0.25
 _BLOCK_BYTES = 64 * 1024
 _MIN_SECRET_CHARS = 8
-_OVER = ("committed", "cached", "failed", "blocked", "stopped", "skipped", "damaged")
+_TOLD_AFTER_S = 2.0
+"""How long nothing comes before it is said what is waited for."""
+_OVER = ("committed", "cached", "failed", "blocked", "skipped", "damaged")
+"""Of a step, while the run goes on; one that was stopped waits for the rest of its run to stop."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def logs(
     """Print the end of a log: of what failed or runs, if none is chosen, after the list of those there are."""
     place = find_store(store)
     run = runs.require_run_id(place, run_id)
-    there = _awaited_logs(place, run) if follow else find_logs(run)
+    there = _awaited_logs(place, run, step) if follow else find_logs(run)
     if not there:
         print_line(f"run {run.run_id} has written no logs yet")
         return
@@ -100,15 +104,22 @@ def logs(
         _follow(place, run, log, 0, "", hide)
 
 
-def _awaited_logs(store: Store, run: RunPlace) -> list[Log]:
-    """The logs of a run, as soon as there is one; none if the run ends without."""
-    there = find_logs(run)
-    if not there:
-        say(f"waiting for the first log of run {run.run_id}, which is {status_words(summarise(store, run))}")
-    while not there and summarise(store, run).exit_code is None:
-        time.sleep(max(_FOLLOW_EVERY_S, store.root.storage.poll_s))
+def _awaited_logs(store: Store, run: RunPlace, step: str) -> list[Log]:
+    """The logs of a run, as soon as there is one, of the step if one of the run's is named; or the run has ended."""
+    is_step = step in [planned.name for planned in runs.frozen_plan(run).steps]
+    is_told = False
+    while True:
+        summary = summarise(store, run)  # before the last look at what there is
         there = find_logs(run)
-    return there
+        if any(log.turn.step == step for log in there) if is_step else there:
+            return there
+        if summary.exit_code is not None:
+            return there
+        if not is_told:
+            of_step = f"{step} in run {run.run_id}" if is_step else f"run {run.run_id}"
+            say(f"waiting for the first log of {of_step}, which is {status_words(summary)}")
+            is_told = True
+        time.sleep(max(_FOLLOW_EVERY_S, store.root.storage.poll_s))
 
 
 def find_logs(run: RunPlace) -> list[Log]:
@@ -199,6 +210,7 @@ def _hiding() -> Callable[[str], str]:
 def _follow(store: Store, run: RunPlace, log: Log, end: int, rest: str, hide: Callable[[str], str]) -> None:
     """Print whole lines as they come, until the turn has ended or nobody works on the run."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    waits = _Waits(store, run)
     while True:
         is_over = _is_over(log.turn) or lease_is_free(run.lease_dir)  # before the last look at what it wrote
         data = _from(log.place, end)
@@ -208,14 +220,35 @@ def _follow(store: Store, run: RunPlace, log: Log, end: int, rest: str, hide: Ca
             print_line(hide(whole))
         if is_over:
             break
+        if not end:
+            waits.tell(f"{log.turn.call} has written nothing yet", log.turn.step)
         time.sleep(max(_FOLLOW_EVERY_S, store.root.storage.poll_s))
     if rest:
         print_line(hide(rest))
 
 
+class _Waits:
+    """Says once what is waited for, if that takes a while."""
+
+    def __init__(self, store: Store, run: RunPlace) -> None:
+        self._store, self._run = store, run
+        self._told_at_s = time.monotonic() + _TOLD_AFTER_S
+
+    def tell(self, what: str, step: str) -> None:
+        """Say it, and where the step stands, if it is time."""
+        if time.monotonic() < self._told_at_s:
+            return
+        self._told_at_s = math.inf
+        summary = summarise(self._store, self._run)
+        found = next(one for one in summary.steps if one.step == step)
+        detail = f" ({found.detail.splitlines()[0]})" if found.detail else ""
+        say(f"{what}; {step} is {found.status}{detail}, run {self._run.run_id} {summary.status}")
+
+
 def _next(store: Store, run: RunPlace, log: Log, attempt: int | None) -> Log | None:
     """What the rank writes when the call is tried again, once it does; None, having said why, if it will not."""
     turn = log.turn
+    waits = _Waits(store, run)
     while not (turn.folder / "done.json").exists():
         summary = summarise(store, run)  # before the last look at what there is
         for other in find_logs(run):
@@ -233,6 +266,7 @@ def _next(store: Store, run: RunPlace, log: Log, attempt: int | None) -> Log | N
         if attempt is not None and attempt < summary.attempts:
             say(f"attempt {attempt} has ended; the run goes on in attempt {summary.attempts}")
             return None
+        waits.tell(f"waiting for what {turn.call} writes next", turn.step)
         time.sleep(max(_FOLLOW_EVERY_S, store.root.storage.poll_s))
     say(f"{turn.call} is done")
     return None

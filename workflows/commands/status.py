@@ -3,7 +3,7 @@
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from rich.text import Text
 from cluster.jobs import ClusterError, Jobs
 from pipeline.errors import UserError
 from workflows import runs
+from workflows.causes import ended_words, failure_words
 from workflows.commands.common import (
     DEFAULT_STORE,
     JsonOption,
@@ -28,7 +29,9 @@ from workflows.commands.common import (
     say,
     store_option,
 )
-from workflows.display import age, columns, duration
+from workflows.display import age, columns
+from workflows.live.history import tell
+from workflows.progress import duration
 from workflows.store import RunPlace, Store
 from workflows.submit import cluster_of, jobs_of, last_submission, told_of_unknown
 from workflows.summary import UNFINISHED, Event, RunSummary, StepSummary, summarise, summary_json
@@ -38,6 +41,7 @@ _ASK_EVERY_S = 5.0
 _PROGRESS_EVERY_S = 15.0
 """Into a pipe, how often the progress of a step gives a line; everything else does at once."""
 _MADE = ("committed", "cached")
+_WHEN = "%Y-%m-%d %H:%M:%S"
 
 
 def status(
@@ -198,7 +202,12 @@ def _print_json_changes() -> Callable[[RunSummary], None]:
 
 
 def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Sequence[Event]) -> None:
-    """What failed and where to look; with events, what befell each step."""
+    """What failed and where to look; with events, what befell the run and each step."""
+    history = tell(events, summary.status == "running", time.time())
+    if events:
+        print_line("\nattempts of the run")
+    for session in history.sessions:
+        print_line(_line_of(session.attempt, session.start_s, ended_words(session.outcome)))
     for step in summary.steps:
         if step.error is not None:
             error = step.error
@@ -208,10 +217,18 @@ def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Seq
                 print_line(f"  log: {log}")
         elif events or step.status in ("damaged", "unknown"):
             print_line(f"\n{step.step} {step.status}" + (f": {step.detail}" if step.detail else ""))
-        for event in events:
-            if event["step"] == step.step:
-                when = f"{datetime.fromtimestamp(event['time']):%Y-%m-%d %H:%M:%S}"
-                print_line(f"  attempt {event['attempt']}  {when}  {_told(event)}")
+        told = [
+            (event["attempt"], _line_of(event["attempt"], event["time"], _told(event)))
+            for event in _without_repeats(event for event in events if event["step"] == step.step)
+        ]
+        ends = {
+            session.attempt: ended_words(session.outcome) for session in history.sessions if session.outcome == "killed"
+        }
+        for span in history.spans_of(step.step):
+            if span.outcome == "killed":  # which left no event
+                told.append((span.attempt, _line_of(span.attempt, None, ends.get(span.attempt, span.outcome))))
+        for _, line in sorted(told, key=lambda one: one[0]):
+            print_line(line)
     made = [step for step in summary.steps if step.status in _MADE]
     if made:
         width = max(len(step.step) for step in made)
@@ -224,6 +241,21 @@ def _print_reasons(store: Store, run: RunPlace, summary: RunSummary, events: Seq
         print_line(f"\ngo on with: dlm resume {run.run_id}{where}{store_option(store)}")
 
 
+def _without_repeats(events: Iterable[Event]) -> Iterator[Event]:
+    """Shards get their places one by one, and are queued again in between for the same reason."""
+    before: dict[str, Any] = {}
+    for event in events:
+        now = {key: value for key, value in event.items() if key != "time"}
+        if event["kind"] != "step_queued" or now != before:
+            yield event
+        before = now
+
+
+def _line_of(attempt: int, at_s: float | None, words: str) -> str:
+    when = "" if at_s is None else f"{datetime.fromtimestamp(at_s):{_WHEN}}"
+    return f"  attempt {attempt}  {when:<{len('2026-01-31 23:59:59')}}  {words}"
+
+
 def _told(event: Event) -> str:
     """What an event says, in a line."""
     what = event["kind"].removeprefix("step_").replace("_", " ")
@@ -231,7 +263,8 @@ def _told(event: Event) -> str:
         what += f" of {event['shard']}"
     if "failure" in event:
         failure = event["failure"]
-        what += f" after {failure['error_class']} ({failure['type']}, rank {failure['rank']}): {failure['message']}"
+        words = failure_words(failure["type"], failure["message"])
+        what += f" after {failure['error_class']} ({failure['type']}, rank {failure['rank']}): {words}"
     elif reason := event.get("reason") or event.get("message"):
         what += f": {reason}"
     return what.replace("failed after", "failed:").replace("\n", " ")

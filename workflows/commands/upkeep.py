@@ -23,7 +23,7 @@ from workflows.commands.common import (
     say,
 )
 from workflows.exit_codes import EXIT_UNSCHEDULABLE
-from workflows.gc import DAY_S, collect, find_garbage, freed_bytes
+from workflows.gc import DAY_S, collect, find_garbage
 from workflows.lease import STALE_AFTER_S, Holder, Lease, find_holder
 from workflows.store import ArtifactPlace, Store
 
@@ -48,24 +48,27 @@ def gc(
     if not dry_run:
         place = find_writable_store(store)
     found = find_garbage(place, older_than * DAY_S, keep_state)
-    freed = freed_bytes(found)
     deleted = found if dry_run else collect(place, found)
+    freed = sum(one.freed_bytes for one in deleted)
     if as_json:
         rows = [
-            {"what": one.what, "place": one.place.key, "reason": one.reason, "bytes": one.size_bytes} for one in deleted
+            {"what": one.what, "place": one.place.key, "reason": one.reason, "bytes": one.freed_bytes}
+            for one in deleted
         ]
         print_json({"is_dry_run": dry_run, "deleted": rows, "freed_bytes": freed})
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("what", "bytes", "place", "why"):
-        table.add_column(column, overflow="fold", justify="right" if column == "bytes" else "left")
+    for column in ("what", "bytes freed", "place", "why"):
+        table.add_column(column, overflow="fold", justify="right" if column == "bytes freed" else "left")
     for one in deleted:
-        table.add_row(one.what, f"{one.size_bytes:,}", one.place.key, one.reason)
+        table.add_row(one.what, f"{one.freed_bytes:,}", one.place.key, one.reason)
     if deleted:
         print_table(table)
     verb = "would be deleted, which gives back" if dry_run else "deleted, which gave back"
     kinds = ", ".join(f"{number} {what}" for what, number in Counter(one.what for one in deleted).most_common())
     print_line(f"{len(deleted)} {verb} {freed:,} bytes{f': {kinds}' if kinds else ''}")
+    if any(not one.freed_bytes for one in deleted):
+        print_line("a file that is linked from several places gives its bytes back with the last of them")
     if len(deleted) < len(found):
         say(f"{len(found) - len(deleted)} left, since somebody has begun to use them")
 

@@ -7,9 +7,11 @@ from html import escape
 
 from workflows.live.history import History, Session, Span
 from workflows.live.snapshot import StepView
+from workflows.progress import duration
 from workflows.report import svg
 from workflows.report.chart import nice_ticks
-from workflows.report.text import count, duration, listed
+from workflows.report.column import column_graph
+from workflows.report.text import count, listed
 
 MOST_STEPS = 150
 """Boxes of the graph, and rows of the time line."""
@@ -34,13 +36,13 @@ _MARKS = {
     "waiting": "…",
 }
 _WIDE_GRAPH = svg.Layout(node_width=156, node_height=64, gap_x=34, gap_y=18)
-_NARROW_GRAPH = svg.Layout(node_width=160, node_height=64, gap_x=24, gap_y=16, layers_per_row=2)
+_NARROW_PX = 350.0
 _LEAST_WIDTH = 700.0
 """As in the stylesheet, of figures of class steps."""
 _ROW_PX = 26.0
 _STACKED_ROW_PX = 40.0
 _LABEL_PX = 230.0
-"""Room for how a row ends, at the right of its last bar."""
+"""Room for how a row ends, at the right of all bars."""
 
 
 def mark_of(status: str) -> str:
@@ -49,10 +51,11 @@ def mark_of(status: str) -> str:
 
 
 def seconds_taken(step: StepView, history: History) -> float | None:
-    """Time that all attempts of a step took in this run; in the one that made it, where another did."""
-    if spans := history.spans_of(step.name):
-        return sum(span.end_s - span.start_s for span in spans)
-    return step.manifest.elapsed_s if step.manifest is not None else None
+    """Time that making a step took, as dlm status tells it; of one that is not made, the last attempt so far."""
+    if step.manifest is not None:
+        return step.manifest.elapsed_s
+    spans = history.spans_of(step.name)
+    return spans[-1].end_s - spans[-1].start_s if spans else None
 
 
 def _status_words(step: StepView, history: History) -> str:
@@ -61,11 +64,7 @@ def _status_words(step: StepView, history: History) -> str:
     if step.status == "running" and step.total:
         return f"{words} {step.done / step.total:.0%}"
     took_s = seconds_taken(step, history) if step.manifest is not None else None
-    return words if took_s is None else f"{words} · {_short(took_s)}"
-
-
-def _short(seconds: float) -> str:
-    return duration(seconds).replace(" min ", "m").replace(" h ", "h").replace(" s", "s").replace(" min", "m")
+    return words if took_s is None else f"{words} · {duration(took_s)}"
 
 
 def graph(steps: Sequence[StepView], history: History) -> str:
@@ -86,7 +85,7 @@ def graph(steps: Sequence[StepView], history: History) -> str:
         f"{step.name}: {step.status}" + (f", from {listed(sorted(sources))}" if (sources := _sources(step)) else "")
         for step in shown
     )
-    drawn = [svg.layered_graph(nodes, edges, layout) for layout in (_WIDE_GRAPH, _NARROW_GRAPH)]
+    drawn = [svg.layered_graph(nodes, edges, _WIDE_GRAPH), column_graph(nodes, edges, _NARROW_PX)]
     return svg.for_both_widths(*(_embed(drawing, "The steps of the run", described) for drawing in drawn))
 
 
@@ -141,7 +140,7 @@ def time_line(steps: Sequence[StepView], history: History) -> str:
         return ""
     worked = [step for step in steps if history.spans_of(step.name)][:MOST_STEPS]
     described = "; ".join(_told(step.name, history) for step in worked)
-    drawn = (_draw(worked, history, 1070.0, is_stacked=False), _draw(worked, history, 350.0, is_stacked=True))
+    drawn = (_draw(worked, history, 1070.0, is_stacked=False), _draw(worked, history, _NARROW_PX, is_stacked=True))
     return svg.for_both_widths(*(_embed(drawing, "When each step was worked on", described) for drawing in drawn))
 
 
@@ -158,27 +157,36 @@ def _draw(steps: Sequence[StepView], history: History, width: float, *, is_stack
     scale = _Scale(history.sessions, left, width - left - (4 if is_stacked else _LABEL_PX))
     top = 24.0 if len(history.sessions) > 1 else 2.0
     height = top + row_px * len(steps) + 26
-    parts = _sessions(history.sessions, scale, top, height - 22, width)
+    parts = _session_labels(history.sessions, scale, top, width)
+    if not is_stacked:
+        parts += _bands(history.sessions, scale, top - 4, height - 22)
     for number, step in enumerate(steps):
         y = top + number * row_px
         spans = history.spans_of(step.name)
-        if is_stacked:
-            parts.append(svg.text(left, y + 12, svg.fit(f"{step.name}: {_summary(spans)}", width - left, 12), "legend"))
+        words = _summary(step, history)
+        if is_stacked:  # the words lie above the bars: bands behind them would cut them up
+            parts.append(svg.text(left, y + 12, svg.fit(f"{step.name}: {words}", width - left, 12), "legend"))
+            parts += _bands(history.sessions, scale, y + 17, y + 31)
         else:
             parts.append(svg.text(left - 10, y + 17, svg.fit(step.name, left - 14, 13), "row", "end"))
-        at = y + 17 if is_stacked else y + 5
-        parts += _bars(spans, scale, at, None if is_stacked else width)
+            x = scale.left + scale.width + 10
+            parts.append(svg.text(x, y + 16, svg.fit(words, width - x, 10), "legend"))
+        parts += _bars(spans, scale, y + 17 if is_stacked else y + 5)
     parts += _axis(history.sessions, scale, height - 8)
     return svg.Drawing("".join(parts), width, height)
 
 
-def _summary(spans: Sequence[Span]) -> str:
+def _summary(step: StepView, history: History) -> str:
+    spans = history.spans_of(step.name)
     last = spans[-1]
-    words = f"{mark_of(last.outcome)} {last.outcome}, {duration(sum(s.end_s - s.start_s for s in spans))}"
-    return words if len(spans) == 1 else f"{words} in {len(spans)} attempts"
+    words = f"{mark_of(last.outcome)} {last.outcome}"
+    if len(spans) > 1:
+        return f"{words}, {duration(sum(s.end_s - s.start_s for s in spans))} in {len(spans)} attempts"
+    took_s = seconds_taken(step, history)
+    return words if took_s is None else f"{words}, {duration(took_s)}"
 
 
-def _bars(spans: Sequence[Span], scale: _Scale, y: float, label_until: float | None) -> list[str]:
+def _bars(spans: Sequence[Span], scale: _Scale, y: float) -> list[str]:
     shown = spans[-_MOST_SPANS:]
     parts: list[str] = []
     for span in shown:
@@ -189,24 +197,31 @@ def _bars(spans: Sequence[Span], scale: _Scale, y: float, label_until: float | N
         parts.append(
             f'<rect {bar} class="span {escape(span.outcome.replace(" ", "-"))}"><title>{escape(told)}</title></rect>'
         )
-    if label_until is not None:
-        x = max(scale(span.attempt, span.end_s) for span in shown) + 8
-        parts.append(svg.text(x, y + 11, svg.fit(_summary(spans), label_until - x, 10), "legend"))
     return parts
 
 
-def _sessions(sessions: Sequence[Session], scale: _Scale, top: float, bottom: float, width: float) -> list[str]:
-    """A shaded stretch for each attempt of the run, if there are several, with its number above."""
+def _bands(sessions: Sequence[Session], scale: _Scale, top: float, bottom: float) -> list[str]:
+    """A shaded stretch for each attempt of the run, if there are several."""
+    if len(sessions) < 2:
+        return []
+    parts: list[str] = []
+    for session in sessions[-_MOST_SPANS:]:
+        x, end = scale(session.attempt, session.start_s), scale(session.attempt, session.end_s)
+        parts.append(
+            f'<rect x="{x:.1f}" y="{top:g}" width="{max(1.0, end - x):.1f}" height="{bottom - top:g}" class="band">'
+            f"<title>attempt {session.attempt} of the run: {escape(session.outcome)}</title></rect>"
+        )
+    return parts
+
+
+def _session_labels(sessions: Sequence[Session], scale: _Scale, top: float, width: float) -> list[str]:
+    """The number of each attempt of the run above its stretch, if there are several."""
     if len(sessions) < 2:
         return []
     parts: list[str] = []
     free_from = 0.0
     for session in sessions[-_MOST_SPANS:]:
         x, end = scale(session.attempt, session.start_s), scale(session.attempt, session.end_s)
-        parts.append(
-            f'<rect x="{x:.1f}" y="{top - 4:g}" width="{max(1.0, end - x):.1f}" height="{bottom - top:g}" class="band">'
-            f"<title>attempt {session.attempt} of the run: {escape(session.outcome)}</title></rect>"
-        )
         label = f"attempt {session.attempt}: {session.outcome}"
         if svg.text_width(label, 11) > end - x:
             label = str(session.attempt)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from workflows.live.snapshot import Snapshot, StepView
-from workflows.report.text import ABSENT, Cell, Html, Number, count, duration, note, plain, scaled, section, table
+from workflows.progress import duration
+from workflows.report.text import ABSENT, Cell, Html, Number, count, note, plain, scaled, section, table
 
 _MOST_CONFIG_CHARS = 100_000
 """Of all configurations together."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from workflows.causes import ended_words, failure_words
 from workflows.cost import Cost, total_of
 from workflows.live import drawings
 from workflows.live.drawings import mark_of
@@ -14,9 +15,10 @@ from workflows.live.history import Trouble
 from workflows.live.lineage import lineage
 from workflows.live.snapshot import Snapshot, StepView
 from workflows.live.style import SCRIPT, run_style
+from workflows.progress import duration
 from workflows.report import sections
 from workflows.report.style import page_style
-from workflows.report.text import Cell, Html, Number, count, duration, note, plain, section, table
+from workflows.report.text import Cell, Html, Number, count, note, plain, section, table
 from workflows.summary import UNFINISHED
 
 MOST_TROUBLES = 30
@@ -197,8 +199,12 @@ def _steps(seen: Snapshot) -> str:
         "An arrow leads from what is made to what is made from it; on a narrow screen arrows that others imply are "
         f"left out.{drawings.left_out(seen.steps)}"
     )
-    steps = table(head, rows).replace("<table>", '<table class="flow">', 1)
-    return section("Steps", drawings.graph(seen.steps, seen.history), legend, steps, remark)
+    return section("Steps", drawings.graph(seen.steps, seen.history), legend, _flowing(table(head, rows)), remark)
+
+
+def _flowing(shown: str) -> str:
+    """A table whose rows become paragraphs on a phone, where it would be cut off."""
+    return shown.replace("<table>", '<table class="flow">', 1)
 
 
 def _badge(status: str) -> str:
@@ -236,12 +242,16 @@ def _trouble(trouble: Trouble, seen: Snapshot) -> str:
     if trouble.traceback:
         summary = "Traceback, or the last output" + (f", of rank {trouble.rank}" if trouble.rank else "")
         traceback = f"<details><summary>{summary}</summary><pre>{plain(_cut(trouble.traceback))}</pre></details>"
+    words = failure_words(trouble.kind, trouble.message)
+    if words != trouble.message:
+        whole = f"<details><summary>The whole message</summary><pre>{plain(_cut(trouble.message))}</pre></details>"
+        traceback = whole + traceback
     call = f"{trouble.step}-{trouble.shards[-1]}" if trouble.shards else trouble.step
     folder = f"work/{trouble.attempt:03d}/{call}"
     logs = f'<p class="detail">Logs: {_code(f"{seen.store}/runs/{seen.run_id}/{folder}")}</p>'
     return (
         f'<article class="trouble"><h3>{mark_of("failed")} {plain(trouble.step)}: {plain(trouble.kind)}</h3>'
-        f'<p class="detail">{plain(where)}</p><p class="message">{plain(_cut(trouble.message))}</p>'
+        f'<p class="detail">{plain(where)}</p><p class="message">{plain(_cut(words))}</p>'
         f'<p class="detail"><strong>{plain(trouble.error_class)}.</strong> {plain(_MEANS.get(trouble.error_class, ""))}'
         f"</p>{shards}{traceback}{logs}</article>"
     )
@@ -255,9 +265,10 @@ def _time_line(seen: Snapshot) -> str:
     if not drawn or not seen.history.spans:
         return ""
     explanation = (
-        "A bar is an attempt of a step, with how the last of them ended; a dashed one was killed or tried again. "
-        "Pauses between attempts of the run are shortened."
+        "A bar is an attempt of a step, with how the last of them ended; a dashed one was killed or tried again."
     )
+    if len(seen.history.sessions) > 1:
+        explanation += " Pauses between attempts of the run are shortened."
     return section("Time line", drawn, note(explanation), _sessions(seen))
 
 
@@ -267,11 +278,17 @@ def _sessions(seen: Snapshot) -> str:
     if len(sessions) < 2 and not any(session.about for session in sessions):
         return ""
     rows: list[list[Cell]] = [
-        [str(s.attempt), s.outcome, _utc(s.start_s), Number(duration(s.end_s - s.start_s)), s.about]
+        [
+            Html(f"<span class='on-phone'>Attempt </span>{s.attempt}"),
+            ended_words(s.outcome),
+            _utc(s.start_s),
+            Number(duration(s.end_s - s.start_s)),
+            s.about,
+        ]
         for s in reversed(sessions[-MOST_ROWS:])
     ]
     head: list[Cell] = ["Attempt of the run", "It was or is", "Started (UTC)", Number("Time"), "Where"]
-    return table(head, rows)
+    return _flowing(table(head, rows))
 
 
 def _trainings(seen: Snapshot) -> Sequence[str]:
@@ -312,15 +329,8 @@ def _costs(seen: Snapshot) -> str:
 
 
 def _cost_row(name: str, attempt: str, cost: Cost, has_gpus: bool) -> list[Cell]:
-    gpu = [Number(_hours(cost.gpu_s))] if has_gpus else []
-    return [name, Number(attempt), Number(_hours(cost.cpu_s)), *gpu, Number(count(cost.processes))]
-
-
-def _hours(seconds: float) -> str:
-    """A length of time as it is billed, once there are hours of it."""
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    return f"{seconds / 3600:,.2f} h" if seconds >= 3600 else duration(seconds)
+    gpu = [Number(duration(cost.gpu_s))] if has_gpus else []
+    return [name, Number(attempt), Number(duration(cost.cpu_s)), *gpu, Number(count(cost.processes))]
 
 
 # Events

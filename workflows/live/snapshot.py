@@ -114,9 +114,7 @@ def _progress(progress: Mapping[str, Any], first: tuple[float, float] | None, st
     found: dict[str, Any] = {"done": float(progress.get("done", 0)), "total": float(progress.get("total", 0))}
     if status != "running":
         return found
-    if (left_s := seconds_left(progress, first)) is not None:
-        found["left_s"] = left_s
-    return found | {"detail": ", ".join(progress_words(progress))}
+    return found | {"detail": ", ".join(progress_words(progress, seconds_left(progress, first)))}
 
 
 class Watcher:
@@ -196,12 +194,11 @@ class Watcher:
             except CorruptionError as error:
                 problems.append(str(error))
         committed = self._committed.get(step.name)
-        left = f", about {view['left_s']:.0f} s left" if view.get("left_s") else ""
         return StepView(
             name=step.name,
             stage=stage,
             status=view["status"],
-            detail=self._clean(view["detail"] + left),
+            detail=self._clean(view["detail"]),
             started_s=view["started_s"],
             ended_s=view["ended_s"],
             done=view["done"],

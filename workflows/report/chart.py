@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -25,7 +25,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Level:
-    """A labelled horizontal line."""
+    """A horizontal line, named above the chart: beside it there may be curves."""
 
     y: float
     label: str
@@ -52,7 +52,7 @@ class Size:
     bottom: float = 48.0
 
 
-_LABEL_CLEARANCE = 18.0
+_LEGEND_ROW_PX = 18.0
 _LEAST_MARGIN = 1e-3
 """Of what is shown, as a share of its largest figure."""
 
@@ -142,6 +142,8 @@ def line_chart(
     y_low, y_high = y_range
     if y_high == y_low:
         y_low, y_high = y_low - 0.5, y_high + 0.5
+    legend, num_rows = _legend(lines, levels, size)
+    size = replace(size, top=max(size.top, 10 + _LEGEND_ROW_PX * num_rows))
     inner_width, inner_height = size.width - size.left - size.right, size.height - size.top - size.bottom
     bottom, right = size.top + inner_height, size.left + inner_width
 
@@ -195,22 +197,25 @@ def line_chart(
     parts.append("</svg>")
     for level in levels:
         y = to_y(level.y)
-        above = y - 6 if y - size.top > _LABEL_CLEARANCE else y + 16
         parts.append(f'<line x1="{size.left:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}" class="level"/>')
-        parts.append(text(right - 4, round(above, 1), level.label, "level-label", "end"))
-    parts.append(_legend(lines, size.left))
-    return Drawing("".join(parts), size.width, size.height)
+    return Drawing("".join([*parts, legend]), size.width, size.height)
 
 
-def _legend(lines: Sequence[Line], left: float) -> str:
+def _legend(lines: Sequence[Line], levels: Sequence[Level], size: Size) -> tuple[str, int]:
+    """What lines and levels are called, and on how many rows that stands."""
+    named = [(line.label, line.css_class, "legend") for line in lines if line.label]
+    named += [(level.label, "level", "level-label") for level in levels]
     parts: list[str] = []
-    x = left
-    for line in lines:
-        if line.label:
-            parts.append(f'<path d="M{x:g} 16h22" class="{line.css_class}"/>')
-            parts.append(text(x + 28, 20, line.label, "legend"))
-            x += 28 + text_width(line.label, 12) + 18
-    return "".join(parts)
+    x, row = size.left, 0
+    for label, line_class, text_class in named:
+        width = 28 + text_width(label, 12)
+        if x > size.left and x + width > size.width:
+            x, row = size.left, row + 1
+        y = 16 + _LEGEND_ROW_PX * row
+        parts.append(f'<path d="M{x:g} {y:g}h22" class="{line_class}"/>')
+        parts.append(text(x + 28, y + 4, fit(label, size.width - x - 28, 12), text_class))
+        x += width + 18
+    return "".join(parts), row + 1
 
 
 def _polyline(points: Points) -> str:

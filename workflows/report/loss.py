@@ -53,7 +53,7 @@ def loss_chart(metrics: Sequence[Mapping[str, Any]], unigram: float | None, size
         lines = [raw, replace(lines[0], label=f"mean of the last {window} steps")]
     drawing = line_chart(
         lines,
-        [] if unigram is None else [Level(unigram, f"unigram entropy of the held-out text, {unigram:.2f}")],
+        [] if unigram is None else [Level(unigram, f"unigram entropy (held out), {unigram:.2f}")],
         x_label="optimizer step",
         y_label="training loss (nats/token)",
         y_range=y_range,

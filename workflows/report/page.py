@@ -5,10 +5,11 @@ import time
 from collections.abc import Mapping
 
 from pipeline.artifact import Manifest
+from workflows.progress import duration
 from workflows.report import sections, svg
 from workflows.report.data import ReportData
 from workflows.report.style import page_style
-from workflows.report.text import Cell, Html, Number, duration, listed, note, plain, scaled, section, table
+from workflows.report.text import Cell, Html, Number, listed, note, plain, scaled, section, table
 
 
 def render_page(data: ReportData, run_id: str = "") -> str:

@@ -25,7 +25,7 @@ _STYLE = Template(
     ".series5{stroke:$muted}.series{fill:none;stroke-width:1.6;stroke-linejoin:round}"
     ".smooth,.series,.many{stroke-linecap:round}.dots{stroke-width:5}.bar{stroke-width:1.2}"
     ".level{stroke:$level;stroke-width:1.5;stroke-dasharray:5 4}"
-    ".level-label{fill:$level;font-size:12px;font-weight:600;stroke:$card;stroke-width:4px;paint-order:stroke}"
+    ".level-label{fill:$level;font-size:12px;font-weight:600}"
     ".box{fill:$card;stroke:$line;stroke-width:1}"
     ".share-track{fill:$line}.share{fill:$accent}"
     ".edge{fill:none;stroke:$muted;stroke-width:1.5}.head{fill:$muted}"
@@ -206,14 +206,14 @@ def _curve(a: Point, b: Point, layout: Layout) -> str:
     width, height = layout.node_width, layout.node_height
     if a[0] == b[0]:
         x, y0, y1 = a[0] + width / 2, a[1] + height, b[1]
-        return f'<path d="M{x:g} {y0:g}V{y1 - 5:g}" class="edge"/>' + _head(x, y1, "down", "head")
+        return f'<path d="M{x:g} {y0:g}V{y1 - 5:g}" class="edge"/>' + arrow_head(x, y1, "down", "head")
     forwards = b[0] > a[0]
     x0, x1 = (a[0] + width, b[0]) if forwards else (a[0], b[0] + width)
     y0, y1 = a[1] + height / 2, b[1] + height / 2
     end, tip = (x1 - 9, x1 - 5) if forwards else (x1 + 9, x1 + 5)
     bend = (x0 + end) / 2
     path = f'<path d="M{x0:g} {y0:g}C{bend:g} {y0:g} {bend:g} {y1:g} {end:g} {y1:g}H{tip:g}" class="edge"/>'
-    return path + _head(x1, y1, "right" if forwards else "left", "head")
+    return path + arrow_head(x1, y1, "right" if forwards else "left", "head")
 
 
 def _is_hidden(a: Point, b: Point, boxes: Collection[Point]) -> bool:
@@ -228,10 +228,12 @@ def _detour(a: Point, b: Point, layout: Layout) -> str:
     y0, y1 = a[1] + layout.node_height * 0.7, b[1] + layout.node_height * 0.3
     lane = x + side * layout.gap_x * 0.6
     corners = [(x, y0), (lane, y0), (lane, y1), (x + 5 * side, y1)]
-    return f'<path d="{_rounded(corners, 6)}" class="edge"/>' + _head(x, y1, "right" if side < 0 else "left", "head")
+    return f'<path d="{rounded(corners, 6)}" class="edge"/>' + arrow_head(
+        x, y1, "right" if side < 0 else "left", "head"
+    )
 
 
-def _head(x: float, y: float, direction: str, css_class: str) -> str:
+def arrow_head(x: float, y: float, direction: str, css_class: str) -> str:
     """Arrow head whose tip is at (x, y)."""
     back = {"right": "l-7 -3.5v7z", "left": "l7 -3.5v7z", "down": "l-3.5 -7h7z"}[direction]
     return f'<path d="M{x:g} {y:g}{back}" class="{css_class}"/>'
@@ -258,12 +260,12 @@ def _lanes(
             y1 += layout.node_height / 2 + min(layout.lane_gap, spacing) * (entering.index(start) + 1)
             turn_x = x1 - 14 - 7 * (len(starts) - 1 - number)
             corners = [(x0, y0), (x0, lane_y), (turn_x, lane_y), (turn_x, y1), (x1 - 5, y1)]
-            parts.append(f'<path d="{_rounded(corners, 6)}" class="lane"/>' + _head(x1, y1, "right", "lane-head"))
+            parts.append(f'<path d="{rounded(corners, 6)}" class="lane"/>' + arrow_head(x1, y1, "right", "lane-head"))
     lanes_height = layout.gap_y / 2 + len(starts) * layout.lane_gap + 4 if starts else 0.0
     return parts, bottom + lanes_height
 
 
-def _rounded(corners: Sequence[Point], radius: float) -> str:
+def rounded(corners: Sequence[Point], radius: float) -> str:
     """Path data of horizontal and vertical pieces with rounded corners."""
     parts = [f"M{corners[0][0]:g} {corners[0][1]:g}"]
     for before, corner, after in zip(corners, corners[1:], corners[2:], strict=False):

@@ -78,16 +78,6 @@ def scaled(value: float, unit: str = "") -> str:
     return f"{value:.4g} {unit}".rstrip()
 
 
-def duration(seconds: float) -> str:
-    """A length of time in the two largest units."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def listed(words: Sequence[str]) -> str:
     """Words as in "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
