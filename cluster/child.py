@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.auth import redacted
+from cluster.executor import CallStoppedError
 
 PARENT_PIPE_ENV = "DLM_PARENT_PIPE"
 
@@ -43,10 +44,6 @@ def call_function(function: str, payload: dict[str, Any], notice: Callable[[], s
 
 class CallFailedError(RuntimeError):
     """A call has raised; its log tells where."""
-
-
-class CallStoppedError(RuntimeError):
-    """A call ends early because it was asked to: that explains itself, without a traceback."""
 
 
 def call_told(function: str, payload: dict[str, Any], notice: Callable[[], str] = no_notice) -> None:

@@ -46,6 +46,10 @@ class Ended:
     """Whether that was a node taken away after a notice."""
 
 
+class CallStoppedError(RuntimeError):
+    """A call ends early because it was asked to: that explains itself, without a traceback."""
+
+
 class ExecutorLostError(RuntimeError):
     """An executor has lost what it runs on, with all calls: nothing more can be done in this process."""
 

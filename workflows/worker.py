@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.auth import redacted
-from cluster.child import CallStoppedError
-from cluster.executor import GPUS_ENV
+from cluster.executor import GPUS_ENV, CallStoppedError
 from pipeline.artifact import MANIFEST, checked_files, json_bytes, read_json, write_json
 from pipeline.config import from_json
 from pipeline.errors import ErrorClass, HangError, UserError, classify, is_disk_full
