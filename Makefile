@@ -15,8 +15,9 @@ RUN_STAMP := $(TORCH_STAMP:.installed=-run.installed)
 quickstart: $(RUN_STAMP)
 	$(BIN)/dlm run quickstart
 
+# Three processes for two cores: much of a test is waiting.
 test: .venv/dev.installed
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 3
 
 test-slow: .venv/dev.installed
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"

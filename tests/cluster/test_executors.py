@@ -297,6 +297,7 @@ def test_local_gang_of_which_a_rank_cannot_be_started_is_stopped_as_a_whole(loca
 # --- Ray ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(RAY_LIMIT_S)
 def test_gang_whose_controller_is_killed_leaves_no_rank_and_no_placement_group(shared_ray, tmp_path):

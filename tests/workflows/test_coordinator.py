@@ -149,9 +149,9 @@ def test_gang_with_a_killed_rank_restarts_as_a_whole(store, log, executor_of_gan
     assert retry["error_class"] == "infra", "the peer's lost connection is not the cause"
 
 
-def test_gang_with_a_failing_rank_stops_the_others(store, log, executor):
+def test_gang_with_a_failing_rank_stops_the_others(store, log, executor_of_gangs):
     plan = gang_plan(store, log, total__trouble="user", total__where="total-1")
-    states = coordinate(store, plan, executor)
+    states = coordinate(store, plan, executor_of_gangs)
     assert states["total"].failure.message == "total-1 does not like its settings"
     for rank in (0, 1):
         wait_until(lambda rank=rank: all(map(is_gone_or_idle, pids(log, f"total-{rank}"))), "the ranks are gone")
@@ -299,6 +299,7 @@ def test_interrupted_coordinator_stops_its_workers_and_frees_its_leases(store, l
     assert set(statuses(coordinate(store, run, local)).values()) == {"committed"}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(RAY_LIMIT_S)
 def test_interrupted_coordinator_on_ray_stops_a_hanging_gang(store, log, shared_ray):

@@ -46,9 +46,9 @@ def test_gang_fails_with_the_rank_that_raised_and_its_traceback(store, log, exec
 
 
 def test_gang_that_hangs_is_ended_by_its_watchdog_tried_again_and_the_log_has_the_stacks(
-    store, log, executor, no_backoff
+    store, log, executor_of_gangs, no_backoff
 ):
-    state, run = run_gang(store, log, executor, trouble="stuck", where="total-1")
+    state, run = run_gang(store, log, executor_of_gangs, trouble="stuck", where="total-1")
     assert state.status == "committed", state.failure
     assert executions(log) == {"total-0": 2, "total-1": 2}
     (retry,) = retries(run)

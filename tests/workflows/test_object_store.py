@@ -106,6 +106,7 @@ def test_a_run_ends_with_its_artifacts_logs_and_usage_in_the_store_and_is_cached
     assert value_of(again["total"]) == value_of(states["total"])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cancelled_is_resumed_to_its_end_on_another_machine(
     s3_store: Store, log: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
