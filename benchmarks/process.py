@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,32 +42,45 @@ def run_program(function: str, *arguments: str, log: Path, env: Mapping[str, str
 
 
 @contextmanager
-def _killed_after(limit_s: float, group: int) -> Iterator[None]:
-    """A process group that dies after so many seconds, or as soon as we are interrupted."""
-    timer = threading.Timer(limit_s, os.killpg, (group, signal.SIGKILL))
+def _killed_after(limit_s: float, group: int) -> Iterator[list[psutil.Process]]:
+    """A process group that dies after so many seconds, or as soon as we are interrupted; its leader's descendants.
+
+    Those that lead groups of their own are known only as long as the leader is there.
+    """
+    descendants: list[psutil.Process] = []
+
+    def kill() -> None:
+        with suppress(psutil.NoSuchProcess):
+            descendants.extend(psutil.Process(group).children(recursive=True))
+        os.killpg(group, signal.SIGKILL)
+        for process in descendants:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    timer = threading.Timer(limit_s, kill)
     timer.start()
     try:
-        yield
+        yield descendants
     except BaseException:
-        os.killpg(group, signal.SIGKILL)
+        kill()
         raise
     finally:
         timer.cancel()
 
 
-def _await_end(group: int, name: str) -> None:
-    """Return once no process of a group is left: one that was killed takes its time, which would be the next one's."""
+def _await_end(descendants: Sequence[psutil.Process], name: str) -> None:
+    """Return once none is left: one that was killed takes its time, which would be the next program's."""
     deadline = time.monotonic() + _GONE_WITHIN_S
-    while left := [process for process in psutil.process_iter() if _is_of(group, process)]:
+    while left := [process for process in descendants if _is_alive(process)]:
         if time.monotonic() > deadline:
             raise RefusedError(f"{name}: processes of it are left after {_GONE_WITHIN_S:.0f} s: {left}")
         time.sleep(0.01)
 
 
-def _is_of(group: int, process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
-        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
-    except (ProcessLookupError, psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
@@ -96,12 +109,12 @@ def run_command(
             # A group of its own can be killed at once, but gets no Ctrl-C from the terminal.
             process_group=None if limit_s is None else 0,
         )
-        with nullcontext() if limit_s is None else _killed_after(limit_s, process.pid):
+        with nullcontext([]) if limit_s is None else _killed_after(limit_s, process.pid) as descendants:
             _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if limit_s is not None and wall_s >= limit_s and process.returncode == -signal.SIGKILL:
-        _await_end(process.pid, name)
+        _await_end(descendants, name)
         return Cost(wall_s, usage.ru_utime + usage.ru_stime, is_stopped=True)
     if process.returncode:
         tail = log.read_text(errors="replace")[-_LOG_CHARS:]

@@ -189,11 +189,14 @@ class Jobs:
 
     def _has_agent(self) -> bool | None:
         """Whether the job agent of the head node listens; None if the dashboard does not tell."""
-        with _readable(self.url):
-            answer = self._client._do_request("GET", "/nodes?view=summary", timeout=_CONNECT_S)
-            if answer.status_code != 200:
-                return None
-            nodes = [node.get("raylet", {}) for node in answer.json().get("data", {}).get("summary", [])]
+        try:
+            with _readable(self.url):
+                answer = self._client._do_request("GET", "/nodes?view=summary", timeout=_CONNECT_S)
+                if answer.status_code != 200:
+                    return None
+                nodes = [node.get("raylet", {}) for node in answer.json().get("data", {}).get("summary", [])]
+        except SilentError:  # a large cluster takes its time for a list of all its nodes
+            return None
         ports = [node.get("dashboardAgentListenPort") for node in nodes if node.get("isHeadNode")]
         return ports[0] > 0 if ports and isinstance(ports[0], int) and ports[0] else None
 

@@ -255,8 +255,9 @@ class RayExecutor(Executor):
             self._ray.cancel(ref, force=True, recursive=True)
 
     def close(self) -> None:
-        """Cancel what runs, then stop this process's Ray; what is left of a lost one the reaper ends after us."""
-        if self._is_lost():
+        """Cancel what runs, then stop this process's Ray; what is left of a lost one the reaper ends."""
+        if self._is_lost() and self._reaper is not None:
+            self._reaper.communicate()  # nobody else may begin what a worker is still at
             return
         self.cancel(*self._refs.values())
         if self._refs:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 _SESSION_ENDS: Mapping[str, str] = {
-    "killed": "killed: its coordinator ended without a word",
+    "killed": "ended without a last entry: its coordinator was killed, or interrupted",
     "stopped": "stopped on request",
     "cancelled": "cancelled on request",
 }
@@ -22,4 +22,4 @@ def failure_words(kind: str, message: str) -> str:
     if kind != "WorkerDied":
         return message
     last = message.strip().rpartition("\n")[2].partition(". ")[0]
-    return f"a worker was killed or lost: {last}" if last else "a worker was killed or lost"
+    return f"a worker ended without a result: {last}" if last else "a worker ended without a result"

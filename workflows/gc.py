@@ -194,20 +194,27 @@ def measured(found: Iterable[Garbage]) -> list[Garbage]:
     A file with several links gives its bytes with the last of them, and none as long as there are others elsewhere: an
     artifact has links to files of its state.
     """
-    gone, seen, result = Counter[tuple[int, int]](), set[Path](), list[Garbage]()
-    for one in found:
-        if not one.place.is_local:
-            result.append(replace(one, freed_bytes=sum(_sizes(one.place).values())))
+    gone, seen = Counter[tuple[int, int]](), set[Path]()
+    return [replace(one, freed_bytes=_freed_bytes(one.place, gone, seen)) for one in found]
+
+
+def _freed_bytes(place: Place, gone: Counter[tuple[int, int]], seen: set[Path]) -> int:
+    """Bytes that deleting a place gives back; takes note of its links and files."""
+    if not place.is_local:
+        return sum(_sizes(place).values())
+    freed = 0
+    for path in _files(place.path):
+        if path in seen:
             continue
-        freed = 0
-        for path in [path for path in _files(one.place.path) if path not in seen]:
-            seen.add(path)
+        seen.add(path)
+        try:
             stat = path.lstat()
-            inode = (stat.st_dev, stat.st_ino)
-            gone[inode] += 1
-            freed += stat.st_size if gone[inode] == stat.st_nlink else 0
-        result.append(replace(one, freed_bytes=freed))
-    return result
+        except FileNotFoundError:  # whoever wrote it has just finished
+            continue
+        inode = (stat.st_dev, stat.st_ino)
+        gone[inode] += 1
+        freed += stat.st_size if gone[inode] == stat.st_nlink else 0
+    return freed
 
 
 def _files(root: Path) -> list[Path]:
@@ -223,7 +230,7 @@ def _sizes(place: Place) -> dict[str, int]:
 
 def collect(store: Store, found: Iterable[Garbage]) -> list[Garbage]:
     """Delete it, and return what was deleted: not what somebody has begun to use in the meantime."""
-    deleted: list[Garbage] = []
+    deleted, seen = list[Garbage](), set[Path]()
     marked, next_look_s = marks(store), 0.0
     for one in found:
         if store.root.is_local or time.monotonic() >= next_look_s:
@@ -234,9 +241,10 @@ def collect(store: Store, found: Iterable[Garbage]) -> list[Garbage]:
             continue
         if one.what == "code" and one.place.name.removesuffix(".zip") in marked.code:
             continue
-        now = measured([one])[0] if one.place.is_local else one  # what was left before may hold other links
-        if _remove(now):
-            deleted.append(now)
+        if one.place.is_local:  # what was left before may hold other links
+            one = replace(one, freed_bytes=_freed_bytes(one.place, Counter(), seen))
+        if _remove(one):
+            deleted.append(one)
     return deleted
 
 

@@ -24,7 +24,7 @@ from workflows.store import RunPlace, Store
 _STORE_CHARS = 6
 """Of a store's id, in that of a job: another store may have a run of the same name."""
 _ON_ITS_WAY_S = 120.0
-"""How long handing a job over may take: its code is sent, and a cluster that starts is asked again for a minute."""
+"""How long handing a job over may take: its code is sent, and a cluster that starts has half a minute."""
 _MAX_CHARS = 200
 """Of what is told of a job's end."""
 
@@ -91,7 +91,6 @@ def submit_run(
     if live := next((job for job in known if job.status not in OVER), None):
         if has_options:
             _require_same(run, live.job_id, wanted)
-        note_taken(run, live.job_id)
         _want_again(run)
         return live
     env = _env(run, wanted, are_kept=not env_names)
@@ -287,7 +286,7 @@ def told_of_unknown(run: RunPlace, job: Submission, url: str) -> str:
     elif was_taken(run, job.job_id):
         why = "it has been started anew since it took it"
     else:
-        why = "it never took it"
+        why = "it is not known to have taken it"
     return f"the cluster at {url} knows no job {job.job_id}: {why}"
 
 

@@ -32,8 +32,20 @@ def local_executor() -> Iterator[LocalExecutor]:
     executor.close()
 
 
-@pytest.fixture(params=["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(RAY_LIMIT_S)])])
+_ON_RAY = (pytest.mark.ray, pytest.mark.timeout(RAY_LIMIT_S))
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=_ON_RAY)])
 def executor(request: pytest.FixtureRequest) -> Executor:
+    return _executor(request)
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=(*_ON_RAY, pytest.mark.slow))])
+def executor_of_gangs(request: pytest.FixtureRequest) -> Executor:
+    return _executor(request)
+
+
+def _executor(request: pytest.FixtureRequest) -> Executor:
     return request.getfixturevalue("local_executor" if request.param == "local" else "shared_ray")
 
 
@@ -114,9 +126,9 @@ def test_call_that_is_killed_says_so(executor, tmp_path):
     assert ended.killed
 
 
-def test_gang_has_ranks_and_one_address(executor, tmp_path):
+def test_gang_has_ranks_and_one_address(executor_of_gangs, tmp_path):
     item = call("write_down", tmp_path, gang_size=2, cpus=0.5, word="w")
-    assert collect(executor, item) == {item.key: Ended(item.key)}
+    assert collect(executor_of_gangs, item) == {item.key: Ended(item.key)}
     ranks = [json.loads((tmp_path / f"w-{rank}.json").read_text()) for rank in range(2)]
     assert [(rank["RANK"], rank["LOCAL_RANK"]) for rank in ranks] == [("0", "0"), ("1", "1")]
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):

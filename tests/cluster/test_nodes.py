@@ -87,14 +87,14 @@ class Asked(Demand):
 
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch):
-    """Waits for room on these nodes, with a short patience; tells what was asked of the autoscaler too."""
+    """Waits for room on these nodes, with patience for a demand that will be met; tells what was asked, too."""
 
     def wait(
         nodes: list[Node], sizes: tuple[int, ...], *, wants_gpus: bool = False, may_grow: bool = True, met_after=10**6
     ):
         demand = Asked(met_after)
         monkeypatch.setattr(gang, "nodes", lambda: nodes)
-        monkeypatch.setattr(gang, "_MORE_WAIT_S", 0.2)
+        monkeypatch.setattr(gang, "_MORE_WAIT_S", 0.2 if met_after == 10**6 else 60.0)
         monkeypatch.setattr(gang, "_LOOK_EVERY_S", 0.05)
         return gang._wait_for_room(sizes, 1.0, wants_gpus, may_grow, demand), demand.said
 

@@ -353,9 +353,13 @@ def test_gc_counts_what_lies_in_something_else_that_goes_once(store, used):
     fabricate(store, other, "double")
     folder = artifact_of(other.step("double"), store).directory
     put(folder, ".half.0123abcd.tmp")
-    inside = {one.what: one.freed_bytes for one in find_garbage(store, 0.0)}
-    assert inside["staging"] == 0
-    assert inside["artifact"] == sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
+    put(folder / "attempts" / "000001", ".part.0123abcd.tmp")
+    found = find_garbage(store, 0.0)
+    sizes = sorted((one.what, one.freed_bytes) for one in found)
+    whole = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
+    assert sizes == [("artifact", whole), ("staging", 0), ("staging", 0)]
+    assert sorted((one.what, one.freed_bytes) for one in collect(store, found)) == sizes
+    assert not list(folder.path.rglob("*.tmp"))
 
 
 # --- unlock ---------------------------------------------------------------------------------------------------------

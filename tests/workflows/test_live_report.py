@@ -353,11 +353,11 @@ def test_worker_that_died_is_told_in_a_line_with_the_whole_message_below():
     events = [event(1, "run_started"), event(1, "step_started", "a", epoch=1)]
     events += [event(2, "step_retry", "a", failure=killed, backoff_s=1.0)]
     source = render(snapshot([step_view("a", "running")], events), 3.0)
-    assert '<p class="message">a worker was killed or lost: Its process has died</p>' in source
+    assert '<p class="message">a worker ended without a result: Its process has died</p>' in source
     assert "<summary>The whole message</summary>" in source
     assert "Causes include:" in source
     assert failure_words("ValueError", "\x1b[1mno such field\x1b[0m\nat all") == "no such field\nat all"
-    assert failure_words("WorkerDied", "") == "a worker was killed or lost"
+    assert failure_words("WorkerDied", "") == "a worker ended without a result"
 
 
 def test_time_line_has_its_words_beside_the_stretches_of_attempts():
@@ -428,7 +428,7 @@ def test_attempts_of_the_run_are_listed_with_where_they_ran():
     assert source.count('<table class="flow">') == 2  # of steps and of attempts: a phone would cut them off
     where = "executor ray, address http://head:8265, job raysubmit_1"
     assert f"Attempt 2 cancelled on request 1970-01-01 00:33:20 1m00s {where}" in text
-    killed = "Attempt 1 killed: its coordinator ended without a word 1970-01-01 00:16:40 0.0s"
+    killed = "Attempt 1 ended without a last entry: its coordinator was killed, or interrupted 1970-01-01 00:16:40 0.0s"
     assert f"{killed} executor ray, address auto" in text
     assert "This run was cancelled. What was finished is kept." in text
     assert "dlm resume r1" in text

@@ -1,6 +1,7 @@
 """``dlm logs``: which there are, the one that tells most, following, secrets."""
 
 import json
+import queue
 import threading
 import time
 
@@ -8,7 +9,7 @@ import pytest
 
 from pipeline.storage import Place
 from tests.support.fabricated import begin, end, fabricate_run, fabricate_turn, failure, usage
-from tests.support.toy_workflow import toy_plan
+from tests.support.toy_workflow import fabricate, toy_plan
 from workflows import store as stores
 from workflows.commands import logs
 from workflows.commands.logs import find_logs, most_telling
@@ -235,27 +236,39 @@ def test_followed_log_of_a_run_that_is_cancelled_ends_with_the_run(dlm, store):
     assert followed.stderr == "run r1 has ended: cancelled\n"
 
 
+def test_logs_of_a_step_that_was_made_before_are_not_waited_for(dlm, store):
+    fabricate(store, toy_plan(), "source")
+    lease = begin(create_run(store, toy_plan(), "local", "r1"), [("step_cached", "source", {})])
+    followed = dlm("logs", "r1", "--step", "source", "-f")
+    lease.release()
+    assert followed.stderr == "source is cached (from run test) and writes no log in run r1\n"
+    assert followed.stdout == "run r1 has written no logs yet\n"
+
+
 def test_wait_for_a_first_word_or_for_the_next_try_is_told_once(dlm, store, monkeypatch):
     monkeypatch.setattr(logs, "_TOLD_AFTER_S", 0.3)
     run = create_run(store, toy_plan(), "local", "r1")
     lease = begin(run, [("step_queued", "source", {"reason": "wants 8 GPUs"})])
     folder = fabricate_turn(run, 1, "source", log_0="")
+    told, lines = queue.Queue[str](), list[str]()
+    monkeypatch.setattr(logs, "say", told.put)
 
     def go_on() -> None:
-        time.sleep(1.2)
+        lines.append(told.get(timeout=60.0))
         (folder / "rank-0.log").write(b"one\n")
         (folder / "failure-0.json").write(json.dumps(failure("infra")).encode())
-        time.sleep(1.2)
+        lines.append(told.get(timeout=60.0))
         second = fabricate_turn(run, 1, "source", "000002", log_0="two\n")
         (second / "done.json").write(b"null")
 
     thread = threading.Thread(target=go_on)
     thread.start()
-    followed = dlm("logs", "r1", "--step", "source", "-f")
+    dlm("logs", "r1", "--step", "source", "-f")
     thread.join()
     lease.release()
     where = "source is queued (wants 8 GPUs), run r1 running"
-    assert followed.stderr.splitlines() == [
+    lines += [told.get_nowait() for _ in range(told.qsize())]
+    assert lines == [
         f"source has written nothing yet; {where}",
         f"waiting for what source writes next; {where}",
         "source is done",

@@ -232,7 +232,7 @@ def test_why_tells_how_every_attempt_ended_in_the_words_of_the_page(dlm, store):
     run = fabricate_run(store, toy_plan(), [STARTED], [STARTED, stopped])  # the first one said nothing more
     end(run, 2, "cancelled")
     shown = dlm("status", "r1", "--why").stdout
-    words = "killed: its coordinator ended without a word"
+    words = "ended without a last entry: its coordinator was killed, or interrupted"
     run_part, _, source_part = shown.partition("\nattempts of the run\n")[2].partition("\nsource ")
     lines = [line.split(maxsplit=4) for line in run_part.splitlines() if line]
     assert [(line[1], line[4]) for line in lines] == [("1", words), ("2", "cancelled on request")]

@@ -29,7 +29,7 @@ from workflows.commands.status import status_words
 from workflows.display import columns
 from workflows.lease import lease_is_free
 from workflows.store import RunPlace, Store
-from workflows.summary import summarise
+from workflows.summary import RunSummary, StepSummary, summarise
 from workflows.turns import Turn, find_turns
 from workflows.worker import first_failure
 
@@ -114,6 +114,9 @@ def _awaited_logs(store: Store, run: RunPlace, step: str) -> list[Log]:
         if any(log.turn.step == step for log in there) if is_step else there:
             return there
         if summary.exit_code is not None:
+            return there
+        if is_step and (found := _of(summary, step)).status in _OVER:
+            say(f"{_stands(found)} and writes no log in run {run.run_id}")
             return there
         if not is_told:
             of_step = f"{step} in run {run.run_id}" if is_step else f"run {run.run_id}"
@@ -240,9 +243,17 @@ class _Waits:
             return
         self._told_at_s = math.inf
         summary = summarise(self._store, self._run)
-        found = next(one for one in summary.steps if one.step == step)
-        detail = f" ({found.detail.splitlines()[0]})" if found.detail else ""
-        say(f"{what}; {step} is {found.status}{detail}, run {self._run.run_id} {summary.status}")
+        say(f"{what}; {_stands(_of(summary, step))}, run {self._run.run_id} {summary.status}")
+
+
+def _of(summary: RunSummary, step: str) -> StepSummary:
+    return next(one for one in summary.steps if one.step == step)
+
+
+def _stands(found: StepSummary) -> str:
+    """Where a step stands, in a line."""
+    detail = f" ({found.detail.splitlines()[0]})" if found.detail else ""
+    return f"{found.step} is {found.status}{detail}"
 
 
 def _next(store: Store, run: RunPlace, log: Log, attempt: int | None) -> Log | None:

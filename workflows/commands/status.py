@@ -47,7 +47,7 @@ _WHEN = "%Y-%m-%d %H:%M:%S"
 def status(
     run_id: OptionalRun = "",
     store: StoreOption = DEFAULT_STORE,
-    why: Annotated[bool, typer.Option("--why", help="What befell each step, and the whole reasons.")] = False,
+    why: Annotated[bool, typer.Option("--why", help="What befell the run and each step, attempt by attempt.")] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Go on until the run ends, with its exit code; into a pipe, only changes.")
     ] = False,
