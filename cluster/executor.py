@@ -44,6 +44,8 @@ class Ended:
     """Whether a process was ended from outside (a signal, a lost node) instead of raising."""
     preempted: bool = False
     """Whether that was a node taken away after a notice."""
+    out_of_memory: bool = False
+    """Whether that was for want of memory on its node, as far as the executor knows."""
 
 
 class CallStoppedError(RuntimeError):

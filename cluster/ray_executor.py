@@ -34,6 +34,7 @@ _TOKEN = secrets.token_hex(32)
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _CANCEL_WAIT_S = 15.0
 _ANSWER_S = 1.0
+_LOW_ON_MEMORY = "killed due to the node running low on memory"
 _is_starting = threading.Event()
 """Set while this process starts a Ray."""
 _KILL_AFTER_S = 10.0
@@ -127,6 +128,12 @@ def _was_preempted(error: Exception) -> bool:
     """Whether Ray knows that a node was taken away after a notice."""
     failures = [error, *getattr(error, "worker_failures", {}).values()]
     return any(type(e).__name__ == "PreemptionError" or getattr(e, "preempted", False) for e in failures)
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """Whether Ray ended a process for want of memory: the error of a task has the name, that of an actor the words."""
+    failures = [error, *getattr(error, "worker_failures", {}).values()]
+    return any(type(e).__name__ == "OutOfMemoryError" or _LOW_ON_MEMORY in str(e) for e in failures)
 
 
 class RayExecutor(Executor):
@@ -234,7 +241,8 @@ class RayExecutor(Executor):
         try:
             self._ray.get(ref)
         except Exception as error:  # noqa: BLE001 - whatever Ray raises is the answer
-            return Ended(key, f"{type(error).__name__}: {error}", _lost_process(error), _was_preempted(error))
+            told, killed = f"{type(error).__name__}: {error}", _lost_process(error)
+            return Ended(key, told, killed, _was_preempted(error), killed and _ran_out_of_memory(error))
         return Ended(key)
 
     def _free_groups(self) -> None:

@@ -27,6 +27,7 @@ _COMMIT_FOR_S = 1.0
 """Longest time that is spent at once on committing what was taken over."""
 _COMMIT_WITHIN_S = 20.0
 """How long a storage may refuse what a step has made while it takes all else: less than ends the run."""
+_LESS_MEMORY = "Let fewer workers run on a node (workers, cpus), or take fewer rows at a time"
 _CALLS_PER_CORE = 2
 _SPARE_CALLS = 2
 """Shards of a step that the executor is given at a time: enough to keep it busy, few enough to be forgotten."""
@@ -402,6 +403,9 @@ def failure(error_class: ErrorClass, kind: str, message: str) -> Failure:
 
 def _failure_of(flight: Flight, ended: Ended) -> Failure:
     """Why a call left no result."""
+    if ended.out_of_memory:  # the peers of a rank tell only that it is gone
+        told = next((line for line in ended.failure.splitlines() if "memory" in line), ended.failure)
+        return failure("memory", "OutOfMemory", f"{told}. {_LESS_MEMORY}")
     found = first_failure(flight.work)
     if found is not None and not (ended.killed and found.error_class == "code"):
         return found

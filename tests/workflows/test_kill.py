@@ -171,6 +171,25 @@ def test_ray_that_ends_under_a_run_ends_it_as_resumable(store, log, monkeypatch,
     finish(store, log, {"source"})
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(RAY_LIMIT_S)
+def test_worker_that_ray_ends_for_want_of_memory_is_tried_once_more(store, log, monkeypatch):
+    """Ray's monitor ends the newest task as soon as the machine uses more than a part of its memory: here any."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "50")
+    logs = {f"{s.name}__log": str(log) for s in toy_workflow().steps}
+    where = ("--store", store.url, "--executor", "ray", "--run-id", "r1", "--only", "source")
+    assert toy("run", "toy", *where, **logs, source__trouble="leave").wait(timeout=120) == 3
+    events = list(store.run("r1").events())
+    (retry,), (failed,) = ([e["failure"] for e in events if e["kind"] == k] for k in ("step_retry", "step_failed"))
+    for found in (retry, failed):
+        assert found["error_class"] == "memory"
+        assert "running low on memory" in found["message"]
+        assert "\n" not in found["message"]
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(RAY_LIMIT_S)
 def test_interrupt_while_ray_starts_ends_the_run_before_its_first_step(store, log):
