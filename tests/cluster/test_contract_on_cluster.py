@@ -50,18 +50,15 @@ def on_cluster() -> Iterator[Executor]:
             os.environ.update(before)
 
 
-@pytest.fixture
-def executor(request: pytest.FixtureRequest, on_cluster: Executor) -> Executor | Callable[[], Executor]:
+def _executor(request: pytest.FixtureRequest, on_cluster: Executor) -> Executor | Callable[[], Executor]:
     """For tests of executors the thing itself, for tests of workflows how to make one."""
     if request.function.__module__ == test_executors.__name__:
         return on_cluster
     return lambda: Kept(on_cluster)
 
 
-@pytest.fixture
-def executor_of_gangs(on_cluster: Executor) -> Callable[[], Executor]:
-    """The same, for tests with several gangs one after another."""
-    return lambda: Kept(on_cluster)
+executor = pytest.fixture(_executor)
+executor_of_gangs = pytest.fixture(_executor)
 
 
 @pytest.fixture
