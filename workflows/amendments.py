@@ -109,7 +109,8 @@ def prepare(store: Store, run: RunPlace, wishes: Wishes, again: str) -> Amendmen
     drifted = {step: fields for step, fields in drifted.items() if step not in anew}
     _refuse_accepted(store, plan, wishes.accept, anew, drifted)
     if left := {step: fields for step, fields in drifted.items() if step not in wishes.accept}:
-        raise DriftError(f"{describe_drift(left)}\n{_advice(store, plan, left, again)}")
+        files = f"Which files changed: dlm explain {run.run_id}"
+        raise DriftError(f"{describe_drift(left)}\n{files}\n{_advice(store, plan, left, again)}")
     _refuse_lost(store, plan, anew)
 
     salts = dict.fromkeys(wishes.rebuild, secrets.token_hex(4))

@@ -398,6 +398,9 @@ def test_plan_is_frozen_as_a_run_that_nothing_works_on_until_it_is_resumed(dlm: 
     other = dlm("plan", "toy", "--freeze", "first")
     assert other.code == 2
     assert "there is a run 'first' already, and it is another one" in other.stderr
+    how = dlm("plan", "toy", "--set", "source.number=5", "--set", "total.workers=1", "--freeze", "first")
+    assert how.code == 2
+    assert "there is a run 'first' already, and it works with other settings of how it runs" in how.stderr
     assert dlm("plan", "toy", "--freeze", "second", "--settings").code == 2
     assert [made.run_id for made in store.runs()] == ["first"]
 

@@ -146,6 +146,7 @@ def cancel(
             f"To take it back: dlm cancel {run_id} --undo{store_option(place)}, or dlm resume"
         )
         raise typer.Exit(0 if was_asked else EXIT_INTERRUPTED)
+    say(f"asked to stop; stages have {grace:g} s to save")
     if not _ends(run, job, grace + _BEYOND_GRACE_S):
         _end_by_force(run, holder, job)
     if not _ends(run, job, _GIVE_UP_S):
