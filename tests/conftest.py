@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _WITH_RAY = ("cluster", "workflows")
 """Packages with tests that start a Ray or talk to one."""
-_STARTS_RAY = re.compile(r"mark\.ray\b|^def test\w+\([^)]*\bexecutor", re.MULTILINE)
-"""In a file of such tests."""
+_STARTS_RAY = re.compile(r"mark\.ray\b|^def test\w+\([^)]*\bexecutor\b", re.MULTILINE)
+"""In a file of such tests; those that are slow on Ray (``executor_of_gangs``) run in one process anyway."""
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -35,8 +35,8 @@ def retries(run: RunPlace) -> list[dict]:
     return [event["failure"] for event in run.events() if event["kind"] == "step_retry"]
 
 
-def test_gang_fails_with_the_rank_that_raised_and_its_traceback(store, log, executor):
-    state, run = run_gang(store, log, executor, trouble="code", where="total-1")
+def test_gang_fails_with_the_rank_that_raised_and_its_traceback(store, log, executor_of_gangs):
+    state, run = run_gang(store, log, executor_of_gangs, trouble="code", where="total-1")
     assert state.status == "failed"
     assert (state.failure.rank, state.failure.error_class) == (1, "code")
     assert state.failure.message == "total-1 has a defect"
