@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from cluster.executor import Executor
-from pipeline.config import apply_settings, diff, identity, merge_settings, to_json
+from pipeline.config import apply_settings, diff, merge_settings, to_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.stage import environment
 from pipeline.storage import Place
@@ -119,7 +119,7 @@ def _same_run(run: RunPlace, plan: Plan, executor: ExecutorName) -> RunPlace:
     found = diff(_asked(frozen, frozen_executor(run)), _asked(plan, executor))
     if found:
         lines = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in found.items()]
-        is_same = _comes_out_as(frozen) == _comes_out_as(plan)
+        is_same = [step.fingerprint for step in frozen.steps] == [step.fingerprint for step in plan.steps]
         how = "works with other settings of how it runs" if is_same else "is another one"
         raise UserError(
             f"there is a run {run.run_id!r} already, and it {how}:\n" + "\n".join(lines) + "\n"
@@ -129,11 +129,6 @@ def _same_run(run: RunPlace, plan: Plan, executor: ExecutorName) -> RunPlace:
     if drifted := check_drift(frozen, plan):
         raise DriftError(describe_drift(drifted) + f"\nSee: dlm resume {run.run_id}")
     return run
-
-
-def _comes_out_as(plan: Plan) -> dict[str, Any]:
-    """What decides the results of each step, but for data that changed."""
-    return {s.name: (s.stage, identity(step_config(s)), s.inputs) for s in plan.steps}
 
 
 def _asked(plan: Plan, executor: ExecutorName) -> dict[str, Any]:
