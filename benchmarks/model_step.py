@@ -49,6 +49,11 @@ class Size:
     heap_bytes: int
     """Touched and freed before anything else, more than all sides need, so that no step waits for new pages."""
 
+    @property
+    def mask_token_id(self) -> int:
+        """The last id."""
+        return self.model.vocab_size - 1
+
 
 def _dense(vocab_size: int) -> ModelConfig:
     architecture = Architecture(
@@ -91,7 +96,7 @@ class Batch:
 
 
 def _batch(size: Size, text: bytes, step: int) -> Batch:
-    num_tokens, mask_token_id = size.batch_seqs * size.seq_len, size.model.mask_token_id
+    num_tokens, mask_token_id = size.batch_seqs * size.seq_len, size.mask_token_id
     start = 2 * num_tokens * step
     pairs = torch.frombuffer(bytearray(text[start : start + 2 * num_tokens]), dtype=torch.uint8).long().view(-1, 2)
     x0 = ((pairs[:, 0] * 256 + pairs[:, 1]) % mask_token_id).view(size.batch_seqs, size.seq_len)
@@ -276,7 +281,7 @@ def _measure(size: Size, text: bytes, dtype: torch.dtype, settings: tuple[bool, 
     steps: dict[str, Callable[[int], object]] = {}
     for is_compiled in settings:
         sides = _sides(size)
-        _check_losses(sides, batches[0], size.model.mask_token_id)
+        _check_losses(sides, batches[0], size.mask_token_id)
         for side, (model, loss) in sides.items():
             model.to(dtype)
             if is_compiled:

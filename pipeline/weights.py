@@ -1,7 +1,7 @@
 """The interchange format: model.safetensors and model.json, loaded strictly."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from dlm_core.models.transformer import Denoiser
 
 WEIGHTS_FILE, MODEL_FILE = "model.safetensors", "model.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One thing that happened to the weights: where they came from, how they were changed or trained."""
+
+    kind: Literal["imported", "initialised", "trained"]
+    details: dict[str, Any]
+    """JSON values by name, such as {"family": "qwen2", "sha256": ...}."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,8 @@ class ModelRecord:
     """Whether it was trained to see one document at a time; otherwise all of a row."""
     tokenizer: str = ""
     """Fingerprint of the tokenizer artifact that its token ids belong to; empty if unknown."""
+    lineage: list[Origin] = field(default_factory=list[Origin])
+    """Oldest first."""
     format_version: int = 1
 
     def scoring(self, noise_seed: int) -> Scoring:

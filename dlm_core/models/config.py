@@ -266,12 +266,13 @@ class ModelConfig:
     architecture: Architecture
     vocab_size: int
     """Rows of the embedding, the mask token and any padding rows included."""
-    mask_token_id: int
+    mask_token_id: int | None
+    """Whose logit is -inf; None: a next-token model that has no mask yet."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size is {self.vocab_size}; there must be room for the mask and a real token")
-        if not 0 <= self.mask_token_id < self.vocab_size:
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
                 f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}; "
                 "enlarge vocab_size, or take an id that no text uses"

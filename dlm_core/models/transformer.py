@@ -212,7 +212,8 @@ class Denoiser(nn.Module):
         rows = rows if select is None else rows[select]
         head, mask_token_id = self._head(), self.config.mask_token_id
         if targets is None or weight is None:
-            return exclude_token(F.linear(rows, head.weight, head.bias), mask_token_id)
+            logits = F.linear(rows, head.weight, head.bias)
+            return logits if mask_token_id is None else exclude_token(logits, mask_token_id)
         return masked_cross_entropy(
             rows, head.weight, targets, weight, head_bias=head.bias, mask_token_id=mask_token_id
         )

@@ -66,6 +66,17 @@ def test_forward_with_targets_or_weight_alone_raises(given):
         _denoiser()(_tokens(1, 3), torch.tensor([1]), **given)
 
 
+def test_without_a_mask_token_every_logit_is_that_of_the_head():
+    xt, bare = _tokens(2, 6), _denoiser(dataclasses.replace(TINY, mask_token_id=None))
+    masked = _denoiser()
+    logits, excluded = bare(xt), masked(xt)
+    assert torch.isfinite(logits).all()
+    torch.testing.assert_close(logits[:, :-1], excluded[:, :-1], atol=0, rtol=0)
+    targets, weight = xt.flatten(), torch.ones(xt.numel())
+    loss = bare(xt, None, targets, weight).cross_entropy
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets, reduction="none"), atol=ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_forward_gives_the_mask_token_alone_no_probability(config):
     logits = _denoiser(config)(torch.zeros(1, 4, dtype=torch.int64))
