@@ -20,7 +20,7 @@ DEFAULT_NAME = "text"
 """The name of a source that was given without one."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _DATASET = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:.+)?")
-_TEXT_FIELD, _HUB_SPLIT, _HUB_REVISION = "text", "train", ""
+_TEXT_FIELD, _HUB_SPLIT, _HUB_REVISION, _HELD_OUT_FRACTION = "text", "train", "", 0.02
 """Defaults: a setting with another value that no source heeds is refused."""
 
 
@@ -89,10 +89,19 @@ class Source:
     """Field with the text, in .jsonl, .parquet, .arrow and datasets; empty: corpus.text_field."""
     filters: Filters | None = None
     """What is left out; null: corpus.filters."""
+    held_out_fraction: float | None = None
+    """Share of its documents held out, 0 for none, 1 for all; null: corpus.held_out_fraction."""
 
     def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError("paths is empty; name at least one file, folder, glob, URL or dataset")
+        if self.held_out_fraction is not None and not 0.0 <= self.held_out_fraction <= 1.0:
+            raise ValueError(f"held_out_fraction is {self.held_out_fraction}; it must lie in [0, 1]")
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether all of it is for evaluation."""
+        return self.held_out_fraction == 1.0
 
 
 def _source(value: Any) -> Any:
@@ -137,8 +146,8 @@ class CorpusConfig:
     refused, past the first megabyte.  An .arrow file is not guarded: its batches are decompressed whole."""
     txt_document_chars: int = 4096
     """A .txt file is cut at blank lines into documents of about this length; 0 keeps each file whole."""
-    held_out_fraction: float = 0.02
-    """Share of documents held out, chosen by a hash of their text."""
+    held_out_fraction: float = _HELD_OUT_FRACTION
+    """Share of documents held out, chosen by a hash of their text, of the sources that have none of their own."""
     split_seed: int = 0
     shard_bytes: int = 64_000_000
     """About how much input a shard reads; it decides where shards end."""
@@ -177,6 +186,12 @@ def _refuse_unheeded(config: CorpusConfig) -> None:
         raise ValueError("text_field does nothing, since every source has its own; leave it out, or theirs")
     if config.filters != Filters() and all(source.filters for source in sources):
         raise ValueError("filters do nothing, since every source has its own; leave them out, or theirs")
+    if config.held_out_fraction != _HELD_OUT_FRACTION and all(s.held_out_fraction is not None for s in sources):
+        raise ValueError("held_out_fraction does nothing, since every source has its own; leave it out, or theirs")
+    if all(source.is_held_out for source in sources):
+        raise ValueError("every source has held_out_fraction 1: nothing is left for training; lower one of them")
+    if all(source.held_out_fraction == 0.0 for source in sources):
+        raise ValueError("every source has held_out_fraction 0: nothing is left for evaluation; raise one of them")
     if any(path.startswith(HUB_PREFIX) for source in sources for path in source.paths):
         return
     for key, default in (("hub_split", _HUB_SPLIT), ("hub_revision", _HUB_REVISION)):
@@ -188,7 +203,7 @@ def _refuse_unheeded(config: CorpusConfig) -> None:
 
 @dataclass(frozen=True)
 class SourceConfig(CorpusConfig):
-    """The configuration with the text field and the filters that one source has, and where these are set."""
+    """The configuration with the text field, filters and split that one source has, and where these are set."""
 
     text_field_setting: str = ""
     filters_setting: str = ""
@@ -201,9 +216,14 @@ def for_source(config: CorpusConfig, name: str) -> SourceConfig:
     """How one source is read."""
     source, corpus = config.source[name], "corpus"
     own = f"corpus.source.{name}"
+    held_out = config.held_out_fraction if source.held_out_fraction is None else source.held_out_fraction
+    heeded = {
+        "text_field": source.text_field or config.text_field,
+        "filters": source.filters or config.filters,
+        "held_out_fraction": held_out,
+    }
     return SourceConfig(
-        **{item.name: getattr(config, item.name) for item in fields(config)}
-        | {"text_field": source.text_field or config.text_field, "filters": source.filters or config.filters},
+        **{item.name: getattr(config, item.name) for item in fields(config)} | heeded,
         text_field_setting=f"{own if source.text_field else corpus}.text_field",
         filters_setting=f"{own if source.filters else corpus}.filters",
     )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.artifact import link_or_copy, load_manifest
-from pipeline.corpus.config import CorpusConfig, filters_of
+from pipeline.corpus.config import CorpusConfig, filters_of, for_source
 from pipeline.corpus.ledger import tally
 from pipeline.corpus.split import INDEX
 from pipeline.data.documents import SPLITS, duplicates_file
@@ -56,9 +56,11 @@ def gather_split(
 ) -> tuple[int, int]:
     """Name the files of a split and list what is left out of them; its documents and bytes.
 
-    Documents, bytes and duplicates are added to the counts of their source.
+    Documents, bytes and duplicates are added to the counts of their source.  Where sources hold out different shares, a
+    text may stand on both sides: it is left out of training.
     """
     repeated = find_duplicates([partial(shard.index, split) for shard in shards])
+    held_out = held_out_elsewhere(shards, config) if split == "train" else None
     drops = {name: filters.drop_duplicates for name, filters in filters_of(config).items()}
     total_docs = total_bytes = 0
     for shard, numbers in zip(shards, repeated, strict=True):
@@ -66,21 +68,38 @@ def gather_split(
         if not len(index):
             continue
         left_out = numbers if drops[shard.source] else numbers[:0]
+        counts = sources[shard.source]
+        if len(left_out):
+            tally(counts["dropped"], "duplicate", len(left_out))
+        if held_out is not None:
+            both = np.setdiff1d(np.flatnonzero(np.isin(_hashes(index), held_out)), left_out)
+            left_out = np.union1d(left_out, both).astype(np.int64)
+            if len(both):
+                tally(counts["dropped"], "held out elsewhere", len(both))
         name = f"{split}-{shard.source}-{shard.number:05d}.arrow"
         link_or_copy(shard.directory / f"{split}.arrow", out / name)
         if len(left_out):
             np.save(out / duplicates_file(name), left_out)
         num_docs = len(index) - len(left_out)
         num_bytes = int(index["num_bytes"].sum()) - int(index["num_bytes"][left_out].sum())
-        counts = sources[shard.source]
         counts["docs"] += num_docs
         counts["bytes"] += num_bytes
-        if len(left_out):
-            tally(counts["dropped"], "duplicate", len(left_out))
         counts[f"{split}_docs"] += num_docs
         total_docs += num_docs
         total_bytes += num_bytes
     return total_docs, total_bytes
+
+
+def held_out_elsewhere(shards: Sequence[ShardOutput], config: CorpusConfig) -> np.ndarray | None:
+    """Hashes of all held-out documents; None where sources hold out the same share, so that no text is on both sides."""
+    if len({for_source(config, name).held_out_fraction for name in config.source}) == 1:
+        return None
+    return np.concatenate([_hashes(shard.index("held_out")) for shard in shards])
+
+
+def _hashes(index: np.ndarray) -> np.ndarray:
+    """128 bits a document, as one value that can be looked for."""
+    return np.stack([index["hash_low"], index["hash_high"]], axis=1).view("S16").ravel()
 
 
 def find_duplicates(indices: Sequence[Callable[[], np.ndarray]]) -> list[np.ndarray]:

@@ -30,8 +30,9 @@ def _source_identity(config: CorpusConfig, name: str) -> dict[str, Any]:
 
 def how_it_is_read(config: CorpusConfig, name: str) -> dict[str, Any]:
     """What changes the documents of a source besides its bytes."""
-    own = for_source(config, name)
-    return {"text_field": own.text_field, "filters": filters_identity(own.filters, own.filters_setting)}
+    own, held_out = for_source(config, name), config.source[name].held_out_fraction
+    found = {"text_field": own.text_field, "filters": filters_identity(own.filters, own.filters_setting)}
+    return found if held_out is None else {**found, "held_out_fraction": held_out}
 
 
 def how_a_shard_is_read(config: CorpusConfig, name: str) -> dict[str, Any]:

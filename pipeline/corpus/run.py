@@ -69,7 +69,8 @@ def finish(
         _check_not_broken(config, name, counts, first_broken.get(name, {}))
     _check_not_empty(config, totals, sources)
     for name, counts in sources.items():
-        _check_can_be_trained_on(name, counts)
+        if not config.source[name].is_held_out:
+            _check_can_be_trained_on(name, counts)
     return {**totals, "sources": {name: _plain(counts) for name, counts in sources.items()}}
 
 

@@ -334,10 +334,16 @@ def check_upstream(config: PretrainConfig, upstream: Mapping[str, Any], step: st
     check_validation(config, upstream, step)
     check_lengths(config, upstream["rows"]["seq_len"], step)
     sources: Mapping[str, Any] = upstream.get("rows.tokens.corpus", {}).get("source", {})
+    held_out = {name for name, source in sources.items() if source.get("held_out_fraction") == 1.0}
     places = {"mixture": config.mixture}
     places |= {f"phases.{name}.mixture": phase.mixture or {} for name, phase in config.phases.items()}
     for place, mixture in places.items():
         for name in mixture:
+            if name in held_out:
+                raise UserError(
+                    f"{step}.{place}.{name}: corpus.source.{name}.held_out_fraction is 1, so there is nothing of it to "
+                    "train on; lower it, or leave the source out of the mixture"
+                )
             if sources and name not in sources:
                 close = difflib.get_close_matches(name, sources, n=1)
                 hint = f"did you mean {close[0]}? " if close else ""

@@ -112,6 +112,7 @@ NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
 EXECUTION: dict[type, dict[str, Any]] = {
     CorpusConfig: {
         "source.text.paths": ["a", "b"], "source.text.text_field": "body", "source.text.filters": {"min_chars": 3},
+        "source.text.held_out_fraction": 0.5,
         "max_decompression_ratio": 9.0,
     },
     TokenizerConfig: {"file": "t.json"},

@@ -297,6 +297,12 @@ def test_plan_with_a_mixture_of_a_source_that_the_corpus_lacks_is_refused(books_
         runs.plan_recipe("quickstart", [*books_and_code, ("pretrain.mixture.web", 1.0)])
 
 
+def test_plan_with_a_mixture_of_a_source_that_is_held_out_whole_is_refused(books_and_code: list[tuple[str, Any]]):
+    whole = ("corpus.source.code.held_out_fraction", 1.0)
+    with pytest.raises(UserError, match=r"pretrain\.mixture\.code: corpus\.source\.code\.held_out_fraction is 1"):
+        runs.plan_recipe("quickstart", [*books_and_code, whole, ("pretrain.mixture", {"code": 1})])
+
+
 def test_plan_with_a_mixture_of_sources_of_the_corpus_is_made(books_and_code: list[tuple[str, Any]]):
     plan = runs.plan_recipe("quickstart", [*books_and_code, ("pretrain.mixture", {"code": 2})])
     assert plan.step("pretrain").config["mixture"] == {"code": 2.0}
