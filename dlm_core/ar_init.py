@@ -130,7 +130,7 @@ def add_mask_noise(
         raise ValueError(f"std is {std}; it must be 0 or more, and finite")
     if std == 0.0:
         return embeddings
-    row, place = is_masked.nonzero(as_tuple=True)
+    row, place = is_masked.to(embeddings.device).nonzero(as_tuple=True)
     address = hash_words(noise_seed, Stream.EMBEDDING, step, sample_ids.to(embeddings.device)[row], place)
     noise = std * hash_normal(address[:, None], torch.arange(embeddings.shape[2], device=embeddings.device))
     return embeddings.index_put((row, place), noise.to(embeddings.dtype), accumulate=True)

@@ -30,6 +30,8 @@ FULL = AttentionMask()
 
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(k, v) of new positions -> (k, v) of the past and the new ones: ``KVCache.append`` of one layer."""
+Perturb = Callable[[Tensor], Tensor]
+"""Embeddings [B, L, D] of a noised row -> the same with noise of their own."""
 
 
 def _norm(a: Architecture, size: int) -> nn.Module:
@@ -186,6 +188,7 @@ class Denoiser(nn.Module):
         mask: AttentionMask | Attend = FULL,
         positions: Int[Tensor, "B L"] | None = None,
         noise_level: Float[Tensor, "B K"] | None = None,
+        perturb: Perturb | None = None,
         cache: KVCache | None = None,
         backend: Backend = "auto",
     ) -> Float[Tensor, "M V"] | HeadLoss:
@@ -198,7 +201,8 @@ class Denoiser(nn.Module):
         ``mask`` is a mask, or its plan (``plan_attention``) for many passes of the same sizes; ``backend`` is then the
         plan's.  With the mask family "block_diffusion" the clean rows ``x0`` follow xt in the sequence (BD3-LM, arXiv
         2503.09573).  ``positions`` are those of the rotary embedding, 0..L-1 by default (from the length of the cache
-        on).  ``noise_level`` is -log alpha_t of each of K equal parts of a row.  ``cache`` holds the keys and values of
+        on).  ``noise_level`` is -log alpha_t of each of K equal parts of a row.  ``perturb`` changes the embeddings [B, L, D]
+        of xt, as ``add_mask_noise`` does.  ``cache`` holds the keys and values of
         clean tokens before xt; those of xt are written behind them and count once ``cache.advance`` is called.
 
         Raises ValueError for targets without weight, x0 without block_diffusion, a noise_level that the model has no
@@ -207,7 +211,7 @@ class Denoiser(nn.Module):
         """
         if (targets is None) != (weight is None):
             raise ValueError("targets and weight come together, for a loss, or both stay out, for logits")
-        hidden = self._trunk(xt, x0, mask, positions, noise_level, cache, backend)
+        hidden = self._trunk(xt, x0, mask, positions, noise_level, perturb, cache, backend)
         rows = rearrange(hidden, "b l d -> (b l) d")
         rows = rows if select is None else rows[select]
         head, mask_token_id = self._head(), self.config.mask_token_id
@@ -239,6 +243,7 @@ class Denoiser(nn.Module):
         mask: AttentionMask | Attend,
         positions: Tensor | None,
         noise_level: Tensor | None,
+        perturb: Perturb | None,
         cache: KVCache | None,
         backend: Backend,
     ) -> Float[Tensor, "B L D"]:
@@ -273,6 +278,8 @@ class Denoiser(nn.Module):
         rope = self._rope(xt, positions, past, 2 if has_halves else 1)
         condition = self._condition(xt, noise_level, has_halves)
         x = self.embedding(xt if x0 is None else torch.cat([xt, x0], dim=1))
+        if perturb is not None:
+            x = torch.cat([perturb(x[:, :seq_len]), x[:, seq_len:]], dim=1)
         for layer, block in enumerate(self.blocks):
             is_last = layer == len(self.blocks) - 1
             num_queries = seq_len if is_last else x.shape[1]  # of the clean half the last layer gives keys and values

@@ -91,7 +91,7 @@ def gather_split(
 
 
 def held_out_elsewhere(shards: Sequence[ShardOutput], config: CorpusConfig) -> np.ndarray | None:
-    """Hashes of all held-out documents; None where sources hold out the same share, so that no text is on both sides."""
+    """Hashes of all held-out documents; None where sources hold out one share, so that no text is on both sides."""
     if len({for_source(config, name).held_out_fraction for name in config.source}) == 1:
         return None
     return np.concatenate([_hashes(shard.index("held_out")) for shard in shards])

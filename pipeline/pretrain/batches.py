@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dlm_core.ar_init import add_mask_noise, anneal_ratio, mask_noise_std
 from dlm_core.blocks import num_blocks, per_token
 from dlm_core.corpus_bound import counts_at
 from dlm_core.corruption import mask_exact_count, mask_tokens, mask_within, maskable_positions, sample_times
 from dlm_core.models.attention import AttentionMask
+from dlm_core.models.transformer import Perturb
 from dlm_core.noise import stratified_uniform
 from dlm_core.objectives import (
     Cart,
@@ -69,12 +72,16 @@ class Batch:
     t: Float[Tensor, "B L"]
     """Time of each token; nan where the objective has none."""
     is_text: Bool[Tensor, "B L"]
+    perturb: Perturb | None = None
+    """Noise on the embeddings."""
 
     def arguments(self, device: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """What ``Denoiser.forward`` takes, on a device: positional arguments, and those by name."""
         asked, mask = self.targets, self.mask.to(device)
         columns = (self.xt, asked.select, asked.targets, asked.weight)
-        named: dict[str, Any] = {"mask": mask} if self.x0 is None else {"mask": mask, "x0": self.x0.to(device)}
+        named: dict[str, Any] = {"mask": mask}
+        named |= {} if self.x0 is None else {"x0": self.x0.to(device)}
+        named |= {} if self.perturb is None else {"perturb": self.perturb}
         return tuple(column.to(device) for column in columns), named
 
 
@@ -170,7 +177,8 @@ def step_kind(config: PretrainConfig, packed_len: int, step: int) -> tuple[str, 
     The first of a phase has masks of its own, and compiled layers are compiled again for rows of another length.
     """
     span = config.span_at(step)
-    return span.name, step_length(config, span.seq_len or packed_len, step) if config.compile else 0
+    name = f"{span.name}, annealing" if config.adaptation.is_annealing(step) else span.name
+    return name, step_length(config, span.seq_len or packed_len, step) if config.compile else 0
 
 
 def micro_batches(
@@ -240,9 +248,23 @@ def diffusion_batch(
     doc_ids = _who_is_apart(o, rows)
     if span.block_size:
         mask = AttentionMask("block_diffusion", block_size=span.block_size, doc_ids=doc_ids)
+    elif config.adaptation.is_annealing(step):
+        ratio = anneal_ratio(step, config.adaptation.anneal_steps)
+        mask = AttentionMask("annealed", ratio=ratio, noise_seed=config.noise_seed, step=step, doc_ids=doc_ids)
     else:
         mask = AttentionMask("full", doc_ids=doc_ids)
-    return Batch(xt, rows.x0 if span.block_size else None, mask, targets, noised.t, rows.is_text)
+    perturb = _mask_noise(config, rows, xt == special.mask_token_id, step)
+    return Batch(xt, rows.x0 if span.block_size else None, mask, targets, noised.t, rows.is_text, perturb)
+
+
+def _mask_noise(config: PretrainConfig, rows: Rows, is_masked: Bool[Tensor, "B L"], step: int) -> Perturb | None:
+    """Noise on the embedded mask in the first steps, None later."""
+    a = config.adaptation
+    if not a.is_noisy(step):
+        return None
+    std = mask_noise_std(step, a.mask_noise_std, a.mask_noise_steps)
+    address: dict[str, Any] = {"std": std, "noise_seed": config.noise_seed, "step": step}
+    return partial(add_mask_noise, is_masked=is_masked, sample_ids=rows.ids, **address)
 
 
 def _mask_at_rates(

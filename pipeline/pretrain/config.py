@@ -12,6 +12,7 @@ from dlm_core.models.config import Architecture
 from pipeline.config import execution, ordered
 from pipeline.data.mixture import whole_weights
 from pipeline.errors import UserError
+from pipeline.pretrain.adaptation import AdaptationConfig
 from pipeline.pretrain.averaging import AverageConfig
 from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig, fractions_within, has_count_within
 from pipeline.pretrain.optimizer_config import OptimizerConfig
@@ -55,12 +56,14 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Pretraining from scratch: one architecture, one objective, one or several phases."""
+    """Pretraining from scratch or from given weights: one architecture, one objective, one or several phases."""
 
     architecture: Architecture = field(default_factory=Architecture)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     router_loss: RouterLossConfig = field(default_factory=RouterLossConfig)
     """Of an architecture with experts; without, it has no effect and must be left as it is."""
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
+    """How a next-token model, given as the input ``init``, is eased into diffusion."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     phases: dict[str, Phase] = ordered()
     """In order; empty: one phase."""
@@ -173,7 +176,14 @@ class PretrainConfig:
         self._check_average()
 
     def _check_objective(self) -> None:
-        o = self.objective
+        o, a = self.objective, self.adaptation
+        if a != AdaptationConfig() and o.kind == "autoregressive":
+            raise ValueError("adaptation is set, but objective.kind is autoregressive: nothing is masked; leave it out")
+        if a.anneal_steps and any(span.block_size for span in self.spans):
+            raise ValueError(
+                f"adaptation.anneal_steps is {a.anneal_steps} with denoising blocks, whose attention has no annealed "
+                "form; let the block size grow instead (phases.NAME.block_size), or leave it out"
+            )
         for span in self.spans:
             if span.block_size and (o.kind == "autoregressive" or o.target_offset or o.weighting == "cart"):
                 raise ValueError(
@@ -307,6 +317,15 @@ def check_validation(config: PretrainConfig, inputs: Collection[str], step: str)
         )
 
 
+def check_init(config: PretrainConfig, inputs: Collection[str], step: str) -> None:
+    """UserError for a seed of weights that are given."""
+    if "init" in inputs and config.init_seed:
+        raise UserError(
+            f"{step}.init_seed is {config.init_seed}, but the weights come from the input init: nothing is drawn. "
+            "Leave it out"
+        )
+
+
 def check_lengths(config: PretrainConfig, packed_len: int, step: str) -> None:
     """UserError if rows of ``packed_len`` tokens can't be cut into the pieces, blocks or short rows of every phase."""
     for span in config.spans:
@@ -332,6 +351,7 @@ def check_upstream(config: PretrainConfig, upstream: Mapping[str, Any], step: st
             "pipeline.pretrain"
         )
     check_validation(config, upstream, step)
+    check_init(config, upstream, step)
     check_lengths(config, upstream["rows"]["seq_len"], step)
     sources: Mapping[str, Any] = upstream.get("rows.tokens.corpus", {}).get("source", {})
     held_out = {name for name, source in sources.items() if source.get("held_out_fraction") == 1.0}
@@ -370,7 +390,7 @@ STAGE = Stage(
     config=PretrainConfig,
     module="pipeline.pretrain.run",
     inputs=("rows", "tokenizer"),
-    optional_inputs=("tokens",),
+    optional_inputs=("tokens", "init"),
     check=check_upstream,
     advice=advice,
     code_version=6,

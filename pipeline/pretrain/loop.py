@@ -17,18 +17,20 @@ from pipeline.pretrain.batches import Batch, PhasedLoader, is_short, micro_batch
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.engine import loss_scale, set_lr, with_rope_base
 from pipeline.pretrain.guards import Guard, check_first_loss
+from pipeline.pretrain.initial import first_loss_warning
 from pipeline.pretrain.meter import Meter
 from pipeline.pretrain.phases import first_step_of_kind
 from pipeline.pretrain.ranks import Ranks, bits_of
 from pipeline.pretrain.replicas import check_replicas
 from pipeline.pretrain.routers import Globals, Routers, router_metrics
-from pipeline.pretrain.saving import Checkpointer
+from pipeline.pretrain.saving import Checkpointer, warn
 from pipeline.pretrain.validation import BOUND_NAME, EXACT_NAME, Validator, likelihood
 from pipeline.pretrain.watchdog import Watchdog
 from pipeline.scoring import Likelihood
 from pipeline.stage import StageContext, Stopped
 from pipeline.tracking import Tracker
 from pipeline.training_state import checkpoint_name
+from pipeline.weights import ModelRecord
 
 
 @dataclass
@@ -61,6 +63,8 @@ class Training:
     validator: Validator | None
     meter: Meter
     progress: Progress
+    initial: ModelRecord | None = None
+    """Of the weights that were given; None where they were drawn."""
 
     def save(self, step: int, is_last: bool = False) -> None:
         """Begin a checkpoint of everything that the steps after ``step`` depend on."""
@@ -118,7 +122,7 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
             if training.routers is not None and config.router_loss.bias_rate and training.guard.is_healthy:
                 training.routers.move_biases(taken.routers)
             if is_untrained and math.isfinite(taken.loss):
-                check_first_loss(training.model_config, taken.first_sums())
+                _look_at_first_loss(training, taken)
             saved = checkpointer.poll()
             training.progress.tokens += taken.num_tokens
             done = step + 1
@@ -149,6 +153,14 @@ def train(training: Training, first_step: int, tracker: Tracker | None) -> None:
                 )
     training.watchdog.phase("checkpoint", config.num_steps)
     training.save(config.num_steps, is_last=True)
+
+
+def _look_at_first_loss(training: Training, taken: "StepTaken") -> None:
+    """What drawn weights must give is known; of given ones only what would be odd."""
+    if training.initial is None:
+        check_first_loss(training.model_config, taken.first_sums())
+    elif training.ranks.rank == 0 and (words := first_loss_warning(training.model_config, taken.first_sums())):
+        warn(words)
 
 
 def validate(training: Training, step: int) -> dict[str, float | None]:

@@ -17,7 +17,7 @@ from pipeline.data.verified import Verified
 from pipeline.errors import UserError
 from pipeline.pretrain.batches import PhasedLoader
 from pipeline.pretrain.checkpoint import verify_kept
-from pipeline.pretrain.config import STAGE, PretrainConfig, check_lengths, check_validation
+from pipeline.pretrain.config import STAGE, PretrainConfig, check_init, check_lengths, check_validation
 from pipeline.pretrain.engine import (
     build_engine,
     compile_blocks,
@@ -29,6 +29,7 @@ from pipeline.pretrain.engine import (
 from pipeline.pretrain.fragments import local_tensors, owned
 from pipeline.pretrain.guards import Guard
 from pipeline.pretrain.held import EngineState
+from pipeline.pretrain.initial import fill, initial_record
 from pipeline.pretrain.loop import Progress, Training, epochs_shown, train
 from pipeline.pretrain.meter import Meter
 from pipeline.pretrain.ranks import Ranks
@@ -99,11 +100,13 @@ def make_training(
         )
     check_lengths(config, rows.seq_len, "pretrain")
     check_validation(config, inputs, "pretrain")
+    check_init(config, inputs, "pretrain")
+    record = initial_record(config, inputs, special)
     loader = PhasedLoader(config, rows, special.pad_token_id, Verified(context.state / "verified"))
     start_process_group(config.watchdog)
     model_config = ModelConfig(config.architecture, special.vocab_size, special.mask_token_id)
     model = Denoiser(model_config)
-    model.init_weights(config.init_seed)
+    fill(model, inputs, config)
     identity = stage_identity(STAGE, config, {name: load_manifest(path).fingerprint for name, path in inputs.items()})
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     engine = build_engine(model, config)
@@ -135,6 +138,7 @@ def make_training(
         validator=validator,
         meter=Meter(config, ranks, owned(local_tensors(engine)), checkpointer.stall),
         progress=Progress(),
+        initial=record,
     )
     training.go_on(checkpointer.extras)
     checkpointer.make_room()
@@ -196,6 +200,7 @@ def write_artifact(training: Training, rows: PackedRows) -> Stats:
         "target_offset": config.objective.target_offset,
         "within_documents": config.objective.within_documents,
         "average_steps": averaged,
+        "lineage": [] if training.initial is None else to_json(training.initial.lineage),
         "tokens": training.progress.tokens,
         **epochs_shown(training.loader, config.num_steps * config.global_batch_seqs),
         **write_metrics(state / METRICS_FILE, out / METRICS_FILE, config.num_steps, training.progress.tokens),

@@ -1,9 +1,10 @@
-"""How the vocabulary is made: trained on the corpus, or taken from a file."""
+"""How the vocabulary is made: trained on the corpus, taken from a file, or taken from a checkpoint."""
 
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
 
@@ -14,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.stage import Stage
 
 MIN_VOCAB_SIZE = 256 + 3
+MaskSource = Literal["auto", "existing", "unused_row", "rare_token", "new_row"]
 
 
 def _absolute(value: Any) -> Any:
@@ -23,7 +25,7 @@ def _absolute(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A byte-level BPE with a mask, an end-of-document and a padding token."""
+    """A byte-level BPE with a mask, an end-of-document and a padding token; or a given tokenizer made to have them."""
 
     vocab_size: int = 4096
     """Size asked for, special tokens included; a small corpus may give fewer."""
@@ -33,7 +35,16 @@ class TokenizerConfig:
     """Take this tokenizer.json instead of training one."""
     mask_token: str = MASK_TOKEN
     eos_token: str = EOS_TOKEN
+    """End of a document; by default, of a checkpoint that names its own, that one."""
     pad_token: str = PAD_TOKEN
+    """Padding; by default, of a checkpoint, the one that it names, or else the end of a document."""
+    mask_from: MaskSource = "auto"
+    """Where a checkpoint's tokenizer has its mask from.  existing: it is one of its special tokens.  unused_row: a row
+    of the embedding that no token has (Dream, arXiv 2508.15487).  rare_token: an ordinary token is given up for it
+    (DiffuLLaMA, 2410.17891).  new_row: the embedding grows by a row.  auto: the first of existing, unused_row and
+    new_row that is possible."""
+    rare_token_id: int | None = None
+    """The token that is given up."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < MIN_VOCAB_SIZE:
@@ -45,6 +56,13 @@ class TokenizerConfig:
             raise ValueError(f"max_train_bytes is {self.max_train_bytes}; it must be at least 1")
         if len({self.mask_token, self.eos_token, self.pad_token} - {""}) < 3:
             raise ValueError("mask_token, eos_token and pad_token must be three different, non-empty strings")
+        if self.mask_from not in get_args(MaskSource):
+            raise ValueError(f"mask_from is {self.mask_from!r}; it must be one of {', '.join(get_args(MaskSource))}")
+        if (self.mask_from == "rare_token") != (self.rare_token_id is not None):
+            raise ValueError(
+                f'mask_from is "{self.mask_from}" and rare_token_id {self.rare_token_id}; an id goes with '
+                '"rare_token", and with nothing else'
+            )
 
 
 def external_data(config: TokenizerConfig) -> Any:
@@ -57,11 +75,38 @@ def external_data(config: TokenizerConfig) -> Any:
     return {"sha256": file_sha256(path)}
 
 
+def check_source(config: TokenizerConfig, inputs: Collection[str], step: str) -> None:
+    """UserError unless the vocabulary has one origin, and for a setting that it has no use for."""
+    given = [name for name, is_given in (("corpus", "corpus" in inputs), ("file", bool(config.file))) if is_given]
+    if "checkpoint" not in inputs:
+        if not given:
+            raise UserError(f"{step} has neither a corpus to be trained on nor {step}.file; give one of them")
+        if config.mask_from not in ("auto", "existing"):
+            raise UserError(
+                f'{step}.mask_from is "{config.mask_from}", which is for the tokenizer of a checkpoint: a trained one '
+                "gets its mask token, a file must have it. Leave it out"
+            )
+        return
+    if given:
+        raise UserError(f"{step} has the input checkpoint and {given[0]}; a vocabulary has one origin, leave one out")
+    for name in ("vocab_size", "max_train_bytes"):
+        value, default = getattr(config, name), TokenizerConfig.__dataclass_fields__[name].default
+        if value != default:
+            raise UserError(f"{step}.{name} is {value}, but the tokenizer of a checkpoint is not trained; leave it out")
+
+
+def check_upstream(config: TokenizerConfig, upstream: Mapping[str, Any], step: str) -> None:
+    """``check_source`` for a workflow."""
+    check_source(config, upstream, step)
+
+
 STAGE = Stage(
     name="tokenizer",
     kind="task",
     config=TokenizerConfig,
     module="pipeline.tokenizer.run",
-    inputs=("corpus",),
+    optional_inputs=("corpus", "checkpoint"),
     external="pipeline.tokenizer.config:external_data",
+    check=check_upstream,
+    code_version=2,
 )

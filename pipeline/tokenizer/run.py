@@ -1,16 +1,21 @@
-"""Train a byte-level BPE on the training documents, or check and adopt a given tokenizer.json."""
+"""Train a byte-level BPE on the training documents, or check and adopt the tokenizer of a file or a checkpoint."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pipeline.artifact import checked, load_manifest
 from pipeline.data.documents import Rows, read_rows, text_files
-from pipeline.data.vocabulary import find_special_tokens, save_vocabulary, take_literally
+from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, SpecialTokens
+from pipeline.data.vocabulary import TOKENIZER_FILE, find_special_tokens, save_vocabulary, take_literally
 from pipeline.errors import UserError
 from pipeline.stage import StageContext, Stats
-from pipeline.tokenizer.config import TokenizerConfig
+from pipeline.tokenizer.config import TokenizerConfig, check_source
+from pipeline.tokenizer.mask import with_mask
+from pipeline.weights import load_record
 
 
 def _training_text(corpus: Path, max_bytes: int) -> Iterator[list[str]]:
@@ -44,25 +49,57 @@ def _train(config: TokenizerConfig, corpus: Path) -> Tokenizer:
     return tokenizer
 
 
-def _load(path: str) -> Tokenizer:
+def _load(path: Path, name: str) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_file(str(Path(path).expanduser()))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 - the Rust parser raises plain Exception
-        raise UserError(f"tokenizer.file {path!r} is not a tokenizer.json: {error}") from None
-    return tokenizer
+        raise UserError(f"{name} is not a tokenizer.json: {error}") from None
 
 
 def run(config: TokenizerConfig, inputs: Mapping[str, Path], context: StageContext) -> Stats:
     """Write tokenizer.json and special_tokens.json."""
     context.progress(0, 1)
-    tokenizer = _load(config.file) if config.file else _train(config, inputs["corpus"])
-    name = config.file or "the trained tokenizer"
-    special = find_special_tokens(tokenizer, config.mask_token, config.eos_token, config.pad_token, name)
-    probe = f"{config.mask_token} {config.eos_token} é\t"
+    check_source(config, inputs, "tokenizer")
+    if "checkpoint" in inputs:
+        tokenizer, special, stats = _adopt(config, inputs["checkpoint"])
+        name = f"the tokenizer of {inputs['checkpoint']}"
+    else:
+        path = Path(config.file).expanduser()
+        tokenizer = _load(path, f"tokenizer.file {config.file!r}") if config.file else _train(config, inputs["corpus"])
+        name = config.file or "the trained tokenizer"
+        special = find_special_tokens(tokenizer, config.mask_token, config.eos_token, config.pad_token, name)
+        stats = {}
+    probe = f"{tokenizer.id_to_token(special.mask_token_id)} {tokenizer.id_to_token(special.eos_token_id)} é\t"
     ids = take_literally(tokenizer).encode(probe, add_special_tokens=False).ids
     if not ids:
         raise UserError(f"{name} gives no token for {probe!r}; its vocabulary holds no ordinary text")
     if {special.mask_token_id, special.eos_token_id, special.pad_token_id} & set(ids):
         raise UserError(f"{name} turns text that spells a special token into its id; it cannot be used safely")
     save_vocabulary(tokenizer, special, context.out)
-    return {"vocab_size": special.vocab_size}
+    return {"vocab_size": special.vocab_size, **stats}
+
+
+def _adopt(config: TokenizerConfig, checkpoint: Path) -> tuple[Tokenizer, SpecialTokens, Stats]:
+    """The tokenizer of an imported checkpoint with a mask token; rows of its embedding that no token has stay."""
+    name = f"the tokenizer of {checkpoint}"
+    if not (checkpoint / TOKENIZER_FILE).is_file():
+        raise UserError(f"{checkpoint} was imported without a tokenizer; train one, or give tokenizer.file")
+    num_rows = load_record(checkpoint).model.vocab_size
+    tokenizer = _load(checked(checkpoint, TOKENIZER_FILE), name)
+    own = {kind: _own_token(tokenizer, checkpoint, kind) for kind in ("mask", "eos", "pad")}
+    mask = _asked_for(config.mask_token, MASK_TOKEN) or own["mask"] or MASK_TOKEN
+    eos = _asked_for(config.eos_token, EOS_TOKEN) or own["eos"] or EOS_TOKEN
+    pad = _asked_for(config.pad_token, PAD_TOKEN) or own["pad"] or eos
+    tokenizer, mask_from = with_mask(tokenizer, config.mask_from, mask, config.rare_token_id, num_rows, name)
+    special = find_special_tokens(tokenizer, mask, eos, pad, name)
+    special = replace(special, vocab_size=max(special.vocab_size, num_rows))
+    return tokenizer, special, {"mask_from": mask_from, "mask_token_id": special.mask_token_id, "rows": num_rows}
+
+
+def _asked_for(token: str, default: str) -> str:
+    return "" if token == default else token
+
+
+def _own_token(tokenizer: Tokenizer, checkpoint: Path, kind: str) -> str | None:
+    token_id = load_manifest(checkpoint).stats["special_ids"][kind]
+    return None if token_id is None else tokenizer.id_to_token(token_id)

@@ -1,0 +1,76 @@
+"""The weights that a training begins with: drawn from a seed, or taken from the input ``init``."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import diff, to_json
+from pipeline.data.special_tokens import SpecialTokens
+from pipeline.errors import UserError
+from pipeline.pretrain.config import PretrainConfig
+from pipeline.weights import ModelRecord, check_tokenizer, load_record
+
+if TYPE_CHECKING:
+    from dlm_core.models.config import Architecture, ModelConfig
+
+_SHOWN = 6
+
+
+def initial_record(config: PretrainConfig, inputs: Mapping[str, Path], special: SpecialTokens) -> ModelRecord | None:
+    """What is known of the weights in the input ``init``; None for a training from scratch.
+
+    Raises UserError if they are of another architecture, vocabulary or tokenizer than what is to be trained.
+    """
+    if "init" not in inputs:
+        return None
+    record = load_record(inputs["init"])
+    check_same_architecture(config.architecture, record.model.architecture, str(inputs["init"]))
+    check_tokenizer(record, inputs["tokenizer"])
+    for name in ("vocab_size", "mask_token_id"):
+        found, wanted = getattr(record.model, name), getattr(special, name)
+        if found != wanted:
+            raise UserError(
+                f"{name} of the weights in {inputs['init']} is {found}, that of the tokenizer {inputs['tokenizer']} is "
+                f"{wanted}; fit the weights to this tokenizer first (pipeline.ar_init)"
+            )
+    return record
+
+
+def check_same_architecture(wanted: "Architecture", found: "Architecture", name: str) -> None:
+    """UserError naming every field that differs; how weights were once drawn may."""
+    differing = diff(to_json(found), to_json(wanted))
+    shown = [
+        f"{field} is {there!r} there and {here!r} here"
+        for field, (there, here) in differing.items()
+        if field not in ("init", "init_std")
+    ]
+    if shown:
+        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+        raise UserError(
+            f"pretrain.architecture is not that of the weights in {name}: {'; '.join(shown[:_SHOWN])}{more}. Set "
+            "pretrain.architecture to theirs (dlm inspect prints it as a setting)"
+        )
+
+
+def fill(model: Any, inputs: Mapping[str, Path], config: PretrainConfig) -> None:
+    """Give a Denoiser its first weights."""
+    if "init" not in inputs:
+        model.init_weights(config.init_seed)
+        return
+    from pipeline.weights import load_denoiser
+
+    model.load_state_dict(load_denoiser(inputs["init"])[0].state_dict())
+
+
+def first_loss_warning(model: "ModelConfig", sums: Any) -> str:
+    """Words about a first loss of given weights that is worse than that of knowing nothing; empty where it is not."""
+    loss, num_masked = (float(part.sum()) for part in sums.chunk(2))
+    nothing = math.log(model.vocab_size)
+    if not num_masked or loss / num_masked <= nothing:
+        return ""
+    return (
+        f"the first loss is {loss / num_masked:.2f} nats a masked token; a model that knows nothing has "
+        f"log(vocab_size) = {nothing:.2f}. If it does not fall within some hundred steps, look whether "
+        "objective.target_offset, the tokenizer and the mask's row of the embedding are those that the weights need"
+    )
