@@ -1,0 +1,312 @@
+"""safetensors files, read and written one tensor or a part of one at a time, in NumPy alone.
+
+Neither torch, whose import takes more memory than a conversion may, nor a memory map, whose pages count as memory.
+Values are float32 here, whatever the file keeps: F32, F16, or BF16, whose bits are the upper half of a float32.
+The format: 8 bytes with the length of a JSON header, the header, the data (huggingface.co/docs/safetensors).
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import numpy as np
+
+from pipeline.errors import CorruptionError, UserError
+
+_STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(np.uint16)}
+_METADATA = "__metadata__"
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library."""
+BLOCK_ELEMENTS = 1 << 20
+"""What is converted or copied at a time: 4 MB of float32."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of a file, and the bytes of the file's data that it lies in."""
+
+    dtype: str
+    """"F32", "F16" or "BF16"."""
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file by name, in the order of its header.
+
+    Raises CorruptionError naming file and tensor if the file is cut or its header is not right in itself, UserError for
+    a dtype that is no plain floating-point number.
+    """
+    return _read_header(path)[1]
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, TensorInfo]]:
+    """Where the data begin in the file, and the tensors."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CorruptionError(
+                f"{path} is cut, or no safetensors file: it has {size} bytes, and its first 8 promise a header of "
+                f"{length}"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
+        raise CorruptionError(f"{path} has a damaged header, or is no safetensors file: {error}") from None
+    if not isinstance(header, dict):
+        raise CorruptionError(f"{path} has a damaged header: it is no table of tensors")
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptionError(f"{path} has a damaged header: its {_METADATA} are no texts by name")
+    entries = {name: _entry(path, name, value) for name, value in header.items()}
+    _check_places(path, entries, size - 8 - length)
+    foreign = [name for name, info in entries.items() if info.dtype not in _STORED]
+    if foreign:
+        raise UserError(
+            f"{path} holds {len(foreign)} tensor(s) that cannot be used, such as {foreign[0]}, which is "
+            f"{entries[foreign[0]].dtype}; {', '.join(_STORED)} can. If the weights are quantised, take those that "
+            "they were made from"
+        )
+    return 8 + length, entries
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is in it twice")
+        found[name] = value
+    return found
+
+
+def _entry(path: Path, name: str, value: Any) -> TensorInfo:
+    match value:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, stop], **rest} if not rest:
+            if all(type(number) is int and number >= 0 for number in cast("list[Any]", [*shape, start, stop])):
+                info = TensorInfo(dtype, tuple(cast("list[int]", shape)), start, stop)
+                stored = _STORED.get(dtype)
+                if stored is None or stop - start == info.numel * stored.itemsize:
+                    return info
+                raise CorruptionError(
+                    f"{path} has a damaged header: {name} of {dtype} {list(shape)} has {stop - start} bytes, not "
+                    f"{info.numel * stored.itemsize}"
+                )
+    raise CorruptionError(f"{path} has a damaged header: {name} is described by {str(value)[:200]}")
+
+
+def _check_places(path: Path, entries: Mapping[str, TensorInfo], size: int) -> None:
+    """CorruptionError unless the tensors follow each other and fill the data."""
+    end = 0
+    for name, info in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != end or info.stop < info.start:
+            raise CorruptionError(
+                f"{path} has a damaged header: {name} lies in bytes {info.start} to {info.stop}, the tensor before it "
+                f"ends at {end}"
+            )
+        end = info.stop
+        if end > size:
+            raise CorruptionError(f"{path} is cut: {name} ends at byte {end} of its data, of which there are {size}")
+    if end != size:
+        raise CorruptionError(f"{path} is damaged: it goes on for {size - end} bytes after its last tensor")
+
+
+class TensorFiles:
+    """The tensors of one or several files.  What is read has been looked for in the headers of all of them.
+
+    Raises as ``read_header``, and CorruptionError for a tensor that two of the files have.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._places: dict[str, tuple[Path, int, TensorInfo]] = {}
+        for path in paths:
+            begin, entries = _read_header(path)
+            for name, info in entries.items():
+                if name in self._places:
+                    raise CorruptionError(f"{name} is in two files, {self._places[name][0]} and {path}")
+                self._places[name] = path, begin, info
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, file after file."""
+        return list(self._places)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {name: info.shape for name, (_, _, info) in self._places.items()}
+
+    def info(self, name: str) -> TensorInfo:
+        """What is known of a tensor; its bytes are those in its file."""
+        return self._places[name][2]
+
+    def path(self, name: str) -> Path:
+        """File that a tensor lies in."""
+        return self._places[name][0]
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor as float32, in its shape."""
+        info = self.info(name)
+        values = np.empty(info.numel, np.float32)
+        self.read_elements(name, 0, values)
+        return values.reshape(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of the first dimension as float32."""
+        (num_rows, *rest) = self.info(name).shape
+        assert 0 <= start <= stop <= num_rows, f"{name} has {num_rows} rows; asked for {start} to {stop}"
+        width = math.prod(rest)
+        values = np.empty((stop - start) * width, np.float32)
+        self.read_elements(name, start * width, values)
+        return values.reshape(stop - start, *rest)
+
+    def read_elements(self, name: str, start: int, target: np.ndarray) -> None:
+        """Fill a flat float32 array with consecutive elements of the flattened tensor, from ``start`` on."""
+        info = self.info(name)
+        if info.dtype == "F32":
+            self._read_stored(name, start, target)
+            return
+        for first, part in _blocks(target):
+            part[...] = _widened(self.read_stored(name, start + first, part.size), info.dtype)
+
+    def read_stored(self, name: str, start: int, numel: int) -> np.ndarray:
+        """Consecutive elements of the flattened tensor as they lie there; the bits of a BF16 as uint16."""
+        values = np.empty(numel, _STORED[self.info(name).dtype])
+        self._read_stored(name, start, values)
+        return values
+
+    def read_raw(self, name: str) -> bytes:
+        """The bytes of a tensor as they lie there."""
+        return self.read_stored(name, 0, self.info(name).numel).tobytes()
+
+    def _read_stored(self, name: str, start: int, target: np.ndarray) -> None:
+        path, begin, info = self._places[name]
+        assert target.dtype == _STORED[info.dtype], f"{name} is {info.dtype}, its place is {target.dtype}"
+        assert target.ndim == 1, f"the place of {name} has {target.ndim} dimensions"
+        assert 0 <= start <= info.numel - target.size, f"{name} has {info.numel} elements; asked from {start} on"
+        left = target.view(np.uint8).data
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin + info.start + start * target.itemsize)
+            while left.nbytes:
+                num_bytes = file.readinto(left)
+                if not num_bytes:
+                    raise CorruptionError(f"{path} was cut while {name} was read from it")
+                left = left[num_bytes:]
+
+
+def _blocks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Parts of a flat array, each with the place of its first element."""
+    for first in range(0, values.size, BLOCK_ELEMENTS):
+        yield first, values[first : first + BLOCK_ELEMENTS]
+
+
+def _widened(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 values of what lies in a file, exactly."""
+    if dtype == "BF16":
+        return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
+    return stored.astype(np.float32)
+
+
+def narrowed(values: np.ndarray, dtype: str, name: str = "the tensor") -> np.ndarray:
+    """Float32 values as they are stored, rounded to the nearest, ties to even; a flat array.
+
+    What was a number of that dtype before is the same again, bit for bit.  UserError for values beyond the range of
+    F16, which would become infinite.
+    """
+    values = np.ascontiguousarray(values, np.float32).reshape(-1)
+    if dtype == "F32":
+        return values
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            halves = values.astype(np.float16)
+        if np.isinf(halves).sum() != np.isinf(values).sum():
+            raise UserError(f"{name} has values up to {np.abs(values).max():g}, beyond 65504: F16 cannot hold them. "
+                            "Choose bfloat16 or float32")  # fmt: skip
+        return halves
+    bits = values.view(np.uint32)
+    upper = bits >> 16
+    rounded = (bits + (0x7FFF + (upper & 1))) >> 16
+    is_nan = np.isnan(values)
+    if is_nan.any():  # rounding could make them infinite; cut off, they stay nan if a bit of the fraction is left
+        rounded = np.where(is_nan, np.where(upper & 0x7F, upper, upper | 0x40), rounded)
+    return rounded.astype(np.uint16)
+
+
+class TensorWriter:
+    """Writes a file whose tensors are given one after the other, each in as many parts as one likes.
+
+    A context manager: the file is on the disk when it is left, and gone if it is left with an exception.
+    """
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
+    ) -> None:
+        """Of each tensor (dtype, shape), in the order in which they will be given."""
+        self._path, self._order, self._written = path, list(tensors), 0
+        place = 0
+        self._infos: dict[str, TensorInfo] = {}
+        for name in sorted(tensors, key=lambda name: -_STORED[tensors[name][0]].itemsize):  # so that all are aligned
+            dtype, shape = tensors[name]
+            end = place + math.prod(shape) * _STORED[dtype].itemsize
+            self._infos[name] = TensorInfo(dtype, tuple(shape), place, end)
+            place = end
+        entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+        for name, info in self._infos.items():
+            entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [info.start, info.stop]}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = len(text).to_bytes(8, "little") + text
+
+    def __enter__(self) -> Self:
+        self._file = self._path.open("wb")
+        self._file.write(self._header)
+        return self
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Write the next elements of the next tensor: float32 rows, or a flat part of it.
+
+        Raises UserError as ``narrowed``.
+        """
+        assert name in self._order[:1], f"{name} was given; next is {self._order[:1] or 'nothing'}"
+        info = self._infos[name]
+        assert values.dtype == np.float32, f"{name} was given as {values.dtype}"
+        tail = values.shape[1:]
+        assert tail == info.shape[len(info.shape) - len(tail) :], f"{name} is {info.shape}, its rows {values.shape}"
+        assert self._written + values.size <= info.numel, f"{name} has {info.numel} elements, and was given more"
+        flat = np.ascontiguousarray(values).reshape(-1)
+        itemsize = _STORED[info.dtype].itemsize
+        self._file.seek(len(self._header) + info.start + self._written * itemsize)
+        for _, part in _blocks(flat):
+            self._file.write(narrowed(part, info.dtype, name).data)
+        self._written += values.size
+        if self._written == info.numel:
+            self._order.pop(0)
+            self._written = 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                assert not self._order, f"{len(self._order)} tensor(s) were not given whole, first {self._order[0]}"
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except BaseException:
+            self._path.unlink()
+            raise
+        finally:
+            self._file.close()
+        if kind is not None:
+            self._path.unlink()
