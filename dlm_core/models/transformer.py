@@ -201,9 +201,9 @@ class Denoiser(nn.Module):
         ``mask`` is a mask, or its plan (``plan_attention``) for many passes of the same sizes; ``backend`` is then the
         plan's.  With the mask family "block_diffusion" the clean rows ``x0`` follow xt in the sequence (BD3-LM, arXiv
         2503.09573).  ``positions`` are those of the rotary embedding, 0..L-1 by default (from the length of the cache
-        on).  ``noise_level`` is -log alpha_t of each of K equal parts of a row.  ``perturb`` changes the embeddings [B, L, D]
-        of xt, as ``add_mask_noise`` does.  ``cache`` holds the keys and values of
-        clean tokens before xt; those of xt are written behind them and count once ``cache.advance`` is called.
+        on).  ``noise_level`` is -log alpha_t of each of K equal parts of a row.  ``perturb`` changes the embeddings
+        [B, L, D] of xt, as ``add_mask_noise`` does.  ``cache`` holds the keys and values of clean tokens before xt;
+        those of xt are written behind them and count once ``cache.advance`` is called.
 
         Raises ValueError for targets without weight, x0 without block_diffusion, a noise_level that the model has no
         use for, and their opposites; for shapes that don't fit; for a cache with block_diffusion; for a backend beside

@@ -33,11 +33,12 @@ class TokenizerConfig:
     """Text that the merges are learned from: batches of the corpus, in order, until this size is reached."""
     file: Annotated[str, BeforeValidator(_absolute)] = execution("")
     """Take this tokenizer.json instead of training one."""
-    mask_token: str = MASK_TOKEN
-    eos_token: str = EOS_TOKEN
-    """End of a document; by default, of a checkpoint that names its own, that one."""
-    pad_token: str = PAD_TOKEN
-    """Padding; by default, of a checkpoint, the one that it names, or else the end of a document."""
+    mask_token: str | None = None
+    """null: the one that a checkpoint names, else "[MASK]"."""
+    eos_token: str | None = None
+    """End of a document; null: the one that a checkpoint names, else "<|endoftext|>"."""
+    pad_token: str | None = None
+    """null: the one that a checkpoint names, or else its end of a document; without a checkpoint "[PAD]"."""
     mask_from: MaskSource = "auto"
     """Where a checkpoint's tokenizer has its mask from.  existing: it is one of its special tokens.  unused_row: a row
     of the embedding that no token has (Dream, arXiv 2508.15487).  rare_token: an ordinary token is given up for it
@@ -54,7 +55,7 @@ class TokenizerConfig:
             )
         if self.max_train_bytes < 1:
             raise ValueError(f"max_train_bytes is {self.max_train_bytes}; it must be at least 1")
-        if len({self.mask_token, self.eos_token, self.pad_token} - {""}) < 3:
+        if len(set(self.spellings()) - {""}) < 3:
             raise ValueError("mask_token, eos_token and pad_token must be three different, non-empty strings")
         if self.mask_from not in get_args(MaskSource):
             raise ValueError(f"mask_from is {self.mask_from!r}; it must be one of {', '.join(get_args(MaskSource))}")
@@ -63,6 +64,15 @@ class TokenizerConfig:
                 f'mask_from is "{self.mask_from}" and rare_token_id {self.rare_token_id}; an id goes with '
                 '"rare_token", and with nothing else'
             )
+
+    def spellings(self) -> tuple[str, str, str]:
+        """Mask, end and padding where no checkpoint names them."""
+        given = (self.mask_token, self.eos_token, self.pad_token)
+        mask, eos, pad = (
+            default if one is None else one
+            for one, default in zip(given, (MASK_TOKEN, EOS_TOKEN, PAD_TOKEN), strict=True)
+        )
+        return mask, eos, pad
 
 
 def external_data(config: TokenizerConfig) -> Any:

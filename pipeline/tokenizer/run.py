@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipeline.artifact import checked, load_manifest
 from pipeline.data.documents import Rows, read_rows, text_files
-from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, SpecialTokens
+from pipeline.data.special_tokens import SpecialTokens
 from pipeline.data.vocabulary import TOKENIZER_FILE, find_special_tokens, save_vocabulary, take_literally
 from pipeline.errors import UserError
 from pipeline.stage import StageContext, Stats
@@ -41,7 +41,7 @@ def _train(config: TokenizerConfig, corpus: Path) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=[config.mask_token, config.eos_token, config.pad_token],
+        special_tokens=list(config.spellings()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -67,7 +67,7 @@ def run(config: TokenizerConfig, inputs: Mapping[str, Path], context: StageConte
         path = Path(config.file).expanduser()
         tokenizer = _load(path, f"tokenizer.file {config.file!r}") if config.file else _train(config, inputs["corpus"])
         name = config.file or "the trained tokenizer"
-        special = find_special_tokens(tokenizer, config.mask_token, config.eos_token, config.pad_token, name)
+        special = find_special_tokens(tokenizer, *config.spellings(), name)
         stats = {}
     probe = f"{tokenizer.id_to_token(special.mask_token_id)} {tokenizer.id_to_token(special.eos_token_id)} é\t"
     ids = take_literally(tokenizer).encode(probe, add_special_tokens=False).ids
@@ -87,17 +87,14 @@ def _adopt(config: TokenizerConfig, checkpoint: Path) -> tuple[Tokenizer, Specia
     num_rows = load_record(checkpoint).model.vocab_size
     tokenizer = _load(checked(checkpoint, TOKENIZER_FILE), name)
     own = {kind: _own_token(tokenizer, checkpoint, kind) for kind in ("mask", "eos", "pad")}
-    mask = _asked_for(config.mask_token, MASK_TOKEN) or own["mask"] or MASK_TOKEN
-    eos = _asked_for(config.eos_token, EOS_TOKEN) or own["eos"] or EOS_TOKEN
-    pad = _asked_for(config.pad_token, PAD_TOKEN) or own["pad"] or eos
+    mask, eos, _ = config.spellings()
+    mask = mask if config.mask_token is not None else own["mask"] or mask
+    eos = eos if config.eos_token is not None else own["eos"] or eos
+    pad = config.pad_token or own["pad"] or eos
     tokenizer, mask_from = with_mask(tokenizer, config.mask_from, mask, config.rare_token_id, num_rows, name)
     special = find_special_tokens(tokenizer, mask, eos, pad, name)
     special = replace(special, vocab_size=max(special.vocab_size, num_rows))
     return tokenizer, special, {"mask_from": mask_from, "mask_token_id": special.mask_token_id, "rows": num_rows}
-
-
-def _asked_for(token: str, default: str) -> str:
-    return "" if token == default else token
 
 
 def _own_token(tokenizer: Tokenizer, checkpoint: Path, kind: str) -> str | None:

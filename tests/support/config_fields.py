@@ -3,10 +3,12 @@
 from typing import Any
 
 from dlm_core.models.config import Architecture, MoE, RopeScaling
+from pipeline.ar_init.config import ArInitConfig
 from pipeline.convert.config import ConvertConfig
 from pipeline.corpus.config import CorpusConfig, Source
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.generate.config import GenerateConfig
+from pipeline.pretrain.adaptation import AdaptationConfig
 from pipeline.pretrain.averaging import AverageConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
@@ -17,7 +19,8 @@ from pipeline.tokenization.config import TokenizationConfig
 from pipeline.tokenizer.config import TokenizerConfig
 
 ALL_CONFIGS = (
-    CorpusConfig, TokenizerConfig, TokenizationConfig, PretrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig,
+    CorpusConfig, TokenizerConfig, TokenizationConfig, ArInitConfig, PretrainConfig, ConvertConfig, EvaluateConfig,
+    GenerateConfig,
 )  # fmt: skip
 
 CHANGED: dict[type, dict[str, Any]] = {
@@ -29,8 +32,9 @@ CHANGED: dict[type, dict[str, Any]] = {
     },
     TokenizerConfig: {
         "vocab_size": 999, "max_train_bytes": 7, "mask_token": "<m>", "eos_token": "<e>",
-        "pad_token": "<p>",
+        "pad_token": "<p>", "mask_from": "new_row",
     },
+    ArInitConfig: {"mask_row": "keep"},
     PretrainConfig: {
         "architecture.d_model": 64, "architecture.num_layers": 2, "architecture.num_heads": 2, "architecture.d_ff": 8,
         "architecture.rope_base": 7.0, "architecture.norm_eps": 1e-3, "architecture.init_std": 0.5,
@@ -43,7 +47,7 @@ CHANGED: dict[type, dict[str, Any]] = {
         "optimizer.lr_schedule.final_scale": 0.5, "optimizer.lr_scale.embedding": 0.5,
         "optimizer.lr_scale.mask_embedding": 0.5,
         "optimizer.eps": 1e-3, "optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": 9.0,
-        "validation.every_steps": 7,
+        "validation.every_steps": 7, "adaptation.anneal_steps": 3,
         "num_steps": 7, "global_batch_seqs": 4, "short_step_share": 0.5, "spike_sigmas": 6.0, "spike_window_steps": 9,
         "objective.t_min": 0.1, "objective.block_size": 4, "objective.schedule": "cosine",
         "objective.weighting": "uniform", "objective.target_offset": 1, "objective.within_documents": True,
@@ -60,7 +64,20 @@ CHANGED: dict[type, dict[str, Any]] = {
 
 _HUB = {"text": Source(("hf:x",))}
 
+_EXPERTS = MoE(num_experts=4, top_k=2, d_ff_expert=8)
+
 NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
+    TokenizerConfig: {
+        "rare_token_id": (
+            TokenizerConfig(mask_from="rare_token", rare_token_id=7),
+            TokenizerConfig(mask_from="rare_token", rare_token_id=8),
+        ),
+    },
+    ArInitConfig: {
+        "upcycle": (ArInitConfig(), ArInitConfig(upcycle=_EXPERTS)),
+        "router_std": (ArInitConfig(upcycle=_EXPERTS), ArInitConfig(upcycle=_EXPERTS, router_std=0.5)),
+        "init_seed": (ArInitConfig(upcycle=_EXPERTS), ArInitConfig(upcycle=_EXPERTS, init_seed=1)),
+    },
     CorpusConfig: {
         "hub_split": (CorpusConfig(source=_HUB), CorpusConfig(source=_HUB, hub_split="test")),
         "hub_revision": (CorpusConfig(source=_HUB), CorpusConfig(source=_HUB, hub_revision="abc")),
@@ -87,6 +104,14 @@ NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
             ObjectiveConfig(weighting="cart", cart_p=0.1),
             ObjectiveConfig(weighting="cart", cart_p=0.3),
         ),
+        "adaptation.mask_noise_std": (
+            AdaptationConfig(mask_noise_std=0.5, mask_noise_steps=3),
+            AdaptationConfig(mask_noise_std=0.6, mask_noise_steps=3),
+        ),
+        "adaptation.mask_noise_steps": (
+            AdaptationConfig(mask_noise_std=0.5, mask_noise_steps=3),
+            AdaptationConfig(mask_noise_std=0.5, mask_noise_steps=4),
+        ),
         "average.keep": (AverageConfig(), AverageConfig("best", 2)),
         "average.count": (AverageConfig("best", 2), AverageConfig("best", 3)),
         "average.every_steps": (AverageConfig("last", 2, 5), AverageConfig("last", 2, 6)),
@@ -104,7 +129,7 @@ NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
         "architecture.head_bias": (Architecture(tied_head=False), Architecture(tied_head=False, head_bias=True)),
         "architecture.time_conditioning": (Architecture(cond_dim=8), Architecture(cond_dim=8, time_conditioning=True)),
         "architecture.rope_scaling": (Architecture(), Architecture(rope_scaling=RopeScaling("linear", 2.0))),
-        "architecture.moe": (Architecture(), Architecture(moe=MoE(num_experts=4, top_k=2, d_ff_expert=8), d_ff=None)),
+        "architecture.moe": (Architecture(), Architecture(moe=_EXPERTS, d_ff=None)),
     },
 }
 """Fields that change with others, hold a part of their own, or make a model that this stage refuses: before, after."""
@@ -132,7 +157,7 @@ EXECUTION: dict[type, dict[str, Any]] = {
 """Another valid value for every field that may change in a resume."""
 
 
-EXPERTS = Architecture(moe=MoE(num_experts=4, top_k=2, d_ff_expert=8), d_ff=None)
+EXPERTS = Architecture(moe=_EXPERTS, d_ff=None)
 EXECUTION_NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
     PretrainConfig: {"ep_size": (PretrainConfig(architecture=EXPERTS), PretrainConfig(architecture=EXPERTS, ep_size=2))}
 }
