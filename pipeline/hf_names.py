@@ -15,8 +15,10 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "llada", "dream", "llada_moe", "llada2"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "llada", "dream", "llada_moe", "llada2", "mdlm", "bd3lm"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
+DITS: tuple[Family, ...] = ("mdlm", "bd3lm")
+"""Families around a DiT; the others are spelled like Llama."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,18 @@ class Packed:
 # What a family can hold
 
 _EVERYWHERE = {"norm": "rms", "activation": "swiglu", "cond_dim": None, "head_bias": False}
+_IN_DITS = {
+    "norm": "layer",
+    "norm_eps": 1e-5,
+    "activation": "gelu",
+    "head_bias": True,
+    "tied_head": False,
+    "qkv_bias": False,
+    "qk_norm": False,
+    "rope_base": 10_000.0,
+    "rope_fraction": 1.0,
+    "rope_scaling": None,
+}
 _FIXED: dict[Family, dict[str, object]] = {
     "llama": {"qkv_bias": False, "qk_norm": False, "rope_fraction": 1.0},
     "qwen2": {"qkv_bias": True, "qk_norm": False, "rope_fraction": 1.0},
@@ -53,6 +67,8 @@ _FIXED: dict[Family, dict[str, object]] = {
     "dream": {"qk_norm": False, "rope_fraction": 1.0},
     "llada_moe": {"qkv_bias": False, "rope_fraction": 1.0},
     "llada2": {"qk_norm": True},
+    "mdlm": {},
+    "bd3lm": {"time_conditioning": False},
 }
 """Fields of Architecture with a single value in a family; head_dim and moe are checked by themselves."""
 _SOFTMAX: dict[str, object] = {
@@ -74,8 +90,9 @@ _WHY: dict[tuple[Family, str], str] = {
     ("dream", "qk_norm"): "qwen3 has it",
     ("llada_moe", "moe.renormalise"): "its code never divides the chosen scores by their sum; qwen3_moe may",
     ("llada_moe", "moe.selection_bias"): "its code leaves the bias in the weights of the experts, ours takes it out",
+    ("bd3lm", "time_conditioning"): "it is told the mean level of a row, ours that of each block",
 }
-_WHOLE_HEADS = ("qwen2", "llada", "dream", "llada_moe")
+_WHOLE_HEADS = ("qwen2", "llada", "dream", "llada_moe", *DITS)
 """Families without a field for the size of a head."""
 
 
@@ -83,7 +100,7 @@ def check_family(family: Family, a: Architecture) -> None:
     """UserError unless the family is known and can hold this architecture, naming the first field in the way."""
     if family not in FAMILIES:
         raise UserError(f'the family is "{family}"; it must be one of {", ".join(FAMILIES)}')
-    for name, wanted in {**_EVERYWHERE, **_FIXED[family]}.items():
+    for name, wanted in {**(_IN_DITS if family in DITS else _EVERYWHERE), **_FIXED[family]}.items():
         _check(family, name, getattr(a, name), wanted)
     if family in _WHOLE_HEADS and a.head_size * a.num_heads != a.d_model:
         raise UserError(
@@ -93,6 +110,11 @@ def check_family(family: Family, a: Architecture) -> None:
     has_experts = family in _FIXED_MOE
     if (a.moe is not None) != has_experts:
         raise UserError(f'moe is {a.moe}; "{family}" has {"experts" if has_experts else "none"}')
+    if family in DITS:
+        _check(family, "num_kv_heads", a.kv_heads, a.num_heads)
+        _check(family, "d_ff", a.d_ff, 4 * a.d_model)
+        if family == "mdlm" and a.cond_dim is None:
+            raise UserError('cond_dim is None; "mdlm" always has a conditioning vector')
     if a.moe is None:
         return
     for name, wanted in _FIXED_MOE[family].items():
@@ -174,6 +196,9 @@ def packed_tensors(family: Family, a: Architecture) -> Iterator[Packed]:
     A ``copy`` comes after the tensor that it repeats.  Raises UserError where the family cannot hold the architecture.
     """
     check_family(family, a)
+    if family in DITS:
+        yield from _dit(a)
+        return
     names = _NAMES[family]
     yield _same("embedding.weight", names.embedding)
     for layer in range(a.num_layers):
@@ -192,6 +217,42 @@ def packed_tensors(family: Family, a: Architecture) -> Iterator[Packed]:
 
 def _same(ours: str, theirs: str) -> Packed:
     return Packed(ours, (theirs,))
+
+
+_BOTH = (".weight", ".bias")
+_DIT = {"embedding.weight": "vocab_embed.embedding", "norm.weight": "output_layer.norm_final.weight"} | {
+    f"head{kind}": f"output_layer.linear{kind}" for kind in _BOTH
+}
+_DIT_CONDITION = {
+    f"{ours}{kind}": f"{theirs}{kind}"
+    for ours, theirs in (
+        ("conditioning.up", "sigma_map.mlp.0"),
+        ("conditioning.out", "sigma_map.mlp.2"),
+        ("modulation", "output_layer.adaLN_modulation"),
+    )
+    for kind in _BOTH
+}
+_DIT_LAYER = {
+    "attention_norm.weight": "norm1.weight",
+    "attention.qkv.weight": "attn_qkv.weight",
+    "attention.out.weight": "attn_out.weight",
+    "feed_forward_norm.weight": "norm2.weight",
+    "feed_forward.up.weight": "mlp.0.weight",
+    "feed_forward.up.bias": "mlp.0.bias",
+    "feed_forward.down.weight": "mlp.2.weight",
+    "feed_forward.down.bias": "mlp.2.bias",
+}
+_DIT_LAYER_CONDITION = {f"modulation{kind}": f"adaLN_modulation{kind}" for kind in _BOTH}
+
+
+def _dit(a: Architecture) -> Iterator[Packed]:
+    """The DiT of MDLM and BD3-LM: one to one, queries, keys and values packed in the same order."""
+    has_condition = a.cond_dim is not None
+    for ours, theirs in (_DIT | (_DIT_CONDITION if has_condition else {})).items():
+        yield _same(ours, f"backbone.{theirs}")
+    for layer in range(a.num_layers):
+        for ours, theirs in (_DIT_LAYER | (_DIT_LAYER_CONDITION if has_condition else {})).items():
+            yield _same(f"blocks.{layer}.{ours}", f"backbone.blocks.{layer}.{theirs}")
 
 
 def _attention(a: Architecture, names: _Names, ours: str, theirs: str) -> Iterator[Packed]:

@@ -206,6 +206,19 @@ class TensorFiles:
                 left = left[num_bytes:]
 
 
+def shape_problems(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> list[str]:
+    """What keeps tensors of some names and shapes from being those that are wanted; empty if they are."""
+    return [
+        *(f"{name} is missing" for name in sorted(wanted.keys() - found.keys())),
+        *(f"{name} is unknown" for name in sorted(found.keys() - wanted.keys())),
+        *(
+            f"{name} has shape {tuple(found[name])}, the model wants {tuple(wanted[name])}"
+            for name in sorted(wanted.keys() & found.keys())
+            if tuple(found[name]) != tuple(wanted[name])
+        ),
+    ]
+
+
 def _blocks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Parts of a flat array, each with the place of its first element."""
     for first in range(0, values.size, BLOCK_ELEMENTS):
