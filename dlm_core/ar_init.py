@@ -166,10 +166,10 @@ def upcycled(a: Architecture, moe: MoE) -> Architecture:
 
 
 def even_weight_sum(moe: MoE) -> float:
-    """Sum of a token's weights under a router whose logits are all 0, by which copies of a network are to be divided.
+    """Sum of a token's weights under a router whose logits are all 0: what copies of a network are to be divided by.
 
     routed_scale * (1 renormalised; else top_k / num_experts for a softmax, top_k / 2 for sigmoids): without that a
-    model of copies would give less than the dense one (or more).
+    model of copies would give less than the dense one (or more).  He et al. (arXiv 2410.07524) scale copies too.
     """
     each = 1.0 / moe.num_experts if moe.router_score == "softmax" else 0.5
     return moe.routed_scale * (1.0 if moe.renormalise else moe.top_k * each)

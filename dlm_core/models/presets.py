@@ -57,6 +57,16 @@ _LLAMA = Architecture(
     tied_head=False,
     init="normal",
 )
+_SMOLLM2 = replace(
+    _LLAMA,
+    d_model=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    d_ff=1536,
+    rope_base=100_000.0,
+    tied_head=True,
+)
 _LLADA = replace(_LLAMA, num_kv_heads=None, d_ff=12_288, init="mitchell", init_std=None)
 _QWEN2 = Architecture(
     d_model=3584,
@@ -163,6 +173,7 @@ PRESETS: dict[str, Preset] = {
     "llama3.1-8b": Preset(
         ModelConfig(replace(_LLAMA, rope_scaling=_LLAMA3_ROPE), 128_256, 128_255), 8192, "Llama 3, arXiv 2407.21783"
     ),
+    "smollm2-135m": Preset(ModelConfig(_SMOLLM2, 49_153, 49_152), 8192, "SmolLM2, arXiv 2502.02737"),
     "qwen2.5-7b": Preset(ModelConfig(_QWEN2, 152_064, 151_666), 4096, "Qwen2.5, arXiv 2412.15115"),
     "qwen3-0.6b": Preset(ModelConfig(_QWEN3, 151_936, 151_669), 4096, "Qwen3, arXiv 2505.09388"),
     "qwen3-30b-a3b": Preset(ModelConfig(_QWEN3_MOE, 151_936, 151_669), 4096, "Qwen3, arXiv 2505.09388"),
