@@ -17,11 +17,10 @@ from pipeline.artifact import write_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.hf_names import Family, Packed, packed_tensors
 from pipeline.tensor_files import BLOCK_ELEMENTS, TensorFiles, TensorWriter, narrowed, shape_problems
+from pipeline.weights import METADATA
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-_METADATA = {"format": "pt"}
-"""Without it transformers refuses a file."""
 _MAX_TOLD = 20
 
 
@@ -134,7 +133,7 @@ def write_ours(
     check_theirs(family, config, theirs, left_out)
     kept = [piece for piece in pieces(family, config) if piece.packed.role == "same"]
     shapes = tensor_shapes(config)
-    with TensorWriter(path, {p.packed.ours: ("F32", shapes[p.packed.ours]) for p in kept}, _METADATA) as out:
+    with TensorWriter(path, {p.packed.ours: ("F32", shapes[p.packed.ours]) for p in kept}, METADATA) as out:
         for piece in kept:
             for first, numel in piece.blocks():
                 out.append(piece.packed.ours, _values(theirs, piece.theirs, first, numel))
@@ -158,7 +157,7 @@ def write_theirs(
     shards = _shards(pieces(family, config), dtype, shard_bytes)
     paths = [directory / _shard_name(number, len(shards)) for number in range(len(shards))]
     for path, shard in zip(paths, shards, strict=True):
-        with TensorWriter(path, {p.theirs: (_dtype_of(p, dtype), p.shape) for p in shard}, _METADATA) as out:
+        with TensorWriter(path, {p.theirs: (_dtype_of(p, dtype), p.shape) for p in shard}, METADATA) as out:
             for piece in shard:
                 for block in piece.blocks():
                     out.append(piece.theirs, piece.ours(ours, *block))

@@ -11,16 +11,21 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import MANIFEST, FileRecord, file_sha256, read_json, write_json
 from pipeline.config import fingerprint, from_json, to_json
 from pipeline.errors import CorruptionError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipeline.tensor_files import TensorFiles
 
 SCHEMA_VERSION = 2
 """Version 1 was DeepSpeed's own files."""
@@ -29,6 +34,11 @@ MASTER, EMA = "master", "ema"
 _CHECKSUM = "sha256"
 _NAME = re.compile(r"step-(\d{8})")
 _HASHING_THREADS = 8
+_READING_THREADS = 8
+_READ_ELEMENTS = 1 << 22
+"""Of a file by one thread at a time: 16 MB."""
+_COPIED_ELEMENTS = 1 << 24
+"""On their way to a GPU at a time: 64 MB."""
 _PATIENCE_S = (0.05, 0.2, 0.75, 3.0)
 """Waits for a file that another machine wrote and this one does not see yet, or that can't be read at the moment."""
 
@@ -220,19 +230,19 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 class StateFiles:
-    """Reads any part of the state from the files of all ranks, which are mapped into memory, not loaded."""
+    """Reads any part of the state from the files of all ranks, straight to where it is wanted."""
 
     def __init__(self, checkpoint: Path, manifest: CheckpointManifest) -> None:
-        self.checkpoint = checkpoint
-        self.step = manifest.step
-        self.shapes = manifest.shapes
-        self._stretches: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}
+        self.checkpoint, self.manifest = checkpoint, manifest
+        self.step, self.shapes = manifest.step, manifest.shapes
+        self._stretches: dict[tuple[str, str], list[tuple[int, int, TensorFiles]]] = {}
         found: list[Stretch] = []
         for record in manifest.files:
-            for stretch, data in _stretches_of(checkpoint / record.path):
+            files = _open_patiently(checkpoint / record.path)
+            for stretch in _stretches_of(files, checkpoint / record.path):
                 which, parameter, start, numel = stretch
                 found.append(stretch)
-                self._stretches.setdefault((which, parameter), []).append((start, numel, data))
+                self._stretches.setdefault((which, parameter), []).append((start, numel, files))
         check_coverage(found, manifest.shapes, str(checkpoint))
         for parts in self._stretches.values():
             parts.sort(key=lambda part: part[0])
@@ -242,7 +252,7 @@ class StateFiles:
         return (which, parameter) in self._stretches
 
     def read(self, which: str, parameter: str, start: int, target: Any) -> None:
-        """Fill a flat tensor with consecutive elements from ``start`` on.
+        """Fill a flat float32 array or tensor, on any device, with consecutive elements from ``start`` on.
 
         Raises UserError if nothing of the kind was saved.
         """
@@ -251,46 +261,74 @@ class StateFiles:
                 f"{self.checkpoint} has no {which!r} of {parameter}, which this training keeps: it was written with "
                 "another optimizer. Set the optimizer back, or start over"
             )
-        for first, numel, data in self._stretches[which, parameter]:
-            low, high = max(start, first), min(start + target.numel(), first + numel)
-            if low < high:
-                target[low - start : high - start].copy_(data[low - first : high - first])
+        import numpy as np
 
-    def whole(self, which: str, parameter: str) -> Any:
-        """A parameter's tensor in its shape."""
-        import torch
+        if isinstance(target, np.ndarray):
+            self._fill((which, parameter), start, target)
+        elif target.device.type == "cpu":
+            self._fill((which, parameter), start, target.detach().numpy())
+        else:
+            import torch
 
-        flat = torch.empty(_numel(self.shapes[parameter]))
+            for first in range(0, target.numel(), _COPIED_ELEMENTS):
+                part = target[first : first + _COPIED_ELEMENTS]
+                host = torch.empty(part.numel())
+                self._fill((which, parameter), start + first, host.numpy())
+                part.copy_(host)
+
+    def _fill(self, key: tuple[str, str], start: int, target: "np.ndarray") -> None:
+        reads: list[Callable[[], None]] = []
+        stop = start + target.size
+        for first, numel, files in self._stretches[key]:
+            low, high = max(start, first), min(stop, first + numel)
+            for here in range(low, high, _READ_ELEMENTS):
+                part = target[here - start : min(high, here + _READ_ELEMENTS) - start]
+                reads.append(partial(files.read_elements, tensor_name((*key, first, numel)), here - first, part))
+        if target.size <= _READ_ELEMENTS:
+            for read in reads:
+                read()
+            return
+        with ThreadPoolExecutor(max(1, min(_READING_THREADS, os.cpu_count() or 1, len(reads)))) as pool:
+            for _ in pool.map(lambda read: read(), reads):
+                pass
+
+    def whole(self, which: str, parameter: str) -> "np.ndarray":
+        """A parameter's array in its shape."""
+        import numpy as np
+
+        flat = np.empty(_numel(self.shapes[parameter]), np.float32)
         self.read(which, parameter, 0, flat)
-        return flat.view(self.shapes[parameter])
+        return flat.reshape(self.shapes[parameter])
 
 
-def _stretches_of(path: Path) -> list[tuple[Stretch, Any]]:
-    """The stretches of one file, each with what slices of its elements are taken from."""
-    from safetensors import SafetensorError
-
-    found: list[tuple[Stretch, Any]] = []
-    try:
-        handle = _open_patiently(path)
-        for name in handle.keys():  # noqa: SIM118 - it is no mapping
-            data = handle.get_slice(name)
-            which, parameter, start = name.split(":")
-            if data.get_dtype() != "F32" or len(data.get_shape()) != 1 or not start.isdecimal():
-                raise CorruptionError(f"{path} holds {name!r}, which is no stretch of float32 elements")
-            found.append(((which, parameter, int(start), data.get_shape()[0]), data))
-    except (SafetensorError, ValueError) as error:
-        raise CorruptionError(f"{path} is not a file of training state: {error}") from None
-    return found
+def _stretches_of(files: "TensorFiles", path: Path) -> Iterator[Stretch]:
+    """The stretches of one file."""
+    for name in files.names:
+        info, (which, parameter, start) = files.info(name), [*name.split(":"), "", ""][:3]
+        stretch = (which, parameter, int(start) if start.isdecimal() else 0, info.numel)
+        if tensor_name(stretch) != name or info.dtype != "F32" or len(info.shape) != 1:
+            raise CorruptionError(
+                f"{path} is not a file of training state: {name!r} is no stretch of float32 elements, but {info.dtype} "
+                f"{list(info.shape)}"
+            )
+        yield stretch
 
 
 def _sha256_patiently(path: Path) -> str:
     return _patiently(lambda: file_sha256(path), path)
 
 
-def _open_patiently(path: Path) -> Any:
-    from safetensors import safe_open
+def _open_patiently(path: Path) -> "TensorFiles":
+    return _patiently(lambda: _open(path), path)
 
-    return _patiently(lambda: safe_open(str(path), framework="pt"), path)
+
+def _open(path: Path) -> "TensorFiles":
+    from pipeline.tensor_files import TensorFiles
+
+    try:
+        return TensorFiles([path])
+    except (CorruptionError, UserError) as error:
+        raise CorruptionError(f"{path} is not a file of training state: {error}") from None
 
 
 def _plain_size(path: Path) -> int:

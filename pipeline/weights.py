@@ -1,20 +1,27 @@
 """The interchange format: model.safetensors and model.json, loaded strictly."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from dlm_core.models.config import ModelConfig
+from dlm_core.models.tensor_shapes import tensor_shapes
 from pipeline.artifact import checked, load_manifest, write_json
 from pipeline.config import from_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.scoring import Likelihood, Scoring
+from pipeline.tensor_files import TensorFiles, TensorWriter, shape_problems
 
 if TYPE_CHECKING:
     from dlm_core.models.transformer import Denoiser
 
 WEIGHTS_FILE, MODEL_FILE = "model.safetensors", "model.json"
+METADATA = {"format": "pt"}
+"""Without it transformers refuses a file."""
 
 
 @dataclass(frozen=True)
@@ -52,31 +59,57 @@ class ModelRecord:
         return Scoring(self.objective, self.block_size, noise_seed, self.target_offset, self.within_documents)
 
 
-def save_weights(directory: Path, tensors: dict[str, Any], record: ModelRecord) -> None:
-    """Write float32 tensors and the model's record."""
-    from safetensors.torch import save_file
+def weights_writer(directory: Path, shapes: Mapping[str, Sequence[int]]) -> TensorWriter:
+    """Writes the float32 tensors of a model part by part; ``save_record`` makes the directory complete."""
+    return TensorWriter(directory / WEIGHTS_FILE, {name: ("F32", shape) for name, shape in shapes.items()}, METADATA)
 
-    save_file(tensors, str(directory / WEIGHTS_FILE), metadata={"format": "pt"})
+
+def save_record(directory: Path, record: ModelRecord) -> None:
+    """Write the model's record."""
     write_json(directory / MODEL_FILE, record)
+
+
+def save_weights(directory: Path, tensors: Mapping[str, Any], record: ModelRecord) -> None:
+    """Write float32 tensors, of torch or NumPy, and the model's record."""
+    with weights_writer(directory, {name: tensor.shape for name, tensor in tensors.items()}) as out:
+        for name, tensor in tensors.items():
+            out.append(name, _as_array(tensor))
+    save_record(directory, record)
+
+
+def _as_array(tensor: Any) -> np.ndarray:
+    return tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy()
 
 
 def load_record(artifact: Path) -> ModelRecord:
     """The model's record in a committed artifact."""
-    return from_json(ModelRecord, json.loads(checked(artifact, MODEL_FILE).read_text()), where=MODEL_FILE)
+    return read_record(checked(artifact, MODEL_FILE))
+
+
+def read_record(path: Path) -> ModelRecord:
+    """The model's record in a file that was verified, or just written."""
+    return from_json(ModelRecord, json.loads(path.read_text()), where=MODEL_FILE)
 
 
 def load_denoiser(artifact: Path) -> "tuple[Denoiser, ModelRecord]":
     """The model with its weights, in evaluation mode; CorruptionError unless every tensor fits exactly."""
-    from safetensors.torch import load_file
+    record = load_record(artifact)
+    return read_denoiser(record.model, checked(artifact, WEIGHTS_FILE), str(artifact)), record
 
+
+def read_denoiser(config: ModelConfig, path: Path, name: str) -> "Denoiser":
+    """A model with the weights of a file, in evaluation mode: they are read to where they stay, and held once.
+
+    Raises CorruptionError, which calls them the weights in ``name``, unless every tensor fits exactly.
+    """
     from dlm_core.models.transformer import Denoiser
 
-    record = load_record(artifact)
-    model = Denoiser(record.model)
-    tensors = load_file(str(checked(artifact, WEIGHTS_FILE)))
-    check_tensors(model, tensors, str(artifact))
-    model.load_state_dict(tensors)
-    return model.eval(), record
+    files = TensorFiles([path])
+    check_shapes(config, files.shapes, name)
+    model = Denoiser(config).eval()
+    for key, tensor in model.state_dict().items():
+        files.read_elements(key, 0, tensor.view(-1).numpy())
+    return model
 
 
 def check_tokenizer(record: ModelRecord, tokenizer: Path) -> None:
@@ -88,16 +121,7 @@ def check_tokenizer(record: ModelRecord, tokenizer: Path) -> None:
         )
 
 
-def check_tensors(model: "Denoiser", tensors: dict[str, Any], name: str) -> None:
+def check_shapes(config: ModelConfig, found: Mapping[str, Sequence[int]], name: str) -> None:
     """CorruptionError naming every tensor that is missing, unexpected or of the wrong shape."""
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in tensors.items()}
-    problems = [f"{key} is missing" for key in sorted(wanted.keys() - found.keys())]
-    problems += [f"{key} is unknown" for key in sorted(found.keys() - wanted.keys())]
-    problems += [
-        f"{key} has shape {found[key]}, the model wants {wanted[key]}"
-        for key in sorted(wanted.keys() & found.keys())
-        if wanted[key] != found[key]
-    ]
-    if problems:
+    if problems := shape_problems(found, tensor_shapes(config)):
         raise CorruptionError(f"the weights in {name} do not fit the model: " + "; ".join(problems))

@@ -5,12 +5,19 @@ from collections.abc import Iterator
 from dlm_core.models.config import NUM_TIME_FREQUENCIES, Architecture, ModelConfig
 
 Shape = tuple[int, ...]
+_BUFFER = "e_score_correction_bias"
+"""Set from outside, to balance the experts."""
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Shape of every tensor of ``Denoiser(config).state_dict()``, in its order."""
     a = config.architecture
     return dict(_of_model(a, config.vocab_size))
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is none that an optimizer trains."""
+    return name.endswith("." + _BUFFER)
 
 
 def _of_model(a: Architecture, vocab_size: int) -> Iterator[tuple[str, Shape]]:
@@ -48,7 +55,7 @@ def _of_feed_forward(a: Architecture, layer: int) -> Iterator[tuple[str, Shape]]
         return
     yield "gate.weight", (moe.num_experts, a.d_model)
     if moe.selection_bias:
-        yield "gate.e_score_correction_bias", (moe.num_experts,)
+        yield f"gate.{_BUFFER}", (moe.num_experts,)
     yield "experts.gate_up_proj", (moe.num_experts, 2 * moe.d_ff_expert, a.d_model)
     yield "experts.down_proj", (moe.num_experts, a.d_model, moe.d_ff_expert)
     if moe.num_shared_experts:

@@ -4,17 +4,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.config import execution
 from pipeline.errors import UserError
 from pipeline.stage import Stage
+
+Weights = Literal["last", "ema", "average"]
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
     """Which of the weights that a training has kept."""
 
-    weights: Literal["last", "ema", "average"] = "last"
+    weights: Weights = "last"
     """last: the float32 masters after the last step.  ema: their running average, if the optimizer kept one.
     average: the mean of the masters of the checkpoints that the training has kept for it (``pretrain.average``)."""
+    proof: Literal["logits", "tensors"] = execution("logits")
+    """What is compared before the weights are committed.  tensors: every number on the disk with those in the files of
+    the training.  logits: these too, and the logits of both in a process of its own, which holds the model once."""
 
 
 def check_upstream(config: ConvertConfig, upstream: Mapping[str, Any], step: str) -> None:

@@ -1,116 +1,82 @@
-"""Gather float32 weights from the files of all ranks into one safetensors file."""
+"""Gather float32 weights from the files of all ranks into one safetensors file, and prove that it has them."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from dlm_core.models.config import ModelConfig
-from pipeline.artifact import Manifest, checked, checked_files, load_manifest, read_json
+from pipeline.artifact import Manifest, checked_files, load_manifest
 from pipeline.config import from_json
 from pipeline.convert.config import ConvertConfig
-from pipeline.errors import CorruptionError, UserError
+from pipeline.convert.gather import Gathered, gather
+from pipeline.errors import CorruptionError
+from pipeline.logits_proof import in_fresh_process
 from pipeline.stage import StageContext, Stats
-from pipeline.training_state import EMA, MASTER, StateFiles, list_checkpoints, read_manifest
-from pipeline.weights import WEIGHTS_FILE, ModelRecord, check_tensors, save_weights
+from pipeline.tensor_files import TensorFiles
+from pipeline.weights import WEIGHTS_FILE, ModelRecord, Origin, save_record, weights_writer
 
 
 def run(config: ConvertConfig, inputs: Mapping[str, Path], context: StageContext) -> Stats:
-    """Write model.safetensors and model.json, and read them back before the artifact is committed."""
+    """Write model.safetensors and model.json, and read them back before the artifact is committed.
+
+    No more than some megabytes of weights are held in this process.
+    """
     source = inputs["pretrain"]
     trained = load_manifest(source)
-    model_config = from_json(ModelConfig, read_json(checked(source, "model_config.json")))
     checked_files(source, "checkpoints/*/*")
-    context.progress(0, 1)
-    import torch
+    context.progress(0, 3)
+    weights = gather(config.weights, source)
+    with weights_writer(context.out, weights.shapes) as out:
+        for name in weights.shapes:
+            for values in weights.blocks(name):
+                out.append(name, values)
+    save_record(context.out, record_of(config, weights, trained))
+    context.progress(1, 3)
+    _prove_tensors(context.out, weights)
+    context.progress(2, 3)
+    if config.proof == "logits":
+        in_fresh_process("pipeline.convert.prove:prove_logits", context.out, source, config.weights)
+    context.progress(3, 3)
+    return {
+        "num_params": weights.model.num_params(),
+        "tensors": len(weights.shapes),
+        "steps": weights.steps,
+        "proof": config.proof,
+    }
 
-    from dlm_core.models.transformer import Denoiser
 
-    with torch.device("meta"):  # names and shapes are all that is asked of it
-        model = Denoiser(model_config)
-    newest_first = [open_checkpoint(path, source, trained) for path in list_checkpoints(source / "checkpoints")]
-    if not newest_first:
-        raise CorruptionError(f"{source} has no checkpoint")
-    parameters = {name for name, _ in model.named_parameters()}
-    tensors, steps = gather(config, newest_first, parameters, trained.stats["average_steps"])
-    check_tensors(model, tensors, str(source))
-    record = ModelRecord(
-        model_config,
+def record_of(config: ConvertConfig, weights: Gathered, trained: Manifest) -> ModelRecord:
+    """What is known of the weights: how they are used, and where they come from."""
+    last = weights.checkpoints[0].manifest
+    origin = Origin(
+        "trained",
+        {
+            "objective": trained.stats["objective"],
+            "training": trained.fingerprint,
+            "tokens": trained.stats["tokens"],
+            "weights": config.weights,
+            "steps": weights.steps,
+            "optimizer_steps": last.optimizer_steps,
+            "versions": last.versions,
+        },
+    )
+    before = [from_json(Origin, value) for value in trained.stats.get("lineage", [])]
+    return ModelRecord(
+        weights.model,
         seq_len=trained.stats["seq_len"],
         objective=trained.stats["objective"],
         block_size=trained.stats["block_size"],
         target_offset=trained.stats["target_offset"],
         within_documents=trained.stats["within_documents"],
         tokenizer=trained.inputs["tokenizer"],
+        lineage=[*before, origin],
     )
-    save_weights(context.out, tensors, record)
-    _prove(context.out, tensors)
-    return {"num_params": model_config.num_params(), "tensors": len(tensors), "steps": steps}
 
 
-def open_checkpoint(checkpoint: Path, source: Path, trained: Manifest) -> StateFiles:
-    """The state in a checkpoint of a training, whose files were compared with the training's manifest.
-
-    Raises CorruptionError if that manifest was made of other bytes than those that were saved.
-    """
-    manifest = read_manifest(checkpoint)
-    committed = {record.path: record.sha256 for record in trained.files}
-    for record in manifest.files:
-        path = checkpoint / record.path
-        if committed.get(path.relative_to(source).as_posix()) != record.sha256:
-            raise CorruptionError(
-                f"{path} was damaged between its saving and the end of the training: the manifest of its checkpoint "
-                f"and that of {source} have different SHA-256 of it. Delete {source} and run the training again"
-            )
-    return StateFiles(checkpoint, manifest)
-
-
-def gather(
-    config: ConvertConfig, newest_first: list[StateFiles], parameters: set[str], average_steps: Collection[int]
-) -> tuple[dict[str, Any], list[int]]:
-    """The weights that the configuration asks for, by name, and the steps of the checkpoints they are from.
-
-    ``average_steps`` are those that the training has kept to be averaged; ``parameters`` are what is trained; buffers
-    have no running average and are as they are in the last checkpoint.
-    Raises UserError if the training has not kept such weights.
-    """
-    last = newest_first[0]
-    if config.weights == "average":
-        if not average_steps:
-            raise UserError(
-                "convert.weights is average, but the training has kept no checkpoints to be averaged. Train with "
-                "pretrain.average, or set convert.weights=last"
-            )
-        kept = [files for files in newest_first if files.step in average_steps]
-        if len(kept) < len(average_steps):
-            missing = sorted(set(average_steps) - {files.step for files in kept})
-            raise CorruptionError(f"the training has promised checkpoints of steps {missing}, which are not there")
-        if any(files.shapes != last.shapes for files in kept):
-            raise CorruptionError("the checkpoints to be averaged are of models of different shapes")
-        return {name: _mean(kept, name) for name in sorted(last.shapes)}, sorted(average_steps)
-    if config.weights == "ema" and not all(last.has(EMA, name) for name in parameters & last.shapes.keys()):
-        raise UserError(
-            "convert.weights is ema, but the training has kept no running average of its weights. Train with "
-            "pretrain.optimizer.ema_decay, or set convert.weights=last"
-        )
-    average = parameters if config.weights == "ema" else set()
-    which = {name: EMA if name in average else MASTER for name in sorted(last.shapes)}
-    return {name: last.whole(kind, name) for name, kind in which.items()}, [last.step]
-
-
-def _mean(checkpoints: list[StateFiles], name: str) -> Any:
-    """Mean of the masters of a parameter, added up in float64."""
-    total = checkpoints[0].whole(MASTER, name).double()
-    for files in checkpoints[1:]:
-        total += files.whole(MASTER, name)
-    return (total / len(checkpoints)).float()
-
-
-def _prove(out: Path, tensors: dict[str, Any]) -> None:
-    """The written file holds exactly the tensors that were gathered; one of them at a time is there twice."""
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(str(out / WEIGHTS_FILE), framework="pt") as written:
-        for name, tensor in tensors.items():
-            if not torch.equal(written.get_tensor(name), tensor):
+def _prove_tensors(out: Path, weights: Gathered) -> None:
+    """The written file holds exactly what was gathered, bit for bit."""
+    written = TensorFiles([out / WEIGHTS_FILE])
+    for name in weights.shapes:
+        start = 0
+        for values in weights.blocks(name):
+            if written.read_stored(name, start, values.size).tobytes() != values.tobytes():
                 raise CorruptionError(f"{name} changed on the way to {WEIGHTS_FILE}")
+            start += values.size

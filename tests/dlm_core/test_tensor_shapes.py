@@ -7,7 +7,7 @@ import torch
 
 from dlm_core.models.config import Architecture, ModelConfig, MoE
 from dlm_core.models.presets import PRESETS
-from dlm_core.models.tensor_shapes import tensor_shapes
+from dlm_core.models.tensor_shapes import is_buffer, tensor_shapes
 from dlm_core.models.transformer import Denoiser
 
 SMALL = Architecture(d_model=12, num_layers=3, num_heads=3, num_kv_heads=1, d_ff=10)
@@ -29,5 +29,7 @@ VARIANTS = {
 )
 def test_shapes_are_those_of_the_model_in_its_order(config):
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in Denoiser(config).state_dict().items()}
+        model = Denoiser(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert list(tensor_shapes(config).items()) == list(wanted.items())
+    assert {name for name in wanted if is_buffer(name)} == {name for name, _ in model.named_buffers()}

@@ -65,7 +65,7 @@ def test_the_exported_average_is_the_mean_of_the_kept_masters(
     kept = [trained / "checkpoints" / checkpoint_name(step) for step in steps]
     files = [StateFiles(path, read_manifest(path)) for path in kept]
     for name, tensor in load_file(out / WEIGHTS_FILE).items():
-        one, other = (part.whole(MASTER, name) for part in files)
+        one, other = (torch.from_numpy(part.whole(MASTER, name)) for part in files)
         assert not torch.equal(one, other), f"{name} did not move: a weak test"
         torch.testing.assert_close(tensor, (one + other) / 2, rtol=1e-6, atol=1e-8)
     assert load_manifest(out).stats["steps"] == steps

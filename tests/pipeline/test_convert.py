@@ -14,10 +14,17 @@ from torch import Tensor
 
 from dlm_core.models.transformer import Denoiser
 from pipeline.artifact import MANIFEST, load_manifest, read_json, record_files, write_json
+from pipeline.config import from_json, to_json
 from pipeline.convert.config import STAGE, ConvertConfig
-from pipeline.training_state import file_name, read_manifest, write_manifest
-from pipeline.weights import WEIGHTS_FILE, load_denoiser
-from tests.support.tiny_run import Artifacts, Gang, Payload, convert, forge, pretrain, start_gang, tiny
+from pipeline.convert.prove import prove_logits
+from pipeline.convert.run import run
+from pipeline.errors import CorruptionError
+from pipeline.logits_proof import in_fresh_process
+from pipeline.stage import StageContext
+from pipeline.tensor_files import read_header
+from pipeline.training_state import CheckpointManifest, file_name, read_manifest, write_manifest
+from pipeline.weights import WEIGHTS_FILE, load_denoiser, load_record
+from tests.support.tiny_run import Artifacts, Gang, Payload, convert, forge, pretrain, run_gang, start_gang, tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 LAST = "checkpoints/step-00000020"
@@ -48,7 +55,33 @@ def test_weights_are_the_masters_in_the_files_of_the_ranks(
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, wanted[name]), name
     stats = load_manifest(made).stats
-    assert stats == {"num_params": sum(t.numel() for t in found.values()), "tensors": len(found), "steps": [20]}
+    assert stats == {
+        "num_params": sum(t.numel() for t in found.values()),
+        "tensors": len(found),
+        "steps": [20],
+        "proof": "logits",
+    }
+
+
+def test_a_record_tells_what_made_the_weights_after_all_that_was_before(copy: Path) -> None:
+    before = {"kind": "imported", "details": {"family": "qwen2"}}
+    manifest = load_manifest(copy)
+    for lineage in ([], [before]):
+        write_json(copy / MANIFEST, replace(manifest, stats={**manifest.stats, "lineage": lineage}))
+        out = copy.with_name(f"weights-{len(lineage)}")
+        found = load_record(run_gang(STAGE, ConvertConfig(proof="tensors"), {"pretrain": copy}, out)).lineage
+        assert to_json(found[:-1]) == lineage
+        assert found[-1].kind == "trained"
+        details = found[-1].details
+        assert details.pop("versions")["torch"]
+        assert details == {
+            "objective": "masked_nelbo",
+            "training": manifest.fingerprint,
+            "tokens": manifest.stats["tokens"],
+            "weights": "last",
+            "steps": [20],
+            "optimizer_steps": 20,
+        }
 
 
 def convert_as(kind: Any, trained: Path) -> Gang:
@@ -89,6 +122,66 @@ def test_weights_that_were_not_kept_are_refused(copy: Path, kind: str, words: st
     gang = convert_as(kind, copy)
     assert gang.wait() == [2]
     assert words in gang.log()
+
+
+@pytest.mark.parametrize("weights", ["last", "average"])
+def test_the_proof_by_logits_finds_one_bit_in_the_file_or_in_the_training(
+    alone: Path, tmp_path: Path, weights: Any
+) -> None:
+    kept = {"last": alone, "average": _with_average(alone, tmp_path / "two")}[weights]
+    out = convert(kept, tmp_path / "weights", weights)
+    prove_logits(str(out), str(kept), weights)
+    data = bytearray((out / WEIGHTS_FILE).read_bytes())
+    info = read_header(out / WEIGHTS_FILE)["blocks.1.feed_forward.down.weight"]
+    place = 8 + int.from_bytes(data[:8], "little") + info.start + 2
+    data[place] ^= 64
+    (out / WEIGHTS_FILE).write_bytes(data)
+    with pytest.raises(CorruptionError, match=r"model\.safetensors do not give the logits of what they were made from"):
+        in_fresh_process("pipeline.convert.prove:prove_logits", out, kept, weights)
+
+
+def _with_average(trained: Path, copy: Path) -> Path:
+    """A training that has kept its last checkpoint twice, with other numbers, to be averaged."""
+    shutil.copytree(trained, copy)
+    other = Path(shutil.copytree(copy / LAST, copy / "checkpoints/step-00000010"))
+    tensors = {key: 3 * tensor + 1 for key, tensor in load_file(other / file_name(0)).items()}
+    save_file(tensors, other / file_name(0))
+    value = read_json(other / MANIFEST)
+    del value["sha256"]
+    changed = {**value, "step": 10, "files": to_json(record_files(other))}
+    write_manifest(other, from_json(CheckpointManifest, changed))
+    manifest = load_manifest(copy)
+    stats = {**manifest.stats, "average_steps": [10, 20]}
+    write_json(copy / MANIFEST, replace(manifest, stats=stats, files=record_files(copy)))
+    return copy
+
+
+def test_the_mean_over_checkpoints_is_that_of_float64(alone: Path, tmp_path: Path) -> None:
+    kept = _with_average(alone, tmp_path / "two")
+    found = load_file(convert(kept, tmp_path / "weights", "average") / WEIGHTS_FILE)
+    for name, tensor in trained_masters(alone).items():
+        other = 3 * tensor + 1
+        assert torch.equal(found[name], ((tensor.double() + other.double()) / 2).float()), name
+
+
+def test_a_proof_of_tensors_alone_is_told_and_starts_no_process(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.convert.run.in_fresh_process", lambda *given: pytest.fail("started"))
+    context = StageContext(copy.with_name("weights"), copy.with_name("state"), "f")
+    context.out.mkdir()
+    stats = run(ConvertConfig(proof="tensors"), {"pretrain": copy}, context)
+    assert stats["proof"] == "tensors"
+
+
+def test_a_tensor_that_changes_on_the_way_to_the_disk_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = StageContext(copy.with_name("weights"), copy.with_name("state"), "f")
+    context.out.mkdir()
+
+    def save_and_spoil(directory: Path, record: Any) -> None:
+        flip(directory / WEIGHTS_FILE)
+
+    monkeypatch.setattr("pipeline.convert.run.save_record", save_and_spoil)
+    with pytest.raises(CorruptionError, match=r"\w+\.weight changed on the way to model\.safetensors"):
+        run(ConvertConfig(proof="tensors"), {"pretrain": copy}, context)
 
 
 def test_converted_model_gives_the_logits_of_the_trained_one(alone: Path, weights: Path, made: Artifacts) -> None:

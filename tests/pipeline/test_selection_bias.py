@@ -26,7 +26,11 @@ def biases(trained: Path) -> list[torch.Tensor]:
     """Of the layers with experts, as the last checkpoint holds them."""
     (checkpoint,) = list_checkpoints(trained / "checkpoints")
     files = StateFiles(checkpoint, read_manifest(checkpoint))
-    return [files.whole(MASTER, name) for name in sorted(files.shapes) if name.endswith("e_score_correction_bias")]
+    return [
+        torch.from_numpy(files.whole(MASTER, name))
+        for name in sorted(files.shapes)
+        if name.endswith("e_score_correction_bias")
+    ]
 
 
 def routers_of(num_layers: int, rate: float) -> tuple[Denoiser, Routers]:

@@ -1,13 +1,18 @@
 """Portable weights are loaded exactly or not at all."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dlm_core.models.config import Architecture, ModelConfig
+from dlm_core.models.tensor_shapes import tensor_shapes
 from dlm_core.models.transformer import Denoiser
 from pipeline.artifact import MANIFEST, Manifest, record_files, write_json
 from pipeline.errors import CorruptionError, UserError
@@ -15,11 +20,13 @@ from pipeline.weights import (
     MODEL_FILE,
     WEIGHTS_FILE,
     ModelRecord,
-    check_tensors,
+    check_shapes,
     check_tokenizer,
     load_denoiser,
     load_record,
+    save_record,
     save_weights,
+    weights_writer,
 )
 from tests.support.tiny_run import Artifacts, forge
 
@@ -53,18 +60,56 @@ def test_weights_come_back_bit_for_bit_and_ready_to_evaluate(artifact: Path) -> 
     assert all(torch.equal(found[name], value) for name, value in tensors().items())
 
 
-def test_check_tensors_names_all_that_is_missing_unknown_or_misshapen() -> None:
-    given = tensors()
-    check_tensors(Denoiser(MODEL), given, "x")
+def test_check_shapes_names_all_that_is_missing_unknown_or_misshapen() -> None:
+    given = {name: tuple(value.shape) for name, value in tensors().items()}
+    check_shapes(MODEL, given, "x")
     del given["norm.weight"]
-    given["blocks.1.extra"] = torch.zeros(1)
-    given["embedding.weight"] = torch.zeros(12, 8)
+    given["blocks.1.extra"] = (1,)
+    given["embedding.weight"] = (12, 8)
     with pytest.raises(CorruptionError) as caught:
-        check_tensors(Denoiser(MODEL), given, "the file")
+        check_shapes(MODEL, given, "the file")
     assert str(caught.value) == (
         "the weights in the file do not fit the model: norm.weight is missing; blocks.1.extra is unknown; "
         "embedding.weight has shape (12, 8), the model wants (11, 8)"
     )
+
+
+def test_arrays_are_saved_as_tensors_are_and_the_library_reads_both(tmp_path: Path) -> None:
+    given = tensors()
+    for kind in (lambda tensor: tensor, lambda tensor: tensor.numpy(), lambda tensor: torch.nn.Parameter(tensor)):
+        save_weights(tmp_path, {name: kind(tensor) for name, tensor in given.items()}, RECORD)
+        found = load_file(tmp_path / WEIGHTS_FILE)
+        assert found.keys() == given.keys()
+        assert all(torch.equal(found[name], value) for name, value in given.items())
+
+
+def test_a_model_is_held_once_while_it_is_loaded(tmp_path: Path) -> None:
+    model = ModelConfig(Architecture(d_model=1024, num_layers=4, num_heads=8, d_ff=2048), 16_000, 15_999)
+    size_bytes = 4 * model.num_params()
+    assert size_bytes > 200e6
+    with weights_writer(tmp_path, tensor_shapes(model)) as out:
+        for name, shape in tensor_shapes(model).items():
+            out.append(name, np.zeros(shape, np.float32))
+    save_record(tmp_path, ModelRecord(model, 8, "masked_nelbo"))
+    write_json(tmp_path / MANIFEST, Manifest("convert", "0" * 64, 1, {}, {}, record_files(tmp_path)))
+    before, after = (int(line) for line in _in_a_process(_LOAD, str(tmp_path)).split())
+    assert size_bytes < after - before < 1.25 * size_bytes
+
+
+_LOAD = r"""
+import re, sys
+from pathlib import Path
+from dlm_core.models.transformer import Denoiser
+from pipeline.weights import load_denoiser
+kept = lambda field: print(1024 * int(re.search(field + r":\s+(\d+) kB", open("/proc/self/status").read())[1]))
+kept("VmRSS")
+loaded = load_denoiser(Path(sys.argv[1]))
+kept("VmHWM")
+"""
+
+
+def _in_a_process(code: str, *arguments: str) -> str:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def test_a_tensor_that_is_missing_is_refused_on_loading(artifact: Path) -> None:

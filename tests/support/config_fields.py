@@ -152,6 +152,7 @@ EXECUTION: dict[type, dict[str, Any]] = {
         "peak_tflops_per_worker": 312.0,
         "max_failed_saves": 1, "accept_changed_identity": True,
     },
+    ConvertConfig: {"proof": "tensors"},
     EvaluateConfig: {"num_shards": 9, "batch_rows": 3},
 }  # fmt: skip
 """Another valid value for every field that may change in a resume."""

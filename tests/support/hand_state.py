@@ -225,7 +225,7 @@ def saved(directory: Path, step: int) -> Full:
     """All numbers of a published checkpoint, which verifies."""
     path = directory / checkpoint_name(step)
     files = StateFiles(path, load_checkpoint_manifest(path))
-    return {key: files.whole(*key).flatten() for key in distinct()}
+    return {key: torch.from_numpy(files.whole(*key)).flatten() for key in distinct()}
 
 
 def steps_in(directory: Path) -> list[int]:
