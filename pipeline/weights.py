@@ -98,18 +98,23 @@ def load_denoiser(artifact: Path) -> "tuple[Denoiser, ModelRecord]":
 
 
 def read_denoiser(config: ModelConfig, path: Path, name: str) -> "Denoiser":
-    """A model with the weights of a file, in evaluation mode: they are read to where they stay, and held once.
+    """A model with the weights of a file, in evaluation mode.  Raises as ``fill_denoiser``."""
+    from dlm_core.models.transformer import Denoiser
+
+    model = Denoiser(config).eval()
+    fill_denoiser(model, path, name)
+    return model
+
+
+def fill_denoiser(model: "Denoiser", path: Path, name: str) -> None:
+    """Read the weights of a file to where they stay, so that they are held once.
 
     Raises CorruptionError, which calls them the weights in ``name``, unless every tensor fits exactly.
     """
-    from dlm_core.models.transformer import Denoiser
-
     files = TensorFiles([path])
-    check_shapes(config, files.shapes, name)
-    model = Denoiser(config).eval()
+    check_shapes(model.config, files.shapes, name)
     for key, tensor in model.state_dict().items():
         files.read_elements(key, 0, tensor.view(-1).numpy())
-    return model
 
 
 def check_tokenizer(record: ModelRecord, tokenizer: Path) -> None:

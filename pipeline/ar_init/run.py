@@ -15,8 +15,8 @@ from pipeline.config import to_json
 from pipeline.data.special_tokens import SpecialTokens, load_special_tokens
 from pipeline.errors import UserError
 from pipeline.stage import StageContext, Stats
-from pipeline.tensor_files import TensorFiles, TensorWriter
-from pipeline.weights import MODEL_FILE, WEIGHTS_FILE, ModelRecord, Origin, load_record
+from pipeline.tensor_files import TensorFiles
+from pipeline.weights import WEIGHTS_FILE, ModelRecord, Origin, load_record, save_record, weights_writer
 
 REPORT_FILE = "report.json"
 _TABLES = ("embedding.weight", "head.weight", "head.bias")
@@ -30,9 +30,7 @@ def run(config: ArInitConfig, inputs: Mapping[str, Path], context: StageContext)
     files = TensorFiles([checked(source, WEIGHTS_FILE)])
     shapes = tensor_shapes(model)
     made: dict[str, str] = {}
-    with TensorWriter(
-        context.out / WEIGHTS_FILE, {name: ("F32", shape) for name, shape in shapes.items()}, {"format": "pt"}
-    ) as writer:
+    with weights_writer(context.out, shapes) as writer:
         for number, name in enumerate(shapes):
             context.progress(number, len(shapes))
             for values, how in _parts(config, name, files, model, record.model):
@@ -44,7 +42,7 @@ def run(config: ArInitConfig, inputs: Mapping[str, Path], context: StageContext)
     details = {"made": made, "copied": len(copied), "left_out": left_out, "mask_token_id": special.mask_token_id}
     lineage = [*record.lineage, Origin("initialised", details)]
     fingerprint = load_manifest(inputs["tokenizer"]).fingerprint
-    write_json(context.out / MODEL_FILE, replace(record, model=model, tokenizer=fingerprint, lineage=lineage))
+    save_record(context.out, replace(record, model=model, tokenizer=fingerprint, lineage=lineage))
     write_json(context.out / REPORT_FILE, {"copied": copied, "made": made, "left_out": left_out})
     return {"num_params": model.num_params(), **details, "architecture": to_json(model.architecture)}
 

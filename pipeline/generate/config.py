@@ -36,5 +36,5 @@ STAGE = Stage(
     config=GenerateConfig,
     module="pipeline.generate.run",
     inputs=("weights", "tokenizer"),
-    code_version=2,
+    code_version=3,
 )

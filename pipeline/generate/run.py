@@ -17,14 +17,15 @@ def run(config: GenerateConfig, inputs: Mapping[str, Path], context: StageContex
     """Write samples.jsonl: the text, and frames of pieces (null where still masked)."""
     import torch
 
+    from dlm_core.ar_init import shifted
     from dlm_core.samplers.ancestral import sample_ancestral
 
     torch.set_num_threads(1)
     model, record = load_denoiser(inputs["weights"])
-    if record.objective != "masked_nelbo" or record.target_offset:
+    if record.objective != "masked_nelbo":
         raise UserError(
-            f"the model was trained for {record.objective} with target_offset {record.target_offset}; samples are "
-            "drawn from models of masked diffusion over whole rows (masked_nelbo, 0) so far. Leave this stage out"
+            f"the model was trained for {record.objective}; samples are drawn from models of masked diffusion over "
+            "whole rows (masked_nelbo) so far. Leave this stage out"
         )
     if config.length > record.seq_len:
         raise UserError(
@@ -36,10 +37,13 @@ def run(config: GenerateConfig, inputs: Mapping[str, Path], context: StageContex
     mask_token_id = vocabulary.special.mask_token_id
     frames = [round(i * config.num_steps / (config.num_frames - 1)) for i in range(config.num_frames)]
     context.progress(0, 1)
+    start = torch.full((config.num_samples, config.length or record.seq_len), mask_token_id)
+    if record.target_offset:
+        start[:, 0] = vocabulary.special.eos_token_id  # nothing predicts the first token of a shifted model
     with torch.inference_mode():
         sampled = sample_ancestral(
-            model,
-            torch.full((config.num_samples, config.length or record.seq_len), mask_token_id),
+            shifted(model) if record.target_offset else model,
+            start,
             mask_token_id=mask_token_id,
             num_steps=config.num_steps,
             noise_seed=config.noise_seed,

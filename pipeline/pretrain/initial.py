@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.artifact import checked
 from pipeline.config import diff, to_json
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.errors import UserError
 from pipeline.pretrain.config import PretrainConfig
-from pipeline.weights import ModelRecord, check_tokenizer, load_record
+from pipeline.weights import WEIGHTS_FILE, ModelRecord, check_tokenizer, fill_denoiser, load_record
 
 if TYPE_CHECKING:
     from dlm_core.models.config import Architecture, ModelConfig
@@ -55,12 +56,10 @@ def check_same_architecture(wanted: "Architecture", found: "Architecture", name:
 
 def fill(model: Any, inputs: Mapping[str, Path], config: PretrainConfig) -> None:
     """Give a Denoiser its first weights."""
-    if "init" not in inputs:
+    if "init" in inputs:
+        fill_denoiser(model, checked(inputs["init"], WEIGHTS_FILE), str(inputs["init"]))
+    else:
         model.init_weights(config.init_seed)
-        return
-    from pipeline.weights import load_denoiser
-
-    model.load_state_dict(load_denoiser(inputs["init"])[0].state_dict())
 
 
 def first_loss_warning(model: "ModelConfig", sums: Any) -> str:

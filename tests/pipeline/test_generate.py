@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
 from pipeline.generate.config import STAGE, GenerateConfig
+from pipeline.weights import load_record
 from tests.support.tiny_run import Artifacts, make_artifacts, run_stage, sha256
 
 pytestmark = pytest.mark.timeout(120)
@@ -76,6 +78,29 @@ def test_frames_lead_from_masks_to_the_pieces_of_the_text(
 def test_a_sample_longer_than_the_rows_of_training_is_refused(weights: Path, made: Artifacts, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"generate\.length is 33, the model was trained on rows of 32 tokens"):
         generate(GenerateConfig(length=33), weights, made.tokenizer, tmp_path / "out")
+
+
+def test_samples_of_a_shifted_model_begin_with_the_end_of_a_document_and_are_read_one_place_before(
+    weights: Path, made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    special = load_vocabulary(made.tokenizer).special
+    record = replace(load_record(weights), target_offset=1)
+    asked: list[torch.Tensor] = []
+
+    def next_number(xt: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
+        """After token n comes n + 1; asked at the place of n, whatever stands behind it."""
+        asked.append(select)
+        seen = xt.flatten()[select].clamp(max=special.vocab_size - 2)
+        return 100.0 * torch.nn.functional.one_hot(seen + 1, special.vocab_size)
+
+    monkeypatch.setattr("pipeline.generate.run.load_denoiser", lambda _: (next_number, record))
+    config = GenerateConfig(num_samples=2, length=8, num_steps=1, num_frames=2, temperature=0.0)
+    lines = generate(config, weights, made.tokenizer, tmp_path / "out")
+    for line in lines:
+        assert line["ids"][0] == special.eos_token_id
+        assert line["ids"][1] == special.eos_token_id + 1
+    (places,) = asked
+    assert sorted((places % 8).tolist()) == sorted([*range(7), *range(7)])
 
 
 def test_the_tokenizer_of_another_run_is_refused(weights: Path, tmp_path: Path) -> None:

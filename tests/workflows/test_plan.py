@@ -111,7 +111,8 @@ def _others(kind: Any, value: Any) -> list[Any]:
 
 NOT_ALONE = {f"pretrain.architecture.{name}" for name in ("moe", "time_conditioning", "head_bias")} | {
     "corpus.hub_split", "corpus.hub_revision", "pretrain.short_step_min", "pretrain.phases", "pretrain.ep_size",
-    "pretrain.objective.cart_p",
+    "pretrain.objective.cart_p", "tokenizer.rare_token_id", "pretrain.adaptation.mask_noise_std",
+    "pretrain.adaptation.mask_noise_steps",
     "pretrain.average.keep", "pretrain.average.count", "pretrain.average.every_steps", "pretrain.objective.mask_rates",
     "pretrain.objective.search_mask_rates", "pretrain.router_loss.balance", "pretrain.router_loss.z",
     "pretrain.router_loss.group_seqs", "pretrain.router_loss.bias_rate",
