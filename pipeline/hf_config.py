@@ -378,7 +378,7 @@ def _own_values(family: Family, record: ModelRecord, special: SpecialIds) -> dic
         "vocab_size": record.model.vocab_size,
         "embedding_size": record.model.vocab_size,
         "seq_len": record.seq_len,
-        "block_size": record.block_size,
+        "block_size": record.block_size or record.seq_len,  # one block of all positions: everyone sees everyone
         "num_kv_heads": a.kv_heads,
         "head_dim": a.head_size,
         "rotary_dim": a.rotary_dim,

@@ -62,7 +62,8 @@ MODEL_TYPES: dict[str, Family] = {
 """By model_type; a "llada" with experts is "llada_moe", as hf_config.py knows."""
 
 _FREE_WORDS = """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attn_implementation
+    _attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _model_name_or_path _name_or_path
+    architectures attn_implementation
     auto_map bad_words_ids begin_suppress_tokens chunk_size_feed_forward custom_pipelines decoder_start_token_id
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
     finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder is_llama_config
@@ -231,8 +232,8 @@ _LLADA_MOE: dict[str, Key] = {
     "rms_norm_eps": Is("norm_eps", 1e-5),
     "routed_scaling_factor": Only(1),
     "router_aux_loss_coef": Free(0.01),
-    "router_num_group": Only(None, same=(1, 0), default=None),
-    "router_topk_group": Only(None, same=(1, 0), default=None),
+    "router_num_group": Only(None),
+    "router_topk_group": Only(None),
     "shared_expert_intermediate_size": Is("d_ff_shared", None),
     "tie_word_embeddings": Only(False),
 }

@@ -1,0 +1,5 @@
+from pipeline.import_checkpoint.config import STAGE
+from pipeline.stage import main
+
+if __name__ == "__main__":
+    main(STAGE)

@@ -1,0 +1,46 @@
+"""Where a checkpoint comes from: a directory as it is, the hub, or a .gguf file that is dequantised first."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.import_checkpoint.config import ImportConfig, gguf_path
+from pipeline.import_checkpoint.source import CONFIG, HUB_PREFIX, INDEX, PASSED_ON, SourceFiles, find_source
+from pipeline.logits_proof import in_fresh_process
+
+_ON_HUB = (CONFIG, INDEX, "*.safetensors", *PASSED_ON, "chat_template*", "README.md")
+
+
+def need(packages: tuple[str, ...], what: str, otherwise: str = "") -> None:
+    """UserError naming the packages that are not installed."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise UserError(f"{what} needs {' and '.join(missing)}: pip install 'dlm[hf]'{otherwise}")
+
+
+def open_checkpoint(config: ImportConfig, scratch: Path) -> SourceFiles:
+    """The files to convert; UserError for what is missing, be it a file or a package."""
+    path = Path(config.path)
+    if config.path.startswith(HUB_PREFIX):
+        path = _from_hub(config)
+    if gguf := gguf_path(config, path):
+        return find_source(_dequantised(gguf, scratch))
+    return find_source(path)
+
+
+def _from_hub(config: ImportConfig) -> Path:
+    need(("huggingface_hub",), f"import_checkpoint.path {config.path}")
+    import huggingface_hub
+
+    name, _, revision = config.path.removeprefix(HUB_PREFIX).partition("@")
+    patterns: list[str] = [config.gguf_file] if config.gguf_file else [*_ON_HUB]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, dry_run=False))
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise UserError(f"the hub has no {name} at {revision}, or does not show it to you: {error}") from None
+
+
+def _dequantised(gguf: Path, scratch: Path) -> Path:
+    need(("transformers", "gguf", "accelerate"), f"the GGUF file {gguf}")
+    target = scratch / "dequantised"
+    in_fresh_process("pipeline.import_checkpoint.dequantise:dequantise", gguf, target)
+    return target

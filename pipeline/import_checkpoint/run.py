@@ -1,0 +1,211 @@
+"""A checkpoint of another project to interchange weights, its tokenizer beside them; proved before it is committed."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import file_sha256, write_json
+from pipeline.errors import CorruptionError, UserError
+from pipeline.hf_config import AUTOREGRESSIVE, Described, read_config, write_config, write_generation_config
+from pipeline.hf_names import DITS, packed_tensors
+from pipeline.import_checkpoint.config import ImportConfig, gguf_path
+from pipeline.import_checkpoint.fetch import need, open_checkpoint
+from pipeline.import_checkpoint.source import (
+    CONFIG,
+    GENERATION,
+    HUB_PREFIX,
+    INDEX,
+    SINGLE,
+    TOKENIZER,
+    SourceFiles,
+    check_index,
+    files_read,
+    license_of,
+    read_object,
+)
+from pipeline.logits_proof import in_fresh_process
+from pipeline.repack import are_equal, check_round_trip, write_ours
+from pipeline.stage import StageContext, Stats
+from pipeline.tensor_files import TensorFiles
+from pipeline.weights import WEIGHTS_FILE, ModelRecord, Origin, save_record
+
+SOURCE_CONFIG, REPORT = "source_config.json", "report.json"
+LOGITS_RTOL = 1e-4
+"""Of float32 logits through two orders of summation, over the largest of them."""
+_WITHOUT_FUNCTION = {
+    ".rotary_emb.inv_freq": "frequencies that config.json tells",
+    ".rotary_emb.cos_cached": "angles that config.json tells",
+    ".rotary_emb.sin_cached": "angles that config.json tells",
+    ".attention.masked_bias": "a constant of masked attention",
+    ".attention.bias": "a constant mask",
+    "sampling_eps_min": "a setting of its training",
+    "sampling_eps_max": "a setting of its training",
+}
+"""Ends of names of buffers that some versions keep beside the weights, and what they are."""
+
+
+def run(config: ImportConfig, inputs: Mapping[str, Path], context: StageContext) -> Stats:
+    """Write model.safetensors, model.json, the files of the tokenizer and report.json."""
+    context.progress(0, 3)
+    if config.proof == "logits":
+        need(("transformers",), "the proof by logits", ", or set import_checkpoint.proof=tensors")
+    with tempfile.TemporaryDirectory(prefix="import-", dir=context.state) as scratch:
+        source = open_checkpoint(config, Path(scratch))
+        described, notices = _described(source)
+        theirs = TensorFiles(source.weights)
+        check_index(source, theirs)
+        left_out = _left_out(described, theirs)
+        write_ours(described.family, described.model, theirs, context.out / WEIGHTS_FILE, left_out)
+        save_record(context.out, _record(config, source, described, theirs))
+        for path in source.passed_on:
+            shutil.copyfile(path, context.out / path.name)
+        shutil.copyfile(source.directory / CONFIG, context.out / SOURCE_CONFIG)
+        context.progress(1, 3)
+        check_round_trip(described.family, described.model, TensorFiles([context.out / WEIGHTS_FILE]), theirs)
+        context.progress(2, 3)
+        proof = _prove(config, described, source, context.out, Path(scratch))
+    report = _report(described, left_out, notices)
+    write_json(context.out / REPORT, report)
+    context.progress(3, 3)
+    return {
+        "family": described.family,
+        "num_params": described.model.num_params(),
+        "vocab_size": described.model.vocab_size,
+        "tensors": len(report["copied"]) + len(report["joined"]),
+        "left_out": len(left_out),
+        "notices": report["notices"],
+        **proof,
+    }
+
+
+def _described(source: SourceFiles) -> tuple[Described, list[str]]:
+    """What config.json says, and what there is to tell about the files beside it."""
+    generation = source.directory / GENERATION
+    described = read_config(
+        read_object(source.directory / CONFIG), read_object(generation) if generation.is_file() else None
+    )
+    notices = [*described.notices]
+    if any(source.directory.glob("*.py")):
+        notices.append("*.py files beside the weights were not read")
+    if not (source.directory / TOKENIZER).is_file():
+        notices.append(f"there is no {TOKENIZER}; give the tokenizer of these weights by hand")
+        return described, notices
+    rows, size = described.model.vocab_size, _vocabulary_size(source.directory / TOKENIZER)
+    if size > rows:
+        raise UserError(
+            f"{source.directory / TOKENIZER} has ids up to {size - 1}, but the embedding has {rows} rows; it is the "
+            "tokenizer of another model"
+        )
+    if size < rows:
+        notices.append(f"the embedding has {rows - size} row(s) behind the last id of the tokenizer")
+    return described, notices
+
+
+def _vocabulary_size(path: Path) -> int:
+    """Highest id and 1."""
+    from tokenizers import Tokenizer
+
+    try:
+        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # noqa: BLE001 - the Rust parser raises plain Exception
+        raise CorruptionError(f"{path} is not a tokenizer.json: {error}") from None
+    return max(vocabulary.values(), default=-1) + 1
+
+
+def _left_out(described: Described, theirs: TensorFiles) -> dict[str, str]:
+    """Tensors of theirs that no weight of ours is made of, and why."""
+    family, a = described.family, described.model.architecture
+    wanted = {name for packed in packed_tensors(family, a) for name in packed.theirs}
+    left_out = {
+        name: why
+        for name in theirs.names
+        for end, why in _WITHOUT_FUNCTION.items()
+        if name.endswith(end) and name not in wanted
+    }
+    if not a.tied_head:
+        return left_out
+    untied = packed_tensors(family, replace(a, tied_head=False))
+    theirs_of = {packed.ours: packed.theirs[0] for packed in untied if packed.role == "same"}
+    head, embedding = theirs_of["head.weight"], theirs_of["embedding.weight"]
+    if head in theirs.names and head not in wanted and embedding in theirs.names:
+        if not are_equal(theirs, head, embedding):
+            raise UserError(
+                f"config.json ties the head to the embedding, but {head} is not {embedding} once more: versions of "
+                "transformers disagree about which is meant. In a copy of config.json untie them to keep both, or take "
+                f"{head} out of the files"
+            )
+        left_out[head] = "the embedding once more"
+    return left_out
+
+
+def _record(config: ImportConfig, source: SourceFiles, described: Described, theirs: TensorFiles) -> ModelRecord:
+    is_hub = config.path.startswith(HUB_PREFIX)
+    gguf = None if is_hub else gguf_path(config, Path(config.path))
+    files = [gguf] if gguf else files_read(source)
+    details = {
+        "family": described.family,
+        "name": config.name or (config.path.removeprefix(HUB_PREFIX) if is_hub else None),
+        "sha256": {path.name: file_sha256(path) for path in files},
+        "dtype": sorted({theirs.info(name).dtype for name in theirs.names}),
+        "dequantised_from": gguf.name if gguf else config.gguf_file or None,
+        "license": license_of(source.directory),
+    }
+    return replace(
+        described.record(), lineage=[Origin("imported", {k: v for k, v in details.items() if v is not None})]
+    )
+
+
+def _report(described: Described, left_out: Mapping[str, str], notices: list[str]) -> dict[str, Any]:
+    packed = [p for p in packed_tensors(described.family, described.model.architecture) if p.role == "same"]
+    is_copy = {p.ours: len(p.theirs) == 1 and not p.num_experts for p in packed}
+    return {
+        "copied": {p.ours: p.theirs[0] for p in packed if is_copy[p.ours]},
+        "joined": {p.ours: list(p.theirs) for p in packed if not is_copy[p.ours]},
+        "left_out": dict(left_out),
+        "notices": notices,
+        "special_ids": described.special,
+    }
+
+
+def _prove(
+    config: ImportConfig, described: Described, source: SourceFiles, written: Path, scratch: Path
+) -> dict[str, Any]:
+    """Which proof was made, the tensors having been compared already; CorruptionError if the logits differ."""
+    if config.proof == "tensors":
+        return {"proof": "tensors"}
+    if described.family in DITS:
+        return {"proof": "tensors", "why_no_logits": f"nobody's loader runs {described.family} without its own code"}
+    peer = _peer(described, source, scratch / "peer")
+    difference = in_fresh_process("pipeline.import_checkpoint.prove:difference", written, peer, scratch)
+    if difference > LOGITS_RTOL:
+        raise CorruptionError(
+            f"the converted model is not the same function: its logits differ from those of {source.directory} by "
+            f"{difference:.2g} of the largest, above {LOGITS_RTOL:g}. This is a defect of the conversion; report it "
+            "with the config.json"
+        )
+    return {"proof": "logits", "logits_difference": difference}
+
+
+def _peer(described: Described, source: SourceFiles, peer: Path) -> Path:
+    """The source as transformers may load it: its weights by link, its configuration, and no code but our own."""
+    peer.mkdir()
+    values = read_object(source.directory / CONFIG)
+    values.pop("auto_map", None)
+    if described.family not in AUTOREGRESSIVE:
+        code = Path(__file__).parents[1] / "export" / "hf"
+        for path in code.glob("*.py"):
+            shutil.copyfile(path, peer / path.name)
+        record = described.record()
+        own = write_config(described.family, record, described.special)
+        given = {name: value for name, value in values.items() if value is not None}
+        values = own | given | {name: own[name] for name in ("auto_map", "model_type", "architectures")}
+        write_json(peer / GENERATION, write_generation_config(described.special))
+    write_json(peer / CONFIG, values)
+    index = [source.directory / INDEX] if source.index is not None else []
+    for path in (*source.weights, *index):
+        name = path.name if source.index is not None else SINGLE
+        (peer / name).symlink_to(path.resolve())
+    return peer
