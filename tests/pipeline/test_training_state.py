@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,6 +121,57 @@ def test_any_cut_of_any_model_is_read_by_any_other(
         assert torch.equal(torch.from_numpy(files.whole("master", name)), full["master", name].view(shape))
 
 
+class OnGpu:
+    """Stands for a tensor that NumPy cannot see."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, tensor: torch.Tensor, sizes: list[int]) -> None:
+        self.tensor, self.sizes = tensor, sizes
+
+    def numel(self) -> int:
+        return self.tensor.numel()
+
+    def __getitem__(self, part: slice) -> "OnGpu":
+        return OnGpu(self.tensor[part], self.sizes)
+
+    def copy_(self, host: torch.Tensor) -> None:
+        self.sizes.append(host.numel())
+        self.tensor.copy_(host)
+
+
+@pytest.mark.parametrize("read_elements", [1, 3, 10_000])
+def test_arrays_and_tensors_here_and_elsewhere_are_filled_whatever_is_read_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_elements: int
+) -> None:
+    monkeypatch.setattr(training_state, "_READ_ELEMENTS", read_elements)
+    monkeypatch.setattr(training_state, "_COPIED_ELEMENTS", 8)
+    full = distinct()
+    checkpoint = write(tmp_path, states_of(full, "1", 3))
+    files, wanted = StateFiles(checkpoint, read_manifest(checkpoint)), full["master", "embed.weight"][2:33]
+    here, sizes = torch.full((33,), -1.0), list[int]()
+    files.read("master", "embed.weight", 2, here[1:32])
+    assert here.tolist() == [-1.0, *wanted.tolist(), -1.0]
+    array = np.empty(31, np.float32)
+    files.read("master", "embed.weight", 2, array)
+    assert array.tolist() == wanted.tolist()
+    there = torch.zeros(31)
+    files.read("master", "embed.weight", 2, OnGpu(there, sizes))
+    assert torch.equal(there, wanted)
+    assert sizes == [8, 8, 8, 7]
+
+
+def test_a_file_that_is_cut_while_it_is_read_by_several_threads_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_state, "_READ_ELEMENTS", 4)
+    checkpoint = write(tmp_path, states_of(distinct(), "1", 2))
+    files, path = StateFiles(checkpoint, read_manifest(checkpoint)), checkpoint / file_name(0)
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(CorruptionError, match=f"{path} was cut while"):
+        [files.whole(which, name) for which in KEPT for name in SHAPES]
+
+
 def test_a_copy_is_of_the_moment_it_was_taken_and_its_buffer_is_used_again(tmp_path: Path) -> None:
     full = distinct()
     (state,) = states_of(full, "1", 1)
@@ -218,11 +270,12 @@ def a_torch_file(path: Path) -> None:
         lambda path: save_file({"weight": torch.zeros(3)}, path),
         lambda path: save_file({"master:p:0:1": torch.zeros(3)}, path),
         lambda path: save_file({"master:p:-1": torch.zeros(3)}, path),
+        lambda path: save_file({"master:p:00": torch.zeros(3)}, path),
         lambda path: save_file({"master:gate:0": torch.zeros(1, dtype=torch.float64)}, path),
         lambda path: save_file({"master:gate:0": torch.zeros(1, 1)}, path),
         lambda path: save_file({"master:gate:0": torch.zeros(1)}, path),
     ],
-    ids=["pickle", "torch", "empty", "huge header", "longer", "shorter", *"abcdef"],
+    ids=["pickle", "torch", "empty", "huge header", "longer", "shorter", *"abcdefg"],
 )
 def test_a_file_that_is_no_state_is_refused_although_its_hash_is_right(tmp_path: Path, make: Any) -> None:
     checkpoint = write(tmp_path, states_of(distinct(), "1", 2))

@@ -1,4 +1,4 @@
-"""What processes of their own are asked for in test_logits_proof.py; light to import."""
+"""What processes of their own are asked for by tests; light to import."""
 
 import os
 import signal
@@ -19,3 +19,11 @@ def refuse(kind: str) -> None:
 
 def be_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hold(num_bytes: str) -> None:
+    """As many bytes as are asked for, for a moment."""
+    from benchmarks.conversion_sides import tell_peak
+
+    assert len(b"x" * int(num_bytes)) == int(num_bytes)
+    tell_peak()
