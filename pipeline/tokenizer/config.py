@@ -55,8 +55,12 @@ class TokenizerConfig:
             )
         if self.max_train_bytes < 1:
             raise ValueError(f"max_train_bytes is {self.max_train_bytes}; it must be at least 1")
-        if len(set(self.spellings()) - {""}) < 3:
-            raise ValueError("mask_token, eos_token and pad_token must be three different, non-empty strings")
+        mask, *others = self.spellings()
+        for name, token in zip(("mask_token", "eos_token", "pad_token"), (mask, *others), strict=True):
+            if not token:
+                raise ValueError(f"{name} is empty; it must be the spelling of a token, or null")
+        if mask in others:
+            raise ValueError(f"mask_token is {mask!r}, which is eos_token or pad_token too; the mask has its own")
         if self.mask_from not in get_args(MaskSource):
             raise ValueError(f"mask_from is {self.mask_from!r}; it must be one of {', '.join(get_args(MaskSource))}")
         if (self.mask_from == "rare_token") != (self.rare_token_id is not None):
@@ -64,6 +68,8 @@ class TokenizerConfig:
                 f'mask_from is "{self.mask_from}" and rare_token_id {self.rare_token_id}; an id goes with '
                 '"rare_token", and with nothing else'
             )
+        if self.rare_token_id is not None and self.rare_token_id < 0:
+            raise ValueError(f"rare_token_id is {self.rare_token_id}; ids begin at 0")
 
     def spellings(self) -> tuple[str, str, str]:
         """Mask, end and padding where no checkpoint names them."""
@@ -90,11 +96,19 @@ def check_source(config: TokenizerConfig, inputs: Collection[str], step: str) ->
     given = [name for name, is_given in (("corpus", "corpus" in inputs), ("file", bool(config.file))) if is_given]
     if "checkpoint" not in inputs:
         if not given:
-            raise UserError(f"{step} has neither a corpus to be trained on nor {step}.file; give one of them")
+            raise UserError(
+                f"{step} has neither the input corpus to be trained on, nor {step}.file, nor the input checkpoint; "
+                "give one of them"
+            )
         if config.mask_from not in ("auto", "existing"):
             raise UserError(
                 f'{step}.mask_from is "{config.mask_from}", which is for the tokenizer of a checkpoint: a trained one '
                 "gets its mask token, a file must have it. Leave it out"
+            )
+        if len(set(config.spellings())) < 3:
+            raise UserError(
+                f"{step}.mask_token, eos_token and pad_token are {', '.join(map(repr, config.spellings()))}; without "
+                "a checkpoint they must be three different ones"
             )
         return
     if given:

@@ -46,8 +46,17 @@ def with_mask(
     tokenizer.add_special_tokens([AddedToken(mask_token, special=True, normalized=False)])
     found = tokenizer.token_to_id(mask_token)
     if found != next_id:
-        raise UserError(f"{name} gives a new token the id {found}; wanted {next_id}, the one after its last token")
+        raise UserError(
+            f"{name} has ids that no token has, so a new token gets the id {found}, not {next_id}, the one after its "
+            "last token. Set tokenizer.mask_from=rare_token, or tokenizer.mask_token to a special token that it has"
+        )
     return tokenizer, "unused_row" if next_id < num_rows else "new_row"
+
+
+def spelling(tokenizer: Tokenizer, token_id: int) -> str | None:
+    """The token of an id; None where there is none, as for the -1 of some checkpoints."""
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    return next((token for token, known in vocab.items() if known == token_id), None)
 
 
 def _next_id(tokenizer: Tokenizer) -> int:
@@ -60,7 +69,7 @@ def _renamed(tokenizer: Tokenizer, token_id: int, mask_token: str, name: str) ->
     Text that held it is spelled by the two tokens that it was merged from.
     """
     made = json.loads(tokenizer.to_str())
-    token = tokenizer.id_to_token(token_id)
+    token = spelling(tokenizer, token_id)
     what = f"tokenizer.rare_token_id is {token_id}, {token!r} in {name}"
     if token is None:
         raise UserError(f"tokenizer.rare_token_id is {token_id}; {name} has no such token")

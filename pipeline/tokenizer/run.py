@@ -14,7 +14,7 @@ from pipeline.data.vocabulary import TOKENIZER_FILE, find_special_tokens, save_v
 from pipeline.errors import UserError
 from pipeline.stage import StageContext, Stats
 from pipeline.tokenizer.config import TokenizerConfig, check_source
-from pipeline.tokenizer.mask import with_mask
+from pipeline.tokenizer.mask import spelling, with_mask
 from pipeline.weights import load_record
 
 
@@ -84,19 +84,26 @@ def _adopt(config: TokenizerConfig, checkpoint: Path) -> tuple[Tokenizer, Specia
     name = f"the tokenizer of {checkpoint}"
     if not (checkpoint / TOKENIZER_FILE).is_file():
         raise UserError(f"{checkpoint} was imported without a tokenizer; train one, or give tokenizer.file")
-    num_rows = load_record(checkpoint).model.vocab_size
+    model = load_record(checkpoint).model
     tokenizer = _load(checked(checkpoint, TOKENIZER_FILE), name)
     own = {kind: _own_token(tokenizer, checkpoint, kind) for kind in ("mask", "eos", "pad")}
     mask, eos, _ = config.spellings()
     mask = mask if config.mask_token is not None else own["mask"] or mask
     eos = eos if config.eos_token is not None else own["eos"] or eos
     pad = config.pad_token or own["pad"] or eos
-    tokenizer, mask_from = with_mask(tokenizer, config.mask_from, mask, config.rare_token_id, num_rows, name)
+    tokenizer, mask_from = with_mask(tokenizer, config.mask_from, mask, config.rare_token_id, model.vocab_size, name)
     special = find_special_tokens(tokenizer, mask, eos, pad, name)
-    special = replace(special, vocab_size=max(special.vocab_size, num_rows))
-    return tokenizer, special, {"mask_from": mask_from, "mask_token_id": special.mask_token_id, "rows": num_rows}
+    if model.mask_token_id not in (None, special.mask_token_id) and config.mask_token is None:
+        raise UserError(
+            f"the model in {checkpoint} has the mask id {model.mask_token_id}, "
+            f"{spelling(tokenizer, model.mask_token_id)!r} in its tokenizer; the mask would become {mask!r}, id "
+            f"{special.mask_token_id}, which it has not learned. If that is meant, set tokenizer.mask_token={mask!r}"
+        )
+    special = replace(special, vocab_size=max(special.vocab_size, model.vocab_size))
+    stats = {"mask_from": mask_from, "mask_token_id": special.mask_token_id, "rows": model.vocab_size}
+    return tokenizer, special, stats
 
 
 def _own_token(tokenizer: Tokenizer, checkpoint: Path, kind: str) -> str | None:
     token_id = load_manifest(checkpoint).stats["special_ids"][kind]
-    return None if token_id is None else tokenizer.id_to_token(token_id)
+    return None if token_id is None else spelling(tokenizer, token_id)
