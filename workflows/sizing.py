@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.import_checkpoint.config import ImportConfig
 from rich.console import Console
 from rich.table import Table
 
-from dlm_core.models.config import ModelConfig
+from dlm_core.models.config import Architecture, ModelConfig
+from dlm_core.models.presets import PRESETS
 from pipeline.errors import UserError
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig
@@ -91,7 +93,11 @@ def _training(plan: Plan, step: PlannedStep) -> Training:
     config: PretrainConfig = step_config(step)
     packing: PackingConfig = step_config(plan.step(step.inputs["rows"]))
     tokenizer: TokenizerConfig = step_config(plan.step(step.inputs["tokenizer"]))
-    vocab_size = _vocab_size(tokenizer)
+    checkpoint = plan.step(step.inputs["tokenizer"]).inputs.get("checkpoint")
+    if checkpoint is None:
+        vocab_size = _vocab_size(tokenizer)
+    else:
+        vocab_size = _rows_of(step_config(plan.step(checkpoint)), config.architecture, checkpoint)
     return Training(step.name, config, ModelConfig(config.architecture, vocab_size, vocab_size - 1), packing.seq_len)
 
 
@@ -107,6 +113,20 @@ def _vocab_size(config: TokenizerConfig) -> int:
         return max([highest, *(token["id"] for token in added)]) + 1
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"tokenizer.file {config.file!r} is not a tokenizer.json: {error!r}") from None
+
+
+def _rows_of(config: ImportConfig, architecture: Architecture, step: str) -> int:
+    """Rows of a checkpoint's embedding: those that its config.json tells, or of the published model of that shape."""
+    file = Path(config.path) / "config.json"
+    if config.path and file.is_file():
+        return json.loads(file.read_bytes())["vocab_size"]
+    same = [preset.model for preset in PRESETS.values() if preset.model.architecture == architecture]
+    if not same:
+        raise UserError(
+            f"{step}.path is {config.path!r}, which has no config.json to tell the size of the vocabulary, and no "
+            f"published model here has this architecture; set {step}.path to a directory that has one"
+        )
+    return same[0].vocab_size
 
 
 def dry_run(plan: Plan, gpu: str, mfu: float) -> list[Sizing]:

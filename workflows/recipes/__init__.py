@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pipeline.errors import UserError
 from workflows.own_recipe import own_recipe
 from workflows.recipes.bd3lm import bd3lm_owt, bd3lm_tiny
+from workflows.recipes.dream import dream_7b, dream_tiny
 from workflows.recipes.llada import llada_8b, llada_tiny
 from workflows.recipes.llada2 import llada2_mini, llada2_tiny
 from workflows.recipes.llada_moe import llada_moe_7b, llada_moe_tiny
 from workflows.recipes.mdlm import ar_tiny, mdlm_lm1b, mdlm_owt, mdlm_tiny
 from workflows.recipes.quickstart import quickstart
+from workflows.recipes.smollm2 import smollm2_to_diffusion
 from workflows.step import Workflow
 
 _MAKERS: tuple[Callable[[], Workflow], ...] = (
@@ -21,6 +23,9 @@ _MAKERS: tuple[Callable[[], Workflow], ...] = (
     mdlm_owt,
     bd3lm_tiny,
     bd3lm_owt,
+    dream_tiny,
+    dream_7b,
+    smollm2_to_diffusion,
     llada_tiny,
     llada_8b,
     llada_moe_tiny,

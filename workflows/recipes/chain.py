@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 
+from pipeline.import_checkpoint.config import ImportConfig
+
+from pipeline.ar_init.config import ArInitConfig
 from pipeline.convert.config import ConvertConfig
 from pipeline.corpus.config import CorpusConfig
 from pipeline.evaluate.config import EvaluateConfig
@@ -23,6 +26,8 @@ def chain(
     tokenizer: TokenizerConfig,
     packing: PackingConfig,
     generate: GenerateConfig | None = None,
+    init: tuple[Step, ...] = (),
+    checkpoint: Step | None = None,
     title: str = ReportConfig.title,
     unpublished: tuple[str, ...] = (),
     deviations: tuple[str, ...] = (),
@@ -30,6 +35,7 @@ def chain(
     """A workflow of one training, with samples where they are asked for.
 
     What is evaluated, and samples, are the averages of the weights where the optimizer keeps them, as in validation.
+    The last step of ``init`` makes the first weights.  A ``checkpoint`` brings the tokenizer along.
     """
     report = {
         "corpus": "corpus",
@@ -48,6 +54,9 @@ def chain(
     to_train = {"rows": "packing", "tokenizer": "tokenizer"}
     if pretrain.validation.every_steps:
         to_train["tokens"] = "tokenization"
+    if init:
+        to_train["init"] = init[-1].name
+    words = {"corpus": "corpus"} if checkpoint is None else {"checkpoint": checkpoint.name}
     weights = ConvertConfig("ema" if pretrain.optimizer.ema_decay else "last")
     to_evaluate = {"weights": "convert", "tokens": "tokenization", "tokenizer": "tokenizer", "corpus": "corpus"}
     both = {"corpus": "corpus", "tokenizer": "tokenizer"}
@@ -55,16 +64,50 @@ def chain(
         name=name,
         summary=summary,
         steps=(
+            *(() if checkpoint is None else (checkpoint,)),
             Step("corpus", "pipeline.corpus", corpus),
-            Step("tokenizer", "pipeline.tokenizer", tokenizer, {"corpus": "corpus"}),
+            Step("tokenizer", "pipeline.tokenizer", tokenizer, words),
             Step("tokenization", "pipeline.tokenization", TokenizationConfig(), both),
             Step("packing", "pipeline.packing", packing, {"tokens": "tokenization", "tokenizer": "tokenizer"}),
+            *init,
             Step("pretrain", "pipeline.pretrain", pretrain, to_train),
             Step("convert", "pipeline.convert", weights, {"pretrain": "pretrain"}),
             Step("evaluate", "pipeline.evaluate", EvaluateConfig(), to_evaluate),
             *samples,
             Step("report", "workflows.report", ReportConfig(title), report),
         ),
+        unpublished=unpublished,
+        deviations=deviations,
+    )
+
+
+def adapted_chain(
+    name: str,
+    summary: str,
+    pretrain: PretrainConfig,
+    *,
+    corpus: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    packing: PackingConfig,
+    generate: GenerateConfig | None,
+    title: str,
+    unpublished: tuple[str, ...] = (),
+    deviations: tuple[str, ...] = (),
+) -> Workflow:
+    """A training that goes on from a checkpoint of next tokens, whose path is to be given."""
+    checkpoint = Step("import_checkpoint", "pipeline.import_checkpoint", ImportConfig())
+    inputs = {"weights": checkpoint.name, "tokenizer": "tokenizer"}
+    return chain(
+        name,
+        summary,
+        pretrain,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        packing=packing,
+        generate=generate,
+        init=(Step("ar_init", "pipeline.ar_init", ArInitConfig(), inputs),),
+        checkpoint=checkpoint,
+        title=title,
         unpublished=unpublished,
         deviations=deviations,
     )
@@ -121,7 +164,15 @@ SMALL_TEXT = CorpusConfig(undecodable="skip", held_out_fraction=0.01, shard_byte
 """Python's standard library, or a text of that size."""
 
 
-def tiny_chain(name: str, title: str, summary: str, pretrain: PretrainConfig, *, samples: bool = True) -> Workflow:
+def tiny_chain(
+    name: str,
+    title: str,
+    summary: str,
+    pretrain: PretrainConfig,
+    *,
+    samples: bool = True,
+    init: tuple[Step, ...] = (),
+) -> Workflow:
     """The same training for two CPU cores and a few minutes: vocabulary 2048, rows of 128 tokens."""
     return chain(
         name,
@@ -131,5 +182,6 @@ def tiny_chain(name: str, title: str, summary: str, pretrain: PretrainConfig, *,
         tokenizer=TokenizerConfig(vocab_size=2048),
         packing=PackingConfig(seq_len=128),
         generate=GenerateConfig() if samples else None,
+        init=init,
         title=f"{title}, tiny",
     )
