@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.import_checkpoint.config import ImportConfig
 from rich.console import Console
 from rich.table import Table
 
 from dlm_core.models.config import Architecture, ModelConfig
 from dlm_core.models.presets import PRESETS
 from pipeline.errors import UserError
+from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.cost import Cost, parameter_shapes, training_cost, training_memory

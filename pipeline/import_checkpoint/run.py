@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import file_sha256, write_json
+from pipeline.config import to_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.hf_config import AUTOREGRESSIVE, Described, read_config, write_config, write_generation_config
 from pipeline.hf_names import DITS, packed_tensors
@@ -76,6 +77,7 @@ def run(config: ImportConfig, inputs: Mapping[str, Path], context: StageContext)
         "vocab_size": described.model.vocab_size,
         "tensors": len(report["copied"]) + len(report["joined"]),
         "left_out": len(left_out),
+        "special_ids": {name.removesuffix("_token_id"): i for name, i in to_json(described.special).items()},
         "notices": report["notices"],
         **proof,
     }

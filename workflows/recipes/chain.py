@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-from pipeline.import_checkpoint.config import ImportConfig
-
 from pipeline.ar_init.config import ArInitConfig
 from pipeline.convert.config import ConvertConfig
 from pipeline.corpus.config import CorpusConfig
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.generate.config import GenerateConfig
+from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.tokenization.config import TokenizationConfig
