@@ -4,6 +4,7 @@ Imports stay inside the fixtures: dlm_core must not be imported before its shape
 """
 
 import functools
+import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
@@ -126,3 +127,12 @@ def _empty(monkeypatch: pytest.MonkeyPatch, environment: Mapping[str, str], sche
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty store of each kind."""
     return str(tmp_path / "store") if request.param == "files" else request.getfixturevalue(f"{request.param}_url")
+
+
+@pytest.fixture(scope="session")
+def transformers4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with transformers 4.57, to be put in front of PYTHONPATH; pip fetches it once a session."""
+    from tests.support.transformers4 import install
+
+    own = tmp_path_factory.getbasetemp()
+    return install((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "transformers4")
