@@ -49,7 +49,11 @@ _AUTO_MAPS: dict[Family, dict[str, str]] = {
         "AutoModel": "modeling_llada.LLaDAModelLM",
         "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
     },
-    "dream": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    "dream": {
+        "AutoConfig": "configuration_dream.DreamConfig",
+        "AutoModel": "modeling_dream.DreamModel",
+        "AutoModelForCausalLM": "modeling_dream.DreamModel",
+    },
     "llada_moe": {
         "AutoConfig": "configuration_lladamoe.LLaDAMoEConfig",
         "AutoModel": "modeling_lladamoe.LLaDAMoEModelLM",
@@ -298,6 +302,7 @@ def _moe(family: Family, ours: Mapping[str, Any]) -> MoE | None:
         fields |= {"renormalise": False, "num_shared_experts": shared // width}
     if family == "llada2":
         fields |= {"router_score": "sigmoid", "selection_bias": True, "renormalise": fields["top_k"] > 1}
+        fields["num_shared_experts"] = fields["num_shared_experts"] or 0
         if fields["num_groups"] == fields["top_groups"]:  # all groups: no limit
             fields |= {"num_groups": 1, "top_groups": 1}
     return from_json(MoE, fields, where="config.json")
@@ -394,6 +399,7 @@ def _own_values(family: Family, record: ModelRecord, special: SpecialIds) -> dic
         ours |= {
             "d_ff": a.d_ff or moe.d_ff_expert,  # without dense layers a size that no tensor has
             "d_ff_shared": shared or None,
+            "moe.num_shared_experts": moe.num_shared_experts or None,  # of 0 experts their class would make tensors too
             "moe_layer_freq": [int(is_sparse) for is_sparse in sparse],
             "decoder_sparse_step": 1,
             "mlp_only_layers": [layer for layer, is_sparse in enumerate(sparse) if not is_sparse],

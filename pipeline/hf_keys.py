@@ -62,16 +62,16 @@ MODEL_TYPES: dict[str, Family] = {
 """By model_type; a "llada" with experts is "llada_moe", as hf_config.py knows."""
 
 _FREE_WORDS = """
-    _attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _model_name_or_path _name_or_path
-    architectures attn_implementation
-    auto_map bad_words_ids begin_suppress_tokens chunk_size_feed_forward custom_pipelines decoder_start_token_id
+    architectures _attn_implementation attn_implementation _attn_implementation_autoset auto_map bad_words_ids
+    begin_suppress_tokens chunk_size_feed_forward cls_token_id _commit_hash custom_pipelines decoder_start_token_id
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder is_llama_config
-    label2id length_penalty max_length min_length model_type model_max_length no_repeat_ngram_size num_beam_groups
-    num_beams num_labels num_return_sequences output_attentions output_hidden_states output_scores prefix problem_type
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
-    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torchscript transformers.js_config
-    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    finetuning_task forced_bos_token_id forced_eos_token_id _from_model_config id2label is_decoder is_encoder_decoder
+    is_llama_config label2id length_penalty max_length min_length model_max_length _model_name_or_path model_type
+    _name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_scores prefix problem_type remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tokenizer_class top_k top_p torchscript transformers.js_config transformers_version typical_p unk_token_id
+    unsloth_fixed unsloth_version use_bfloat16 use_cache
 """
 FREE_KEYS = frozenset(_FREE_WORDS.split())
 """Keys of any family without effect on the function: how text was generated, what a file was written by, labels."""

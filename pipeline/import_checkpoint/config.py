@@ -42,9 +42,10 @@ class ImportConfig:
     """Name of the .gguf file to take, where ``path`` holds more than that."""
     name: str = ""
     """What the lineage calls it; by default its name on the hub, and nothing for local files."""
-    proof: Literal["logits", "tensors"] = "logits"
-    """tensors: what was written is read back, bit for bit.  logits: and a fresh process compares the logits of the
-    written model with those of transformers' on the source, which takes as much memory as the model in float32."""
+    proof: Literal["logits", "tensors"] = execution("logits")
+    """What is compared before the weights are committed.  tensors: every number on the disk with those of the source.
+    logits: these too, and in a process of its own the logits of transformers' model with those of what was written;
+    it holds one of them at a time, in float32."""
 
 
 def external_data(config: ImportConfig) -> Any:

@@ -30,7 +30,8 @@ def difference(weights: str, peer: str, scratch: str) -> float:
     if ours.shape != theirs.shape:
         raise CorruptionError(f"logits have the shape {list(ours.shape)}, those of the source {list(theirs.shape)}")
     if (mask := record.model.mask_token_id) is not None:  # whose logit is -inf in ours
-        ours[..., mask] = theirs[..., mask]
+        rest = [token for token in range(record.model.vocab_size) if token != mask]
+        ours, theirs = ours[..., rest], theirs[..., rest]
     if not bool(ours.isfinite().all() and theirs.isfinite().all()):
         return float("inf")
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()
@@ -49,4 +50,4 @@ def _peer_logits(peer: Path, scratch: Path, tokens: "Tensor") -> "Tensor":
         peer, dtype=torch.float32, trust_remote_code=bool(own_code), local_files_only=True, **settings
     )
     with torch.inference_mode():
-        return model.eval()(input_ids=tokens, use_cache=False).logits.float()
+        return model.eval()(input_ids=tokens).logits.float()

@@ -77,8 +77,8 @@ def run(config: ImportConfig, inputs: Mapping[str, Path], context: StageContext)
         "vocab_size": described.model.vocab_size,
         "tensors": len(report["copied"]) + len(report["joined"]),
         "left_out": len(left_out),
-        "special_ids": {name.removesuffix("_token_id"): i for name, i in to_json(described.special).items()},
-        "notices": report["notices"],
+        "notices": notices,
+        "special_ids": {name.removesuffix("_token_id"): value for name, value in to_json(described.special).items()},
         **proof,
     }
 
@@ -168,7 +168,6 @@ def _report(described: Described, left_out: Mapping[str, str], notices: list[str
         "joined": {p.ours: list(p.theirs) for p in packed if not is_copy[p.ours]},
         "left_out": dict(left_out),
         "notices": notices,
-        "special_ids": described.special,
     }
 
 

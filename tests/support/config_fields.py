@@ -8,6 +8,7 @@ from pipeline.convert.config import ConvertConfig
 from pipeline.corpus.config import CorpusConfig, Source
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.generate.config import GenerateConfig
+from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.pretrain.adaptation import AdaptationConfig
 from pipeline.pretrain.averaging import AverageConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
@@ -20,7 +21,7 @@ from pipeline.tokenizer.config import TokenizerConfig
 
 ALL_CONFIGS = (
     CorpusConfig, TokenizerConfig, TokenizationConfig, ArInitConfig, PretrainConfig, ConvertConfig, EvaluateConfig,
-    GenerateConfig,
+    GenerateConfig, ImportConfig,
 )  # fmt: skip
 
 CHANGED: dict[type, dict[str, Any]] = {
@@ -55,6 +56,7 @@ CHANGED: dict[type, dict[str, Any]] = {
         "init_seed": 1, "data_seed": 1, "noise_seed": 1,
     },
     ConvertConfig: {"weights": "ema"},
+    ImportConfig: {"name": "somebody/model"},
     EvaluateConfig: {"num_replicates": 9, "noise_seed": 1},
     GenerateConfig: {
         "num_samples": 5, "length": 5, "num_steps": 50, "temperature": 0.5, "noise_seed": 1, "num_frames": 3,
@@ -153,6 +155,7 @@ EXECUTION: dict[type, dict[str, Any]] = {
         "max_failed_saves": 1, "accept_changed_identity": True,
     },
     ConvertConfig: {"proof": "tensors"},
+    ImportConfig: {"path": "/m", "gguf_file": "x.gguf", "proof": "tensors"},
     EvaluateConfig: {"num_shards": 9, "batch_rows": 3},
 }  # fmt: skip
 """Another valid value for every field that may change in a resume."""
