@@ -121,6 +121,17 @@ def check_tokenizer(record: ModelRecord, tokenizer: Path) -> None:
         )
 
 
+def check_same_vocabulary(record: ModelRecord, weights: Path, tokenizer: Path) -> None:
+    """UserError unless weights were made with a tokenizer artifact, or it is the one of their import."""
+    manifest = load_manifest(tokenizer)
+    is_of_weights = manifest.inputs.get("checkpoint") == load_manifest(weights).fingerprint
+    if not is_of_weights and record.tokenizer != manifest.fingerprint:
+        raise UserError(
+            f"the tokenizer {tokenizer} is not that of the weights in {weights}: its ids mean other tokens. Give the "
+            "one that they were trained with, or make one whose input checkpoint they are"
+        )
+
+
 def check_shapes(config: ModelConfig, found: Mapping[str, Sequence[int]], name: str) -> None:
     """CorruptionError naming every tensor that is missing, unexpected or of the wrong shape."""
     if problems := shape_problems(found, tensor_shapes(config)):
