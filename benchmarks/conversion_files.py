@@ -10,8 +10,9 @@ import numpy as np
 from dlm_core.models.config import ModelConfig
 from dlm_core.models.tensor_shapes import tensor_shapes
 from pipeline.artifact import MANIFEST, Manifest, record_files, write_json
+from pipeline.hf_config import SpecialIds, write_config
 from pipeline.hf_names import Family
-from pipeline.repack import their_shapes
+from pipeline.repack import INDEX_FILE, their_shapes
 from pipeline.tensor_files import BLOCK_ELEMENTS, TensorWriter
 from pipeline.training_state import (
     EMA,
@@ -23,6 +24,7 @@ from pipeline.training_state import (
     tensor_name,
     write_manifest,
 )
+from pipeline.weights import ModelRecord
 
 FILE_BYTES = 500_000_000
 STEPS = (10, 20)
@@ -30,7 +32,7 @@ _KEPT = (MASTER, EMA, "exp_avg", "exp_avg_sq")
 
 
 def write_family(family: Family, model: ModelConfig, directory: Path) -> None:
-    """Another project's files of a model, in bfloat16."""
+    """Another project's directory of a model: config.json, an index, and files in bfloat16."""
     files: list[dict[str, tuple[str, Sequence[int]]]] = [{}]
     room = FILE_BYTES
     for name, shape in their_shapes(family, model).items():
@@ -40,8 +42,14 @@ def write_family(family: Family, model: ModelConfig, directory: Path) -> None:
             room = FILE_BYTES
         files[-1][name] = "BF16", shape
         room -= size
+    index: dict[str, str] = {}
     for number, tensors in enumerate(files):
-        _write(directory / f"model-{number + 1:05d}-of-{len(files):05d}.safetensors", tensors, seed=number)
+        path = directory / f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        _write(path, tensors, seed=number)
+        index |= dict.fromkeys(tensors, path.name)
+    write_json(directory / INDEX_FILE, {"weight_map": index})
+    record = ModelRecord(model, seq_len=2048, objective="autoregressive_nll", target_offset=1)
+    write_json(directory / "config.json", write_config(family, record, SpecialIds(), "bfloat16"))
 
 
 def _write(path: Path, tensors: dict[str, tuple[str, Sequence[int]]], seed: int) -> None:

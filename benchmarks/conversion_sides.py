@@ -11,17 +11,10 @@ from pathlib import Path
 from dlm_core.models.config import ModelConfig
 from pipeline.config import from_json
 from pipeline.hf_names import Family
-from pipeline.repack import check_round_trip, write_ours, write_theirs
+from pipeline.repack import check_round_trip, write_theirs
+from pipeline.stage import Stage, main
 from pipeline.tensor_files import TensorFiles
 from pipeline.weights import WEIGHTS_FILE
-
-
-def to_interchange(family: Family, model: str, theirs: str, ours: str) -> None:
-    """Another project's files into ours, and the proof that they are the same bits."""
-    config, source = _model(model), TensorFiles(sorted(Path(theirs).glob("*.safetensors")))
-    write_ours(family, config, source, Path(ours) / WEIGHTS_FILE)
-    check_round_trip(family, config, TensorFiles([Path(ours) / WEIGHTS_FILE]), source)
-    tell_peak()
 
 
 def from_interchange(family: Family, model: str, ours: str, theirs: str) -> None:
@@ -32,15 +25,25 @@ def from_interchange(family: Family, model: str, ours: str, theirs: str) -> None
     tell_peak()
 
 
-def from_training(config: str, source: str, out: str) -> None:
-    """The stage, as it runs alone."""
-    from pipeline.convert.config import STAGE
-    from pipeline.stage import main
+def to_interchange(config: str, out: str) -> None:
+    """The stage ``import_checkpoint``, as it runs alone: another project's files into ours."""
+    from pipeline.import_checkpoint.config import STAGE
 
+    _run(STAGE, config, out)
+
+
+def from_training(config: str, out: str, source: str) -> None:
+    """The stage ``convert``, as it runs alone."""
+    from pipeline.convert.config import STAGE
+
+    _run(STAGE, config, out, "--input", f"pretrain={source}")
+
+
+def _run(stage: Stage, config: str, out: str, *options: str) -> None:
     file = Path(out).with_suffix(".json")
     file.write_text(config)
-    sys.argv = ["convert", "--config", str(file), "--input", f"pretrain={source}", "--out", out]
-    main(STAGE)
+    sys.argv = [stage.name, "--config", str(file), *options, "--out", out]
+    main(stage)
     tell_peak()
 
 

@@ -1,6 +1,7 @@
 """Order and validity of a workflow's graph."""
 
 from graphlib import CycleError, TopologicalSorter
+from heapq import heappop, heappush
 
 from pipeline.errors import UserError
 from workflows.step import Step, Workflow, load_stage
@@ -26,10 +27,13 @@ def ordered_steps(workflow: Workflow) -> list[Step]:
         raise UserError(f"workflow {workflow.name} has a cycle: {' -> '.join(error.args[1])}") from None
     place = {step.name: number for number, step in enumerate(workflow.steps)}
     ordered: list[Step] = []
+    ready: list[tuple[int, str]] = []
     while sorter.is_active():
-        ready = sorted(sorter.get_ready(), key=place.__getitem__)
-        ordered += [by_name[name] for name in ready]
-        sorter.done(*ready)
+        for name in sorter.get_ready():
+            heappush(ready, (place[name], name))
+        _, first = heappop(ready)
+        ordered.append(by_name[first])
+        sorter.done(first)
     return ordered
 
 

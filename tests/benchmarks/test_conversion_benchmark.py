@@ -1,5 +1,6 @@
 """The benchmark of conversions: what it writes is a checkpoint, what it measures is a process's own peak."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from benchmarks.conversion import CASES, Peak
 from benchmarks.conversion_files import write_family, write_training
 from dlm_core.models.config import Architecture, ModelConfig
 from dlm_core.models.transformer import Denoiser
+from pipeline.artifact import read_json
 from pipeline.convert.gather import gather
+from pipeline.hf_config import read_config
+from pipeline.import_checkpoint.source import check_index, find_source
 from pipeline.repack import check_theirs
 from pipeline.tensor_files import TensorFiles
 
@@ -29,9 +33,13 @@ def test_files_are_those_of_the_family_with_different_numbers(
 ):
     monkeypatch.setattr(conversion_files, "FILE_BYTES", file_bytes)
     write_family("llama", TINY, tmp_path)
-    files = TensorFiles(tmp_path.iterdir())
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    files = TensorFiles(paths)
     check_theirs("llama", TINY, files)
-    assert (len(list(tmp_path.iterdir())) > 1) == (file_bytes == 400)
+    check_index(find_source(tmp_path), files)
+    found = read_config(read_json(tmp_path / "config.json")).model
+    assert found == replace(TINY, architecture=replace(TINY.architecture, init="normal"))
+    assert (len(paths) > 1) == (file_bytes == 400)
     assert {files.info(name).dtype for name in files.names} == {"BF16"}
     assert files.read("model.embed_tokens.weight").std() > 0.1
 
@@ -72,7 +80,7 @@ def test_text_and_checkpoints_that_are_too_small_are_refused(monkeypatch: pytest
 
 def test_a_conversion_that_fails_is_no_measurement(tmp_path: Path):
     with pytest.raises(RefusedError, match="ended with exit code"):
-        conversion._peak("x", 1, 1.0, tmp_path, "to_interchange", "llama", str(tmp_path / "absent"), "a", "b")
+        conversion._peak("x", 1, 1.0, tmp_path, "to_interchange", '{"path": "/absent"}', str(tmp_path / "out"))
 
 
 @pytest.mark.slow

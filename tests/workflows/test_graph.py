@@ -18,7 +18,7 @@ def order(*steps):
 
 
 def test_order_inputs_come_before_their_users():
-    assert order(TOTAL, DOUBLE, SOURCE, ASIDE) == ["source", "aside", "double", "total"]
+    assert order(TOTAL, DOUBLE, SOURCE, ASIDE) == ["source", "double", "aside", "total"]
 
 
 def test_order_otherwise_as_written():

@@ -27,7 +27,10 @@ PAIRS = [
     ("llada_tiny", "llada_8b"),
     ("llada_moe_tiny", "llada_moe_7b"),
     ("llada2_tiny", "llada2_mini"),
+    ("dream_tiny", "dream_7b"),
 ]
+ADAPTED = ["dream_7b", "smollm2_to_diffusion"]
+"""They go on from a checkpoint that does not come with them, whose tokenizer they take."""
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -127,7 +130,8 @@ def test_tiny_recipe_has_the_course_of_the_large_one(tiny: str, large: str) -> N
     assert (small.optimizer.ema_decay > 0) == (big.optimizer.ema_decay > 0)
     assert small.short_step_share == big.short_step_share
     assert small.router_loss == big.router_loss
-    for field in ("kind", "weighting", "masking", "schedule", "search_mask_rates", "within_documents"):
+    names = ("kind", "weighting", "masking", "schedule", "search_mask_rates", "within_documents", "target_offset")
+    for field in names:
         assert getattr(small.objective, field) == getattr(big.objective, field), field
     for field in ("norm", "activation", "tied_head", "head_bias", "qk_norm", "rope_fraction"):
         assert getattr(small.architecture, field) == getattr(big.architecture, field), field
@@ -183,7 +187,7 @@ def test_rates_of_llada_are_the_published_ones() -> None:
         assert config.optimizer.lr_at(step, config.num_steps) == pytest.approx(wanted, rel=0.01)
 
 
-LARGE = [large for _, large in PAIRS]
+LARGE = [large for _, large in PAIRS if large not in ADAPTED]
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -220,6 +224,36 @@ def test_large_recipe_tells_what_is_its_own(name: str) -> None:
     assert is_marked == (schedule.kind == "wsd")
 
 
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapted_recipe_is_not_run_before_checkpoint_and_text_are_given_and_says_so(
+    dlm: Dlm, store: Store, tmp_path: Path, name: str
+) -> None:
+    text = write_text(tmp_path / "text.jsonl", seed=0, num_docs=3)
+    for given, wanted in (([], "import_checkpoint.path is empty"), ([f"corpus.source={text}"], "import_checkpoint")):
+        words = [word for setting in given for word in ("--set", setting)]
+        done = dlm("run", name, "--executor", "local", *words)
+        assert (done.code, done.stdout) == (2, "")
+        assert wanted in done.stderr
+    assert store.runs() == []
+    deviations = " ".join(listings.recipe(load_recipe(name))["deviations"])
+    assert "import_checkpoint.path" in deviations
+    assert "corpus.source" in deviations
+
+
+@pytest.mark.parametrize("name", [*ADAPTED, "dream_tiny"])
+def test_adapted_recipe_is_sized_by_the_published_model_of_its_shape(dlm: Dlm, name: str) -> None:
+    done = dlm("plan", name, "--dry-run", "--gpu", "b200")
+    assert done.code == 0, done.stderr
+
+
+def test_checkpoint_of_an_unknown_shape_is_sized_by_its_own_configuration(dlm: Dlm, tmp_path: Path) -> None:
+    other = ("--set", "pretrain.architecture.num_layers=3", "--dry-run")
+    done = dlm("plan", "smollm2_to_diffusion", *other)
+    assert done.code == 2
+    assert "import_checkpoint.path is ''" in done.stderr
+    assert "which has no config.json" in done.stderr
+
+
 def test_block_sizes_of_llada2_are_published_and_the_shares_of_its_phases_are_not() -> None:
     settings = listings.recipe(load_recipe("llada2_mini"))["settings"]
     phases = {name for name in settings if name.startswith("pretrain.phases.")}
@@ -228,7 +262,7 @@ def test_block_sizes_of_llada2_are_published_and_the_shares_of_its_phases_are_no
 
 
 def test_tiny_recipes_and_the_quickstart_have_a_text_and_no_deviation() -> None:
-    for name in RECIPES.keys() - set(LARGE):
+    for name in RECIPES.keys() - set(LARGE) - set(ADAPTED):
         assert config_of(name, "corpus").source
         assert listings.recipe(load_recipe(name))["deviations"] == []
 

@@ -76,7 +76,7 @@ def told(dlm: Dlm) -> tuple[str, str, int]:
 def test_run_of_a_part_of_its_steps_says_so_wherever_it_is_shown(dlm: Dlm, log):
     sets = [word for step in toy_workflow().steps for word in ("--set", f"{step.name}.log={log}")]
     dlm("run", "toy", "--executor", "local", "--run-id", "r1", "--until", "source", *sets)
-    words = "partial (1 of 4 steps made, left out: aside, double, total)"
+    words = "partial (1 of 4 steps made, left out: double, aside, total)"
     shown = dlm("status", "r1").stdout
     assert f"run r1  {words}" in shown
     assert "go on with: dlm resume r1" in shown

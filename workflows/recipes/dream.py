@@ -82,7 +82,7 @@ def dream_tiny() -> Workflow:
     pretrain = PretrainConfig(
         architecture=TINY,
         objective=OBJECTIVE,
-        optimizer=OptimizerConfig(lr=1e-3, lr_schedule=LRSchedule("linear", 20), beta2=0.95),
+        optimizer=OptimizerConfig(lr=5e-4, lr_schedule=LRSchedule("constant", 20), beta2=0.95),
         num_steps=300,
         validation=ValidationConfig(every_steps=100, num_rows=16),
         data_seed=1,
