@@ -21,6 +21,7 @@ from pipeline.config import from_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.import_checkpoint import fetch, run
 from pipeline.import_checkpoint.config import STAGE, ImportConfig, external_data
+from pipeline.import_checkpoint.dequantise import as_written
 from pipeline.weights import load_denoiser, load_record
 from tests.pipeline.conftest import damage, flip_bit, make_artifact
 from tests.support.hf_models import MODELS, VOCAB_SIZE, change_config, save_peer
@@ -427,3 +428,15 @@ def test_gguf_files_that_are_not_there_or_cannot_be_read_are_refused(tmp_path, m
     monkeypatch.setattr(fetch, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs transformers and gguf and accelerate: pip install 'dlm\[hf\]'"):
         _import(file, tmp_path / "out")
+
+
+def test_numbers_of_a_gguf_file_are_those_that_were_written_into_it():
+    read = {
+        "norm": 9.999999747378752e-06,
+        "base": 100000.0,
+        "nested": [{"std": 0.019999999552965164}],
+        "n": 3,
+        "b": True,
+    }
+    assert as_written(read) == {"norm": 1e-05, "base": 100000.0, "nested": [{"std": 0.02}], "n": 3}
+    assert as_written(0.1) == 0.1  # no float32
