@@ -382,5 +382,5 @@ def test_plan_of_first_weights_of_another_architecture_is_refused(tmp_path: Path
     experts = {"num_experts": 4, "top_k": 2, "d_ff_expert": 48}
     with pytest.raises(UserError, match=r"pretrain\.architecture is not that of the weights in .*moe"):
         runs.plan_recipe("smollm2_to_diffusion", [path, theirs, ("ar_init.upcycle", experts)])
-    with pytest.raises(UserError, match="cannot be upcycled: moe.d_ff_expert is 47"):
+    with pytest.raises(UserError, match=r"cannot be upcycled: moe\.d_ff_expert is 47"):
         runs.plan_recipe("smollm2_to_diffusion", [path, theirs, ("ar_init.upcycle", {**experts, "d_ff_expert": 47})])
