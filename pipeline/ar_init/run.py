@@ -72,6 +72,12 @@ def initialised_model(
             f"ar_init.mask_row is keep, but the mask token {special.mask_token_id} is a new row, of which the weights "
             'have nothing; set ar_init.mask_row="mean"'
         )
+    has_learned_it = record.objective != "autoregressive_nll" and record.model.mask_token_id == special.mask_token_id
+    if config.mask_row == "mean" and has_learned_it:
+        raise UserError(
+            f"ar_init.mask_row is mean, but the weights in {inputs['weights']} were trained as {record.objective} with "
+            f'the mask token {special.mask_token_id}: its row would be lost. Set ar_init.mask_row="keep"'
+        )
     architecture = record.model.architecture
     try:
         architecture = architecture if config.upcycle is None else upcycled(architecture, config.upcycle)
