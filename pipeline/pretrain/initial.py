@@ -11,6 +11,7 @@ from pipeline.config import diff, to_json
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.errors import UserError
 from pipeline.pretrain.config import PretrainConfig
+from pipeline.tensor_files import TensorFiles
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, check_same_vocabulary, load_record, read_denoiser
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ def check_same_architecture(wanted: "Architecture", found: "Architecture", name:
             f"pretrain.architecture is not that of the weights in {name}: {'; '.join(shown[:_SHOWN])}{more}. Set "
             "pretrain.architecture to theirs (dlm inspect prints it as a setting)"
         )
+
+
+def first_weights(inputs: Mapping[str, Path]) -> TensorFiles | None:
+    """The file of given weights, verified; None where they are to be drawn."""
+    return TensorFiles([checked(inputs["init"], WEIGHTS_FILE)]) if "init" in inputs else None
 
 
 def first_model(model_config: "ModelConfig", inputs: Mapping[str, Path], config: PretrainConfig) -> "Denoiser":

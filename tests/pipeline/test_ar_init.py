@@ -22,7 +22,7 @@ from pipeline.errors import CorruptionError, UserError
 from pipeline.tokenizer.config import STAGE as TOKENIZER
 from pipeline.tokenizer.config import TokenizerConfig
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, Origin, load_denoiser, load_record
-from tests.pipeline.conftest import make_artifact
+from tests.pipeline.conftest import make_artifact, python
 from tests.support.ar_checkpoints import FAMILIES, IMPORTED, checkpoint, qwen_like, weights
 from tests.support.tiny_run import forge
 
@@ -256,6 +256,11 @@ def test_experts_are_copies_and_the_dense_networks_are_left_out_by_name(tmp_path
     assert "4 copies of blocks.0.feed_forward.down.weight times 0.4" in report["made"].values()
     shapes = {name: tensor.shape for name, tensor in Denoiser(load_record(made).model).state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in after.items()}
+
+
+def test_the_stage_does_not_import_torch() -> None:
+    done = python("-c", "import sys, pipeline.ar_init.run; print('torch' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
 
 
 # Bad input

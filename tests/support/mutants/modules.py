@@ -31,7 +31,8 @@ MODULES: dict[str, list[str]] = {
         "tests/dlm_core/test_likelihood_rows.py",
     ],
     "corpus_bound": ["tests/dlm_core/test_corpus_bound.py"],
-    "ar_init": ["tests/dlm_core/test_ar_init.py", "tests/dlm_core/test_upcycling.py"],
+    "ar_init": ["tests/dlm_core/test_ar_init.py"],
+    "upcycling": ["tests/dlm_core/test_upcycling.py"],
     "models/config": ["tests/dlm_core/test_model_config.py"],
     "models/rope": ["tests/dlm_core/test_rope.py"],
     "models/attention": [
@@ -71,6 +72,7 @@ some files, or single ones."""
 
 PLANTED_ONLY = {
     "ar_init",
+    "upcycling",
     "pipeline/tokenizer/mask",
     "pipeline/ar_init/run",
     "pipeline/pretrain/batches",

@@ -412,8 +412,8 @@ PLANTED: tuple[Planted, ...] = (
         "torch.ones_like(is_masked, device=embeddings.device).nonzero(as_tuple=True)",
     ),
     Planted("ar_init", "mask noise that never fades", "max(0.0, 1.0 - step / num_steps)", "max(0.0, 1.0)"),
-    Planted("ar_init", "a softmax over the chosen alone", "1.0 / moe.num_experts if", "1.0 / moe.top_k if"),
-    Planted("ar_init", "the scale of the routed left out", "moe.routed_scale * (1.0 if", "(1.0 if"),
+    Planted("upcycling", "a softmax over the chosen alone", "1.0 / moe.num_experts if", "1.0 / moe.top_k if"),
+    Planted("upcycling", "the scale of the routed left out", "moe.routed_scale * (1.0 if", "(1.0 if"),
     Planted(
         "pipeline/tokenizer/mask",
         "a token given up that longer ones are made of",
