@@ -43,6 +43,8 @@ VALIDATIONS = 6
 SCRATCH_LR = 6e-4
 MOST_NATS, LEAST_LEAD = 4.6, 1.5
 """What is expected of a shifted model at the end, and of its lead over one from scratch; nats a token."""
+_PATIENCE_S = 900.0
+"""With a step on a machine that has other work."""
 RECIPE = {step.name: step.config for step in smollm2_to_diffusion().steps}
 
 
@@ -174,7 +176,15 @@ def measure(options: Options) -> Measured:
         "train": Source((str(own.train.resolve()),), held_out_fraction=0.0),
         "test": Source((str(own.test.resolve()),), held_out_fraction=1.0),
     }
-    pretrain = _validated(replace(RECIPE["pretrain"], num_steps=own.steps or RECIPE["pretrain"].num_steps))
+    recipe: PretrainConfig = RECIPE["pretrain"]
+    pretrain = _validated(
+        replace(
+            recipe,
+            num_steps=own.steps or recipe.num_steps,
+            threads_per_worker=own.threads,
+            watchdog=replace(recipe.watchdog, step_s=_PATIENCE_S),
+        )
+    )
     corpus = replace(RECIPE["corpus"], source=source)
     bench = Bench(own.work or WORK, str(own.checkpoint.resolve()), corpus, RECIPE["packing"], pretrain)
     return _measure(bench, own.seeds)
@@ -264,6 +274,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--test", type=Path, help="text to score")
     parser.add_argument("--steps", type=int, help=f"steps of each training (default: {RECIPE['pretrain'].num_steps})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
+    parser.add_argument("--threads", type=int, default=2, help="of a training; of no effect on its course (default: 2)")
     parser.add_argument("--work", type=Path, help="directory to work and to go on in (default: build/adaptation)")
     return parser
 
