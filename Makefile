@@ -69,7 +69,7 @@ $(RUN_STAMP): $(TORCH_STAMP) pyproject.toml constraints.txt
 	@touch $@
 
 .venv/dev.installed: $(RUN_STAMP)
-	@$(PIP) install -q -c constraints.txt -e '.[train,cluster,track,hub,fast,dev]'
+	@$(PIP) install -q -c constraints.txt -e '.[train,cluster,track,hub,hf,fast,dev]'
 	@touch $@
 
 clean:

@@ -98,23 +98,18 @@ def load_denoiser(artifact: Path) -> "tuple[Denoiser, ModelRecord]":
 
 
 def read_denoiser(config: ModelConfig, path: Path, name: str) -> "Denoiser":
-    """A model with the weights of a file, in evaluation mode.  Raises as ``fill_denoiser``."""
-    from dlm_core.models.transformer import Denoiser
-
-    model = Denoiser(config).eval()
-    fill_denoiser(model, path, name)
-    return model
-
-
-def fill_denoiser(model: "Denoiser", path: Path, name: str) -> None:
-    """Read the weights of a file to where they stay, so that they are held once.
+    """A model with the weights of a file, in evaluation mode: they are read to where they stay, and held once.
 
     Raises CorruptionError, which calls them the weights in ``name``, unless every tensor fits exactly.
     """
+    from dlm_core.models.transformer import Denoiser
+
     files = TensorFiles([path])
-    check_shapes(model.config, files.shapes, name)
+    check_shapes(config, files.shapes, name)
+    model = Denoiser(config).eval()
     for key, tensor in model.state_dict().items():
         files.read_elements(key, 0, tensor.view(-1).numpy())
+    return model
 
 
 def check_tokenizer(record: ModelRecord, tokenizer: Path) -> None:
@@ -123,6 +118,17 @@ def check_tokenizer(record: ModelRecord, tokenizer: Path) -> None:
         raise UserError(
             f"the model was trained with another tokenizer ({record.tokenizer[:12]}) than {tokenizer}; give the one "
             "that it was trained with"
+        )
+
+
+def check_same_vocabulary(record: ModelRecord, weights: Path, tokenizer: Path) -> None:
+    """UserError unless weights were made with a tokenizer artifact, or it is the one of their import."""
+    manifest = load_manifest(tokenizer)
+    is_of_weights = manifest.inputs.get("checkpoint") == load_manifest(weights).fingerprint
+    if not is_of_weights and record.tokenizer != manifest.fingerprint:
+        raise UserError(
+            f"the tokenizer {tokenizer} is not that of the weights in {weights}: its ids mean other tokens. Give the "
+            "one that they were trained with, or make one whose input checkpoint they are"
         )
 
 

@@ -16,7 +16,16 @@ from pipeline.data.special_tokens import SpecialTokens, load_special_tokens
 from pipeline.errors import UserError
 from pipeline.stage import StageContext, Stats
 from pipeline.tensor_files import TensorFiles
-from pipeline.weights import WEIGHTS_FILE, ModelRecord, Origin, load_record, save_record, weights_writer
+from pipeline.weights import (
+    WEIGHTS_FILE,
+    ModelRecord,
+    Origin,
+    check_same_vocabulary,
+    check_shapes,
+    load_record,
+    save_record,
+    weights_writer,
+)
 
 REPORT_FILE = "report.json"
 _TABLES = ("embedding.weight", "head.weight", "head.bias")
@@ -28,6 +37,7 @@ def run(config: ArInitConfig, inputs: Mapping[str, Path], context: StageContext)
     special = load_special_tokens(inputs["tokenizer"])
     model = initialised_model(config, record, inputs, special)
     files = TensorFiles([checked(source, WEIGHTS_FILE)])
+    check_shapes(record.model, files.shapes, str(source))
     shapes = tensor_shapes(model)
     made: dict[str, str] = {}
     with weights_writer(context.out, shapes) as writer:
@@ -51,7 +61,7 @@ def initialised_model(
     config: ArInitConfig, record: ModelRecord, inputs: Mapping[str, Path], special: SpecialTokens
 ) -> ModelConfig:
     """What the weights become; UserError where they do not speak the tokenizer's vocabulary, or cannot be upcycled."""
-    check_same_vocabulary(record, inputs)
+    check_same_vocabulary(record, inputs["weights"], inputs["tokenizer"])
     if special.vocab_size < record.model.vocab_size:
         raise UserError(
             f"the tokenizer {inputs['tokenizer']} wants {special.vocab_size} rows, the weights in {inputs['weights']} "
@@ -68,17 +78,6 @@ def initialised_model(
     except ValueError as error:
         raise UserError(f"ar_init.upcycle does not fit the weights in {inputs['weights']}: {error}") from None
     return ModelConfig(architecture, special.vocab_size, special.mask_token_id)
-
-
-def check_same_vocabulary(record: ModelRecord, inputs: Mapping[str, Path]) -> None:
-    """UserError unless the tokenizer was made of these weights, or they were trained with it."""
-    tokenizer = load_manifest(inputs["tokenizer"])
-    is_of_weights = tokenizer.inputs.get("checkpoint") == load_manifest(inputs["weights"]).fingerprint
-    if not is_of_weights and record.tokenizer != tokenizer.fingerprint:
-        raise UserError(
-            f"the tokenizer {inputs['tokenizer']} is not that of the weights in {inputs['weights']}: its ids mean "
-            "other tokens. Give the one that they were trained with, or make one whose input checkpoint they are"
-        )
 
 
 def _parts(

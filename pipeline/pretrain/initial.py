@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ from pipeline.config import diff, to_json
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.errors import UserError
 from pipeline.pretrain.config import PretrainConfig
-from pipeline.weights import WEIGHTS_FILE, ModelRecord, check_tokenizer, fill_denoiser, load_record
+from pipeline.weights import WEIGHTS_FILE, ModelRecord, check_same_vocabulary, load_record, read_denoiser
 
 if TYPE_CHECKING:
     from dlm_core.models.config import Architecture, ModelConfig
+    from dlm_core.models.transformer import Denoiser
 
 _SHOWN = 6
 
@@ -27,7 +29,7 @@ def initial_record(config: PretrainConfig, inputs: Mapping[str, Path], special: 
         return None
     record = load_record(inputs["init"])
     check_same_architecture(config.architecture, record.model.architecture, str(inputs["init"]))
-    check_tokenizer(record, inputs["tokenizer"])
+    check_same_vocabulary(record, inputs["init"], inputs["tokenizer"])
     for name in ("vocab_size", "mask_token_id"):
         found, wanted = getattr(record.model, name), getattr(special, name)
         if found != wanted:
@@ -40,7 +42,7 @@ def initial_record(config: PretrainConfig, inputs: Mapping[str, Path], special: 
 
 def check_same_architecture(wanted: "Architecture", found: "Architecture", name: str) -> None:
     """UserError naming every field that differs; how weights were once drawn may."""
-    differing = diff(to_json(found), to_json(wanted))
+    differing = diff(*(to_json(replace(a, head_dim=a.head_size, num_kv_heads=a.kv_heads)) for a in (found, wanted)))
     shown = [
         f"{field} is {there!r} there and {here!r} here"
         for field, (there, here) in differing.items()
@@ -54,12 +56,15 @@ def check_same_architecture(wanted: "Architecture", found: "Architecture", name:
         )
 
 
-def fill(model: Any, inputs: Mapping[str, Path], config: PretrainConfig) -> None:
-    """Give a Denoiser its first weights."""
+def first_model(model_config: "ModelConfig", inputs: Mapping[str, Path], config: PretrainConfig) -> "Denoiser":
+    """A denoiser with its first weights.  Raises CorruptionError for given ones that do not fit."""
+    from dlm_core.models.transformer import Denoiser
+
     if "init" in inputs:
-        fill_denoiser(model, checked(inputs["init"], WEIGHTS_FILE), str(inputs["init"]))
-    else:
-        model.init_weights(config.init_seed)
+        return read_denoiser(model_config, checked(inputs["init"], WEIGHTS_FILE), str(inputs["init"])).train()
+    model = Denoiser(model_config)
+    model.init_weights(config.init_seed)
+    return model
 
 
 def first_loss_warning(model: "ModelConfig", sums: Any) -> str:

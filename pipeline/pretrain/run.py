@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dlm_core.models.config import ModelConfig
-from dlm_core.models.transformer import Denoiser
 from pipeline.artifact import link_or_copy, load_manifest, write_json
 from pipeline.config import to_json
 from pipeline.data.rows import PackedRows, open_rows
@@ -29,7 +28,7 @@ from pipeline.pretrain.engine import (
 from pipeline.pretrain.fragments import local_tensors, owned
 from pipeline.pretrain.guards import Guard
 from pipeline.pretrain.held import EngineState
-from pipeline.pretrain.initial import fill, initial_record
+from pipeline.pretrain.initial import first_model, initial_record
 from pipeline.pretrain.loop import Progress, Training, epochs_shown, train
 from pipeline.pretrain.meter import Meter
 from pipeline.pretrain.ranks import Ranks
@@ -105,8 +104,7 @@ def make_training(
     loader = PhasedLoader(config, rows, special.pad_token_id, Verified(context.state / "verified"))
     start_process_group(config.watchdog)
     model_config = ModelConfig(config.architecture, special.vocab_size, special.mask_token_id)
-    model = Denoiser(model_config)
-    fill(model, inputs, config)
+    model = first_model(model_config, inputs, config)
     identity = stage_identity(STAGE, config, {name: load_manifest(path).fingerprint for name, path in inputs.items()})
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     engine = build_engine(model, config)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dlm_core.models.attention import AttentionMask
 from dlm_core.models.config import Architecture, ModelConfig
 from dlm_core.models.presets import PRESETS, tiny
 from dlm_core.models.transformer import Denoiser
@@ -75,6 +76,32 @@ def test_without_a_mask_token_every_logit_is_that_of_the_head():
     targets, weight = xt.flatten(), torch.ones(xt.numel())
     loss = bare(xt, None, targets, weight).cross_entropy
     torch.testing.assert_close(loss, F.cross_entropy(logits, targets, reduction="none"), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["full", "block_diffusion"])
+def test_noise_on_the_mask_is_another_embedding_of_it_in_the_noisy_half_alone(family):
+    config = dataclasses.replace(TINY, architecture=dataclasses.replace(TINY.architecture, tied_head=False))
+    model, moved = _denoiser(config), _denoiser(config)
+    noise = torch.randn(16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        moved.embedding.weight[12] += noise
+    x0 = _tokens(2, 6)
+    x0[0, 1] = 12  # a mask in the clean half would have no noise
+    xt = torch.where(torch.arange(6) % 2 == 0, 12, x0 % 12)
+    clean = {"x0": x0 % 12} if family == "block_diffusion" else {}
+    mask = AttentionMask(family, block_size=2 if clean else None)
+
+    def perturb(embeddings):
+        assert embeddings.shape == (2, 6, 16)
+        return embeddings + noise * (xt == 12)[..., None]
+
+    found, wanted = model(xt, mask=mask, perturb=perturb, **clean), moved(xt, mask=mask, **clean)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=ATOL)
+    assert not torch.allclose(found, model(xt, mask=mask, **clean), atol=0.1)
+    if clean:
+        with_mask = {"x0": x0}
+        found = model(xt, mask=mask, perturb=perturb, **with_mask)
+        assert not torch.allclose(found, moved(xt, mask=mask, **with_mask), atol=0.01)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
