@@ -1,4 +1,4 @@
-"""From an autoregressive model to a diffusion model: shift, annealing of attention, block sizes, mask noise, experts.
+"""From an autoregressive model to a diffusion model: the shift, the annealing of attention, block sizes, mask noise.
 
 What lives here: pure functions of steps and tensors.  What must not: checkpoints and their names, the masks themselves
 (masks.py).
@@ -6,14 +6,13 @@ What lives here: pure functions of steps and tensors.  What must not: checkpoint
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dlm_core.cross_entropy import Denoise
-from dlm_core.models.config import Architecture, MoE
 from dlm_core.noise import Stream, hash_normal, hash_words
 
 
@@ -147,29 +146,3 @@ def mask_noise_std(step: int, std: float, num_steps: int) -> float:
             f"step {step}, std {std}, num_steps {num_steps}: all must be 0 or more and finite, and std needs a step"
         )
     return std * max(0.0, 1.0 - step / num_steps) if std > 0.0 else 0.0
-
-
-def upcycled(a: Architecture, moe: MoE) -> Architecture:
-    """A dense architecture with experts in the place of networks, each as wide as the one it is a copy of.
-
-    Sparse upcycling (arXiv 2212.05055).  Raises ValueError for a model that has experts, experts of another width than
-    d_ff, or shared ones, which would be added to what the copies give.
-    """
-    if a.moe is not None:
-        raise ValueError("the model has experts already")
-    if moe.d_ff_expert != a.d_ff:
-        raise ValueError(f"moe.d_ff_expert is {moe.d_ff_expert}; copies of a network are as wide as it: {a.d_ff}")
-    if moe.num_shared_experts:
-        raise ValueError(f"moe.num_shared_experts is {moe.num_shared_experts}; the copies give all of it, so 0")
-    is_all = all(moe.is_sparse(layer) for layer in range(a.num_layers))
-    return replace(a, moe=moe, d_ff=None if is_all else a.d_ff)
-
-
-def even_weight_sum(moe: MoE) -> float:
-    """Sum of a token's weights under a router whose logits are all 0: what copies of a network are to be divided by.
-
-    routed_scale * (1 renormalised; else top_k / num_experts for a softmax, top_k / 2 for sigmoids): without that a
-    model of copies would give less than the dense one (or more).  He et al. (arXiv 2410.07524) scale copies too.
-    """
-    each = 1.0 / moe.num_experts if moe.router_score == "softmax" else 0.5
-    return moe.routed_scale * (1.0 if moe.renormalise else moe.top_k * each)

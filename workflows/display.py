@@ -36,6 +36,7 @@ _STYLES = {
 }
 _GAP = 2
 _PLAIN_EVERY_S = 15.0
+_LEAST_NAME_WIDTH = 13
 _TOLD_AFTER_S = 5.0
 """How long a step starts before it is said for how long."""
 
@@ -98,6 +99,7 @@ class Display:
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._shown: dict[str, str] = {}
         self._next_line_s = 0.0
+        self._name_width = _LEAST_NAME_WIDTH
         self._queued: dict[str, tuple[str, float]] = {}
         """Step -> why it was told to be queued, and when: shards get places one by one, and wait again between."""
         self._resumed: dict[str, int] = {}
@@ -119,6 +121,7 @@ class Display:
             self._console.quiet = True
 
     def _show(self, states: list[StepState]) -> None:
+        self._name_width = max(_LEAST_NAME_WIDTH, *(len(state.step.name) for state in states))
         for state in states:
             self._tell_resumed(state)
         if self._live is not None:
@@ -158,5 +161,5 @@ class Display:
         elapsed = ""
         if state.ended_at and state.started_at:
             elapsed = duration(state.ended_at - state.started_at)
-        line = f"{state.step.name:<13} {state.status:<10} {elapsed:<8} {_detail(state)}"
+        line = f"{state.step.name:<{self._name_width}} {state.status:<10} {elapsed:<8} {_detail(state)}"
         self._console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dlm_core.ar_init import even_weight_sum, upcycled
 from dlm_core.models.config import Architecture, ModelConfig
 from dlm_core.models.tensor_shapes import tensor_shapes
+from dlm_core.upcycling import even_weight_sum, upcycled
 from pipeline.ar_init.config import ArInitConfig
 from pipeline.artifact import checked, load_manifest, write_json
 from pipeline.config import to_json

@@ -1,8 +1,11 @@
 """A .gguf file as float32 safetensors, in a process of its own that may take the memory of the whole model."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.errors import UserError
 
@@ -26,4 +29,18 @@ def dequantise(file: str, target: str) -> str:
         quantizer.remove_quantization_config(model)  # of a model that isn't quantised any more, and may be saved
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    config = Path(target, "config.json")
+    config.write_text(json.dumps(as_written(json.loads(config.read_text())), indent=1) + "\n")
     return transformers.__version__
+
+
+def as_written(value: Any) -> Any:
+    """JSON in which a number that is a float32, as all in a GGUF file are, is the shortest one of that float32.
+
+    So 9.999999747378752e-06 is 1e-05 again, as it was before it was written to the file.
+    """
+    if isinstance(value, dict):
+        return {key: as_written(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_written(item) for item in value]
+    return float(str(np.float32(value))) if isinstance(value, float) and float(np.float32(value)) == value else value

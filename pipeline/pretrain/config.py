@@ -14,6 +14,7 @@ from pipeline.data.mixture import whole_weights
 from pipeline.errors import UserError
 from pipeline.pretrain.adaptation import AdaptationConfig
 from pipeline.pretrain.averaging import AverageConfig
+from pipeline.pretrain.given import check_planned_architecture
 from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig, fractions_within, has_count_within
 from pipeline.pretrain.optimizer_config import OptimizerConfig
 from pipeline.pretrain.phases import Phase, Span, first_step_of_kind, spans
@@ -352,6 +353,7 @@ def check_upstream(config: PretrainConfig, upstream: Mapping[str, Any], step: st
         )
     check_validation(config, upstream, step)
     check_init(config, upstream, step)
+    check_planned_architecture(config.architecture, upstream, step)
     check_lengths(config, upstream["rows"]["seq_len"], step)
     sources: Mapping[str, Any] = upstream.get("rows.tokens.corpus", {}).get("source", {})
     held_out = {name for name, source in sources.items() if source.get("held_out_fraction") == 1.0}

@@ -2,22 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import checked
-from pipeline.config import diff, to_json
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.errors import UserError
 from pipeline.pretrain.config import PretrainConfig
+from pipeline.pretrain.given import check_same_architecture
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, check_same_vocabulary, load_record, read_denoiser
 
 if TYPE_CHECKING:
-    from dlm_core.models.config import Architecture, ModelConfig
+    from dlm_core.models.config import ModelConfig
     from dlm_core.models.transformer import Denoiser
-
-_SHOWN = 6
 
 
 def initial_record(config: PretrainConfig, inputs: Mapping[str, Path], special: SpecialTokens) -> ModelRecord | None:
@@ -28,7 +25,7 @@ def initial_record(config: PretrainConfig, inputs: Mapping[str, Path], special: 
     if "init" not in inputs:
         return None
     record = load_record(inputs["init"])
-    check_same_architecture(config.architecture, record.model.architecture, str(inputs["init"]))
+    check_same_architecture(config.architecture, record.model.architecture, f"in {inputs['init']}")
     check_same_vocabulary(record, inputs["init"], inputs["tokenizer"])
     for name in ("vocab_size", "mask_token_id"):
         found, wanted = getattr(record.model, name), getattr(special, name)
@@ -38,22 +35,6 @@ def initial_record(config: PretrainConfig, inputs: Mapping[str, Path], special: 
                 f"{wanted}; fit the weights to this tokenizer first (pipeline.ar_init)"
             )
     return record
-
-
-def check_same_architecture(wanted: "Architecture", found: "Architecture", name: str) -> None:
-    """UserError naming every field that differs; how weights were once drawn may."""
-    differing = diff(*(to_json(replace(a, head_dim=a.head_size, num_kv_heads=a.kv_heads)) for a in (found, wanted)))
-    shown = [
-        f"{field} is {there!r} there and {here!r} here"
-        for field, (there, here) in differing.items()
-        if field not in ("init", "init_std")
-    ]
-    if shown:
-        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        raise UserError(
-            f"pretrain.architecture is not that of the weights in {name}: {'; '.join(shown[:_SHOWN])}{more}. Set "
-            "pretrain.architecture to theirs (dlm inspect prints it as a setting)"
-        )
 
 
 def first_model(model_config: "ModelConfig", inputs: Mapping[str, Path], config: PretrainConfig) -> "Denoiser":

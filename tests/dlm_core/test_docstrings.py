@@ -10,7 +10,7 @@ import dlm_core
 
 CORE = Path(dlm_core.__file__).parent
 MODULES = ["schedules", "kernels", "noise", "corruption", "blocks", "masks", "objectives", "cross_entropy", "variance"]
-MODULES += ["likelihood", "corpus_bound", "ar_init", "samplers/guidance", "samplers/ancestral"]
+MODULES += ["likelihood", "corpus_bound", "ar_init", "upcycling", "samplers/guidance", "samplers/ancestral"]
 MODULES += [f"models/{name}" for name in ("attention", "config", "feed_forward", "init", "moe", "presets", "rope")]
 MODULES += ["models/router_losses", "models/transformer"]
 

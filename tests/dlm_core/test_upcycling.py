@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlm_core.ar_init import even_weight_sum, upcycled
 from dlm_core.models.config import Architecture, MoE
 from dlm_core.models.feed_forward import FeedForward
 from dlm_core.models.moe import SparseFeedForward, route
+from dlm_core.upcycling import even_weight_sum, upcycled
 
 EXACT = 1e-12  # float64, sums in another order
 D_MODEL, D_FF = 8, 12

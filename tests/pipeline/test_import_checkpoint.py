@@ -21,6 +21,7 @@ from pipeline.config import from_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.import_checkpoint import fetch, run
 from pipeline.import_checkpoint.config import STAGE, ImportConfig, external_data
+from pipeline.import_checkpoint.dequantise import as_written
 from pipeline.weights import load_denoiser, load_record
 from tests.pipeline.conftest import damage, flip_bit, make_artifact
 from tests.support.gguf_logits import write_tiny
@@ -443,3 +444,15 @@ def test_a_gguf_file_is_dequantised_and_its_tokenizer_written(tmp_path):
     assert Tokenizer.from_file(str(made / "tokenizer.json")).get_vocab_size() == record.model.vocab_size == 260
     assert set(record.lineage[0].details["sha256"]) == {"tiny.gguf"}
     assert record.lineage[0].details["dequantised_from"] == "tiny.gguf"
+
+
+def test_numbers_of_a_gguf_file_are_those_that_were_written_into_it():
+    read = {
+        "norm": 9.999999747378752e-06,
+        "base": 100000.0,
+        "nested": [{"std": 0.019999999552965164}],
+        "n": 3,
+        "b": True,
+    }
+    assert as_written(read) == {"norm": 1e-05, "base": 100000.0, "nested": [{"std": 0.02}], "n": 3}
+    assert as_written(0.1) == 0.1  # no float32

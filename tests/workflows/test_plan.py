@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
+from benchmarks.adaptation_checkpoint import make_checkpoint
 from pipeline.artifact import read_json
 from pipeline.config import apply_settings, to_json
 from pipeline.errors import CorruptionError, UserError
@@ -365,3 +366,21 @@ def test_salt_gives_another_address_and_no_salt_the_one_that_it_always_was():
     for step in plan.steps:
         stage, inputs = load_stage(step.stage), {n: plan.step(s).fingerprint for n, s in step.inputs.items()}
         assert step.fingerprint == stage_fingerprint(stage, step_config(step), inputs, step.external)
+
+
+def test_plan_of_first_weights_of_another_architecture_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"that the workflow trains before: d_model is 128 there and 64 here"):
+        runs.plan_recipe("dream_tiny", [("pretrain.architecture.d_model", 64)])
+    both = [(f"{step}.architecture.d_model", 64) for step in ("ar_pretrain", "pretrain")]
+    assert runs.plan_recipe("dream_tiny", both).step("pretrain").config["architecture"]["d_model"] == 64
+    architecture = make_checkpoint(tmp_path / "given")
+    path = ("import_checkpoint.path", str(tmp_path / "given"))
+    with pytest.raises(UserError, match=rf"of the weights in {tmp_path}/given: .*num_layers is 2 there and 30 here"):
+        runs.plan_recipe("smollm2_to_diffusion", [path])
+    theirs = ("pretrain.architecture", to_json(architecture))
+    assert runs.plan_recipe("smollm2_to_diffusion", [path, theirs]).step("pretrain").config["init_seed"] == 0
+    experts = {"num_experts": 4, "top_k": 2, "d_ff_expert": 48}
+    with pytest.raises(UserError, match=r"pretrain\.architecture is not that of the weights in .*moe"):
+        runs.plan_recipe("smollm2_to_diffusion", [path, theirs, ("ar_init.upcycle", experts)])
+    with pytest.raises(UserError, match=r"cannot be upcycled: moe\.d_ff_expert is 47"):
+        runs.plan_recipe("smollm2_to_diffusion", [path, theirs, ("ar_init.upcycle", {**experts, "d_ff_expert": 47})])

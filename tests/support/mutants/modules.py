@@ -32,6 +32,7 @@ MODULES: dict[str, list[str]] = {
     ],
     "corpus_bound": ["tests/dlm_core/test_corpus_bound.py"],
     "ar_init": ["tests/dlm_core/test_ar_init.py"],
+    "upcycling": ["tests/dlm_core/test_upcycling.py"],
     "models/config": ["tests/dlm_core/test_model_config.py"],
     "models/rope": ["tests/dlm_core/test_rope.py"],
     "models/attention": [
