@@ -420,6 +420,7 @@ def _own_values(family: Family, record: ModelRecord, special: SpecialIds) -> dic
     }
     if moe is not None:
         ours |= {f"moe.{name}": value for name, value in to_json(moe).items()}
+        ours["moe.num_shared_experts"] = moe.num_shared_experts or None  # a 0 would make matrices without rows
         shared = moe.num_shared_experts * moe.d_ff_expert
         ours |= {
             "d_ff": a.d_ff or moe.d_ff_expert,  # without dense layers a size that no tensor has

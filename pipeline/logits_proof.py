@@ -35,7 +35,10 @@ def in_fresh_process(function: str, *arguments: str | Path) -> Any:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == -signal.SIGKILL:
-        raise MemoryError(f"{function} was killed in a process of its own, as happens where memory is short")
+        raise MemoryError(
+            f"{function} was killed in a process of its own, as happens where memory is short: the proof by logits "
+            "holds a model. Give it more, or set proof=tensors"
+        )
     if done.returncode:
         raise RuntimeError(f"{function} failed in a process of its own:\n{done.stderr[-_LOG_CHARS:]}")
     answer = json.loads(done.stdout.splitlines()[-1])

@@ -8,7 +8,7 @@ The format: 8 bytes with the length of a JSON header, the header, the data (hugg
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -137,16 +137,13 @@ class TensorFiles:
                 if name in self._places:
                     raise CorruptionError(f"{name} is in two files, {self._places[name][0]} and {path}")
                 self._places[name] = path, begin, info
-
-    @property
-    def names(self) -> list[str]:
-        """All tensors, file after file."""
-        return list(self._places)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+        self.shapes = {name: info.shape for name, (_, _, info) in self._places.items()}
         """Shape of every tensor."""
-        return {name: info.shape for name, (_, _, info) in self._places.items()}
+
+    @property
+    def names(self) -> KeysView[str]:
+        """All tensors, file after file."""
+        return self._places.keys()
 
     def info(self, name: str) -> TensorInfo:
         """What is known of a tensor; its bytes are those in its file."""

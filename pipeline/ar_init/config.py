@@ -1,10 +1,12 @@
 """How the weights of a model become the first weights of a diffusion model."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from dlm_core.models.config import MoE
+from pipeline.errors import UserError
 from pipeline.stage import Stage
 
 MaskRow = Literal["mean", "keep"]
@@ -39,10 +41,20 @@ class ArInitConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, but nothing is drawn without upcycle; leave it out")
 
 
+def check_upstream(config: ArInitConfig, upstream: Mapping[str, Any], step: str) -> None:
+    """UserError where a row is to be kept that the weights do not have."""
+    if config.mask_row == "keep" and upstream["tokenizer"].get("mask_from") == "new_row":
+        raise UserError(
+            f'{step}.mask_row is keep, but tokenizer.mask_from is "new_row", of which the weights have nothing; set '
+            f'{step}.mask_row="mean"'
+        )
+
+
 STAGE = Stage(
     name="ar_init",
     kind="task",
     config=ArInitConfig,
     module="pipeline.ar_init.run",
     inputs=("weights", "tokenizer"),
+    check=check_upstream,
 )

@@ -72,6 +72,12 @@ def initialised_model(
             f"ar_init.mask_row is keep, but the mask token {special.mask_token_id} is a new row, of which the weights "
             'have nothing; set ar_init.mask_row="mean"'
         )
+    has_learned_it = record.objective != "autoregressive_nll" and record.model.mask_token_id == special.mask_token_id
+    if config.mask_row == "mean" and has_learned_it:
+        raise UserError(
+            f"ar_init.mask_row is mean, but the weights in {inputs['weights']} were trained as {record.objective} with "
+            f'the mask token {special.mask_token_id}: its row would be lost. Set ar_init.mask_row="keep"'
+        )
     architecture = record.model.architecture
     try:
         architecture = architecture if config.upcycle is None else upcycled(architecture, config.upcycle)
@@ -85,7 +91,7 @@ def _parts(
 ) -> Iterator[tuple[np.ndarray, str]]:
     """The values of a tensor, in one or several parts, and how they were made where they were not copied."""
     if name in _TABLES:
-        yield _fitted(config, files.read(name), model)
+        yield from _fitted(config, files.read(name), model)
         return
     prefix, _, rest = name.partition("feed_forward.")
     if not rest or name in files.shapes:
@@ -95,21 +101,23 @@ def _parts(
     yield from _of_experts(config, model.architecture, f"{prefix}feed_forward.", rest, files)
 
 
-def _fitted(config: ArInitConfig, table: np.ndarray, model: ModelConfig) -> tuple[np.ndarray, str]:
-    """A table of the vocabulary with all rows that the tokenizer wants."""
+def _fitted(config: ArInitConfig, table: np.ndarray, model: ModelConfig) -> Iterator[tuple[np.ndarray, str]]:
+    """A table of the vocabulary, changed in place, then the rows that the tokenizer wants beyond it."""
     num_rows, mask = len(table), model.mask_token_id
     assert mask is not None
-    is_made = mask >= num_rows or config.mask_row == "mean"
-    if not is_made and model.vocab_size == num_rows:
-        return table, ""
+    num_new, is_replaced = model.vocab_size - num_rows, mask < num_rows and config.mask_row == "mean"
+    if not num_new and not is_replaced:
+        yield table, ""
+        return
     others = np.delete(np.arange(num_rows), mask) if mask < num_rows else np.arange(num_rows)
     mean = _mean(table, others)
-    grown = np.concatenate([table, np.broadcast_to(mean, (model.vocab_size - num_rows, *table.shape[1:]))])
-    if is_made:
-        grown[mask] = mean
-    new = f"rows {num_rows} to {model.vocab_size - 1}" if model.vocab_size > num_rows else ""
-    replaced = f"row {mask}" if is_made and mask < num_rows else ""
-    return grown, f"the mean of {len(others)} rows in {' and '.join(filter(None, (new, replaced)))}"
+    new = f"rows {num_rows} to {model.vocab_size - 1}" if num_new else ""
+    how = f"the mean of {len(others)} rows in {' and '.join(filter(None, (new, f'row {mask}' if is_replaced else '')))}"
+    if is_replaced:
+        table[mask] = mean
+    yield table, how
+    if num_new:
+        yield np.repeat(mean[None], num_new, axis=0), how
 
 
 def _mean(table: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -45,4 +45,5 @@ STAGE = Stage(
     module="pipeline.convert.run",
     inputs=("pretrain",),
     check=check_upstream,
+    code_version=2,
 )

@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.expert_parallel import expert_parallel_section, route_in_float32
 from pipeline.pretrain.watchdog import WatchdogLimits, collective_timeout
+from pipeline.tensor_files import TensorFiles
 
 
 def prepare_process(threads: int) -> None:
@@ -98,15 +99,16 @@ def deepspeed_config(config: PretrainConfig, *, on_gpu: bool = False) -> dict[st
     return found
 
 
-def build_engine(model: Any, config: PretrainConfig) -> Any:
+def build_engine(model: Any, config: PretrainConfig, weights: TensorFiles | None = None) -> Any:
     """Wrap a model for ZeRO training, its experts spread by AutoEP if the configuration says so.
 
-    The optimizer is ``engine.basic_optimizer``, a ShardedOptimizer with its state made.
+    The optimizer is ``engine.basic_optimizer``, a ShardedOptimizer with its state made.  ``weights`` is the file that
+    the model was filled from: DeepSpeed makes masters of what it has rounded to bf16, and the file has all digits.
     """
     import deepspeed
     from torch.distributed import get_world_size
 
-    from pipeline.pretrain.fragments import Run, local_tensors
+    from pipeline.pretrain.fragments import Run, fill_masters, local_tensors
     from pipeline.pretrain.optimizer import make_optimizer
 
     if get_world_size() != config.workers:
@@ -132,7 +134,10 @@ def build_engine(model: Any, config: PretrainConfig) -> Any:
     if config.ep_size:
         route_in_float32(engine.module)
     skips_nothing = config.zero_stage == 0 and config.precision == "fp32"
-    engine.basic_optimizer.prepare(local_tensors(engine), shapes, engine.device, check_gradients=skips_nothing)
+    tensors = local_tensors(engine)
+    if weights is not None:
+        fill_masters(tensors, weights)
+    engine.basic_optimizer.prepare(tensors, shapes, engine.device, check_gradients=skips_nothing)
     return engine
 
 

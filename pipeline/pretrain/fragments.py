@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from pipeline.pretrain.expert_parallel import Piece, plain_name, plain_pieces
+from pipeline.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +89,18 @@ def persistent_buffers(engine: Any) -> "dict[str, Tensor]":
             if name not in module._non_persistent_buffers_set:
                 found[plain_name(engine.module, f"{prefix}.{name}" if prefix else name)] = buffer
     return found
+
+
+def fill_masters(tensors: Iterable[LocalTensor], weights: TensorFiles) -> None:
+    """Give master values the numbers of a file of the plain model's weights, those that this rank holds."""
+    import torch
+
+    for local in tensors:
+        flat = local.tensor.detach().view(-1)
+        for run in local.runs:
+            values = np.empty(run.numel, np.float32)
+            weights.read_elements(run.name, run.start, values)
+            flat[run.offset : run.offset + run.numel].copy_(torch.from_numpy(values))
 
 
 def push_masters(engine: Any) -> None:

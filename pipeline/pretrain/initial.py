@@ -10,6 +10,7 @@ from pipeline.data.special_tokens import SpecialTokens
 from pipeline.errors import UserError
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.given import check_same_architecture
+from pipeline.tensor_files import TensorFiles
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, check_same_vocabulary, load_record, read_denoiser
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ def initial_record(config: PretrainConfig, inputs: Mapping[str, Path], special: 
                 f"{wanted}; fit the weights to this tokenizer first (pipeline.ar_init)"
             )
     return record
+
+
+def first_weights(inputs: Mapping[str, Path]) -> TensorFiles | None:
+    """The file of given weights, verified; None where they are to be drawn."""
+    return TensorFiles([checked(inputs["init"], WEIGHTS_FILE)]) if "init" in inputs else None
 
 
 def first_model(model_config: "ModelConfig", inputs: Mapping[str, Path], config: PretrainConfig) -> "Denoiser":

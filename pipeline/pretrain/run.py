@@ -28,7 +28,7 @@ from pipeline.pretrain.engine import (
 from pipeline.pretrain.fragments import local_tensors, owned
 from pipeline.pretrain.guards import Guard
 from pipeline.pretrain.held import EngineState
-from pipeline.pretrain.initial import first_model, initial_record
+from pipeline.pretrain.initial import first_model, first_weights, initial_record
 from pipeline.pretrain.loop import Progress, Training, epochs_shown, train
 from pipeline.pretrain.meter import Meter
 from pipeline.pretrain.ranks import Ranks
@@ -107,7 +107,7 @@ def make_training(
     model = first_model(model_config, inputs, config)
     identity = stage_identity(STAGE, config, {name: load_manifest(path).fingerprint for name, path in inputs.items()})
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    engine = build_engine(model, config)
+    engine = build_engine(model, config, first_weights(inputs))
     ranks = Ranks(engine.device)
     checkpointer = Checkpointer(
         config, context, EngineState(engine), ranks, Belonging(context.fingerprint, identity, shapes)

@@ -15,14 +15,14 @@ from dlm_core.ar_init import shift_right
 from dlm_core.models.attention import AttentionMask
 from dlm_core.models.config import Architecture, ModelConfig, MoE
 from dlm_core.models.transformer import Denoiser
-from pipeline.ar_init.config import STAGE, ArInitConfig
+from pipeline.ar_init.config import STAGE, ArInitConfig, check_upstream
 from pipeline.artifact import load_manifest
 from pipeline.config import from_json, to_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.tokenizer.config import STAGE as TOKENIZER
 from pipeline.tokenizer.config import TokenizerConfig
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, Origin, load_denoiser, load_record
-from tests.pipeline.conftest import make_artifact
+from tests.pipeline.conftest import make_artifact, python
 from tests.support.ar_checkpoints import FAMILIES, IMPORTED, checkpoint, qwen_like, weights
 from tests.support.tiny_run import forge
 
@@ -258,6 +258,11 @@ def test_experts_are_copies_and_the_dense_networks_are_left_out_by_name(tmp_path
     assert shapes == {name: tensor.shape for name, tensor in after.items()}
 
 
+def test_the_stage_does_not_import_torch() -> None:
+    done = python("-c", "import sys, pipeline.ar_init.run; print('torch' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
+
+
 # Bad input
 
 
@@ -268,6 +273,13 @@ def initialised(root: Path, source: Path, tokenizer: Path, **settings: Any) -> P
 def test_a_new_row_cannot_be_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf'ar_init\.mask_row is keep, .* {NUM_TOKENS} is a new row.*mask_row="mean"'):
         chain(tmp_path, "new_row", config=ArInitConfig("keep"))
+
+
+def test_that_is_refused_when_a_workflow_is_planned() -> None:
+    for mask_row, mask_from in (("mean", "new_row"), ("keep", "auto"), ("keep", "unused_row")):
+        check_upstream(ArInitConfig(mask_row), {"tokenizer": {"mask_from": mask_from}}, "init")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=r'init\.mask_row is keep, but tokenizer\.mask_from is "new_row"'):
+        check_upstream(ArInitConfig("keep"), {"tokenizer": {"mask_from": "new_row"}}, "init")
 
 
 def test_the_tokenizer_of_other_weights_is_refused(tmp_path: Path) -> None:
@@ -296,6 +308,19 @@ def test_trained_weights_are_taken_with_the_tokenizer_that_they_were_trained_wit
     made = initialised(tmp_path, source, tokenizer, mask_row="keep", upcycle=EXPERTS)
     assert load_record(made).lineage[:2] == lineage
     assert torch.equal(tensors(made)["embedding.weight"], tensors(source)["embedding.weight"])
+
+
+def test_the_row_of_a_mask_that_was_trained_is_not_replaced(tmp_path: Path, tokenizer: Path) -> None:
+    own = load_manifest(tokenizer).fingerprint
+    record = ModelRecord(ModelConfig(FAMILIES["qwen2"], 300, 0), 32, "masked_nelbo", tokenizer=own)
+    with pytest.raises(
+        UserError, match=r'mask_row is mean, .* trained as masked_nelbo .* Set ar_init\.mask_row="keep"'
+    ):
+        initialised(tmp_path / "a", weights(tmp_path / "diffusion", record), tokenizer)
+    record = replace(record, objective="autoregressive_nll")
+    source = weights(tmp_path / "next", record)
+    made = initialised(tmp_path / "b", source, tokenizer)
+    assert not torch.equal(tensors(made)["embedding.weight"][0], tensors(source)["embedding.weight"][0])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Generation of exported models: which masks go when, and what they become, on models whose output is known."""
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -199,6 +200,8 @@ def test_behind_an_end_of_text_there_is_padding_and_blocks_behind_it_are_not_com
         _prompt([5, 6]), max_new_tokens=6, eos_token_id=[9, 7], pad_token_id=3
     )
     assert found.tolist() == [[5, 6, 7, 3, 3, 3, 3, 3]]
+    found = Known(tokens=tokens).diffusion_generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=6)
+    assert found.tolist() == [[7] * 5 + [EOS]]  # the last token has nothing behind it
     found = Known(tokens=tokens, eos_token_id=None).diffusion_generate(_prompt([5, 6]), max_new_tokens=6)
     assert found.tolist() == [[5, 6, 7, 7, 7, EOS, 7, 7]]
     found = Known(tokens=tokens, pad_token_id=None).diffusion_generate(_prompt([5, 6]), max_new_tokens=6)
@@ -236,12 +239,35 @@ def test_tokens_are_drawn_from_the_tempered_and_cut_distribution(options, share)
     assert torch.equal(unseeded[0, 1:], answers[0])  # torch's own generator with the same seed
 
 
-def test_generate_is_diffusion_generate():
-    assert DiffusionGenerationMixin.generate is DiffusionGenerationMixin.diffusion_generate
-    from pipeline.export.hf.modeling_llada import LLaDAModelLM
+def test_threshold_asks_for_the_probability_of_the_token_that_was_drawn():
+    class Two(Known):
+        def __call__(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Any:
+            self.seen.append(input_ids.clone())
+            logits = torch.full((*input_ids.shape, V), -torch.inf)
+            logits[..., 7], logits[..., 8] = torch.tensor([0.7, 0.3]).log()
+            return SimpleNamespace(logits=logits)
 
-    assert LLaDAModelLM.generate is DiffusionGenerationMixin.diffusion_generate
-    assert LLaDAModelLM.can_generate()
+    model = Two()
+    found = model.diffusion_generate(_prompt([5]), max_new_tokens=400, threshold=0.5, temperature=1.0, seed=0)
+    unsure, drawn = model.numbers_of_masks(1)[1], int((found == 8).sum())
+    assert 60 < unsure < 180  # those that drew the token of 0.3, of 400
+    assert drawn <= len(model.seen) < 60  # a step takes one of them at most, and asks the others again
+
+
+@pytest.mark.parametrize(
+    ("stem", "name", "order", "predicts_next", "is_block_causal"),
+    [
+        ("llada", "LLaDAModelLM", "confidence", False, False),
+        ("dream", "DreamModel", "entropy", True, False),
+        ("lladamoe", "LLaDAMoEModelLM", "confidence", False, False),
+        ("llada2_moe", "LLaDA2MoeModelLM", "confidence", False, True),
+    ],
+)
+def test_each_family_generates_its_own_way_and_never_causally(stem, name, order, predicts_next, is_block_causal):
+    model = getattr(importlib.import_module(f"pipeline.export.hf.modeling_{stem}"), name)
+    assert (model.order, model.predicts_next, model.is_block_causal) == (order, predicts_next, is_block_causal)
+    assert model.generate is model.diffusion_generate is DiffusionGenerationMixin.diffusion_generate
+    assert model.can_generate()
 
 
 @pytest.mark.parametrize(

@@ -9,23 +9,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import pipeline.export.hf
 from dlm_core.models.attention import AttentionMask
 from dlm_core.models.transformer import Denoiser
+from pipeline.export.code_files import FOLDER
+from pipeline.hf_config import read_config
 from tests.support import open_exports
-from tests.support.hf_exports import CODE, EXPORTS, MASK, V, random_model, write_export
+from tests.support.hf_exports import EXPORTS, MASK, V, config_of, random_model, write_export
 
 LOGITS_ATOL = 1e-5  # float32 logits of order 1 from two orders of summation
 LOADED = ["installed", pytest.param("4.57", marks=pytest.mark.slow)]
 REAL = torch.arange(V) != MASK
-CODE_FOLDER = Path(pipeline.export.hf.__file__).parent
 
 Reports = dict[str, dict[str, Any]]
 
@@ -78,7 +77,9 @@ def test_exports_load_with_exactly_their_tensors(reports, name, version):
     family, architecture = EXPORTS[name]
     assert found["version"].startswith("4.57." if version == "4.57" else "5.")
     assert found["problems"] == found["base problems"] == found["back problems"] == []
-    assert {"AutoModelForCausalLM": found["class"], "AutoModel": found["base class"]} == CODE[family][2]
+    wanted = {"llada": "LLaDAModelLM", "dream": "DreamModel", "llada_moe": "LLaDAMoEModelLM"}
+    assert found["class"] == wanted.get(family, "LLaDA2MoeModelLM")
+    assert found["base class"] == wanted.get(family, "LLaDA2MoeModel")
     written_out = V * architecture.d_model if architecture.tied_head and family != "llada" else 0
     biases = 3 * (16 + 2 * 8) if name == "dream-tied-no-biases" else 0
     assert found["num_params"] == _model(name).config.num_params() + written_out + biases
@@ -113,15 +114,15 @@ def test_half_precision_rounds_all_but_the_bias_of_the_choice(reports, name, ver
 @pytest.mark.parametrize("name", EXPORTS)
 def test_saved_again_it_has_code_and_the_keys_that_both_versions_read(reports, name, version):
     found = reports(version)[name]
-    stem = CODE[EXPORTS[name][0]][0]
-    code = {f"configuration_{stem}.py", f"modeling_{stem}.py"}
-    code |= {"diffusion_config.py", "diffusion_modules.py", "diffusion_generation.py"}
+    stem = {"llada_moe": "lladamoe", "llada2": "llada2_moe"}.get(EXPORTS[name][0], EXPORTS[name][0])
+    code = {f"{part}_{stem}.py" for part in ("configuration", "modeling")}
+    code |= {f"diffusion_{part}.py" for part in ("config", "modules", "generation")}
     assert {file for file in found["saved files"] if file.endswith(".py")} == code
     assert {"config.json", "generation_config.json", "model.safetensors"} <= set(found["saved files"])
-    config, scaling = found["saved config"], EXPORTS[name][1].rope_scaling
-    assert config["rope_theta"] == 500.0
+    config = found["saved config"]
     assert "rope_parameters" not in config
-    assert (config["rope_scaling"] or {}).get("factor") == (scaling and scaling.factor)
+    assert {"rope_theta", "rope_scaling"} <= config.keys()
+    assert read_config(config) == read_config(config_of(EXPORTS[name][0], _model(name).config))
 
 
 @pytest.mark.timeout(300)
@@ -129,7 +130,7 @@ def test_saved_again_it_has_code_and_the_keys_that_both_versions_read(reports, n
 @pytest.mark.parametrize("name", EXPORTS)
 def test_a_model_without_weights_is_drawn_with_the_deviation_of_its_configuration(reports, name, version):
     drawn = reports(version)[name]["drawn"]
-    assert all(0.012 < deviation < 0.028 for deviation in drawn.values()), drawn
+    assert all(0.6 * 0.25 < deviation < 1.4 * 0.25 for deviation in drawn.values()), drawn
 
 
 @pytest.mark.timeout(300)
@@ -157,12 +158,12 @@ def test_both_versions_generate_the_same_text(reports, name):
 
 def test_exported_code_needs_nothing_of_this_repository():
     outside: set[str] = set()
-    for path in CODE_FOLDER.glob("*.py"):
+    for path in FOLDER.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 outside |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level:
-                assert (CODE_FOLDER / f"{node.module}.py").exists()
+                assert (FOLDER / f"{node.module}.py").exists()
             elif isinstance(node, ast.ImportFrom):
                 outside.add(str(node.module).partition(".")[0])
     assert outside == {"torch", "transformers", "math", "typing", "collections"}
@@ -207,7 +208,10 @@ def test_rotary_settings_are_read_in_every_spelling_and_written_in_one(given):
             {"rope_type": "dynamic", "factor": 2.0},
             'rope_type is "dynamic"; it must be one of default, linear, llama3, yarn',
         ),
-        ({"rope_type": "linear", "factor": 2.0, "mscale": 1.0}, 'rope_scaling has mscale; of "linear" only factor is'),
+        (
+            {"rope_type": "linear", "factor": 2.0, "mscale": 1.0},
+            "mscale, which is not computed",
+        ),
         ({"rope_type": "default", "factor": 2.0}, "rope_scaling has factor"),
     ],
 )

@@ -220,32 +220,53 @@ def test_aids_do_not_depend_on_how_the_work_is_spread(made: Artifacts, init: Pat
     assert len({line["loss"] for line in one}) == 5
 
 
-def test_experts_with_a_bias_begin_with_the_one_they_were_given(made: Artifacts, tmp_path: Path) -> None:
-    moe = MoE(4, 2, 16, selection_bias=True)
-    architecture = replace(TINY.architecture, d_ff=None, moe=moe)
+SPARSE = replace(TINY.architecture, d_ff=None, moe=MoE(4, 2, 16, selection_bias=True))
+
+
+@pytest.fixture(scope="module")
+def sparse_init(tmp_path_factory: pytest.TempPathFactory, made: Artifacts) -> Path:
     record = record_of(made)
-    record = replace(record, model=replace(record.model, architecture=architecture))
-    init = ar_checkpoints.weights(tmp_path / "init", record)
-    model = first_model(record.model, {"init": init}, tiny(architecture=architecture))
+    record = replace(record, model=replace(record.model, architecture=SPARSE))
+    return ar_checkpoints.weights(tmp_path_factory.mktemp("sparse") / "init", record)
+
+
+def test_a_model_has_the_given_weights_and_is_to_be_trained(sparse_init: Path) -> None:
+    record = load_record(sparse_init)
+    model = first_model(record.model, {"init": sparse_init}, tiny(architecture=SPARSE))
     assert model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, drawn(record.model)[name]), name
-    out = train(tiny(architecture=architecture, num_steps=1, optimizer=FROZEN), made, init, tmp_path / "out")
-    found = load_file(convert(out, tmp_path / "weights") / WEIGHTS_FILE)
-    assert found.keys() == drawn(record.model).keys()
-    for name, value in drawn(record.model).items():
-        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "workers", "ep_size"),
+    [("fp32", 0, 1, 0), ("bf16", 0, 1, 0), ("bf16", 1, 2, 0), ("bf16", 2, 2, 2), ("bf16", 3, 2, 0)],
+)
+def test_a_training_begins_with_every_digit_of_the_given_weights(
+    made: Artifacts, sparse_init: Path, tmp_path: Path, precision: Any, zero_stage: Any, workers: int, ep_size: int
+) -> None:
+    config = tiny(
+        architecture=SPARSE, num_steps=1, optimizer=replace(FROZEN, ema_decay=0.9), precision=precision,
+        zero_stage=zero_stage, workers=workers, ep_size=ep_size,
+    )  # fmt: skip
+    out, wanted = train(config, made, sparse_init, tmp_path / "out"), load_file(sparse_init / WEIGHTS_FILE)
+    for kind in ("last", "ema"):
+        found = load_file(convert(out, tmp_path / kind, kind) / WEIGHTS_FILE)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value), (kind, name)
 
 
 # The row of the mask
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0])
+@pytest.mark.parametrize(("scale", "precision"), [(0.0, "fp32"), (0.0, "bf16"), (1.0, "fp32")])
 def test_a_frozen_row_of_the_mask_stays_bit_for_bit_and_no_other(
-    made: Artifacts, init: Path, tmp_path: Path, scale: float
+    made: Artifacts, init: Path, tmp_path: Path, scale: float, precision: Any
 ) -> None:
     optimizer = replace(TINY.optimizer, lr_scale=LRScale(mask_embedding=scale))
-    config = tiny(num_steps=4, optimizer=optimizer, objective=SHIFTED, adaptation=EASED)
+    config = tiny(num_steps=4, optimizer=optimizer, objective=SHIFTED, adaptation=EASED, precision=precision)
     out = train(config, made, init, tmp_path / "out")
     before = load_file(init / WEIGHTS_FILE)["embedding.weight"]
     after = load_file(convert(out, tmp_path / "weights") / WEIGHTS_FILE)["embedding.weight"]

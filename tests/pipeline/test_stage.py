@@ -110,7 +110,9 @@ def test_a_wrong_config_is_exit_2_and_names_the_mistake(
 def test_an_input_that_is_missing_or_unknown_or_no_artifact_is_refused(config: Path, tmp_path: Path) -> None:
     assert "takes no --input" in _refused(_run_corpus(config, tmp_path / "out", "--input", "x=y"))
     out = str(tmp_path / "t")
-    assert "--input corpus=DIR; found none" in _refused(python("-m", "pipeline.tokenizer", "--out", out))
+    wanted = "--input corpus=DIR --input tokenizer=DIR; found none"
+    assert wanted in _refused(python("-m", "pipeline.tokenization", "--out", out))
+    assert "neither the input corpus" in _refused(python("-m", "pipeline.tokenizer", "--out", out))
     command = ("-m", "pipeline.tokenizer", "--out", out, "--input", f"corpus={tmp_path}")
     assert "is not a finished artifact" in _refused(python(*command))
 

@@ -5,15 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from pipeline.artifact import load_manifest
+from pipeline.artifact import checked_files, load_manifest
 from pipeline.config import from_json
+from pipeline.data.shards import open_stream
 from pipeline.data.vocabulary import Vocabulary, load_vocabulary, take_literally
 from pipeline.errors import UserError
+from pipeline.tokenization.config import STAGE as TOKENIZATION
+from pipeline.tokenization.config import TokenizationConfig
 from pipeline.tokenizer.config import STAGE, TokenizerConfig
 from pipeline.tokenizer.mask import with_mask
 from tests.pipeline.conftest import AWKWARD, make_artifact
@@ -330,3 +334,29 @@ def test_without_a_checkpoint_the_special_tokens_are_three(tmp_path: Path, corpu
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         from_json(TokenizerConfig, settings, "tokenizer")
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("mask_from", ["new_row", "rare_token"])
+def test_a_corpus_is_tokenized_into_what_the_checkpoint_knows(
+    tmp_path: Path, corpus: Path, documents: list[str], kind: str, mask_from: Any
+) -> None:
+    eos, rare = {"qwen": "<|im_end|>", "llama": "</s>"}[kind], _RARE[kind]
+    config = TokenizerConfig(
+        mask_from=mask_from, eos_token=eos, rare_token_id=rare if mask_from == "rare_token" else None
+    )
+    source = checkpoint(tmp_path / "import", MADE[kind], end_of(MADE[kind]))
+    tokenizer = make_artifact(STAGE, config, {"checkpoint": source}, tmp_path / "tokenizer")
+    inputs = {"corpus": corpus, "tokenizer": tokenizer}
+    tokens = make_artifact(TOKENIZATION, TokenizationConfig(), inputs, tmp_path / "tokens")
+    vocabulary, mask = load_vocabulary(tokenizer), load_vocabulary(tokenizer).special.mask_token_id
+    found = []
+    for split in ("train", "held_out"):
+        stream = open_stream(checked_files(tokens, f"{split}-*.arrow"))
+        found += [ids.tolist() for ids in np.split(stream[:], stream.doc_starts[1:-1])]
+    assert sorted(map(vocabulary.decode, found)) == sorted(documents)
+    unchanged = [ids for ids in found if rare not in ids_of(_WHOLE[kind], vocabulary.decode(ids))]
+    assert unchanged
+    for ids in unchanged if mask_from == "rare_token" else found:
+        assert ids == [*ids_of(_WHOLE[kind], vocabulary.decode(ids)), MADE[kind].token_to_id(eos)]
+    assert not any(mask in ids for ids in found)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-import pipeline.export.hf
 from dlm_core.models.config import Architecture, ModelConfig, MoE, RopeScaling
 from dlm_core.models.transformer import Denoiser
+from pipeline.export.code_files import code_files
+from pipeline.hf_config import SpecialIds, write_config, write_generation_config
 from pipeline.hf_names import Family, to_family
+from pipeline.weights import ModelRecord
 
 V, MASK, PAD, EOS = 19, 4, 1, 2
-SEQ_LEN = 64
+SPECIAL = SpecialIds(eos_token_id=EOS, pad_token_id=PAD, mask_token_id=MASK)
+SEQ_LEN, BLOCK_SIZE = 64, 4
 
 SMALL = Architecture(
     d_model=16,
@@ -90,136 +92,15 @@ def write_export(folder: Path, family: Family, model: Denoiser) -> None:
         for name, tensor in to_family(family, model.config.architecture, model.state_dict()).items()
     }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    stem, config_class, auto_classes = CODE[family]
-    auto_map = {"AutoConfig": f"configuration_{stem}.{config_class}"}
-    auto_map |= {auto: f"modeling_{stem}.{name}" for auto, name in auto_classes.items()}
-    config = {"auto_map": auto_map, "architectures": [auto_classes["AutoModelForCausalLM"]], "torch_dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config | config_of(family, model.config)))
-    ids = {"mask_token_id": MASK, "pad_token_id": PAD, "eos_token_id": EOS}
-    (folder / "generation_config.json").write_text(json.dumps(ids))
-    code = Path(pipeline.export.hf.__file__).parent
-    for name in (
-        f"configuration_{stem}",
-        f"modeling_{stem}",
-        "diffusion_config",
-        "diffusion_modules",
-        "diffusion_generation",
-    ):
-        shutil.copy(code / f"{name}.py", folder)
-
-
-CODE: dict[Family, tuple[str, str, Mapping[str, str]]] = {
-    "llada": ("llada", "LLaDAConfig", dict.fromkeys(("AutoModel", "AutoModelForCausalLM"), "LLaDAModelLM")),
-    "dream": ("dream", "DreamConfig", dict.fromkeys(("AutoModel", "AutoModelForCausalLM"), "DreamModel")),
-    "llada_moe": (
-        "lladamoe",
-        "LLaDAMoEConfig",
-        dict.fromkeys(("AutoModel", "AutoModelForCausalLM"), "LLaDAMoEModelLM"),
-    ),
-    "llada2": (
-        "llada2_moe",
-        "LLaDA2MoeConfig",
-        {"AutoModel": "LLaDA2MoeModel", "AutoModelForCausalLM": "LLaDA2MoeModelLM"},
-    ),
-}
-"""File names' stem, configuration and models of a family."""
-
-
-def _rope_scaling(a: Architecture) -> dict[str, Any] | None:
-    s = a.rope_scaling
-    if s is None:
-        return None
-    names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast"), "linear": ()}
-    values: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
-    if s.kind != "linear":
-        values |= {"original_max_position_embeddings": s.original_seq_len}
-    return values | dict(zip(names[s.kind], (s.low_factor, s.high_factor), strict=False))
+    config = config_of(family, model.config)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps(write_generation_config(SPECIAL)))
+    for path in code_files(config["auto_map"]):
+        shutil.copy(path, folder)
 
 
 def config_of(family: Family, config: ModelConfig) -> dict[str, Any]:
-    """config.json of a family, with the keys of its published checkpoints."""
-    a, moe = config.architecture, config.architecture.moe
-    common = {
-        "vocab_size": config.vocab_size,
-        "mask_token_id": config.mask_token_id,
-        "pad_token_id": PAD,
-        "eos_token_id": EOS,
-        "rms_norm_eps": a.norm_eps,
-        "rope_theta": a.rope_base,
-        "use_cache": False,
-    }
-    if family == "llada":
-        fixed = {
-            "rope": True,
-            "activation_type": "silu",
-            "block_type": "llama",
-            "layer_norm_type": "rms",
-            "alibi": False,
-        }
-        return (
-            common
-            | fixed
-            | {
-                "model_type": "llada",
-                "d_model": a.d_model,
-                "n_layers": a.num_layers,
-                "n_heads": a.num_heads,
-                "n_kv_heads": a.kv_heads,
-                "mlp_hidden_size": a.d_ff,
-                "embedding_size": config.vocab_size,
-                "max_sequence_length": SEQ_LEN,
-                "include_bias": False,
-                "include_qkv_bias": a.qkv_bias,
-                "weight_tying": a.tied_head,
-                "attention_dropout": 0.0,
-                "residual_dropout": 0.0,
-                "embedding_dropout": 0.0,
-            }
-        )
-    common |= {
-        "hidden_size": a.d_model,
-        "num_hidden_layers": a.num_layers,
-        "num_attention_heads": a.num_heads,
-        "num_key_value_heads": a.kv_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": SEQ_LEN,
-        "tie_word_embeddings": False,
-        "rope_scaling": _rope_scaling(a),
-        "attention_dropout": 0.0,
-    }
-    if family == "dream":
-        return common | {"model_type": "Dream", "intermediate_size": a.d_ff, "use_sliding_window": False}
-    assert moe is not None
-    common |= {"num_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
-    shared = moe.num_shared_experts
-    if family == "llada_moe":
-        return common | {
-            "model_type": "lladamoe",
-            "dense_intermediate_size": a.d_ff,
-            "expert_intermediate_size": moe.d_ff_expert,
-            "shared_expert_intermediate_size": shared * moe.d_ff_expert if shared else None,
-            "moe_layer_freq": [int(a.is_sparse(layer)) for layer in range(a.num_layers)],
-            "qk_layernorm": a.qk_norm,
-            "attention_bias": False,
-            "norm_topk_prob": None,
-            "routed_scaling_factor": 1,
-            "partial_rotary_factor": 1,
-        }
-    return common | {
-        "model_type": "llada2_moe",
-        "intermediate_size": a.d_ff,
-        "moe_intermediate_size": moe.d_ff_expert,
-        "num_shared_experts": shared or None,
-        "first_k_dense_replace": moe.first_k_dense,
-        "head_dim": a.head_size,
-        "partial_rotary_factor": a.rope_fraction,
-        "n_group": moe.num_groups,
-        "topk_group": moe.top_groups,
-        "routed_scaling_factor": moe.routed_scale,
-        "use_qkv_bias": a.qkv_bias,
-        "use_bias": False,
-        "use_qk_norm": True,
-        "block_size": 4,
-        "embedding_dropout": 0.0,
-        "output_dropout": 0.0,
-    }
+    """config.json of a family."""
+    objective, block_size = ("block_nelbo", BLOCK_SIZE) if family == "llada2" else ("masked_nelbo", 0)
+    record = ModelRecord(config, SEQ_LEN, objective, block_size, target_offset=1 if family == "dream" else 0)
+    return write_config(family, record, SPECIAL)

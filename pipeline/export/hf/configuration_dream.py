@@ -24,7 +24,6 @@ class DreamConfig(DiffusionConfig):
         "vocab_size": 152064,
     }
     fixed: ClassVar[dict[str, Any]] = {
-        "attention_dropout": 0.0,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "use_sliding_window": False,

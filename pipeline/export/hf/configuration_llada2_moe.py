@@ -36,14 +36,11 @@ class LLaDA2MoeConfig(DiffusionConfig):
         "vocab_size": 157184,
     }
     fixed: ClassVar[dict[str, Any]] = {
-        "attention_dropout": 0.0,
-        "embedding_dropout": 0.0,
         "hidden_act": "silu",
         "moe_router_enable_expert_bias": True,
         "norm_head": False,
         "norm_softmax": False,
         "norm_topk_prob": True,
-        "output_dropout": 0.0,
         "score_function": "sigmoid",
         "tie_word_embeddings": False,
         "use_bias": False,

@@ -31,7 +31,6 @@ class LLaDAMoEConfig(DiffusionConfig):
     }
     fixed: ClassVar[dict[str, Any]] = {
         "attention_bias": False,
-        "attention_dropout": 0.0,
         "clip_qkv": None,
         "hidden_act": "silu",
         "moe_router_enable_expert_bias": False,

@@ -9,7 +9,8 @@ class DiffusionConfig(PretrainedConfig):
     """Settings of a diffusion model: ``defaults`` may take any value, ``fixed`` only the one that the code computes.
 
     Rotary settings are written as ``rope_theta`` and ``rope_scaling``, which both versions read, whatever spelling they
-    came in.  Raises ValueError for a fixed setting with another value.
+    came in.  A dropout is kept and not applied: these models are for use.  Raises ValueError for a fixed setting with
+    another value.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}

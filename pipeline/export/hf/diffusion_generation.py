@@ -106,11 +106,9 @@ class DiffusionGenerationMixin:
                     chosen |= torch.zeros_like(active).masked_scatter(active, prob > threshold)
                 x = torch.where(chosen, x.masked_scatter(active, tokens.to(x.dtype)), x)
                 is_masked &= ~chosen
-            if _ended(x, is_answer & ~is_masked, ends).any(1).all():
+            if _ended(x, is_answer, ends).any(1).all():
                 break
-        behind = _ended(x, is_answer & ~is_masked, ends).roll(1, dims=1) & is_answer
-        behind[:, : input_ids.shape[1] + 1] = False
-        return x.masked_fill(behind, pad_id)
+        return x.masked_fill(F.pad(_ended(x, is_answer, ends)[:, :-1], (1, 0)), pad_id)
 
     generate = diffusion_generate
 
@@ -201,6 +199,6 @@ def _rank(sureness: Tensor, active: Tensor) -> Tensor:
     return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
-def _ended(x: Tensor, is_done: Tensor, ends: list[int]) -> Tensor:
-    """Whether a finished end of text stands at a position or before it, [B, L]."""
-    return (torch.isin(x, torch.tensor(ends, dtype=x.dtype, device=x.device)) & is_done).cumsum(1) > 0
+def _ended(x: Tensor, is_answer: Tensor, ends: list[int]) -> Tensor:
+    """Whether an end of text stands at a position of the answer or before it, [B, L]."""
+    return (torch.isin(x, torch.tensor(ends, dtype=x.dtype, device=x.device)) & is_answer).cumsum(1) > 0

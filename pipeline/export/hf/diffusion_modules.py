@@ -17,6 +17,15 @@ from torch import Tensor, nn
 
 # Rotary positions
 
+_LENGTH = "original_max_position_embeddings"
+ROPE_SETTINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", _LENGTH, "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", _LENGTH, "beta_fast", "beta_slow", "attention_factor", "truncate"),
+}
+"""What each way to stretch is told, beside the base."""
+
 
 def rope_frequencies(rope: dict[str, Any], rotary_dim: int, max_position_embeddings: int) -> Tensor:
     """Angle a position of every pair [R / 2], float64:  rope_theta ** (-2 i / R), stretched as ``rope_type`` says.
@@ -25,40 +34,30 @@ def rope_frequencies(rope: dict[str, Any], rotary_dim: int, max_position_embeddi
     setting that is not computed here.
     """
     kind, base = rope["rope_type"], float(rope["rope_theta"])
-    ramp = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
-    known = {"default": (), "linear": ("factor",)} | {
-        name: ("factor", "original_max_position_embeddings", *ends) for name, ends in ramp.items()
-    }
-    if kind not in known:
-        raise ValueError(f'rope_type is "{kind}"; it must be one of {", ".join(known)}')
-    ignored = ("rope_type", "rope_theta", "type", "partial_rotary_factor")
-    unknown = [
-        name for name, value in rope.items() if value is not None and name not in ignored and name not in known[kind]
-    ]
-    if unknown:
-        raise ValueError(
-            f'rope_scaling has {", ".join(unknown)}; of "{kind}" only {", ".join(known[kind])} is computed'
-        )
+    if kind not in ROPE_SETTINGS:
+        raise ValueError(f'rope_type is "{kind}"; it must be one of {", ".join(ROPE_SETTINGS)}')
+    known = ("rope_type", "rope_theta", "type", "partial_rotary_factor", *ROPE_SETTINGS[kind])
+    if unknown := [name for name, value in rope.items() if value is not None and name not in known]:
+        raise ValueError(f'rope_scaling has {", ".join(unknown)}, which is not computed for "{kind}"')
     frequency = base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
     if kind == "default":
         return frequency
+    length = rope.get(_LENGTH) or max_position_embeddings
     kept = torch.zeros_like(frequency)
-    if kind != "linear":
-        length = rope.get("original_max_position_embeddings") or max_position_embeddings
-        low, high = (rope.get(name) or default for name, default in zip(ramp[kind], (1, 32), strict=True))
-        kept = _kept(kind, frequency, base, rotary_dim, length, low, high)
-    return kept * frequency + (1.0 - kept) * frequency / rope["factor"]
-
-
-def _kept(kind: str, frequency: Tensor, base: float, rotary_dim: int, length: int, low: float, high: float) -> Tensor:
-    """How much of each frequency stays: 1 where it turns fast, 0 where it turns slowly, a ramp between."""
     if kind == "llama3":
-        turns = length * frequency / (2 * math.pi)
-        return ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    fast, slow = (rotary_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (high, low))
-    first, last = max(math.floor(fast), 0), min(math.ceil(slow), rotary_dim - 1)
-    ramp = (torch.arange(len(frequency), dtype=torch.float64) - first) / max(last - first, 1e-3)
-    return 1.0 - ramp.clamp(0.0, 1.0)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0.0, 1.0)
+    elif kind == "yarn":
+        fast, slow = (
+            rotary_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+            for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+        )
+        if rope.get("truncate", True):
+            fast, slow = math.floor(fast), math.ceil(slow)
+        first, last = max(fast, 0), min(slow, rotary_dim - 1)
+        ramp = (torch.arange(len(frequency), dtype=torch.float64) - first) / max(last - first, 1e-3)
+        kept = 1.0 - ramp.clamp(0.0, 1.0)
+    return kept * frequency + (1.0 - kept) * frequency / rope["factor"]
 
 
 def rope_tables(config: Any, position_ids: Tensor, head_dim: int, fraction: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -69,7 +68,9 @@ def rope_tables(config: Any, position_ids: Tensor, head_dim: int, fraction: floa
     frequency = rope_frequencies(rope, rotary_dim, config.max_position_embeddings).to(device, dtype)
     angle = position_ids[:, None, :, None].to(dtype) * frequency
     angle = torch.cat([angle, angle], dim=-1)
-    factor = 0.1 * math.log(rope["factor"]) + 1.0 if rope["rope_type"] == "yarn" else 1.0
+    factor = 1.0
+    if rope["rope_type"] == "yarn":
+        factor = rope.get("attention_factor") or 0.1 * math.log(rope["factor"]) + 1.0
     return angle.cos() * factor, angle.sin() * factor
 
 

@@ -19,7 +19,8 @@ class LLaDABlock(nn.Module):
         super().__init__()
         size, width, bias = config.d_model, config.mlp_hidden_size, config.include_qkv_bias
         self.head_dim = size // config.n_heads
-        kv_size = (config.n_kv_heads or config.n_heads) * self.head_dim
+        kv_heads = config.n_kv_heads or (1 if config.multi_query_attention else config.n_heads)
+        kv_size = kv_heads * self.head_dim
         self.attn_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(size, size, bias=bias)
         self.k_proj = nn.Linear(size, kv_size, bias=bias)

@@ -48,14 +48,39 @@ MODULES: dict[str, list[str]] = {
         "tests/dlm_core/test_block_pass.py",
         "tests/dlm_core/test_transformer.py",
     ],
+    "pipeline/tokenizer/mask": ["tests/pipeline/test_tokenizer_checkpoint.py"],
+    "pipeline/ar_init/run": [
+        f"tests/pipeline/test_ar_init.py::test_{case}"
+        for case in (
+            "the_row_of_the_mask_is_the_mean_of_the_others_and_no_other_row_is_touched",
+            "routers_are_drawn_from_the_seed_with_the_given_width_each_layer_its_own",
+            "experts_are_copies_and_the_dense_networks_are_left_out_by_name",
+        )
+    ],
+    "pipeline/pretrain/batches": [
+        f"tests/pipeline/test_pretrain_init.py::test_{case}"
+        for case in (
+            "attention_of_a_step_is_the_annealed_mask_of_that_step",
+            "noise_is_on_the_masks_of_the_first_steps_alone",
+        )
+    ],
     "pipeline/pretrain/engine": GRADIENTS_OF_TWO_RANKS,
     "pipeline/pretrain/routers": GRADIENTS_OF_TWO_RANKS,
 }
 """A module of dlm_core, or of another package by its path -> what is run against each of its mutants: the fast tests of
 some files, or single ones."""
 
-PLANTED_ONLY = {"ar_init", "pipeline/pretrain/engine", "pipeline/pretrain/routers"}
-"""Modules from which nothing is drawn: a phase of a training, and what only a gang of ranks shows, 10 s a mutant."""
+PLANTED_ONLY = {
+    "ar_init",
+    "upcycling",
+    "pipeline/tokenizer/mask",
+    "pipeline/ar_init/run",
+    "pipeline/pretrain/batches",
+    "pipeline/pretrain/engine",
+    "pipeline/pretrain/routers",
+}
+"""Modules from which nothing is drawn: a phase of a training, how it begins, and what only a gang of ranks shows, 10 s
+a mutant."""
 
 DRAWN_FROM: dict[tuple[str, ...], int] = {
     ("schedules", "corruption", "masks", "objectives", "likelihood"): 200,

@@ -408,10 +408,41 @@ PLANTED: tuple[Planted, ...] = (
     Planted(
         "ar_init",
         "noise on clean tokens too",
-        "row, place = is_masked.nonzero(as_tuple=True)",
-        "row, place = torch.ones_like(is_masked).nonzero(as_tuple=True)",
+        "is_masked.to(embeddings.device).nonzero(as_tuple=True)",
+        "torch.ones_like(is_masked, device=embeddings.device).nonzero(as_tuple=True)",
     ),
     Planted("ar_init", "mask noise that never fades", "max(0.0, 1.0 - step / num_steps)", "max(0.0, 1.0)"),
+    Planted("upcycling", "a softmax over the chosen alone", "1.0 / moe.num_experts if", "1.0 / moe.top_k if"),
+    Planted("upcycling", "the scale of the routed left out", "moe.routed_scale * (1.0 if", "(1.0 if"),
+    Planted(
+        "pipeline/tokenizer/mask",
+        "a token given up that longer ones are made of",
+        "for pair in merges if token in pair]",
+        "for pair in merges if token == pair]",
+    ),
+    Planted("pipeline/tokenizer/mask", "a new row where one is free", "next_id < num_rows:", "next_id > num_rows:"),
+    Planted(
+        "pipeline/ar_init/run",
+        "the old row of the mask in its own mean",
+        "np.delete(np.arange(num_rows), mask) if",
+        "np.arange(num_rows) if",
+    ),
+    Planted(
+        "pipeline/ar_init/run", "both matrices of a copy divided", 'if rest == "experts.down_proj" else', "if rest else"
+    ),
+    Planted("pipeline/ar_init/run", "all layers with one router", "([config.init_seed, layer])", "(config.init_seed)"),
+    Planted(
+        "pipeline/pretrain/batches",
+        "the future opened by the same draw whatever the seed",
+        "ratio=ratio, noise_seed=config.noise_seed",
+        "ratio=ratio, noise_seed=0",
+    ),
+    Planted(
+        "pipeline/pretrain/batches",
+        "noise of the place in the micro batch",
+        "sample_ids=rows.ids, **address",
+        "sample_ids=rows.ids - rows.ids[0], **address",
+    ),
     Planted(
         "pipeline/pretrain/engine",
         "the mean over ranks not made up for",
