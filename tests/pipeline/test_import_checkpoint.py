@@ -454,5 +454,5 @@ def test_numbers_of_a_gguf_file_are_those_that_were_written_into_it():
         "n": 3,
         "b": True,
     }
-    assert as_written(read) == {"norm": 1e-05, "base": 100000.0, "nested": [{"std": 0.02}], "n": 3}
+    assert as_written(read) == {"norm": 1e-05, "base": 100000.0, "nested": [{"std": 0.02}], "n": 3, "b": True}
     assert as_written(0.1) == 0.1  # no float32
