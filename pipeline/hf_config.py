@@ -182,7 +182,29 @@ def _taken(family: Family, config: Mapping[str, Any], name: str, key: Is) -> Any
         )
     if not names and key.default is REQUIRED:
         raise UserError(f'config.json: {name} is missing; a model of "{family}" cannot be told without it')
-    return config[names[0]] if names else key.default
+    value = config[names[0]] if names else key.default
+    _check_kind(name, key, value)
+    return value
+
+
+_LISTS = ("layer_types", "mlp_only_layers", "moe_layer_freq")
+
+
+def _check_kind(name: str, key: Is, value: Any) -> None:
+    """UserError for what cannot be reckoned with; ranges are for our own classes to check."""
+    wanted = "a number"
+    if value is None:
+        is_fine = key.default is None or key.ours == "num_kv_heads"
+    elif key.ours in _LISTS:
+        is_fine, wanted = isinstance(value, list), "a list"
+    elif key.ours == "init_fn":
+        is_fine, wanted = isinstance(value, str), "a name"
+    elif key.ours.endswith("_token_id"):
+        is_fine, wanted = isinstance(value, int | list), "a token id"
+    else:
+        is_fine = isinstance(value, int | float)
+    if not is_fine:
+        raise UserError(f"config.json: {name} is {value!r}; {wanted} is wanted")
 
 
 def _check_value(family: Family, config: Mapping[str, Any], name: str, key: Only) -> None:
@@ -211,7 +233,8 @@ def _rows(ours: Mapping[str, Any]) -> Any:
 def _special_ids(family: Family, ours: Mapping[str, Any], generation: Mapping[str, Any]) -> SpecialIds:
     def first(name: str) -> Any:
         value = generation.get(name) if ours[name] is None else ours[name]
-        return next(iter(value), None) if isinstance(value, list) else value
+        value = next(iter(value), None) if isinstance(value, list) else value
+        return None if isinstance(value, int) and value < 0 else value  # -1: there is none
 
     ids = {name: first(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")}
     if ids["mask_token_id"] is None and family in DITS:
@@ -287,6 +310,8 @@ def _moe(family: Family, ours: Mapping[str, Any]) -> MoE | None:
     layers = range(ours["num_layers"])
     if family == "qwen3_moe":
         dense, step = ours["mlp_only_layers"] or [], ours["decoder_sparse_step"]
+        if step < 1:
+            raise UserError(f"config.json: decoder_sparse_step is {step}; it must be at least 1")
         fields |= _places([layer not in dense and (layer + 1) % step == 0 for layer in layers], "mlp_only_layers")
     if family == "llada_moe":
         frequency = ours["moe_layer_freq"]

@@ -256,7 +256,7 @@ _LLADA2: dict[str, Key] = {
     "num_experts": Is("moe.num_experts", 16),
     "num_experts_per_tok": Is("moe.top_k", 2),
     "num_key_value_heads": Is("num_kv_heads", 0),
-    "num_shared_experts": Is("moe.num_shared_experts", 0),
+    "num_shared_experts": Is("moe.num_shared_experts", None),
     "output_dropout": Free(0.0),
     "output_router_logits": Free(False),
     "rms_norm_eps": Is("norm_eps", 1e-5),

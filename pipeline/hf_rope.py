@@ -16,10 +16,16 @@ from pipeline.hf_names import Family
 def read_rope(family: Family, config: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
     """rope_base, rope_fraction and rope_scaling of either spelling."""
     given = {name: config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name)}
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            raise UserError(f"config.json: {name} is {value!r}; an object is wanted")
     if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
         raise UserError("config.json: rope_scaling and rope_parameters differ; leave one of them out")
     rope = dict(next(iter(given.values()), {}))
     rope = dict(rope["full_attention"]) if isinstance(rope.get("full_attention"), Mapping) else rope
+    for name, value in rope.items():
+        if name not in ("rope_type", "type") and not isinstance(value, int | float | None):
+            raise UserError(f"config.json: the rotary parameter {name} is {value!r}; it is not known here")
     base = _either(config, rope, "rope_theta", 10_000.0)
     fraction = _either(config, rope, "partial_rotary_factor", 0.5 if family == "llada2" else 1.0)
     if family != "llada2" and fraction != 1:

@@ -30,13 +30,16 @@ def open_checkpoint(config: ImportConfig, scratch: Path) -> SourceFiles:
 def _from_hub(config: ImportConfig) -> Path:
     need(("huggingface_hub",), f"import_checkpoint.path {config.path}")
     import huggingface_hub
+    from huggingface_hub import errors
 
     name, _, revision = config.path.removeprefix(HUB_PREFIX).partition("@")
     patterns: list[str] = [config.gguf_file] if config.gguf_file else [*_ON_HUB]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, dry_run=False))
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise UserError(f"the hub has no {name} at {revision}, or does not show it to you: {error}") from None
+    except errors.LocalEntryNotFoundError as error:
+        raise ConnectionError(f"the hub cannot be reached for {name} at {revision}: {error}") from None
 
 
 def _dequantised(gguf: Path, scratch: Path) -> Path:

@@ -52,6 +52,10 @@ def test_ids_missing_in_config_come_from_generation_config():
     assert found.special == SpecialIds(None, 5, 9, None)
 
 
+def test_an_id_below_0_is_none():
+    assert read_config(QWEN3_MOE | {"pad_token_id": -1}).special.pad_token_id is None
+
+
 def test_llada_with_experts_is_llada_moe():
     assert read_config(LLADA_MOE | {"model_type": "llada"}) == read_config(LLADA_MOE)
 
@@ -104,6 +108,9 @@ def test_rotary_stretches_are_read_with_the_defaults_of_transformers():
         ({"rope_type": "yarn", "factor": 4.0, "mscale": 1.0}, r"mscale is 1\.0"),
         ({"rope_type": "linear", "factor": 0.5}, r"factor is 0\.5"),
         ({"rope_type": "default", "mrope_section": [1]}, r"mrope_section is \[1\]"),
+        ({"rope_type": "default", "short_factor": 2.0}, r"short_factor is 2\.0; \"default\" has none here"),
+        ({"rope_type": "yarn", "factor": "4"}, "factor is '4'"),
+        (["yarn"], r"rope_scaling is \['yarn'\]; an object is wanted"),
     ],
 )
 def test_rotary_parameters_that_are_not_computed_are_refused(rope, message):
@@ -266,8 +273,12 @@ def test_a_model_without_a_mask_is_no_diffusion_family():
         (LLAMA_3_1, {"logit_softcapping": 30.0}, r"logit_softcapping is 30\.0, a key that is not known"),
         (LLAMA_3_1, {"rope_parameters": {"rope_theta": 1.0}}, "rope_scaling and rope_parameters differ"),
         (LLAMA_3_1, {"num_key_value_heads": 5}, "num_kv_heads is 5; it must divide num_heads 32"),
-        (LLAMA_3_1, {"hidden_size": "wide"}, "d_model is 'wide'"),
+        (LLAMA_3_1, {"hidden_size": "wide"}, "hidden_size is 'wide'; a number is wanted"),
         (LLAMA_3_1, {"num_hidden_layers": True}, "num_layers is True: a number is needed"),
+        (LLAMA_3_1, {"rms_norm_eps": None}, "rms_norm_eps is None; a number is wanted"),
+        (LLAMA_3_1, {"eos_token_id": "</s>"}, "eos_token_id is '</s>'; a token id is wanted"),
+        (QWEN3_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; it must be at least 1"),
+        (LLADA_MOE, {"moe_layer_freq": 1}, "moe_layer_freq is 1; a list is wanted"),
         (QWEN3_MOE, {"use_sliding_window": True}, "use_sliding_window is True"),
         (QWEN3_MOE, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
         (QWEN3_MOE, {"num_local_experts": 64}, "num_experts is 128 and num_local_experts is 64"),

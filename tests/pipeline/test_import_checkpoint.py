@@ -24,6 +24,7 @@ from pipeline.import_checkpoint.config import STAGE, ImportConfig, external_data
 from pipeline.import_checkpoint.dequantise import as_written
 from pipeline.weights import load_denoiser, load_record
 from tests.pipeline.conftest import damage, flip_bit, make_artifact
+from tests.support.gguf_logits import write_tiny
 from tests.support.hf_models import MODELS, VOCAB_SIZE, change_config, save_peer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -430,6 +431,21 @@ def test_gguf_files_that_are_not_there_or_cannot_be_read_are_refused(tmp_path, m
         _import(file, tmp_path / "out")
 
 
+def test_a_gguf_file_is_dequantised_and_its_tokenizer_written(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    tensors = write_tiny(file)
+    made = _import(file, tmp_path / "out")
+    found, record = load_file(made / SINGLE), load_record(made)
+    a = record.model.architecture
+    assert (a.d_model, a.num_heads, a.kv_heads, a.rope_base, a.tied_head) == (64, 4, 2, 500.0, True)
+    assert torch.equal(found["embedding.weight"], torch.from_numpy(tensors["token_embd"]))
+    assert torch.equal(found["blocks.1.feed_forward.down.weight"], torch.from_numpy(tensors["blk.1.ffn_down"]))
+    assert torch.equal(found["blocks.1.attention.qkv.weight"][96:], torch.from_numpy(tensors["blk.1.attn_v"]))
+    assert Tokenizer.from_file(str(made / "tokenizer.json")).get_vocab_size() == record.model.vocab_size == 260
+    assert set(record.lineage[0].details["sha256"]) == {"tiny.gguf"}
+    assert record.lineage[0].details["dequantised_from"] == "tiny.gguf"
+
+
 def test_numbers_of_a_gguf_file_are_those_that_were_written_into_it():
     read = {
         "norm": 9.999999747378752e-06,
@@ -438,5 +454,5 @@ def test_numbers_of_a_gguf_file_are_those_that_were_written_into_it():
         "n": 3,
         "b": True,
     }
-    assert as_written(read) == {"norm": 1e-05, "base": 100000.0, "nested": [{"std": 0.02}], "n": 3}
+    assert as_written(read) == {"norm": 1e-05, "base": 100000.0, "nested": [{"std": 0.02}], "n": 3, "b": True}
     assert as_written(0.1) == 0.1  # no float32

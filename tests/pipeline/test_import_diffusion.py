@@ -68,7 +68,7 @@ MODELS: dict[str, tuple[Family, Architecture]] = {
 }
 
 
-def _random(config: ModelConfig) -> Denoiser:
+def random_model(config: ModelConfig) -> Denoiser:
     """Weights that leave no norm, bias or buffer at 0 or 1."""
     model = Denoiser(config).eval()
     with torch.no_grad():
@@ -78,7 +78,7 @@ def _random(config: ModelConfig) -> Denoiser:
     return model
 
 
-def _record(family: Family, a: Architecture) -> ModelRecord:
+def record_of(family: Family, a: Architecture) -> ModelRecord:
     return ModelRecord(
         ModelConfig(a, V, 4),
         seq_len=64,
@@ -88,7 +88,7 @@ def _record(family: Family, a: Architecture) -> ModelRecord:
     )
 
 
-def _write(root: Path, family: Family, record: ModelRecord, model: Denoiser, dtype: str = "F32") -> Path:
+def write_source(root: Path, family: Family, record: ModelRecord, model: Denoiser, dtype: str = "F32") -> Path:
     """A directory of the family, in shards."""
     root.mkdir()
     save_weights(root, model.state_dict(), record)
@@ -107,8 +107,8 @@ def _import(source: Path, out: Path, **settings: Any) -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_written_as_a_family_is_imported_as_it_was(name, tmp_path):
     family, a = MODELS[name]
-    record, model = _record(family, a), _random(ModelConfig(a, V, 4))
-    made = _import(_write(tmp_path / name, family, record, model), tmp_path / "out")
+    record, model = record_of(family, a), random_model(ModelConfig(a, V, 4))
+    made = _import(write_source(tmp_path / name, family, record, model), tmp_path / "out")
     found, found_record = load_denoiser(made)
     assert replace(found_record, lineage=[]) == record
     ours, theirs = model.state_dict(), found.state_dict()
@@ -125,7 +125,7 @@ slow = pytest.mark.slow
 )
 def test_import_of_a_diffusion_model_is_proved_by_the_logits_of_our_modeling_files(name, tmp_path):
     family, a = MODELS[name]
-    source = _write(tmp_path / name, family, _record(family, a), _random(ModelConfig(a, V, 4)), "BF16")
+    source = write_source(tmp_path / name, family, record_of(family, a), random_model(ModelConfig(a, V, 4)), "BF16")
     for part in ("configuration", "modeling"):  # theirs are named in auto_map, and not run
         for path in (source / f"{part}_{stem}.py" for stem in ("llada", "dream", "lladamoe", "llada2_moe")):
             path.write_text("raise SystemExit('code of a checkpoint was run')\n")
@@ -142,7 +142,7 @@ def test_a_dit_is_imported_without_its_buffers(family, config, tmp_path):
 
     assert family in DITS
     described = read_config(config)
-    model = _random(described.model)
+    model = random_model(described.model)
     buffers = {"backbone.rotary_emb.inv_freq": torch.ones(2)}
     buffers |= {"sampling_eps_min": torch.tensor(1e-3)} if family == "bd3lm" else {}
     state = to_family(family, described.model.architecture, model.state_dict())
@@ -162,17 +162,17 @@ def test_a_dit_is_imported_without_its_buffers(family, config, tmp_path):
 
 
 def test_a_head_that_a_tied_family_writes_out_stays_untied(tmp_path):
-    record = _record("dream", replace(SMALL, qkv_bias=True, tied_head=True))
-    model = _random(record.model)
-    made = _import(_write(tmp_path / "dream", "dream", record, model), tmp_path / "out")
+    record = record_of("dream", replace(SMALL, qkv_bias=True, tied_head=True))
+    model = random_model(record.model)
+    made = _import(write_source(tmp_path / "dream", "dream", record, model), tmp_path / "out")
     found, found_record = load_denoiser(made)
     assert not found_record.model.architecture.tied_head
     assert torch.equal(found.head.weight, model.embedding.weight)
 
 
 def test_biases_that_dream_always_has_are_kept(tmp_path):
-    record = _record("dream", SMALL)
-    made = _import(_write(tmp_path / "dream", "dream", record, _random(record.model)), tmp_path / "out")
+    record = record_of("dream", SMALL)
+    made = _import(write_source(tmp_path / "dream", "dream", record, random_model(record.model)), tmp_path / "out")
     found, found_record = load_denoiser(made)
     assert found_record.model.architecture.qkv_bias
     assert not found.blocks[0].attention.qkv.bias.any()
@@ -180,7 +180,7 @@ def test_biases_that_dream_always_has_are_kept(tmp_path):
 
 def test_an_index_of_a_family_that_lacks_an_expert_is_refused_by_its_tensors(tmp_path):
     family, a = MODELS["llada_moe"]
-    source = _write(tmp_path / "moe", family, _record(family, a), _random(ModelConfig(a, V, 4)))
+    source = write_source(tmp_path / "moe", family, record_of(family, a), random_model(ModelConfig(a, V, 4)))
     config = read_json(source / "config.json")
     write_json(source / "config.json", config | {"num_experts": 6})
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.experts\.5\.gate_proj\.weight is missing"):

@@ -75,3 +75,11 @@ def change_config(directory: Path, **values: Any) -> None:
     path = directory / "config.json"
     config = json.loads(path.read_text()) | values
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+def save_in_fresh_process(name: str, directory: str) -> str:
+    """``save_peer`` in bfloat16 shards, for processes with another transformers; its version."""
+    import transformers
+
+    save_peer(name, Path(directory), shard_bytes=4000, dtype="bfloat16")
+    return transformers.__version__
