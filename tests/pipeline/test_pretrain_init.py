@@ -23,7 +23,8 @@ from pipeline.errors import CorruptionError, UserError
 from pipeline.pretrain.adaptation import AdaptationConfig
 from pipeline.pretrain.batches import PhasedLoader, micro_batches, step_kind
 from pipeline.pretrain.config import STAGE, PretrainConfig, check_init
-from pipeline.pretrain.initial import check_same_architecture, first_loss_warning, first_model, initial_record
+from pipeline.pretrain.given import check_same_architecture
+from pipeline.pretrain.initial import first_loss_warning, first_model, initial_record
 from pipeline.pretrain.lr_schedule import LRSchedule
 from pipeline.pretrain.objective import ObjectiveConfig
 from pipeline.pretrain.optimizer_config import LRScale
