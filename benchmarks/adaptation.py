@@ -39,7 +39,7 @@ from workflows.recipes.smollm2 import smollm2_to_diffusion
 WORK = ROOT / "build" / "adaptation"
 ANNEAL_SHARE = 0.25
 """Of the steps, over which attention opens where it is annealed."""
-VALIDATIONS = 6
+VALIDATIONS = 4
 SCRATCH_LR = 6e-4
 MOST_NATS, LEAST_LEAD = 4.6, 1.5
 """What is expected of a shifted model at the end, and of its lead over one from scratch; nats a token."""
