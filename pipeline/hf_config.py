@@ -194,7 +194,7 @@ def _check_kind(name: str, key: Is, value: Any) -> None:
     """UserError for what cannot be reckoned with; ranges are for our own classes to check."""
     wanted = "a number"
     if value is None:
-        is_fine = key.default is None or key.ours == "num_kv_heads"
+        is_fine = key.default is None or key.ours == "num_kv_heads" or key.ours.endswith("_token_id")
     elif key.ours in _LISTS:
         is_fine, wanted = isinstance(value, list), "a list"
     elif key.ours == "init_fn":

@@ -21,6 +21,8 @@ from pipeline.hf_names import DITS, FAMILIES, Family
 from pipeline.weights import ModelRecord
 from tests.support.published_configs import DREAM_7B, LLADA2_MINI, LLADA_8B, LLADA_MOE, LLAMA_3_1, PUBLISHED, QWEN3_MOE
 
+EXPORTABLE = [family for family in FAMILIES if family not in DITS]
+
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configuration_is_the_preset_of_that_name(name):
@@ -54,6 +56,14 @@ def test_ids_missing_in_config_come_from_generation_config():
 
 def test_an_id_below_0_is_none():
     assert read_config(QWEN3_MOE | {"pad_token_id": -1}).special.pad_token_id is None
+
+
+@pytest.mark.parametrize("family", EXPORTABLE)
+def test_ids_that_are_null_are_unknown_whatever_the_family_has_without_the_key(family):
+    written = write_config(family, _record(family), SpecialIds())
+    assert written["eos_token_id"] is None
+    special = read_config(written).special
+    assert (special.bos_token_id, special.eos_token_id, special.pad_token_id) == (None, None, None)
 
 
 def test_llada_with_experts_is_llada_moe():
@@ -165,9 +175,6 @@ def _record(family: Family, **changes: Any) -> ModelRecord:
         block_size=8 if family == "llada2" else 0,
         target_offset=1 if family == "dream" else 0,
     )
-
-
-EXPORTABLE = [family for family in FAMILIES if family not in DITS]
 
 
 def _special(family: Family) -> SpecialIds:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.adaptation_checkpoint import make_checkpoint
+from pipeline.config import to_json
 from pipeline.pretrain.config import PretrainConfig
+from pipeline.weights import load_record
 from tests.support.tiny_run import metrics, write_text
 from tests.workflows.conftest import Dlm
 from workflows import runs
@@ -64,3 +67,41 @@ def test_a_tiny_recipe_shortened_by_settings_commits_every_step_and_its_report(
     assert len(trained) == 42
     pretrain: PretrainConfig = steps["pretrain"]
     assert list(dict.fromkeys(line["phase"] for line in trained)) == list(pretrain.phases or ["all"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(400)
+def test_a_checkpoint_goes_from_its_import_to_samples_of_the_diffusion_model(
+    dlm: Dlm, store: Store, tmp_path: Path
+) -> None:
+    architecture = make_checkpoint(tmp_path / "given")
+    texts = {name: write_text(tmp_path / f"{name}.jsonl", seed, 60) for seed, name in enumerate(("train", "test"))}
+    source = {name: {"paths": str(path), "held_out_fraction": float(name == "test")} for name, path in texts.items()}
+    settings = {
+        "import_checkpoint.path": tmp_path / "given",
+        "corpus.source": json.dumps(source),
+        "packing.seq_len": 32,
+        "pretrain.architecture": json.dumps(to_json(architecture)),
+        "pretrain.precision": "fp32",
+        "pretrain.num_steps": 8,
+        "pretrain.validation.every_steps": 4,
+        "pretrain.validation.num_rows": 2,
+        "pretrain.adaptation.anneal_steps": 4,
+        "pretrain.track": "false",
+        "evaluate.num_shards": 1,
+        "generate.length": 16,
+        "generate.num_steps": 8,
+    }
+    words = [word for path, value in settings.items() for word in ("--set", f"{path}={value}")]
+    done = dlm("run", "smollm2_to_diffusion", "--executor", "local", "--run-id", "r1", *words)
+    assert done.code == 0, done.stderr
+    outputs = runs.committed_outputs(store, runs.require_run_id(store, "r1"))
+    record = load_record(outputs["convert"].path)
+    assert [origin.kind for origin in record.lineage] == ["imported", "initialised", "trained"]
+    assert (record.target_offset, record.objective) == (1, "masked_nelbo")
+    assert record.model.vocab_size == load_record(outputs["import_checkpoint"].path).model.vocab_size + 1
+    eos, mask = 0, record.model.mask_token_id
+    for line in (outputs["generate"].path / "samples.jsonl").read_text().splitlines():
+        ids = json.loads(line)["ids"]
+        assert (ids[0], len(ids), mask in ids) == (eos, 16, False)
