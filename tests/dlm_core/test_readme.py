@@ -152,12 +152,17 @@ def test_shape_checks_as_shown_name_parameter_found_and_expected_shape():
 # Text
 
 
+def _path(file: str) -> Path:
+    """Beside this one, unless another folder of tests is named."""
+    return (TESTS.parent if "/" in file else TESTS) / file
+
+
 def test_proof_table_names_the_file_of_every_test():
-    rows = re.findall(r"^\| \d* ?\| [^|]+ \| (`test_\w+\.py`: .+) \|$", README, re.M)
+    rows = re.findall(r"^\| \d* ?\| [^|]+ \| (`(?:pipeline/)?test_\w+\.py`: .+) \|$", README, re.M)
     assert len(rows) >= MIN_ROWS
     for part in itertools.chain.from_iterable(row.split("; ") for row in rows):
         file, names = part.split(": ")
-        defined = re.findall(r"^def (test_\w+)", (TESTS / file.strip("`")).read_text(encoding="utf-8"), re.M)
+        defined = re.findall(r"^def (test_\w+)", _path(file.strip("`")).read_text(encoding="utf-8"), re.M)
         assert {name.strip("`") for name in names.split(", ")} <= set(defined), file
 
 
