@@ -59,6 +59,7 @@ def run(config: ExportConfig, inputs: Mapping[str, Path], context: StageContext)
         "files": [path.name for path in files],
         "target_offset": record.target_offset,
         "objective": record.objective,
+        "block_size": record.block_size,
         "lineage": to_json(record.lineage),
         **proof,
     }

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import Manifest, checked, load_manifest, read_json, write_json
-from pipeline.config import from_json
+from pipeline.artifact import checked, load_manifest, read_json, write_json
 from pipeline.data.special_tokens import load_special_tokens
 from pipeline.data.vocabulary import TOKENIZER_FILE
 from pipeline.errors import CorruptionError, UserError
@@ -38,7 +37,9 @@ def find_tokenizer(record: ModelRecord, inputs: Mapping[str, Path], *, may_be_ab
         return _of_artifact(record, weights, inputs["tokenizer"])
     manifest = load_manifest(weights)
     carried = tuple(record.path for record in manifest.files if _is_of_tokenizer(record.path))
-    special = replace(_special_ids(weights, manifest), mask_token_id=record.model.mask_token_id)
+    ids = manifest.stats.get("special_ids", {})  # of an import
+    special = SpecialIds(**{f"{kind}_token_id": ids.get(kind) for kind in _KINDS})
+    special = replace(special, mask_token_id=record.model.mask_token_id)
     if TOKENIZER_FILE in carried:
         return TokenizerSource(special, weights, carried)
     if not may_be_absent:
@@ -47,13 +48,6 @@ def find_tokenizer(record: ModelRecord, inputs: Mapping[str, Path], *, may_be_ab
             "--tokenizer DIR), or set export.without_tokenizer=true"
         )
     return TokenizerSource(special)
-
-
-def _special_ids(weights: Path, manifest: Manifest) -> SpecialIds:
-    """Those that an import has found; none of other weights."""
-    if manifest.stage != "import_checkpoint":
-        return SpecialIds()
-    return from_json(SpecialIds, read_json(checked(weights, "report.json", manifest))["special_ids"])
 
 
 def _is_of_tokenizer(name: str) -> bool:

@@ -179,10 +179,9 @@ def test_the_tokenizer_that_an_import_brought_along_is_used(tokenizer: Path, tmp
         ("tokenizer.json", (tokenizer / "tokenizer.json").read_text()),
         ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["evil.T", null]}, "chat_template": "{{ m }}"}'),
         ("chat_template.jinja", "{{ messages }}"),
-        ("report.json", '{"special_ids": {"bos_token_id": 5, "eos_token_id": 1}}'),
     ):  # fmt: skip
         (weights / name).write_text(text)
-    commit(weights, "import_checkpoint", {})
+    commit(weights, "import_checkpoint", {"special_ids": {"bos": 5, "eos": 1, "pad": None, "mask": None}})
     out = run_stage(STAGE, replace(TENSORS, family="llama"), {"weights": weights}, tmp_path / "out")
     assert (out / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
