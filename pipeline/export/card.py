@@ -171,9 +171,10 @@ def _words(value: Any) -> str:
 
 
 def _proof(config: ExportConfig, proof: Mapping[str, Any]) -> str:
+    rounded = "" if config.dtype == "float32" else f" rounded to {config.dtype}"
     tensors = (
-        f"Every tensor was read back and is, bit for bit, that of the float32 weights rounded to {config.dtype}; "
-        "config.json, read again, says the same model."
+        f"Every tensor was read back and is, bit for bit, that of the float32 weights{rounded}; config.json, read "
+        "again, says the same model."
     )
     if proof["proof"] == "tensors":
         return f"{tensors} Logits were not compared."
@@ -181,6 +182,6 @@ def _proof(config: ExportConfig, proof: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in proof["versions"].items())
     return (
         f"{tensors} A fresh process loaded this directory ({versions}) and computed float32 logits with {attention}: "
-        f"they differ from those of the model that was trained by {proof['logits_difference']:.2g} of the largest "
-        f"(allowed: {LOGITS_RTOL:g})."
+        f"they differ from those of dlm's own model by {proof['logits_difference']:.2g} of the "
+        f"largest (allowed: {LOGITS_RTOL:g})."
     )

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.artifact import read_json
 from pipeline.data.vocabulary import TOKENIZER_FILE
 from pipeline.errors import CorruptionError
 from pipeline.export.fit import DIFFUSION
@@ -29,7 +28,7 @@ def prove_logits(folder: str, weights: str, family: str, dtype: str, scratch: st
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules", "TOKENIZERS_PARALLELISM": "false"}
     record, made_of = read_record(Path(weights) / MODEL_FILE), cast("Family", family)
     tokens = pseudo_tokens(record.model.vocab_size)
-    theirs = _their_logits(Path(folder), tokens)
+    theirs = _their_logits(Path(folder), made_of, tokens)
     ours = _our_logits(record, Path(weights), made_of, dtype, tokens)
     if ours.shape != theirs.shape:
         raise CorruptionError(f"logits have the shape {list(theirs.shape)} in {folder}, {list(ours.shape)} in ours")
@@ -42,7 +41,7 @@ def prove_logits(folder: str, weights: str, family: str, dtype: str, scratch: st
             f"differ by {difference:.2g} of the largest, above {LOGITS_RTOL:g}. This is a defect of the conversion, or "
             "of that version; report it with config.json"
         )
-    return {"difference": difference, "versions": _versions(), **_check_tokenizer(Path(folder))}
+    return {"difference": difference, "versions": _versions(), **_check_tokenizer(Path(folder), made_of)}
 
 
 def _versions() -> dict[str, str]:
@@ -58,15 +57,16 @@ def auto_class(family: Family) -> str:
     return "AutoModel" if family == "dream" else "AutoModelForCausalLM"
 
 
-def _their_logits(folder: Path, tokens: "Tensor") -> "Tensor":
+def _their_logits(folder: Path, family: Family, tokens: "Tensor") -> "Tensor":
     import torch
     import transformers
 
-    config = read_json(folder / "config.json")
-    is_own_code = "auto_map" in config
-    kind = "AutoModel" if is_own_code and "AutoModelForCausalLM" not in config["auto_map"] else "AutoModelForCausalLM"
-    model, info = getattr(transformers, kind).from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=is_own_code, local_files_only=True, output_loading_info=True
+    model, info = getattr(transformers, auto_class(family)).from_pretrained(
+        folder,
+        dtype=torch.float32,
+        trust_remote_code=family in DIFFUSION,
+        local_files_only=True,
+        output_loading_info=True,
     )
     if problems := [f"{kind}: {sorted(map(str, info[kind]))[:5]}" for kind in _KINDS_OF_PROBLEM if info.get(kind)]:
         raise CorruptionError(f"transformers does not find in {folder} what it looks for: {'; '.join(problems)}")
@@ -86,7 +86,7 @@ def _our_logits(record: ModelRecord, weights: Path, family: Family, dtype: str, 
     return logits_of(model, tokens, "full" if family in DIFFUSION else "causal")
 
 
-def _check_tokenizer(folder: Path) -> dict[str, Any]:
+def _check_tokenizer(folder: Path, family: Family) -> dict[str, Any]:
     """Classes that load the tokenizer; CorruptionError unless PreTrainedTokenizerFast gives the ids of tokenizer.json.
 
     AutoTokenizer goes by the model_type, and for some takes a class with rules of its own, whatever the files say:
@@ -104,7 +104,7 @@ def _check_tokenizer(folder: Path) -> dict[str, Any]:
         raise CorruptionError(f"the tokenizer in {folder}, loaded as PreTrainedTokenizerFast, gives other ids")
     if loaded.decode(ids) != plain.decode(ids, skip_special_tokens=False):
         raise CorruptionError(f"the tokenizer in {folder}, loaded as PreTrainedTokenizerFast, decodes otherwise")
-    is_own_code = "auto_map" in read_json(folder / "config.json")
-    auto = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=is_own_code)
+    trust = family in DIFFUSION  # it looks for a class of the tokenizer in config.json, whose own class is code
+    auto = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
     is_same = auto(PROBE, add_special_tokens=False)["input_ids"] == ids
     return {"auto_tokenizer": type(auto).__name__, "auto_tokenizer_is_same": is_same}

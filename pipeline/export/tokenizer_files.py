@@ -15,6 +15,8 @@ from pipeline.weights import ModelRecord
 
 SETTINGS, SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
 _KINDS = ("bos", "eos", "pad", "mask")
+_ONLY_IN_5 = ("TokenizersBackend",)
+"""What transformers 5 calls PreTrainedTokenizerFast in files, which 4 does not find under this name."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def write_tokenizer(source: TokenizerSource, seq_len: int, out: Path) -> None:
     if not (out / SPECIAL_MAP).exists():
         write_json(out / SPECIAL_MAP, tokens)
     settings = _settings(out / SETTINGS)
-    if settings is None or "auto_map" in settings:  # of a class whose code is not here
+    if settings is None or "auto_map" in settings or settings.get("tokenizer_class") in _ONLY_IN_5:
         write_json(out / SETTINGS, _plain_settings(tokens, seq_len) | _kept(settings or {}))
 
 
@@ -122,5 +124,6 @@ def _plain_settings(tokens: Mapping[str, str], seq_len: int) -> dict[str, Any]:
 
 def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that hold for any class: which tokens are special, and how a conversation is written."""
-    wanted = ("chat_template", "model_max_length", *(f"{kind}_token" for kind in _KINDS))
+    tokens = (f"{kind}_token" for kind in (*_KINDS, "unk"))
+    wanted = ("additional_special_tokens", "chat_template", "model_max_length", *tokens)
     return {name: settings[name] for name in wanted if settings.get(name) is not None}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from dlm_core.models.config import Architecture
 from pipeline.artifact import MANIFEST, load_manifest
@@ -171,13 +172,18 @@ def test_a_directory_without_a_tokenizer_has_to_be_asked_for(tokenizer: Path, tm
     assert "there is no tokenizer here" in (out / "README.md").read_text()
 
 
-def test_the_tokenizer_that_an_import_brought_along_is_used(tokenizer: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    ['"auto_map": {"AutoTokenizer": ["evil.T", null]}', '"tokenizer_class": "TokenizersBackend", "is_local": true'],
+    ids=["code that is not here", "a name of transformers 5"],
+)
+def test_the_tokenizer_that_an_import_brought_along_is_used(settings: str, tokenizer: Path, tmp_path: Path) -> None:
     special = load_special_tokens(tokenizer)
     model = random_model(LLAMA, special.vocab_size, None)
     weights = save_model(tmp_path / "weights", model, stage="import_checkpoint", **NEXT_TOKEN)
     for name, text in (
         ("tokenizer.json", (tokenizer / "tokenizer.json").read_text()),
-        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["evil.T", null]}, "chat_template": "{{ m }}"}'),
+        ("tokenizer_config.json", f'{{"chat_template": "{{{{ m }}}}", "unk_token": "the", {settings}}}'),
         ("chat_template.jinja", "{{ messages }}"),
     ):  # fmt: skip
         (weights / name).write_text(text)
@@ -185,11 +191,15 @@ def test_the_tokenizer_that_an_import_brought_along_is_used(tokenizer: Path, tmp
     out = run_stage(STAGE, replace(TENSORS, family="llama"), {"weights": weights}, tmp_path / "out")
     assert (out / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
-    settings = export_run.read_json(out / "tokenizer_config.json")
-    assert "auto_map" not in settings
-    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert settings["chat_template"] == "{{ m }}"
-    assert settings["eos_token"] == "<|endoftext|>"
+    assert export_run.read_json(out / "tokenizer_config.json") == {
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 32,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": Tokenizer.from_file(str(tokenizer / "tokenizer.json")).id_to_token(5),
+        "eos_token": "<|endoftext|>",
+        "chat_template": "{{ m }}",
+        "unk_token": "the",
+    }
     described = export_run.read_json(out / "config.json")
     assert (described["bos_token_id"], described["eos_token_id"], described["mask_token_id"]) == (5, 1, None)
 
