@@ -3,26 +3,18 @@
 Whatever is imported here counts, so that it is what the conversion needs.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
 
-from dlm_core.models.config import ModelConfig
-from pipeline.config import from_json
-from pipeline.hf_names import Family
-from pipeline.repack import check_round_trip, write_theirs
 from pipeline.stage import Stage, main
-from pipeline.tensor_files import TensorFiles
-from pipeline.weights import WEIGHTS_FILE
 
 
-def from_interchange(family: Family, model: str, ours: str, theirs: str) -> None:
-    """Our file into another project's, and the proof that they are the same numbers."""
-    config, source = _model(model), TensorFiles([Path(ours) / WEIGHTS_FILE])
-    paths = write_theirs(family, config, source, Path(theirs), "BF16", shard_bytes=500_000_000)
-    check_round_trip(family, config, source, TensorFiles(paths))
-    tell_peak()
+def from_interchange(config: str, out: str, source: str) -> None:
+    """The stage ``export``, as it runs alone: our file into another project's."""
+    from pipeline.export.config import STAGE
+
+    _run(STAGE, config, out, "--input", f"weights={source}")
 
 
 def to_interchange(config: str, out: str) -> None:
@@ -45,10 +37,6 @@ def _run(stage: Stage, config: str, out: str, *options: str) -> None:
     sys.argv = [stage.name, "--config", str(file), *options, "--out", out]
     main(stage)
     tell_peak()
-
-
-def _model(path: str) -> ModelConfig:
-    return from_json(ModelConfig, json.loads(Path(path).read_text()))
 
 
 def tell_peak() -> None:

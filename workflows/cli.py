@@ -14,10 +14,12 @@ from pipeline.errors import CorruptionError, LeaseLostError, UserError, classify
 from workflows import runs
 from workflows.commands import (
     choosing,
+    converting,
     costs,
     data,
     doctor,
     explaining,
+    inspecting,
     logs,
     looking,
     running,
@@ -60,6 +62,8 @@ app.command("gc")(upkeep.gc)
 app.command("unlock")(upkeep.unlock)
 app.command("report")(looking.report)
 app.command("doctor")(doctor.doctor)
+app.command("convert")(converting.convert)
+app.command("inspect")(inspecting.inspect)
 data_app.command("show")(data.show)
 data_app.command("verify")(data.verify)
 

@@ -54,6 +54,15 @@ def test_ids_missing_in_config_come_from_generation_config():
     assert found.special == SpecialIds(None, 5, 9, None)
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in DITS])
+def test_ids_that_are_written_as_none_are_none_whatever_the_class_would_take(family):
+    record = _record(family)
+    written = write_config(family, record, SpecialIds())
+    assert written["eos_token_id"] is None
+    found = read_config(written).special
+    assert found == SpecialIds(mask_token_id=record.model.mask_token_id)
+
+
 def test_an_id_below_0_is_none():
     assert read_config(QWEN3_MOE | {"pad_token_id": -1}).special.pad_token_id is None
 

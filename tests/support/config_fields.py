@@ -7,6 +7,7 @@ from pipeline.ar_init.config import ArInitConfig
 from pipeline.convert.config import ConvertConfig
 from pipeline.corpus.config import CorpusConfig, Source
 from pipeline.evaluate.config import EvaluateConfig
+from pipeline.export.config import ExportConfig
 from pipeline.generate.config import GenerateConfig
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.pretrain.adaptation import AdaptationConfig
@@ -21,7 +22,7 @@ from pipeline.tokenizer.config import TokenizerConfig
 
 ALL_CONFIGS = (
     CorpusConfig, TokenizerConfig, TokenizationConfig, ArInitConfig, PretrainConfig, ConvertConfig, EvaluateConfig,
-    GenerateConfig, ImportConfig,
+    GenerateConfig, ImportConfig, ExportConfig,
 )  # fmt: skip
 
 CHANGED: dict[type, dict[str, Any]] = {
@@ -57,6 +58,10 @@ CHANGED: dict[type, dict[str, Any]] = {
     },
     ConvertConfig: {"weights": "ema"},
     ImportConfig: {"name": "somebody/model"},
+    ExportConfig: {
+        "family": "dream", "dtype": "float32", "max_shard_bytes": 9, "without_tokenizer": True, "name": "a model",
+        "license": "mit",
+    },
     EvaluateConfig: {"num_replicates": 9, "noise_seed": 1},
     GenerateConfig: {
         "num_samples": 5, "length": 5, "num_steps": 50, "temperature": 0.5, "noise_seed": 1, "num_frames": 3,
@@ -156,6 +161,7 @@ EXECUTION: dict[type, dict[str, Any]] = {
     },
     ConvertConfig: {"proof": "tensors"},
     ImportConfig: {"path": "/m", "gguf_file": "x.gguf", "proof": "tensors"},
+    ExportConfig: {"proof": "tensors"},
     EvaluateConfig: {"num_shards": 9, "batch_rows": 3},
 }  # fmt: skip
 """Another valid value for every field that may change in a resume."""

@@ -12,8 +12,11 @@ from cluster.executor import Executor
 from cluster.local import LocalExecutor
 from pipeline.data.special_tokens import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN
 from pipeline.storage import OBJECT_STORES, ObjectStorage, Place
+from pipeline.tokenizer.config import STAGE as TOKENIZER
+from pipeline.tokenizer.config import TokenizerConfig
 from tests.support.executors import NUM_CPUS, RAY_LIMIT_S, Kept, ray_executor
 from tests.support.mortal import in_memory
+from tests.support.tiny_run import run_stage
 from tests.support.toy_workflow import toy_workflow
 from workflows import cli, retries
 from workflows.commands import common
@@ -94,6 +97,13 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_artifact(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
+    """It as the stage commits it."""
+    out = tmp_path_factory.mktemp("tokenizer") / "artifact"
+    return run_stage(TOKENIZER, TokenizerConfig(file=str(tokenizer_file)), {}, out)
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,13 @@ OWN = {
         "pretrain.phases.anneal.seq_len": 32,
     },
     "llada2_tiny": {"pretrain.ep_size": 2},
+    "dream_tiny": {
+        "ar_pretrain.architecture.d_model": 32,
+        "ar_pretrain.architecture.num_layers": 2,
+        "ar_pretrain.num_steps": 7,
+        "ar_pretrain.global_batch_seqs": 4,
+        "ar_pretrain.track": "false",
+    },
 }
 SAMPLES = {"generate.num_samples": 1, "generate.num_steps": 8}
 

@@ -6,6 +6,7 @@ from pipeline.ar_init.config import ArInitConfig
 from pipeline.convert.config import ConvertConfig
 from pipeline.corpus.config import CorpusConfig
 from pipeline.evaluate.config import EvaluateConfig
+from pipeline.export.config import ExportConfig
 from pipeline.generate.config import GenerateConfig
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.packing.config import PackingConfig
@@ -25,13 +26,14 @@ def chain(
     tokenizer: TokenizerConfig,
     packing: PackingConfig,
     generate: GenerateConfig | None = None,
+    export: ExportConfig | None = None,
     init: tuple[Step, ...] = (),
     checkpoint: Step | None = None,
     title: str = ReportConfig.title,
     unpublished: tuple[str, ...] = (),
     deviations: tuple[str, ...] = (),
 ) -> Workflow:
-    """A workflow of one training, with samples where they are asked for.
+    """A workflow of one training, with samples, and a directory for transformers, where they are asked for.
 
     What is evaluated, and samples, are the averages of the weights where the optimizer keeps them, as in validation.
     The last step of ``init`` makes the first weights.  A ``checkpoint`` brings the tokenizer along.
@@ -50,6 +52,9 @@ def chain(
         report["samples"] = "generate"
         inputs = {"weights": "convert", "tokenizer": "tokenizer"}
         samples = (Step("generate", "pipeline.generate", generate, inputs),)
+    exported: tuple[Step, ...] = ()
+    if export is not None:
+        exported = (Step("export", "pipeline.export", export, {"weights": "convert", "tokenizer": "tokenizer"}),)
     to_train = {"rows": "packing", "tokenizer": "tokenizer"}
     if pretrain.validation.every_steps:
         to_train["tokens"] = "tokenization"
@@ -73,6 +78,7 @@ def chain(
             Step("convert", "pipeline.convert", weights, {"pretrain": "pretrain"}),
             Step("evaluate", "pipeline.evaluate", EvaluateConfig(), to_evaluate),
             *samples,
+            *exported,
             Step("report", "workflows.report", ReportConfig(title), report),
         ),
         unpublished=unpublished,
@@ -170,6 +176,7 @@ def tiny_chain(
     pretrain: PretrainConfig,
     *,
     samples: bool = True,
+    export: ExportConfig | None = None,
     init: tuple[Step, ...] = (),
 ) -> Workflow:
     """The same training for two CPU cores and a few minutes: vocabulary 2048, rows of 128 tokens."""
@@ -181,6 +188,7 @@ def tiny_chain(
         tokenizer=TokenizerConfig(vocab_size=2048),
         packing=PackingConfig(seq_len=128),
         generate=GenerateConfig() if samples else None,
+        export=export,
         init=init,
         title=f"{title}, tiny",
     )

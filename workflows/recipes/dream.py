@@ -5,6 +5,7 @@ from dlm_core.models.presets import PRESETS
 from pipeline.ar_init.config import ArInitConfig
 from pipeline.convert.config import ConvertConfig
 from pipeline.corpus.config import CorpusConfig
+from pipeline.export.config import ExportConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
@@ -98,5 +99,6 @@ def dream_tiny() -> Workflow:
         "Dream",
         "a small next-token model, trained on as a diffusion model with Dream's shift and weights, on 2 CPU cores",
         pretrain,
+        export=ExportConfig("dream"),
         init=init,
     )

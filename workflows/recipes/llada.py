@@ -2,6 +2,7 @@
 
 from dlm_core.models.config import Architecture
 from dlm_core.models.presets import PRESETS
+from pipeline.export.config import ExportConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
@@ -64,4 +65,10 @@ def llada_tiny() -> Workflow:
         short_step_share=0.01,
         validation=ValidationConfig(every_steps=100, num_rows=16),
     )
-    return tiny_chain("llada_tiny", "LLaDA", "LLaDA's rates and short steps, for minutes on 2 CPU cores", pretrain)
+    return tiny_chain(
+        "llada_tiny",
+        "LLaDA",
+        "LLaDA's rates and short steps, for minutes on 2 CPU cores",
+        pretrain,
+        export=ExportConfig("llada"),
+    )

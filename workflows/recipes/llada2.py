@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from dlm_core.models.config import MoE
 from dlm_core.models.presets import PRESETS
+from pipeline.export.config import ExportConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
@@ -113,4 +114,5 @@ def llada2_tiny() -> Workflow:
         "LLaDA2's block sizes and experts, for minutes on 2 CPU cores",
         pretrain,
         samples=False,
+        export=ExportConfig("llada2"),
     )

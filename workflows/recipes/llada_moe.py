@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from dlm_core.models.config import MoE
 from dlm_core.models.presets import PRESETS
+from pipeline.export.config import ExportConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
@@ -97,5 +98,9 @@ def llada_moe_tiny() -> Workflow:
         validation=ValidationConfig(every_steps=100, num_rows=16),
     )
     return tiny_chain(
-        "llada_moe_tiny", "LLaDA-MoE", "LLaDA-MoE's experts and four phases, for minutes on 2 CPU cores", pretrain
+        "llada_moe_tiny",
+        "LLaDA-MoE",
+        "LLaDA-MoE's experts and four phases, for minutes on 2 CPU cores",
+        pretrain,
+        export=ExportConfig("llada_moe"),
     )

@@ -1,0 +1,135 @@
+"""Interchange weights to a directory that transformers loads; proved before it is committed."""
+
+import importlib.util
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pipeline.export.hf
+from dlm_core.models.config import Architecture
+from pipeline.artifact import checked, read_json, write_json
+from pipeline.config import diff, flatten, to_json
+from pipeline.errors import CorruptionError, UserError
+from pipeline.export.card import model_card
+from pipeline.export.config import Dtype, ExportConfig
+from pipeline.export.fit import Exported, check_fit
+from pipeline.export.tokenizer_files import find_tokenizer, write_tokenizer
+from pipeline.hf_config import read_config, write_config, write_generation_config
+from pipeline.logits_proof import in_fresh_process
+from pipeline.repack import check_round_trip, check_theirs, write_theirs
+from pipeline.stage import StageContext, Stats
+from pipeline.tensor_files import TensorFiles
+from pipeline.weights import WEIGHTS_FILE, ModelRecord, load_record
+
+CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
+STORED: dict[Dtype, str] = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
+_IMPORTED = re.compile(r"^from \.(\w+) import", re.MULTILINE)
+
+
+def run(config: ExportConfig, inputs: Mapping[str, Path], context: StageContext) -> Stats:
+    """Write config.json, the weights, the tokenizer, the code that they need, and a model card."""
+    weights, out = inputs["weights"], context.out
+    record = load_record(weights)
+    check_exportable(config, record)
+    tokenizer = find_tokenizer(record, inputs, may_be_absent=config.without_tokenizer)
+    described = write_config(config.family, record, tokenizer.special, config.dtype)
+
+    context.progress(0, 3)
+    write_json(out / CONFIG, described)
+    write_json(out / GENERATION, write_generation_config(tokenizer.special))
+    for name in _code(described):
+        shutil.copyfile(_code_path(name), out / f"{name}.py")
+    write_tokenizer(tokenizer, record.seq_len, out)
+    ours = TensorFiles([checked(weights, WEIGHTS_FILE)])
+    files = write_theirs(config.family, record.model, ours, out, STORED[config.dtype], config.max_shard_bytes)
+    context.progress(1, 3)
+    theirs = TensorFiles(files)
+    _prove_tensors(config, record, ours, theirs, out)
+    context.progress(2, 3)
+    proof = _prove_logits(config, weights, out, context.state)
+    (out / CARD).write_text(model_card(config, record, tokenizer, theirs, proof), encoding="utf-8")
+    context.progress(3, 3)
+    return {
+        "family": config.family,
+        "num_params": record.model.num_params(),
+        "tensors": len(theirs.names),
+        "files": [path.name for path in files],
+        "target_offset": record.target_offset,
+        "objective": record.objective,
+        "block_size": record.block_size,
+        "lineage": to_json(record.lineage),
+        **proof,
+    }
+
+
+def check_exportable(config: ExportConfig, record: ModelRecord) -> None:
+    """UserError, before anything is written, for weights that the family cannot say, or a proof that cannot be made."""
+    model = Exported(
+        record.model.architecture,
+        is_causal=record.objective == "autoregressive_nll",
+        block_size=record.block_size,
+        target_offset=record.target_offset,
+    )
+    check_fit(config.family, model, "export.family")
+    if config.proof == "logits" and importlib.util.find_spec("transformers") is None:
+        raise UserError(
+            "the proof by logits needs transformers, which is not installed: pip install 'dlm[hf]', or set "
+            "export.proof=tensors"
+        )
+
+
+def _code_path(name: str) -> Path:
+    return Path(pipeline.export.hf.__file__).parent / f"{name}.py"
+
+
+def _code(described: Mapping[str, Any]) -> list[str]:
+    """The modules that config.json names, and those that they import."""
+    found: list[str] = []
+    pending = sorted({target.split(".")[0] for target in described.get("auto_map", {}).values()})
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found.append(name)
+            pending += _IMPORTED.findall(_code_path(name).read_text(encoding="utf-8"))
+    return sorted(found)
+
+
+def _prove_tensors(
+    config: ExportConfig, record: ModelRecord, ours: TensorFiles, theirs: TensorFiles, out: Path
+) -> None:
+    """CorruptionError unless the files hold what is ours, rounded, bit for bit, and an import would take them back."""
+    check_round_trip(config.family, record.model, ours, theirs)
+    back = read_config(read_json(out / CONFIG), read_json(out / GENERATION))
+    found = (back.family, back.model.vocab_size, back.model.mask_token_id, back.target_offset, back.seq_len)
+    model = record.model
+    is_shifted = record.target_offset if back.objective != "autoregressive_nll" else 0
+    wanted = (config.family, model.vocab_size, model.mask_token_id, is_shifted, record.seq_len)
+    if found != wanted:
+        raise CorruptionError(f"{out / CONFIG}, read again, says {found}; written was {wanted}")
+    differing = diff(_said(record.model.architecture), _said(back.model.architecture))
+    if differing:
+        name, (own, read) = next(iter(differing.items()))
+        raise CorruptionError(f"{out / CONFIG}, read again, says that {name} is {read}; written was {own}")
+    check_theirs(back.family, back.model, theirs)
+
+
+def _said(a: Architecture) -> dict[str, Any]:
+    """The fields of an architecture that every family keeps: not how weights were drawn, and not which tensors may be
+    zeros or the embedding once more."""
+    values = to_json(a) | {"head_dim": a.head_size, "num_kv_heads": a.kv_heads}
+    free = ("init", "init_std", "qkv_bias", "tied_head", "moe.selection_bias")
+    return {name: value for name, value in flatten(values).items() if name not in free}
+
+
+def _prove_logits(config: ExportConfig, weights: Path, out: Path, state: Path) -> dict[str, Any]:
+    """Which proof was made, and what it found."""
+    if config.proof == "tensors":
+        return {"proof": "tensors"}
+    with tempfile.TemporaryDirectory(prefix="export-", dir=state) as scratch:
+        found = in_fresh_process(
+            "pipeline.export.prove:prove_logits", out, weights, config.family, config.dtype, scratch
+        )
+    return {"proof": "logits", "logits_difference": found.pop("difference"), **found}

@@ -1,0 +1,129 @@
+"""The tokenizer of an export, as transformers 4 and 5 read it: that of an artifact, or what an import brought along."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import checked, load_manifest, read_json, write_json
+from pipeline.data.special_tokens import load_special_tokens
+from pipeline.data.vocabulary import TOKENIZER_FILE
+from pipeline.errors import CorruptionError, UserError
+from pipeline.hf_config import SpecialIds
+from pipeline.weights import ModelRecord
+
+SETTINGS, SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
+_KINDS = ("bos", "eos", "pad", "mask")
+_ONLY_IN_5 = ("TokenizersBackend",)
+"""What transformers 5 calls PreTrainedTokenizerFast in files, which 4 does not find under this name."""
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """Where a tokenizer is taken from."""
+
+    special: SpecialIds
+    directory: Path | None = None
+    """Artifact with the tokenizer; None: there is none."""
+    carried: tuple[str, ...] = ()
+    """Files of the checkpoint that an import carried along; none of a tokenizer that this project made."""
+
+
+def find_tokenizer(record: ModelRecord, inputs: Mapping[str, Path], *, may_be_absent: bool) -> TokenizerSource:
+    """The tokenizer that goes with the weights; UserError if there is none, or if it is another model's."""
+    weights = inputs["weights"]
+    if "tokenizer" in inputs:
+        if may_be_absent:
+            raise UserError("export.without_tokenizer is true, but there is the input tokenizer; leave one of them out")
+        return _of_artifact(record, weights, inputs["tokenizer"])
+    manifest = load_manifest(weights)
+    carried = tuple(record.path for record in manifest.files if _is_of_tokenizer(record.path))
+    ids = manifest.stats.get("special_ids", {})  # of an import
+    special = SpecialIds(**{f"{kind}_token_id": ids.get(kind) for kind in _KINDS})
+    special = replace(special, mask_token_id=record.model.mask_token_id)
+    if TOKENIZER_FILE in carried:
+        return TokenizerSource(special, weights, carried)
+    if not may_be_absent:
+        raise UserError(
+            f"{weights} brings no tokenizer; give the one that its ids belong to (input tokenizer, dlm convert "
+            "--tokenizer DIR), or set export.without_tokenizer=true"
+        )
+    return TokenizerSource(special)
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    return name in (TOKENIZER_FILE, SETTINGS, SPECIAL_MAP) or name.startswith("chat_template")
+
+
+def _of_artifact(record: ModelRecord, weights: Path, tokenizer: Path) -> TokenizerSource:
+    manifest = load_manifest(tokenizer)
+    is_made_of_weights = manifest.inputs.get("checkpoint") == load_manifest(weights).fingerprint
+    if record.tokenizer != manifest.fingerprint and not is_made_of_weights:
+        raise UserError(
+            f"the tokenizer {tokenizer} is not that of the weights in {weights}: its ids mean other tokens. Give the "
+            "one that they were trained with"
+        )
+    special, rows = load_special_tokens(tokenizer), record.model.vocab_size
+    if special.vocab_size > rows:
+        raise UserError(
+            f"the tokenizer {tokenizer} has ids up to {special.vocab_size - 1}, but the embedding has {rows} rows. "
+            "Initialise the new ones first (pipeline.ar_init)"
+        )
+    if record.model.mask_token_id not in (None, special.mask_token_id):
+        raise UserError(
+            f"the mask token of the model is {record.model.mask_token_id}, that of the tokenizer {tokenizer} is "
+            f"{special.mask_token_id}; give the tokenizer that the model was trained with"
+        )
+    ids = SpecialIds(None, special.eos_token_id, special.pad_token_id, special.mask_token_id)
+    return TokenizerSource(ids, tokenizer)
+
+
+def write_tokenizer(source: TokenizerSource, seq_len: int, out: Path) -> None:
+    """tokenizer.json as it is, and settings that load it without any code; nothing where there is no tokenizer."""
+    if source.directory is None:
+        return
+    for name in source.carried or (TOKENIZER_FILE,):
+        shutil.copyfile(checked(source.directory, name), out / name)
+    tokens = _special_tokens(out / TOKENIZER_FILE, source.special)
+    if not (out / SPECIAL_MAP).exists():
+        write_json(out / SPECIAL_MAP, tokens)
+    settings = _settings(out / SETTINGS)
+    if settings is None or "auto_map" in settings or settings.get("tokenizer_class") in _ONLY_IN_5:
+        write_json(out / SETTINGS, _plain_settings(tokens, seq_len) | _kept(settings or {}))
+
+
+def _special_tokens(path: Path, special: SpecialIds) -> dict[str, str]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    ids = {kind: getattr(special, f"{kind}_token_id") for kind in _KINDS}
+    tokens = {
+        f"{kind}_token": tokenizer.id_to_token(token_id) for kind, token_id in ids.items() if token_id is not None
+    }
+    return {name: token for name, token in tokens.items() if token is not None}
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise CorruptionError(f"{path.name} of the checkpoint holds no JSON object")
+    return settings
+
+
+def _plain_settings(tokens: Mapping[str, str], seq_len: int) -> dict[str, Any]:
+    return {
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": seq_len,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **tokens,
+    }
+
+
+def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that hold for any class: which tokens are special, and how a conversation is written."""
+    tokens = (f"{kind}_token" for kind in (*_KINDS, "unk"))
+    wanted = ("additional_special_tokens", "chat_template", "model_max_length", *tokens)
+    return {name: settings[name] for name in wanted if settings.get(name) is not None}

@@ -1,0 +1,255 @@
+"""``dlm convert``: from every layout to every other, by one command, without a store, Ray or DeepSpeed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from pipeline.ar_init.config import ArInitConfig
+from pipeline.artifact import load_manifest, read_json
+from pipeline.export import run as export_run
+from pipeline.import_checkpoint.config import ImportConfig
+from pipeline.repack import INDEX_FILE
+from pipeline.stage import environment
+from pipeline.tensor_files import TensorFiles
+from pipeline.tokenizer.config import TokenizerConfig
+from pipeline.weights import WEIGHTS_FILE, load_record
+from tests.support.executors import Inline
+from tests.support.exports import LLAMA, NEXT_TOKEN, QWEN2, SHIFTED, Pair, export, weights_of
+from tests.support.hf_models import VOCAB_SIZE, save_peer
+from tests.support.tiny_run import Artifacts
+from tests.support.toy_workflow import coordinate
+from tests.workflows.conftest import Dlm
+from workflows import runs
+from workflows.plan import make_plan
+from workflows.step import Step, Workflow
+from workflows.store import Store
+
+pytestmark = pytest.mark.timeout(180)
+ROOT = Path(__file__).parents[2]
+NO_TOKENIZER = ("--set", "export.without_tokenizer=true")
+QUICK_IMPORT, QUICK_EXPORT = ("--set", "import_checkpoint.proof=tensors"), ("--set", "export.proof=tensors")
+QUICK = (*QUICK_IMPORT, *QUICK_EXPORT)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A directory that transformers saved, with a tokenizer and code that must not run."""
+    source = save_peer("llama", tmp_path / "source", dtype="bfloat16")
+    Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE - 3)}, unk_token="w0")).save(
+        str(source / "tokenizer.json")
+    )
+    (source / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    return source
+
+
+def test_a_checkpoint_becomes_interchange_weights_and_these_the_checkpoint_again(
+    dlm: Dlm, llama: Path, tmp_path: Path
+) -> None:
+    done = dlm("convert", str(llama), str(tmp_path / "ours"), "--to", "dlm", *QUICK_IMPORT)
+    assert done.code == 0, done.stderr
+    assert "import_checkpoint  read as llama: " in done.stdout
+    assert "proved: every tensor read back, bit for bit\n" in done.stdout
+    assert "note: *.py files beside the weights were not read" in done.stdout
+    assert done.stdout.endswith(f"it lies in {tmp_path / 'ours'}\n")
+    assert load_record(tmp_path / "ours").model.vocab_size == VOCAB_SIZE
+    done = dlm("convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "llama", *QUICK_EXPORT)
+    assert done.code == 0, done.stderr
+    assert "export             written as llama: " in done.stdout
+    before, after = (TensorFiles([folder / "model.safetensors"]) for folder in (llama, tmp_path / "theirs"))
+    assert set(before.names) == set(after.names)
+    for name in before.names:
+        assert before.read_raw(name) == after.read_raw(name), name
+    assert (llama / "tokenizer.json").read_bytes() == (tmp_path / "theirs" / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "ran").exists()
+    assert {path.name for path in tmp_path.iterdir()} >= {"source", "ours", "theirs"}
+    assert not list(tmp_path.glob(".*"))  # what was beside them is gone
+
+
+def test_a_checkpoint_becomes_another_in_one_command_which_tells_its_proof(
+    dlm: Dlm, llama: Path, tmp_path: Path
+) -> None:
+    command = ("convert", str(llama), str(tmp_path / "new" / "out"), "--to", "llama", "--dtype", "float32")
+    done = dlm(*command, *QUICK_IMPORT, "--set", "export.max_shard_bytes=3000")
+    assert done.code == 0, done.stderr
+    assert "logits in a fresh process, which differ by " in done.stdout
+    out = tmp_path / "new" / "out"
+    assert (out / INDEX_FILE).is_file()
+    assert read_json(out / "config.json")["torch_dtype"] == "float32"
+    stats = load_manifest(out).stats
+    assert stats["proof"] == "logits"
+    assert [origin["kind"] for origin in stats["lineage"]] == ["imported"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_exported_diffusion_model_comes_back_and_goes_on_to_another_family(
+    dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    _, dream = export(Pair("dream", QWEN2, SHIFTED), tokenizer_artifact, tmp_path / "made")
+    done = dlm("convert", str(dream), str(tmp_path / "qwen2"), "--to", "qwen2", "--dtype", "float32", *QUICK)
+    assert done.code == 0, done.stderr
+    assert "`generate` is causal and meaningless" in (tmp_path / "qwen2" / "README.md").read_text()
+    done = dlm("convert", str(dream), str(tmp_path / "llada"), "--to", "llada", *QUICK)
+    assert done.code == 2
+    assert 'export.family is "llada", but target_offset is 1' in done.stderr
+    assert "Set export.family to dream" in done.stderr
+
+
+def test_a_training_becomes_weights_and_a_directory(dlm: Dlm, alone: Path, made: Artifacts, tmp_path: Path) -> None:
+    done = dlm("convert", str(alone), str(tmp_path / "ours"), "--to", "dlm")
+    assert done.code == 0, done.stderr
+    assert "convert            " in done.stdout
+    assert "of step 20" in done.stdout
+    assert "logits in a fresh process, which are the same numbers" in done.stdout
+    assert load_record(tmp_path / "ours").lineage[-1].kind == "trained"
+    command = ("convert", str(alone), str(tmp_path / "qwen3"), "--to", "qwen3", "--set", "convert.proof=tensors")
+    refused = dlm(*command)
+    assert refused.code == 2
+    assert "brings no tokenizer; give the one that its ids belong to (--tokenizer DIR)" in refused.stderr
+    done = dlm(*command, "--tokenizer", str(made.tokenizer), *QUICK_EXPORT)
+    assert done.code == 0, done.stderr
+    assert "written as qwen3" in done.stdout
+    refused = dlm("convert", str(alone), str(tmp_path / "llada"), "--to", "llada", *NO_TOKENIZER)
+    assert refused.code == 2
+    assert "qk_norm is True" in refused.stderr
+    assert "Set export.family to" not in refused.stderr  # no diffusion family has it
+    assert "qwen3 would hold its tensors" in refused.stderr
+    assert not (tmp_path / "llada").exists()
+
+
+def test_a_step_of_a_run_is_converted_with_the_tokenizer_of_the_run(
+    dlm: Dlm, store: Store, llama: Path, tmp_path: Path
+) -> None:
+    words = [f"w{i}" for i in range(VOCAB_SIZE - 3)]
+    tokenizer = Tokenizer.from_file(str(llama / "tokenizer.json"))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(llama / "tokenizer.json"))
+    assert len(words) + 1 == tokenizer.get_vocab_size()
+    steps = (
+        Step("theirs", "pipeline.import_checkpoint", ImportConfig(path=str(llama), proof="tensors")),
+        Step("words", "pipeline.tokenizer", TokenizerConfig(eos_token="</s>"), {"checkpoint": "theirs"}),
+        Step("first", "pipeline.ar_init", ArInitConfig(), {"weights": "theirs", "tokenizer": "words"}),
+    )
+    plan = make_plan(Workflow("toy", "", steps), environment())
+    run = runs.create_run(store, plan, "local", "r1")
+    states = coordinate(store, run, Inline)
+    assert {state.status for state in states.values()} == {"committed"}, states
+    done = dlm("convert", "r1", str(tmp_path / "out"), "--to", "llama", *QUICK_EXPORT)
+    assert done.code == 0, done.stderr
+    assert read_json(tmp_path / "out" / "tokenizer_config.json")["mask_token"] == "[MASK]"
+    assert [origin["kind"] for origin in load_manifest(tmp_path / "out").stats["lineage"]] == [
+        "imported",
+        "initialised",
+    ]
+    done = dlm("convert", "r1:theirs", str(tmp_path / "again"), "--to", "llama", *QUICK_EXPORT)
+    assert done.code == 0, done.stderr
+    assert "mask_token" not in read_json(tmp_path / "again" / "tokenizer_config.json")
+    for source, words_ in (
+        ("r1:words", "is an artifact of the stage tokenizer, which holds no weights"),
+        ("r1:nothing", "has finished no step 'nothing'; it has theirs, first"),
+        ("r2", "no file or directory r2, and no run of that name"),
+    ):
+        refused = dlm("convert", source, str(tmp_path / "no"), "--to", "llama")
+        assert refused.code == 2
+        assert words_ in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--to", "lama"), "there is no family 'lama'; did you mean llama?"),
+        (("--to", "gpt"), "there is no family 'gpt'; there are: llada, dream, "),
+        (("--to", "mdlm"), "there is no family 'mdlm'"),
+        (("--to", "llada"), "the model was trained on next tokens (autoregressive_nll)"),
+        (("--to", "qwen2"), "qkv_bias is False"),
+        (("--to", "llama", "--dtype", "fp16"), "there is no dtype 'fp16'; there are: bfloat16, float32, float16"),
+        (("--to", "llama", "--tokenizer", "/nowhere"), "--tokenizer /nowhere: there is no such directory"),
+        (("--to", "dlm", "--dtype", "float32"), "leave --dtype and --tokenizer out"),
+        (("--to", "llama", "--set", "export.dtpe=float32"), "did you mean"),
+        (("--to", "llama", "--set", "convert.weights=ema"), "unknown setting convert.weights"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(
+    arguments: tuple[str, ...], words: str, dlm: Dlm, llama: Path, tmp_path: Path
+) -> None:
+    refused = dlm("convert", str(llama), str(tmp_path / "out"), *arguments)
+    assert refused.code == 2
+    assert words in refused.stderr.replace("\n", " ")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "store"] == ["source"]
+
+
+def test_an_unknown_model_type_is_refused_by_name(dlm: Dlm, llama: Path, tmp_path: Path) -> None:
+    config = read_json(llama / "config.json")
+    (llama / "config.json").write_text('{"model_type": "mamba"}')
+    refused = dlm("convert", str(llama), str(tmp_path / "out"), "--to", "llama")
+    assert refused.code == 2
+    assert "model_type is 'mamba'; known are llama, qwen2" in refused.stderr
+    assert config["model_type"] == "llama"
+
+
+def test_a_destination_that_is_taken_is_refused_and_an_empty_one_is_used(
+    dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    weights = weights_of(Pair("llama", LLAMA, NEXT_TOKEN), tokenizer_artifact, tmp_path / "weights")
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine").write_text("here")
+    command = ("convert", str(weights), str(target), "--to", "llama", "--tokenizer", str(tokenizer_artifact))
+    refused = dlm(*command, *QUICK_EXPORT)
+    assert refused.code == 2
+    assert f"{target} is there already; choose a new or an empty directory" in refused.stderr
+    assert [path.name for path in target.iterdir()] == ["mine"]
+    (target / "mine").unlink()
+    assert dlm(*command, *QUICK_EXPORT).code == 0
+    assert (target / "config.json").is_file()
+    again = dlm("convert", str(weights), str(tmp_path / "dlm"), "--to", "dlm")
+    assert again.code == 2
+    assert "has interchange weights already" in again.stderr
+    file = dlm("convert", str(weights / WEIGHTS_FILE), str(tmp_path / "x"), "--to", "llama")
+    assert file.code == 2
+    assert "its model is not known without the config.json beside it" in file.stderr
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError])
+def test_a_conversion_that_ends_early_leaves_nothing(
+    error: BaseException, dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = weights_of(Pair("llama", LLAMA, NEXT_TOKEN), tokenizer_artifact, tmp_path / "weights")
+    write = export_run.write_theirs
+
+    def break_off(*arguments: object) -> None:
+        write(*arguments)  # type: ignore[arg-type]
+        raise error
+
+    monkeypatch.setattr(export_run, "write_theirs", break_off)
+    command = ("convert", str(weights), str(tmp_path / "out"), "--to", "llama", *NO_TOKENIZER)
+    if error is RuntimeError:
+        with pytest.raises(RuntimeError):
+            dlm(*command)
+    else:
+        assert dlm(*command).code == (75 if error is KeyboardInterrupt else 3)
+    assert {path.name for path in tmp_path.iterdir()} - {"store"} == {"weights"}
+
+
+def test_a_conversion_needs_neither_ray_nor_deepspeed_nor_torch_in_its_process(
+    alone: Path, made: Artifacts, llama: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from workflows.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'ray', 'deepspeed', 'transformers', 'pyarrow'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    quick = ("--set", "convert.proof=tensors", *QUICK_EXPORT)
+    for arguments in (
+        (str(alone), str(tmp_path / "a"), "--to", "qwen3", "--tokenizer", str(made.tokenizer), *quick),
+        (str(llama), str(tmp_path / "b"), "--to", "llama", *QUICK_IMPORT),
+    ):
+        command = [sys.executable, "-c", code, "convert", *arguments, "--store", str(tmp_path / "no-store")]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=150)
+        assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "no-store").exists()

@@ -1,0 +1,149 @@
+"""``dlm convert``: a checkpoint into another layout, by the stages of the pipeline, one after the other, here.
+
+Without a store, Ray or DeepSpeed.  What is made lies beside the destination until all of it is proved.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import MANIFEST, fsync_dir, open_artifact, write_json
+from pipeline.config import apply_settings
+from pipeline.convert.config import STAGE as CONVERT
+from pipeline.convert.config import ConvertConfig
+from pipeline.errors import UserError
+from pipeline.export.config import STAGE as EXPORT
+from pipeline.export.config import ExportConfig
+from pipeline.export.run import check_exportable
+from pipeline.import_checkpoint.config import STAGE as IMPORT
+from pipeline.import_checkpoint.config import ImportConfig
+from pipeline.import_checkpoint.source import TOKENIZER
+from pipeline.stage import (
+    Stage,
+    StageContext,
+    build_manifest,
+    check_external,
+    external_identity,
+    run_here,
+    stage_fingerprint,
+)
+from workflows.inspection import Found
+
+INTERCHANGE = "dlm"
+"""What --to calls this project's own layout."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is to be made of what."""
+
+    stages: tuple[Stage, ...]
+    configs: Mapping[str, Any]
+    """By name of the stage."""
+    source: Path
+    tokenizer: Path | None = None
+
+
+def plan_conversion(
+    found: Found, to: str, export: Mapping[str, Any], tokenizer: Path | None, settings: Sequence[tuple[str, Any]]
+) -> Conversion:
+    """The stages that lead there; UserError where there is nothing to do, or where the family cannot say the model.
+
+    ``export`` are fields of ExportConfig; ``settings`` have paths that begin with the name of a stage.
+    """
+    stages: list[Stage] = []
+    configs: dict[str, Any] = {}
+    if found.kind == "training":
+        stages, configs = [CONVERT], {CONVERT.name: ConvertConfig()}
+    elif found.kind in ("directory of transformers", "export of this project", "GGUF file"):
+        stages, configs = [IMPORT], {IMPORT.name: ImportConfig(path=str(found.path))}
+    elif found.kind != "interchange weights":
+        raise UserError(
+            f"{found.path} is a {found.kind}: its model is not known without the config.json beside it. Give the "
+            "directory"
+        )
+    if to != INTERCHANGE:
+        stages.append(EXPORT)
+        configs[EXPORT.name] = ExportConfig(family=to, **export)  # pyright: ignore[reportArgumentType]
+    elif not stages:
+        raise UserError(f"{found.path} has interchange weights already; --to names the family to write")
+    elif export or tokenizer:
+        raise UserError(
+            f"--to {INTERCHANGE} writes float32 weights without a tokenizer; leave --dtype and --tokenizer out"
+        )
+    configs = apply_settings(configs, settings)
+    if to != INTERCHANGE:
+        _check_export(configs[EXPORT.name], found, tokenizer)
+    return Conversion(tuple(stages), configs, found.path, tokenizer)
+
+
+def _check_export(config: ExportConfig, found: Found, tokenizer: Path | None) -> None:
+    """UserError for what the last stage would refuse: before hours of reading, not after them."""
+    if found.record is not None:
+        check_exportable(config, found.record)
+    brings_one = found.tokenizer == TOKENIZER or found.kind == "GGUF file"
+    if tokenizer is None and not brings_one and not config.without_tokenizer:
+        raise UserError(
+            f"{found.path} brings no tokenizer; give the one that its ids belong to (--tokenizer DIR), or "
+            "--set export.without_tokenizer=true"
+        )
+
+
+def convert(conversion: Conversion, target: Path, say: Say) -> None:
+    """Make ``target``, a directory that is not there yet or empty; an interrupted conversion leaves nothing in it."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} is there already; choose a new or an empty directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
+        made = conversion.source
+        for stage in conversion.stages:
+            made = _make(stage, conversion, made, Path(work), say)
+        made.rename(target)
+        fsync_dir(target.parent)
+    say(f"it lies in {target}")
+
+
+def _make(stage: Stage, conversion: Conversion, source: Path, work: Path, say: Say) -> Path:
+    """The artifact of a stage, made in ``work``."""
+    config = conversion.configs[stage.name]
+    inputs = {name: source for name in stage.inputs}
+    if stage is EXPORT and conversion.tokenizer is not None:
+        inputs["tokenizer"] = conversion.tokenizer
+    out, state = work / stage.name, work / f"{stage.name}.state"
+    out.mkdir()
+    state.mkdir()
+    started_at, start_s = time.time(), time.monotonic()
+    external = external_identity(stage, config)
+    own = stage_fingerprint(stage, config, {n: open_artifact(path).fingerprint for n, path in inputs.items()}, external)
+    stats = run_here(stage, config, inputs, StageContext(out, state, own)) or {}
+    check_external(stage, config, external)
+    elapsed_s = time.monotonic() - start_s
+    write_json(
+        out / MANIFEST,
+        build_manifest(stage, config, own, inputs, out, stats, started_at, elapsed_s, external=external),
+    )
+    for line in _told(stage, stats):
+        say(f"{stage.name:17}  {line}")
+    return out
+
+
+def _told(stage: Stage, stats: Mapping[str, Any]) -> list[str]:
+    """What a stage did, in words."""
+    lines = [f"{stats['num_params']:,} parameters in {stats['tensors']} tensors"]
+    if stage is IMPORT:
+        lines[0] = f"read as {stats['family']}: {lines[0]}; {stats['left_out']} left out"
+        lines += [f"note: {notice}" for notice in stats["notices"]]
+    if stage is CONVERT:
+        lines[0] += f", of step {', '.join(map(str, stats['steps']))}"
+    if stage is EXPORT:
+        lines[0] = f"written as {stats['family']}: {lines[0]}, {len(stats['files'])} file(s)"
+    proof = "every tensor read back, bit for bit"
+    if stats["proof"] == "logits" and "logits_difference" in stats:
+        proof += f"; logits in a fresh process, which differ by {stats['logits_difference']:.2g} of the largest"
+    elif stats["proof"] == "logits":
+        proof += "; logits in a fresh process, which are the same numbers"
+    return [*lines, f"proved: {proof}"]
