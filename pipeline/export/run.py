@@ -1,19 +1,18 @@
 """Interchange weights to a directory that transformers loads; proved before it is committed."""
 
 import importlib.util
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pipeline.export.hf
 from dlm_core.models.config import Architecture
 from pipeline.artifact import checked, read_json, write_json
 from pipeline.config import diff, flatten, to_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.export.card import model_card
+from pipeline.export.code_files import code_files
 from pipeline.export.config import Dtype, ExportConfig
 from pipeline.export.fit import Exported, check_fit
 from pipeline.export.tokenizer_files import find_tokenizer, write_tokenizer
@@ -26,7 +25,6 @@ from pipeline.weights import WEIGHTS_FILE, ModelRecord, load_record
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 STORED: dict[Dtype, str] = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
-_IMPORTED = re.compile(r"^from \.(\w+) import", re.MULTILINE)
 
 
 def run(config: ExportConfig, inputs: Mapping[str, Path], context: StageContext) -> Stats:
@@ -40,8 +38,8 @@ def run(config: ExportConfig, inputs: Mapping[str, Path], context: StageContext)
     context.progress(0, 3)
     write_json(out / CONFIG, described)
     write_json(out / GENERATION, write_generation_config(tokenizer.special))
-    for name in _code(described):
-        shutil.copyfile(_code_path(name), out / f"{name}.py")
+    for path in code_files(described.get("auto_map", {})):
+        shutil.copyfile(path, out / path.name)
     write_tokenizer(tokenizer, record.seq_len, out)
     ours = TensorFiles([checked(weights, WEIGHTS_FILE)])
     files = write_theirs(config.family, record.model, ours, out, STORED[config.dtype], config.max_shard_bytes)
@@ -79,22 +77,6 @@ def check_exportable(config: ExportConfig, record: ModelRecord) -> None:
             "the proof by logits needs transformers, which is not installed: pip install 'dlm[hf]', or set "
             "export.proof=tensors"
         )
-
-
-def _code_path(name: str) -> Path:
-    return Path(pipeline.export.hf.__file__).parent / f"{name}.py"
-
-
-def _code(described: Mapping[str, Any]) -> list[str]:
-    """The modules that config.json names, and those that they import."""
-    found: list[str] = []
-    pending = sorted({target.split(".")[0] for target in described.get("auto_map", {}).values()})
-    while pending:
-        name = pending.pop()
-        if name not in found:
-            found.append(name)
-            pending += _IMPORTED.findall(_code_path(name).read_text(encoding="utf-8"))
-    return sorted(found)
 
 
 def _prove_tensors(
