@@ -12,6 +12,7 @@ from dlm_core.models.config import ModelConfig
 from dlm_core.models.tensor_shapes import tensor_shapes
 from pipeline.artifact import checked, load_manifest, write_json
 from pipeline.config import from_json
+from pipeline.data.special_tokens import SpecialTokens, load_special_tokens
 from pipeline.errors import CorruptionError, UserError
 from pipeline.scoring import Likelihood, Scoring
 from pipeline.tensor_files import TensorFiles, TensorWriter, shape_problems
@@ -112,15 +113,6 @@ def read_denoiser(config: ModelConfig, path: Path, name: str) -> "Denoiser":
     return model
 
 
-def check_tokenizer(record: ModelRecord, tokenizer: Path) -> None:
-    """UserError if a model does not speak the vocabulary of a tokenizer artifact."""
-    if record.tokenizer and record.tokenizer != load_manifest(tokenizer).fingerprint:
-        raise UserError(
-            f"the model was trained with another tokenizer ({record.tokenizer[:12]}) than {tokenizer}; give the one "
-            "that it was trained with"
-        )
-
-
 def check_same_vocabulary(record: ModelRecord, weights: Path, tokenizer: Path) -> None:
     """UserError unless weights were made with a tokenizer artifact, or it is the one of their import."""
     manifest = load_manifest(tokenizer)
@@ -130,6 +122,28 @@ def check_same_vocabulary(record: ModelRecord, weights: Path, tokenizer: Path) -
             f"the tokenizer {tokenizer} is not that of the weights in {weights}: its ids mean other tokens. Give the "
             "one that they were trained with, or make one whose input checkpoint they are"
         )
+
+
+def check_tokenizer(record: ModelRecord, weights: Path, tokenizer: Path) -> SpecialTokens:
+    """The special ids of a tokenizer; UserError unless a model can be used with it.
+
+    It is of the same vocabulary, with no id that the embedding lacks, and with the model's mask.  A model without one
+    is never shown a mask, which may then have the id behind its last row.
+    """
+    check_same_vocabulary(record, weights, tokenizer)
+    special, model = load_special_tokens(tokenizer), record.model
+    is_mask_last = model.mask_token_id is None and special.mask_token_id == special.vocab_size - 1
+    if special.vocab_size - is_mask_last > model.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer} has ids up to {special.vocab_size - 1}, but the embedding in {weights} has "
+            f"{model.vocab_size} rows. Initialise the new ones first (pipeline.ar_init)"
+        )
+    if model.mask_token_id not in (None, special.mask_token_id):
+        raise UserError(
+            f"the mask token of the model in {weights} is {model.mask_token_id}, that of the tokenizer {tokenizer} is "
+            f"{special.mask_token_id}; give the tokenizer that the model was trained with"
+        )
+    return special
 
 
 def check_shapes(config: ModelConfig, found: Mapping[str, Sequence[int]], name: str) -> None:

@@ -29,7 +29,7 @@ XZ_PRESET = 9
 def list_shards(config: EvaluateConfig, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
     """Contiguous ranges of rows."""
     record = load_record(inputs["weights"])
-    check_tokenizer(record, inputs["tokenizer"])
+    check_tokenizer(record, inputs["weights"], inputs["tokenizer"])
     made_with = {name: load_manifest(inputs["tokens"]).inputs[name] for name in ("tokenizer", "corpus")}
     for name, fingerprint in made_with.items():
         if fingerprint != load_manifest(inputs[name]).fingerprint:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import checked, load_manifest, read_json, write_json
-from pipeline.data.special_tokens import load_special_tokens
 from pipeline.data.vocabulary import TOKENIZER_FILE
 from pipeline.errors import CorruptionError, UserError
 from pipeline.hf_config import SpecialIds
-from pipeline.weights import ModelRecord
+from pipeline.weights import ModelRecord, check_tokenizer
 
 SETTINGS, SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
 _KINDS = ("bos", "eos", "pad", "mask")
@@ -57,23 +56,11 @@ def _is_of_tokenizer(name: str) -> bool:
 
 
 def _of_artifact(record: ModelRecord, weights: Path, tokenizer: Path) -> TokenizerSource:
-    manifest = load_manifest(tokenizer)
-    is_made_of_weights = manifest.inputs.get("checkpoint") == load_manifest(weights).fingerprint
-    if record.tokenizer != manifest.fingerprint and not is_made_of_weights:
+    special = check_tokenizer(record, weights, tokenizer)
+    if special.vocab_size > record.model.vocab_size:
         raise UserError(
-            f"the tokenizer {tokenizer} is not that of the weights in {weights}: its ids mean other tokens. Give the "
-            "one that they were trained with"
-        )
-    special, rows = load_special_tokens(tokenizer), record.model.vocab_size
-    if special.vocab_size > rows:
-        raise UserError(
-            f"the tokenizer {tokenizer} has ids up to {special.vocab_size - 1}, but the embedding has {rows} rows. "
-            "Initialise the new ones first (pipeline.ar_init)"
-        )
-    if record.model.mask_token_id not in (None, special.mask_token_id):
-        raise UserError(
-            f"the mask token of the model is {record.model.mask_token_id}, that of the tokenizer {tokenizer} is "
-            f"{special.mask_token_id}; give the tokenizer that the model was trained with"
+            f"the tokenizer {tokenizer} has a mask, id {special.mask_token_id}, that the model in {weights} has no row "
+            "for; initialise it first (pipeline.ar_init), or leave the tokenizer out to take that of the checkpoint"
         )
     ids = SpecialIds(None, special.eos_token_id, special.pad_token_id, special.mask_token_id)
     return TokenizerSource(ids, tokenizer)

@@ -32,7 +32,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Path], context: StageContex
             f"generate.length is {config.length}, the model was trained on rows of {record.seq_len} tokens; "
             "longer samples need a model trained on longer rows"
         )
-    check_tokenizer(record, inputs["tokenizer"])
+    check_tokenizer(record, inputs["weights"], inputs["tokenizer"])
     vocabulary = load_vocabulary(inputs["tokenizer"])
     mask_token_id = vocabulary.special.mask_token_id
     frames = [round(i * config.num_steps / (config.num_frames - 1)) for i in range(config.num_frames)]

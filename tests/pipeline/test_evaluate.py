@@ -191,7 +191,7 @@ def test_another_noise_seed_gives_another_estimate_within_the_error(
 def test_inputs_of_another_run_are_refused(weights: Path, made: Artifacts, tmp_path: Path) -> None:
     other = make_artifacts(tmp_path, seed=1)
     mixtures = {
-        "trained with another tokenizer": other,
+        "is not that of the weights": other,
         "made with another corpus": replace(made, corpus=other.corpus),
         "made with another tokenizer": replace(made, tokens=other.tokens),
     }

@@ -105,7 +105,7 @@ def test_samples_of_a_shifted_model_begin_with_the_end_of_a_document_and_are_rea
 
 def test_the_tokenizer_of_another_run_is_refused(weights: Path, tmp_path: Path) -> None:
     other = make_artifacts(tmp_path, seed=1)
-    with pytest.raises(UserError, match="trained with another tokenizer"):
+    with pytest.raises(UserError, match="is not that of the weights"):
         generate(SMALL, weights, other.tokenizer, tmp_path / "out")
 
 

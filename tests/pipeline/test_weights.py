@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor
 from dlm_core.models.config import Architecture, ModelConfig
 from dlm_core.models.tensor_shapes import tensor_shapes
 from dlm_core.models.transformer import Denoiser
-from pipeline.artifact import MANIFEST, Manifest, record_files, write_json
+from pipeline.artifact import MANIFEST, Manifest, load_manifest, record_files, write_json
+from pipeline.data.special_tokens import SPECIAL_FILE, SpecialTokens, load_special_tokens
 from pipeline.errors import CorruptionError, UserError
 from pipeline.weights import (
     MODEL_FILE,
@@ -149,9 +151,53 @@ def test_weights_without_a_manifest_are_no_artifact(artifact: Path) -> None:
         load_denoiser(artifact)
 
 
-def test_check_tokenizer_refuses_another_and_accepts_its_own_or_none(made: Artifacts) -> None:
-    own = json.loads((made.tokenizer / MANIFEST).read_text())["fingerprint"]
-    for known in (own, ""):
-        check_tokenizer(ModelRecord(MODEL, 6, "masked_nelbo", tokenizer=known), made.tokenizer)
-    with pytest.raises(UserError, match="trained with another tokenizer"):
-        check_tokenizer(RECORD, made.tokenizer)
+def test_check_tokenizer_accepts_its_own_and_refuses_another(artifact: Path, made: Artifacts) -> None:
+    own, special = load_manifest(made.tokenizer).fingerprint, load_special_tokens(made.tokenizer)
+    mask, rows = special.mask_token_id, special.vocab_size
+
+    def check(rows: int, mask: int | None, tokenizer: str = own) -> SpecialTokens:
+        model = ModelConfig(MODEL.architecture, rows, mask)
+        return check_tokenizer(ModelRecord(model, 6, "masked_nelbo", tokenizer=tokenizer), artifact, made.tokenizer)
+
+    assert check(rows, mask) == check(rows + 3, mask) == check(rows, None) == special
+    for other in ("f" * 64, ""):
+        with pytest.raises(UserError, match=f"is not that of the weights in {artifact}"):
+            check(rows, mask, other)
+    with pytest.raises(UserError, match=f"ids up to {rows - 1}, but the embedding in .* has {rows - 1} rows"):
+        check(rows - 1, mask)
+    with pytest.raises(
+        UserError, match=f"mask token of the model in .* is {mask + 1}, that of the tokenizer .* {mask}"
+    ):
+        check(rows, mask + 1)
+
+
+def test_check_tokenizer_lets_a_model_without_a_mask_lack_the_last_row_if_that_is_the_mask(tmp_path: Path) -> None:
+    weights = write_checkpoint(tmp_path / "given", rows=20)
+    for place, is_fine in ((20, True), (19, True), (21, False), (3, True)):
+        tokenizer = write_special_tokens(
+            tmp_path / f"tokenizer-{place}", weights, SpecialTokens(place, 0, 0, max(20, place + 1))
+        )
+        record = load_record(weights)
+        if is_fine:
+            check_tokenizer(record, weights, tokenizer)
+        else:
+            with pytest.raises(UserError, match="ids up to 21, but the embedding"):
+                check_tokenizer(record, weights, tokenizer)
+
+
+def write_checkpoint(directory: Path, rows: int) -> Path:
+    """Imported next-token weights without a mask."""
+    directory.mkdir()
+    model = ModelConfig(MODEL.architecture, rows, None)
+    save_weights(directory, dict(Denoiser(model).state_dict()), ModelRecord(model, 6, "autoregressive_nll"))
+    write_json(directory / MANIFEST, Manifest("import_checkpoint", "1" * 64, 1, {}, {}, record_files(directory)))
+    return directory
+
+
+def write_special_tokens(directory: Path, checkpoint: Path, special: SpecialTokens) -> Path:
+    """The tokenizer of a checkpoint, as far as it is asked for."""
+    directory.mkdir()
+    (directory / SPECIAL_FILE).write_text(json.dumps(asdict(special)))
+    inputs = {"checkpoint": load_manifest(checkpoint).fingerprint}
+    write_json(directory / MANIFEST, Manifest("tokenizer", "2" * 64, 1, {}, inputs, record_files(directory)))
+    return directory
