@@ -4,14 +4,16 @@ A setting that changes the function and that we don't compute is refused by name
 know: it could be such a setting.  Nothing in a config.json is executed: ``auto_map`` is not looked at.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dlm_core.models.config import Architecture, ModelConfig, MoE
-from pipeline.config import from_json, to_json
-from pipeline.errors import UserError
+from pipeline.config import from_json, parse_json, to_json
+from pipeline.errors import CorruptionError, UserError
 from pipeline.hf_keys import (
     ANY_KEYS,
     DTYPE_KEYS,
@@ -32,6 +34,7 @@ from pipeline.scoring import Likelihood
 from pipeline.weights import ModelRecord
 
 AUTOREGRESSIVE: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
+CONFIG, GENERATION = "config.json", "generation_config.json"
 _WRITTEN_BY = "4.57.1"
 _CLASSES: dict[Family, tuple[str, ...]] = {
     "llama": ("LlamaForCausalLM",),
@@ -100,6 +103,26 @@ class Described:
 
 
 # Reading
+
+
+def read_directory(directory: Path) -> Described:
+    """What config.json and, where it is there, generation_config.json of a directory say.
+
+    Raises CorruptionError for a file that holds no JSON object, else as ``read_config``.
+    """
+    generation = directory / GENERATION
+    return read_config(read_object(directory / CONFIG), read_object(generation) if generation.is_file() else None)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; CorruptionError if the file holds none."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CorruptionError(f"{path} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CorruptionError(f"{path} holds no JSON object")
+    return value
 
 
 def read_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> Described:

@@ -12,12 +12,15 @@ from rich.table import Table
 
 from dlm_core.models.config import Architecture, ModelConfig
 from dlm_core.models.presets import PRESETS
+from pipeline.config import to_json
 from pipeline.errors import UserError
+from pipeline.hf_config import read_directory
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.cost import Cost, parameter_shapes, training_cost, training_memory
 from pipeline.pretrain.engine import deepspeed_config
+from pipeline.pretrain.given import planned_directory
 from pipeline.pretrain.gpus import Gpu, find_gpu
 from pipeline.pretrain.memory import RankMemory
 from pipeline.tokenizer.config import TokenizerConfig
@@ -117,9 +120,9 @@ def _vocab_size(config: TokenizerConfig) -> int:
 
 def _rows_of(config: ImportConfig, architecture: Architecture, step: str) -> int:
     """Rows of a checkpoint's embedding: those that its config.json tells, or of the published model of that shape."""
-    file = Path(config.path) / "config.json"
-    if config.path and file.is_file():
-        return json.loads(file.read_bytes())["vocab_size"]
+    directory = planned_directory(to_json(config))
+    if directory is not None:
+        return read_directory(directory).model.vocab_size
     same = [preset.model for preset in PRESETS.values() if preset.model.architecture == architecture]
     if not same:
         raise UserError(

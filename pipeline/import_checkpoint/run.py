@@ -10,13 +10,20 @@ from typing import Any
 from pipeline.artifact import file_sha256, write_json
 from pipeline.config import to_json
 from pipeline.errors import CorruptionError, UserError
-from pipeline.hf_config import AUTOREGRESSIVE, Described, read_config, write_config, write_generation_config
+from pipeline.hf_config import (
+    AUTOREGRESSIVE,
+    CONFIG,
+    GENERATION,
+    Described,
+    read_directory,
+    read_object,
+    write_config,
+    write_generation_config,
+)
 from pipeline.hf_names import DITS, packed_tensors
 from pipeline.import_checkpoint.config import ImportConfig, gguf_path
 from pipeline.import_checkpoint.fetch import need, open_checkpoint
 from pipeline.import_checkpoint.source import (
-    CONFIG,
-    GENERATION,
     HUB_PREFIX,
     INDEX,
     SINGLE,
@@ -25,7 +32,6 @@ from pipeline.import_checkpoint.source import (
     check_index,
     files_read,
     license_of,
-    read_object,
 )
 from pipeline.logits_proof import in_fresh_process
 from pipeline.repack import are_equal, check_round_trip, write_ours
@@ -85,10 +91,7 @@ def run(config: ImportConfig, inputs: Mapping[str, Path], context: StageContext)
 
 def _described(source: SourceFiles) -> tuple[Described, list[str]]:
     """What config.json says, and what there is to tell about the files beside it."""
-    generation = source.directory / GENERATION
-    described = read_config(
-        read_object(source.directory / CONFIG), read_object(generation) if generation.is_file() else None
-    )
+    described = read_directory(source.directory)
     notices = [*described.notices]
     if any(source.directory.glob("*.py")):
         notices.append("*.py files beside the weights were not read")

@@ -4,24 +4,17 @@ Read are JSON, safetensors and, as data that is passed on, the files of the toke
 pickles (*.bin, *.pt, *.pth) are never opened.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pipeline.config import parse_json
 from pipeline.errors import CorruptionError, UserError
+from pipeline.hf_config import CONFIG, GENERATION, read_object
 from pipeline.tensor_files import TensorFiles
 
 HUB_PREFIX = "hf:"
-CONFIG, GENERATION, INDEX, SINGLE = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "model.safetensors",
-)
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER = "tokenizer.json"
 PASSED_ON = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", GENERATION)
 _TEMPLATE_SUFFIXES = (".json", ".jinja")
@@ -95,17 +88,6 @@ def read_index(path: Path) -> dict[str, str]:
             return index
         case _:
             raise CorruptionError(f"{path} has no weight_map from tensors to files")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; CorruptionError if the file holds none."""
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CorruptionError(f"{path} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CorruptionError(f"{path} holds no JSON object")
-    return value
 
 
 def check_index(source: SourceFiles, files: TensorFiles) -> None:

@@ -1,6 +1,5 @@
 """Whether a training and the weights that it is given are of one architecture: as far as a plan can know, and later."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from dlm_core.models.config import Architecture, MoE
 from dlm_core.upcycling import upcycled
 from pipeline.config import diff, from_json, to_json
 from pipeline.errors import UserError
-from pipeline.hf_config import read_config
+from pipeline.hf_config import CONFIG, read_directory
 
 _SHOWN = 6
 
@@ -49,11 +48,21 @@ def check_planned_architecture(wanted: Architecture, upstream: Mapping[str, Any]
 
 def _planned(upstream: Mapping[str, Any], path: str) -> tuple[Architecture | None, str]:
     """The architecture that an input will have, and what it is called; None where that is not known yet."""
-    made = upstream.get(path, {})
-    if "architecture" in upstream.get(f"{path}.pretrain", {}):
-        trained = upstream[f"{path}.pretrain"]["architecture"]
-        return from_json(Architecture, trained), "that the workflow trains before"
-    file = Path(made.get("path") or "", "config.json")
-    if "gguf_file" not in made or not made["path"] or not file.is_file():
+    made, training = upstream.get(path, {}), upstream.get(f"{path}.pretrain", {})
+    if "architecture" in training:
+        trained = from_json(Architecture, training["architecture"])
+        rope_base = [None, *(phase["rope_base"] for phase in training["phases"].values())][-1]
+        trained = trained if rope_base is None else replace(trained, rope_base=rope_base)
+        return trained, "that the workflow trains before"
+    directory = planned_directory(made)
+    if directory is None:
         return None, ""
-    return read_config(json.loads(file.read_bytes())).model.architecture, f"in {made['path']}"
+    return read_directory(directory).model.architecture, f"in {made['path']}"
+
+
+def planned_directory(imported: Mapping[str, Any]) -> Path | None:
+    """The directory that an import will read its config.json from, if it is on this machine; None for a GGUF file."""
+    if "gguf_file" not in imported or imported["gguf_file"] or not imported["path"]:
+        return None
+    directory = Path(imported["path"])
+    return directory if (directory / CONFIG).is_file() else None

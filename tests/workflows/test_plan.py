@@ -384,3 +384,27 @@ def test_plan_of_first_weights_of_another_architecture_is_refused(tmp_path: Path
         runs.plan_recipe("smollm2_to_diffusion", [path, theirs, ("ar_init.upcycle", experts)])
     with pytest.raises(UserError, match=r"cannot be upcycled: moe\.d_ff_expert is 47"):
         runs.plan_recipe("smollm2_to_diffusion", [path, theirs, ("ar_init.upcycle", {**experts, "d_ff_expert": 47})])
+
+
+def test_plan_of_first_weights_knows_the_rotary_base_that_the_training_before_ends_with():
+    phases = ("ar_pretrain.phases", {"short": {}, "long": {"rope_base": 500_000.0}})
+    with pytest.raises(UserError, match=r"rope_base is 500000\.0 there and 1000000\.0 here"):
+        runs.plan_recipe("dream_tiny", [phases])
+    theirs = ("pretrain.architecture.rope_base", 500_000.0)
+    assert runs.plan_recipe("dream_tiny", [phases, theirs]).step("pretrain").config["phases"] == {}
+
+
+def test_plan_of_a_checkpoint_reads_its_configuration_as_the_import_does(tmp_path: Path):
+    architecture = make_checkpoint(tmp_path / "given")
+    given = [
+        ("import_checkpoint.path", str(tmp_path / "given")),
+        ("pretrain.architecture", to_json(architecture)),
+    ]
+    file = tmp_path / "given" / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "hidden_size": 64}))
+    with pytest.raises(UserError, match="d_model is 64 there and 32 here"):
+        runs.plan_recipe("smollm2_to_diffusion", given)
+    file.write_text("{")
+    with pytest.raises(CorruptionError, match=r"config\.json is no JSON"):
+        runs.plan_recipe("smollm2_to_diffusion", given)
