@@ -50,6 +50,10 @@ EXTRAS = {
     "ray": ("cluster", ">=2.58,<2.61"),
     "wandb": ("track", ">=0.31"),
     "datasets": ("hub", ">=3.2"),
+    "transformers": ("hf", ">=4.57"),
+    "huggingface_hub": ("hf", ""),
+    "gguf": ("hf", ">=0.19"),
+    "accelerate": ("hf", ""),
     "gigatoken": ("fast", ">=0.10,<0.11"),
 }
 _WANTED_EXTRAS = {"deepspeed": "nothing can be trained here", "ray": "only --executor local works here"}

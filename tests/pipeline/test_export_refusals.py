@@ -148,8 +148,8 @@ def test_weights_of_which_no_tokenizer_is_known_take_none(tokenizer: Path, tmp_p
 @pytest.mark.parametrize(
     ("rows", "mask", "words"),
     [
-        (-1, 0, r"has ids up to \d+, but the embedding has \d+ rows.*ar_init"),
-        (0, 7, "the mask token of the model is 7"),
+        (-1, 0, r"has ids up to \d+, but the embedding in .* has \d+ rows.*ar_init"),
+        (0, 7, r"the mask token of the model in .* is 7, that of the tokenizer .* is 0"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_the_embedding_is_refused(

@@ -101,7 +101,7 @@ def test_drift_that_was_accepted_is_refused_once_the_artifact_is_gone(store, dat
         (Wishes(accept=("source",)), "would come out as it was planned"),
         (Wishes(accept=("double",), rebuild=("source",)), "--rebuild makes it anew"),
         (Wishes(accept=("sauce",)), "--accept-drift sauce: .*did you mean source"),
-        (Wishes(rebuild=("nothing",)), "--rebuild nothing: .*source, aside, double, total"),
+        (Wishes(rebuild=("nothing",)), "--rebuild nothing: .*source, double, aside, total"),
         (
             Wishes([("double.number", 4)]),
             r"double\.number is 1 and cannot become 4 .*dlm run toy .*--set double\.number=4$",

@@ -37,8 +37,8 @@ def test_cost_adds_ranks_turns_and_shards_of_each_attempt(store):
     fabricate_turn(run, 2, "double-0", "000001-2", usage_0=usage(64.0, 1.0))
     assert cost_of(run) == [
         Cost("source", 0, 0, 0.0, 0.0, 0.0),
-        Cost("aside", 0, 0, 0.0, 0.0, 0.0),
         Cost("double", 2, 3, 112.0, 3.0, 0.0),
+        Cost("aside", 0, 0, 0.0, 0.0, 0.0),
         Cost("total", 1, 3, 7.0, 25.0, 50.0),
         Cost("total", 2, 1, 8.0, 1.0, 2.0),
     ]

@@ -52,10 +52,12 @@ _BACKGROUND = "#f4f6f9"
 
 
 def picture_edges() -> set[svg.Edge]:
-    """Which stage reads what which other stage made."""
-    return {
+    """Which stage reads what which other stage made, of the stages in the picture."""
+    shown = {stage.name for stage in STAGES}
+    edges = {
         (_MADE_BY.get(name, name), stage.name) for stage in STAGES for name in (*stage.inputs, *stage.optional_inputs)
     }
+    return {(source, user) for source, user in edges if source in shown}
 
 
 def draw_picture() -> str:
