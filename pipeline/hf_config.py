@@ -211,6 +211,9 @@ def _taken(family: Family, config: Mapping[str, Any], name: str, key: Is) -> Any
 
 
 _LISTS = ("layer_types", "mlp_only_layers", "moe_layer_freq")
+_COUNTED = ("num_layers", "moe.num_experts")
+"""Ours, of each of which there are tensors with a name."""
+_MOST = 10_000
 
 
 def _check_kind(name: str, key: Is, value: Any) -> None:
@@ -228,6 +231,8 @@ def _check_kind(name: str, key: Is, value: Any) -> None:
         is_fine = isinstance(value, int | float)
     if not is_fine:
         raise UserError(f"config.json: {name} is {value!r}; {wanted} is wanted")
+    if key.ours in _COUNTED and value is not None and value > _MOST:
+        raise UserError(f"config.json: {name} is {value}; at most {_MOST:,} is computed here")
 
 
 def _check_value(family: Family, config: Mapping[str, Any], name: str, key: Only) -> None:
