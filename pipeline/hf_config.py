@@ -4,7 +4,6 @@ A setting that changes the function and that we don't compute is refused by name
 know: it could be such a setting.  Nothing in a config.json is executed: ``auto_map`` is not looked at.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -115,10 +114,12 @@ def read_directory(directory: Path) -> Described:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; CorruptionError if the file holds none."""
+    """A JSON object; CorruptionError if the file holds none, UserError for a key that stands twice in it."""
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:  # json's own, and Python's for numbers of thousands of digits
         raise CorruptionError(f"{path} is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise CorruptionError(f"{path} holds no JSON object")
