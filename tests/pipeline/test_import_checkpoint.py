@@ -365,13 +365,13 @@ def test_a_model_that_computes_something_else_is_found_by_its_logits(tmp_path, m
     """As a wrong base of the rotary positions would, which no tensor shows."""
 
     def read_wrongly(*arguments: Any) -> Any:
-        found = read_config(*arguments)
+        found = read_directory(*arguments)
         model = found.model
         return replace(found, model=ModelConfig(replace(model.architecture, rope_base=400.0), model.vocab_size, None))
 
-    read_config = run.read_config
+    read_directory = run.read_directory
     source = _saved(tmp_path)
-    monkeypatch.setattr(run, "read_config", read_wrongly)
+    monkeypatch.setattr(run, "read_directory", read_wrongly)
     with pytest.raises(CorruptionError, match="the converted model is not the same function: its logits differ"):
         _import(source, tmp_path / "out", proof="logits")
 
