@@ -4,7 +4,6 @@ A setting that changes the function and that we don't compute is refused by name
 know: it could be such a setting.  Nothing in a config.json is executed: ``auto_map`` is not looked at.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -115,10 +114,12 @@ def read_directory(directory: Path) -> Described:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; CorruptionError if the file holds none."""
+    """A JSON object; CorruptionError if the file holds none, UserError for a key that stands twice in it."""
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:  # json's own, and Python's for numbers of thousands of digits
         raise CorruptionError(f"{path} is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise CorruptionError(f"{path} holds no JSON object")
@@ -211,6 +212,9 @@ def _taken(family: Family, config: Mapping[str, Any], name: str, key: Is) -> Any
 
 
 _LISTS = ("layer_types", "mlp_only_layers", "moe_layer_freq")
+_COUNTED = ("num_layers", "moe.num_experts")
+"""Ours, of each of which there are tensors with a name."""
+_MOST = 10_000
 
 
 def _check_kind(name: str, key: Is, value: Any) -> None:
@@ -228,6 +232,8 @@ def _check_kind(name: str, key: Is, value: Any) -> None:
         is_fine = isinstance(value, int | float)
     if not is_fine:
         raise UserError(f"config.json: {name} is {value!r}; {wanted} is wanted")
+    if key.ours in _COUNTED and value is not None and value > _MOST:
+        raise UserError(f"config.json: {name} is {value}; at most {_MOST:,} is computed here")
 
 
 def _check_value(family: Family, config: Mapping[str, Any], name: str, key: Only) -> None:

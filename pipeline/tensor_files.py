@@ -22,6 +22,8 @@ _STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.
 _METADATA = "__metadata__"
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
+_MAX_DIMENSIONS, _TOO_LARGE = 8, 1 << 63
+"""Of what a header tells; larger numbers take long to multiply."""
 BLOCK_ELEMENTS = 1 << 20
 """What is converted or copied at a time: 4 MB of float32."""
 
@@ -31,7 +33,7 @@ class TensorInfo:
     """A tensor of a file, and the bytes of the file's data that it lies in."""
 
     dtype: str
-    """"F32", "F16" or "BF16"."""
+    """"F32", "F16" or "BF16"; another one is known by its name, and never read."""
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -48,7 +50,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises CorruptionError naming file and tensor if the file is cut or its header is not right in itself, UserError for
     a dtype that is no plain floating-point number.
     """
-    return _read_header(path)[1]
+    entries = _read_header(path)[1]
+    _check_usable(path, entries)
+    return entries
+
+
+def _check_usable(path: Path, entries: Mapping[str, TensorInfo]) -> None:
+    """UserError unless tensors of a file are plain floating-point numbers."""
+    foreign = [name for name, info in entries.items() if info.dtype not in _STORED]
+    if foreign:
+        raise UserError(
+            f"{path} holds {len(foreign)} tensor(s) that cannot be used, such as {foreign[0]}, which is "
+            f"{entries[foreign[0]].dtype}; {', '.join(_STORED)} can. If the weights are quantised, take those that "
+            "they were made from"
+        )
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, TensorInfo]]:
@@ -73,13 +88,6 @@ def _read_header(path: Path) -> tuple[int, dict[str, TensorInfo]]:
         raise CorruptionError(f"{path} has a damaged header: its {_METADATA} are no texts by name")
     entries = {name: _entry(path, name, value) for name, value in header.items()}
     _check_places(path, entries, size - 8 - length)
-    foreign = [name for name, info in entries.items() if info.dtype not in _STORED]
-    if foreign:
-        raise UserError(
-            f"{path} holds {len(foreign)} tensor(s) that cannot be used, such as {foreign[0]}, which is "
-            f"{entries[foreign[0]].dtype}; {', '.join(_STORED)} can. If the weights are quantised, take those that "
-            "they were made from"
-        )
     return 8 + length, entries
 
 
@@ -95,7 +103,8 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: Path, name: str, value: Any) -> TensorInfo:
     match value:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, stop], **rest} if not rest:
-            if all(type(number) is int and number >= 0 for number in cast("list[Any]", [*shape, start, stop])):
+            numbers = cast("list[Any]", [*shape, start, stop])
+            if len(shape) <= _MAX_DIMENSIONS and all(type(n) is int and 0 <= n < _TOO_LARGE for n in numbers):
                 info = TensorInfo(dtype, tuple(cast("list[int]", shape)), start, stop)
                 stored = _STORED.get(dtype)
                 if stored is None or stop - start == info.numel * stored.itemsize:
@@ -126,7 +135,8 @@ def _check_places(path: Path, entries: Mapping[str, TensorInfo], size: int) -> N
 class TensorFiles:
     """The tensors of one or several files.  What is read has been looked for in the headers of all of them.
 
-    Raises as ``read_header``, and CorruptionError for a tensor that two of the files have.
+    Raises CorruptionError as ``read_header``, and for a tensor that two of the files have.  A tensor that is no plain
+    floating-point number is known; the UserError comes when it is asked for.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -153,6 +163,14 @@ class TensorFiles:
         """File that a tensor lies in."""
         return self._places[name][0]
 
+    def check_usable(self, names: Iterable[str]) -> None:
+        """UserError naming a file and one of its tensors, unless all these are plain floating-point numbers."""
+        by_file: dict[Path, dict[str, TensorInfo]] = {}
+        for name in names:
+            by_file.setdefault(self.path(name), {})[name] = self.info(name)
+        for path, entries in by_file.items():
+            _check_usable(path, entries)
+
     def read(self, name: str) -> np.ndarray:
         """A whole tensor as float32, in its shape."""
         info = self.info(name)
@@ -171,6 +189,7 @@ class TensorFiles:
 
     def read_elements(self, name: str, start: int, target: np.ndarray) -> None:
         """Fill a flat float32 array with consecutive elements of the flattened tensor, from ``start`` on."""
+        self.check_usable([name])
         info = self.info(name)
         if info.dtype == "F32":
             self._read_stored(name, start, target)
@@ -180,6 +199,7 @@ class TensorFiles:
 
     def read_stored(self, name: str, start: int, numel: int) -> np.ndarray:
         """Consecutive elements of the flattened tensor as they lie there; the bits of a BF16 as uint16."""
+        self.check_usable([name])
         values = np.empty(numel, _STORED[self.info(name).dtype])
         self._read_stored(name, start, values)
         return values

@@ -165,10 +165,7 @@ def _of_directory(path: Path) -> Found:
 
 
 def _with_tensors(found: Found, paths: Sequence[Path]) -> Found:
-    try:
-        files = TensorFiles(paths)
-    except UserError as error:  # such as quantised weights: what else is known is told all the same
-        return replace(found, notices=(*found.notices, str(error)))
+    files = TensorFiles(paths)
     tensors: Tensors = {name: (files.info(name).dtype, files.info(name).shape) for name in files.names}
     return replace(found, tensors=tensors, dtypes=tuple(sorted({dtype for dtype, _ in tensors.values()})))
 

@@ -21,8 +21,8 @@ from pipeline.hf_config import (
     write_generation_config,
 )
 from pipeline.hf_names import DITS, packed_tensors
-from pipeline.import_checkpoint.config import ImportConfig, gguf_path
-from pipeline.import_checkpoint.fetch import need, open_checkpoint
+from pipeline.import_checkpoint.config import ImportConfig
+from pipeline.import_checkpoint.fetch import Opened, need, open_checkpoint
 from pipeline.import_checkpoint.source import (
     HUB_PREFIX,
     INDEX,
@@ -48,25 +48,32 @@ _WITHOUT_FUNCTION = {
     ".rotary_emb.sin_cached": "angles that config.json tells",
     ".attention.masked_bias": "a constant of masked attention",
     ".attention.bias": "a constant mask",
+    ".position_ids": "the numbers from 0 on",
     "sampling_eps_min": "a setting of its training",
     "sampling_eps_max": "a setting of its training",
 }
 """Ends of names of buffers that some versions keep beside the weights, and what they are."""
+_NOT_THE_PEERS = ("auto_map", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset")
+"""Keys of a config.json that ask for code which is not run, or for kernels that may not be installed."""
 
 
 def run(config: ImportConfig, inputs: Mapping[str, Path], context: StageContext) -> Stats:
     """Write model.safetensors, model.json, the files of the tokenizer and report.json."""
     context.progress(0, 3)
-    if config.proof == "logits":
-        need(("transformers",), "the proof by logits", ", or set import_checkpoint.proof=tensors")
     with tempfile.TemporaryDirectory(prefix="import-", dir=context.state) as scratch:
-        source = open_checkpoint(config, Path(scratch))
+        opened = open_checkpoint(config, Path(scratch))
+        source = opened.source
         described, notices = _described(source)
+        notices += opened.notices
+        if config.proof == "logits" and described.family not in DITS:
+            need(("transformers",), "the proof by logits", ", or set import_checkpoint.proof=tensors")
         theirs = TensorFiles(source.weights)
         check_index(source, theirs)
         left_out = _left_out(described, theirs)
+        used = [name for name in theirs.names if name not in left_out]
+        theirs.check_usable(used)
         write_ours(described.family, described.model, theirs, context.out / WEIGHTS_FILE, left_out)
-        save_record(context.out, _record(config, source, described, theirs))
+        save_record(context.out, _record(config, opened, described, sorted({theirs.info(name).dtype for name in used})))
         for path in source.passed_on:
             shutil.copyfile(path, context.out / path.name)
         shutil.copyfile(source.directory / CONFIG, context.out / SOURCE_CONFIG)
@@ -146,17 +153,17 @@ def _left_out(described: Described, theirs: TensorFiles) -> dict[str, str]:
     return left_out
 
 
-def _record(config: ImportConfig, source: SourceFiles, described: Described, theirs: TensorFiles) -> ModelRecord:
-    is_hub = config.path.startswith(HUB_PREFIX)
-    gguf = None if is_hub else gguf_path(config, Path(config.path))
-    files = [gguf] if gguf else files_read(source)
+def _record(config: ImportConfig, opened: Opened, described: Described, dtypes: list[str]) -> ModelRecord:
+    is_hub, gguf = config.path.startswith(HUB_PREFIX), opened.gguf
+    files = [gguf] if gguf else files_read(opened.source)
     details = {
         "family": described.family,
         "name": config.name or (config.path.removeprefix(HUB_PREFIX) if is_hub else None),
         "sha256": {path.name: file_sha256(path) for path in files},
-        "dtype": sorted({theirs.info(name).dtype for name in theirs.names}),
-        "dequantised_from": gguf.name if gguf else config.gguf_file or None,
-        "license": license_of(source.directory),
+        "dtype": dtypes,
+        "dequantised_from": gguf.name if gguf else None,
+        "dequantised_by": opened.dequantised_by,
+        "license": license_of(opened.source.directory),
     }
     return replace(
         described.record(), lineage=[Origin("imported", {k: v for k, v in details.items() if v is not None})]
@@ -197,7 +204,8 @@ def _peer(described: Described, source: SourceFiles, peer: Path) -> Path:
     """The source as transformers may load it: its weights by link, its configuration, and no code but our own."""
     peer.mkdir()
     values = read_object(source.directory / CONFIG)
-    values.pop("auto_map", None)
+    for name in _NOT_THE_PEERS:
+        values.pop(name, None)
     if described.family not in AUTOREGRESSIVE:
         code = Path(__file__).parents[1] / "export" / "hf"
         for path in code.glob("*.py"):

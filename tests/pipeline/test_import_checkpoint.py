@@ -1,5 +1,6 @@
 """Checkpoints of other projects become ours, same function, same bits; damaged or foreign ones do not."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -21,10 +22,8 @@ from pipeline.config import from_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.import_checkpoint import fetch, run
 from pipeline.import_checkpoint.config import STAGE, ImportConfig, external_data
-from pipeline.import_checkpoint.dequantise import as_written
 from pipeline.weights import load_denoiser, load_record
 from tests.pipeline.conftest import damage, flip_bit, make_artifact
-from tests.support.gguf_logits import write_tiny
 from tests.support.hf_models import MODELS, VOCAB_SIZE, change_config, save_peer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -169,6 +168,18 @@ def test_buffers_without_function_are_left_out_and_listed(tmp_path):
     made = _import(source, tmp_path / "out")
     assert read_json(made / run.REPORT)["left_out"] == {name: "frequencies that config.json tells"}
     assert load_manifest(made).stats["left_out"] == 1
+
+
+def test_buffers_of_other_dtypes_are_left_out_too_and_only_they(tmp_path):
+    source = _saved(tmp_path)
+    mask, places = "model.layers.0.attention.bias", "model.embeddings.position_ids"
+    _change_tensors(source, lambda t: t.update({mask: torch.ones(4, 4, dtype=torch.bool), places: torch.arange(64)}))
+    made = _import(source, tmp_path / "out")
+    assert read_json(made / run.REPORT)["left_out"].keys() == {mask, places}
+    assert load_record(made).lineage[0].details["dtype"] == ["F32"]
+    _change_tensors(source, lambda t: t.update({"model.layers.0.other": torch.arange(64)}))
+    with pytest.raises(UserError, match=r"1 tensor\(s\) that cannot be used.* model\.layers\.0\.other, which is I64"):
+        _import(source, tmp_path / "no")
 
 
 def test_a_checkpoint_without_a_tokenizer_is_imported_with_a_notice(tmp_path):
@@ -331,6 +342,9 @@ def test_directories_that_are_no_checkpoints_are_refused(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "empty" / SINGLE)
     with pytest.raises(CorruptionError, match=r"config\.json is no JSON"):
         _import(tmp_path / "empty", tmp_path / "d")
+    (tmp_path / "empty" / "config.json").write_text('{"num_hidden_layers": 1' + "0" * 5000 + "}")
+    with pytest.raises(CorruptionError, match=r"config\.json is no JSON: .*4300 digits"):
+        _import(tmp_path / "empty", tmp_path / "e")
 
 
 # Proofs
@@ -370,7 +384,7 @@ def test_proof_by_logits_without_transformers_says_what_to_install(tmp_path, mon
     _import(source, tmp_path / "b")
 
 
-# Identity, the hub, GGUF
+# Identity, the hub
 
 
 def test_identity_follows_the_bytes_that_are_read_and_not_their_place(tmp_path):
@@ -397,15 +411,18 @@ def test_a_name_on_the_hub_is_downloaded_at_its_commit_without_code(tmp_path, mo
     source = _saved(tmp_path)
     asked: dict[str, Any] = {}
 
-    def download(name: str, **how: Any) -> str:
-        asked.update(how, name=name)
+    signature = inspect.signature(huggingface_hub.snapshot_download)
+
+    def download(*names: str, **how: Any) -> str:
+        asked.update(signature.bind(*names, **how).arguments)
         return str(source)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     path = f"hf:somebody/model@{COMMIT}"
     assert external_data(ImportConfig(path)) == {"hub": f"somebody/model@{COMMIT}", "gguf_file": ""}
     made = make_artifact(STAGE, ImportConfig(path, proof="tensors"), {}, tmp_path / "out")
-    assert (asked["name"], asked["revision"]) == ("somebody/model", COMMIT)
+    assert asked.keys() == {"repo_id", "revision", "allow_patterns"}  # versions below 1 know little more
+    assert (asked["repo_id"], asked["revision"]) == ("somebody/model", COMMIT)
     assert not any(pattern in ("*", "*.py") for pattern in asked["allow_patterns"])
     assert load_record(made).lineage[0].details["name"] == f"somebody/model@{COMMIT}"
 
@@ -414,45 +431,3 @@ def test_a_name_on_the_hub_is_downloaded_at_its_commit_without_code(tmp_path, mo
 def test_a_name_on_the_hub_without_its_commit_is_refused(path):
     with pytest.raises(UserError, match="names no commit on the hub"):
         from_json(ImportConfig, {"path": path})
-
-
-def test_gguf_files_that_are_not_there_or_cannot_be_read_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"there is no file .*x\.gguf"):
-        external_data(ImportConfig(str(tmp_path), gguf_file="x.gguf"))
-    file = tmp_path / "x.gguf"
-    file.write_bytes(b"GGUF")
-    assert external_data(ImportConfig(str(file))) == external_data(ImportConfig(str(tmp_path), gguf_file="x.gguf"))
-    with pytest.raises(UserError, match=r"path names .* already"):
-        external_data(ImportConfig(str(file), gguf_file="x.gguf"))
-    with pytest.raises(UserError, match=r"the name of a \.gguf file is wanted"):
-        external_data(ImportConfig(str(tmp_path), gguf_file="x.bin"))
-    monkeypatch.setattr(fetch, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs transformers and gguf and accelerate: pip install 'dlm\[hf\]'"):
-        _import(file, tmp_path / "out")
-
-
-def test_a_gguf_file_is_dequantised_and_its_tokenizer_written(tmp_path):
-    file = tmp_path / "tiny.gguf"
-    tensors = write_tiny(file)
-    made = _import(file, tmp_path / "out")
-    found, record = load_file(made / SINGLE), load_record(made)
-    a = record.model.architecture
-    assert (a.d_model, a.num_heads, a.kv_heads, a.rope_base, a.tied_head) == (64, 4, 2, 500.0, True)
-    assert torch.equal(found["embedding.weight"], torch.from_numpy(tensors["token_embd"]))
-    assert torch.equal(found["blocks.1.feed_forward.down.weight"], torch.from_numpy(tensors["blk.1.ffn_down"]))
-    assert torch.equal(found["blocks.1.attention.qkv.weight"][96:], torch.from_numpy(tensors["blk.1.attn_v"]))
-    assert Tokenizer.from_file(str(made / "tokenizer.json")).get_vocab_size() == record.model.vocab_size == 260
-    assert set(record.lineage[0].details["sha256"]) == {"tiny.gguf"}
-    assert record.lineage[0].details["dequantised_from"] == "tiny.gguf"
-
-
-def test_numbers_of_a_gguf_file_are_those_that_were_written_into_it():
-    read = {
-        "norm": 9.999999747378752e-06,
-        "base": 100000.0,
-        "nested": [{"std": 0.019999999552965164}],
-        "n": 3,
-        "b": True,
-    }
-    assert as_written(read) == {"norm": 1e-05, "base": 100000.0, "nested": [{"std": 0.02}], "n": 3, "b": True}
-    assert as_written(0.1) == 0.1  # no float32

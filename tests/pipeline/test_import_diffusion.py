@@ -13,6 +13,7 @@ from pipeline.artifact import load_manifest, read_json, write_json
 from pipeline.errors import UserError
 from pipeline.hf_config import SpecialIds, write_config, write_generation_config
 from pipeline.hf_names import DITS, Family, to_family
+from pipeline.import_checkpoint import fetch
 from pipeline.import_checkpoint.config import STAGE, ImportConfig
 from pipeline.import_checkpoint.run import REPORT
 from pipeline.repack import write_theirs
@@ -129,17 +130,20 @@ def test_import_of_a_diffusion_model_is_proved_by_the_logits_of_our_modeling_fil
     for part in ("configuration", "modeling"):  # theirs are named in auto_map, and not run
         for path in (source / f"{part}_{stem}.py" for stem in ("llada", "dream", "lladamoe", "llada2_moe")):
             path.write_text("raise SystemExit('code of a checkpoint was run')\n")
+    kernels = {name: "flash_attention_2" for name in ("_attn_implementation", "attn_implementation")}  # not installed
+    write_json(source / "config.json", read_json(source / "config.json") | kernels)
     stats = load_manifest(_import(source, tmp_path / "out", proof="logits")).stats
     assert stats["proof"] == "logits"
     assert 0.0 <= stats["logits_difference"] < 1e-5
 
 
 @pytest.mark.parametrize(("family", "config"), [("mdlm", MDLM), ("bd3lm", BD3LM), ("bd3lm", BD3LM | {"adaln": False})])
-def test_a_dit_is_imported_without_its_buffers(family, config, tmp_path):
+def test_a_dit_is_imported_without_its_buffers_and_without_transformers(family, config, tmp_path, monkeypatch):
     from safetensors.torch import save_file
 
     from pipeline.hf_config import read_config
 
+    monkeypatch.setattr(fetch, "find_spec", lambda name: None)
     assert family in DITS
     described = read_config(config)
     model = random_model(described.model)

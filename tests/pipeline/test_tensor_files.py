@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,15 +173,14 @@ def is_refused(path: Path, wanted: dict[str, tuple[TensorInfo, bytes]]) -> bool:
     """Whether a file is; what is read of one that is not must be what was wanted."""
     try:
         files = TensorFiles([path])
+        found = {name: (files.info(name), files.read_raw(name)) for name in wanted if name in files.names}
     except CorruptionError:
         return True
     except UserError as error:
         told = str(error)
         assert "cannot be used" in told  # F32 became I32 or U32
         return False
-    assert {name: (files.info(name), files.read_raw(name)) for name in wanted if name in files.names} == {
-        name: wanted[name] for name in wanted if name in files.names
-    }
+    assert found == {name: wanted[name] for name in found}
     return False
 
 
@@ -232,10 +233,51 @@ def test_a_header_that_is_not_right_in_itself_is_refused(tmp_path: Path, header:
         read_header(written(tmp_path / "x", header, 16))
 
 
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ([10**3999] * 500, "a is described by"),
+        ([1] * 9, "a is described by"),
+        ([2**63], "a is described by"),
+        ([1] * 7 + [4], None),
+    ],
+)
+def test_sizes_that_no_tensor_has_are_refused_before_they_are_multiplied(tmp_path: Path, shape: Any, words: str | None):
+    path = written(tmp_path / "x", {"a": entry(0, 16, shape=shape)}, 16)
+    if words is None:
+        assert read_header(path)["a"].numel == 4
+        return
+    started = time.monotonic()
+    with pytest.raises(CorruptionError, match=words):
+        read_header(path)
+    assert time.monotonic() - started < 5  # the product of the first takes half a minute
+
+
 def test_a_dtype_that_is_no_plain_number_is_refused_by_the_name_of_its_tensor(tmp_path: Path):
     path = written(tmp_path / "x", {"a": entry(0, 8), "q.weight": entry(8, 16, "F8_E4M3", [8])}, 16)
     with pytest.raises(UserError, match=r"x holds 1 tensor\(s\).* q\.weight, which is F8_E4M3; F32, F16, BF16 can"):
         read_header(path)
+
+
+def test_a_dtype_that_is_no_plain_number_is_refused_when_it_is_asked_for(tmp_path: Path):
+    mask, numbers = torch.ones(2, 3, dtype=torch.bool), torch.arange(3)
+    save_file({"a": torch.ones(2), "mask": mask, "numbers": numbers}, tmp_path / "x")
+    files = TensorFiles([tmp_path / "x"])
+    assert {name: files.info(name).dtype for name in files.names} == {"a": "F32", "mask": "BOOL", "numbers": "I64"}
+    assert files.shapes["mask"] == (2, 3)
+    assert files.read("a").tolist() == [1.0, 1.0]
+    files.check_usable(["a"])
+    refused: list[Callable[[], Any]] = [
+        lambda: files.check_usable(["a", "mask"]),
+        lambda: files.read("mask"),
+        lambda: files.read_rows("mask", 0, 1),
+        lambda: files.read_elements("mask", 0, np.empty(6, np.float32)),
+        lambda: files.read_stored("mask", 0, 6),
+        lambda: files.read_raw("mask"),
+    ]
+    for asked in refused:
+        with pytest.raises(UserError, match=r"x holds 1 tensor\(s\).* mask, which is BOOL; F32, F16, BF16 can"):
+            asked()
 
 
 def test_a_tensor_that_two_files_have_is_refused(sound: Path, tmp_path: Path):

@@ -2,8 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import pre_tokenizers
 
@@ -31,18 +32,24 @@ def save_logits(file: str, tokens: str, answer: str) -> None:
         np.save(answer, model(input_ids=torch.from_numpy(np.load(tokens))).logits.numpy())
 
 
-def write_tiny(path: Path) -> dict[str, Any]:
-    """A Llama of 2 layers with a tied head and a byte-level tokenizer; what its tensors stand for, by their names.
+def write_tiny(
+    path: Path,
+    architecture: Literal["llama", "qwen3moe"] = "llama",
+    keys: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Sequence[int] | None] | None = None,
+) -> dict[str, Any]:
+    """A model of 2 layers with a tied head and a byte-level tokenizer; what its tensors stand for, by their names.
 
-    Matrices are Q8_0, the embedding and the norms F32: names and sizes as in llama.cpp's gguf-py.
+    Matrices of a Llama are Q8_0, everything else is F32: names and sizes as in llama.cpp's gguf-py.  ``keys`` are set
+    besides; ``tensors`` are given other shapes, or left out where they have none.
     """
     import gguf
     import numpy as np
     from gguf.quants import dequantize, quantize
 
     d_model, d_ff, num_layers, heads, kv_heads = 64, 96, 2, 4, 2
-    words = ["<unk>", "<s>", "<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
-    writer = gguf.GGUFWriter(path, "llama")
+    words = ["<unk>", "<s>", "<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "th"]
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(d_model)
     writer.add_block_count(num_layers)
@@ -55,27 +62,43 @@ def write_tiny(path: Path) -> dict[str, Any]:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
     writer.add_token_types([2, 3, 3, *[1] * (len(words) - 3)])
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(["h e", "t h"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
-    rng = np.random.default_rng(0)
-    kv = d_model // heads * kv_heads
+    head_dim = d_model // heads
+    kv = head_dim * kv_heads
     layer = {"attn_q": (d_model, d_model), "attn_k": (kv, d_model), "attn_v": (kv, d_model)}
-    layer |= {"attn_output": (d_model, d_model), "ffn_gate": (d_ff, d_model), "ffn_up": (d_ff, d_model)}
-    layer |= {"ffn_down": (d_model, d_ff), "attn_norm": (d_model,), "ffn_norm": (d_model,)}
-    shapes = {f"blk.{i}.{name}": shape for i in range(num_layers) for name, shape in layer.items()}
-    shapes |= {"token_embd": (len(words), d_model), "output_norm": (d_model,)}
+    layer |= {"attn_output": (d_model, d_model), "attn_norm": (d_model,), "ffn_norm": (d_model,)}
+    if architecture == "llama":
+        layer |= {"ffn_gate": (d_ff, d_model), "ffn_up": (d_ff, d_model), "ffn_down": (d_model, d_ff)}
+    else:
+        num_experts, d_expert = 4, 768  # the width that transformers takes for granted
+        writer.add_key_length(head_dim)
+        writer.add_expert_count(num_experts)
+        writer.add_expert_used_count(2)
+        layer |= {"attn_q_norm": (head_dim,), "attn_k_norm": (head_dim,), "ffn_gate_inp": (num_experts, d_model)}
+        layer |= {f"ffn_{name}_exps": (num_experts, d_expert, d_model) for name in ("gate", "up")}
+        layer |= {"ffn_down_exps": (num_experts, d_model, d_expert)}
+    for name, value in (keys or {}).items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
+        add[type(value)](name, value)
+    shapes: dict[str, Sequence[int] | None]
+    shapes = {f"blk.{i}.{name}.weight": shape for i in range(num_layers) for name, shape in layer.items()}
+    shapes |= {"token_embd.weight": (len(words), d_model), "output_norm.weight": (d_model,), **(tensors or {})}
+    rng = np.random.default_rng(0)
     found: dict[str, Any] = {}
     for name, shape in shapes.items():
+        if shape is None:
+            continue
         values = ((len(shape) == 1) + 0.2 * rng.standard_normal(shape)).astype(np.float32)
-        if len(shape) == 1 or name == "token_embd":
-            writer.add_tensor(f"{name}.weight", values)
-            found[name] = values
+        if len(shape) == 1 or name == "token_embd.weight" or architecture != "llama":
+            writer.add_tensor(name, values)
+            found[name.removesuffix(".weight")] = values
         else:
             packed = quantize(values, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(f"{name}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-            found[name] = dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+            found[name.removesuffix(".weight")] = dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -144,8 +144,10 @@ def test_of_an_unknown_family_it_says_what_is_known(dlm: Dlm, tmp_path: Path) ->
     done = dlm("inspect", str(source))
     assert done.code == 0
     assert "has no *.safetensors; there are no weights to import" in done.stdout
-    save_file({"w": np.zeros((3, 5), np.int8)}, source / "model.safetensors")
-    assert "which is I8" in dlm("inspect", str(source)).stdout
+    save_file({"w": np.zeros((3, 5), np.int8), "mask": np.ones(2, bool)}, source / "model.safetensors")
+    assert facts(dlm("inspect", str(source)).stdout)["dtype"] == "BOOL, I8"
+    shown = json.loads(dlm("inspect", str(source), "--json").stdout)
+    assert shown["tensors"]["mask"] == {"dtype": "BOOL", "shape": [2]}
 
 
 def test_a_file_of_weights_alone_is_its_tensors(dlm: Dlm, tmp_path: Path) -> None:

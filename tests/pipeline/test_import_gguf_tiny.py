@@ -1,0 +1,185 @@
+"""GGUF files become ours only if every tensor and every key of them is what transformers makes a model of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from pipeline.artifact import file_sha256, load_manifest, read_json
+from pipeline.errors import CorruptionError, UserError
+from pipeline.import_checkpoint import fetch
+from pipeline.import_checkpoint.config import STAGE, ImportConfig, external_data
+from pipeline.import_checkpoint.dequantise import as_meant, as_written, check_loaded
+from pipeline.import_checkpoint.gguf import check_gguf
+from pipeline.import_checkpoint.run import SOURCE_CONFIG
+from pipeline.weights import load_record
+from tests.pipeline.conftest import make_artifact
+from tests.support.gguf_logits import write_tiny
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SINGLE = "model.safetensors"
+
+
+def _import(source: Path | str, out: Path, **settings: Any) -> Path:
+    """Without the proof by logits, which takes seconds."""
+    return make_artifact(STAGE, ImportConfig(**{"path": str(source), "proof": "tensors", **settings}), {}, out)
+
+
+def test_gguf_files_that_are_not_there_or_cannot_be_read_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"there is no file .*x\.gguf"):
+        external_data(ImportConfig(str(tmp_path), gguf_file="x.gguf"))
+    file = tmp_path / "x.gguf"
+    file.write_bytes(b"GGUF")
+    assert external_data(ImportConfig(str(file))) == external_data(ImportConfig(str(tmp_path), gguf_file="x.gguf"))
+    with pytest.raises(UserError, match=r"path names .* already"):
+        external_data(ImportConfig(str(file), gguf_file="x.gguf"))
+    with pytest.raises(UserError, match=r"the name of a \.gguf file is wanted"):
+        external_data(ImportConfig(str(tmp_path), gguf_file="x.bin"))
+    monkeypatch.setattr(fetch, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs transformers and gguf and accelerate: pip install 'dlm\[hf\]'"):
+        _import(file, tmp_path / "out")
+
+
+def test_a_gguf_file_is_dequantised_and_its_tokenizer_written(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    tensors = write_tiny(file)
+    made = _import(file, tmp_path / "out")
+    found, record = load_file(made / SINGLE), load_record(made)
+    a = record.model.architecture
+    assert (a.d_model, a.num_heads, a.kv_heads, a.rope_base, a.tied_head) == (64, 4, 2, 500.0, True)
+    assert torch.equal(found["embedding.weight"], torch.from_numpy(tensors["token_embd"]))
+    assert torch.equal(found["blocks.1.feed_forward.down.weight"], torch.from_numpy(tensors["blk.1.ffn_down"]))
+    assert torch.equal(found["blocks.1.attention.qkv.weight"][96:], torch.from_numpy(tensors["blk.1.attn_v"]))
+    assert Tokenizer.from_file(str(made / "tokenizer.json")).get_vocab_size() == record.model.vocab_size == 261
+    assert set(record.lineage[0].details["sha256"]) == {"tiny.gguf"}
+    assert record.lineage[0].details["dequantised_from"] == "tiny.gguf"
+
+
+def test_numbers_of_a_gguf_file_are_those_that_were_written_into_it():
+    read = {
+        "norm": 9.999999747378752e-06,
+        "base": 100000.0,
+        "nested": [{"std": 0.019999999552965164}],
+        "n": 3,
+        "b": True,
+    }
+    assert as_written(read) == {"norm": 1e-05, "base": 100000.0, "nested": [{"std": 0.02}], "n": 3, "b": True}
+    assert as_written(0.1) == 0.1  # no float32
+
+
+# What is not all that a model is made of
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "rope.scaling.type is 'yarn'.* 4.0"),
+        ({"llama.rope.scaling.factor": 4.0}, "rope.scaling.type is 'linear'"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type is 'longrope'"),
+        ({"llama.rope.scaling.attn_factor": 1.5}, "llama.rope.scaling.attn_factor is 1.5"),
+        ({"llama.rope.scale_linear": 2.0}, "llama.rope.scale_linear is 2.0"),
+        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8; heads have 16"),
+        ({"llama.expert_count": 8}, "llama.expert_count is 8"),
+        ({"llama.block_count": 10**9}, "llama.block_count is 1000000000"),
+        ({"general.architecture": "gemma"}, "architecture is 'gemma'; llama, qwen2, qwen3, qwen3moe can be imported"),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, ""),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}, ""),
+        ({"llama.rope.dimension_count": 16, "llama.expert_count": 0}, ""),
+    ],
+)
+def test_keys_that_transformers_passes_over_are_refused(tmp_path, keys, words):
+    write_tiny(tmp_path / "x.gguf", keys=keys)
+    if not words:
+        assert check_gguf(tmp_path / "x.gguf") == []
+        return
+    with pytest.raises(UserError, match=rf"x\.gguf.*{words}"):
+        check_gguf(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tensors", "words"),
+    [
+        ("llama", {"rope_freqs.weight": (8,)}, r"rope_freqs\.weight, a stretch of the rotary positions"),
+        ("llama", {"blk.0.attn_q.bias": (64,)}, r"blk\.0\.attn_q\.bias is unknown"),
+        ("llama", {"blk.0.post_ffw_norm.weight": (64,)}, r"blk\.0\.post_ffw_norm\.weight is unknown"),
+        ("llama", {"blk.2.attn_norm.weight": (64,)}, r"blk\.2\.attn_norm\.weight is unknown"),
+        ("llama", {"blk.1.ffn_up.weight": None}, r"blk\.1\.ffn_up\.weight is missing"),
+        ("qwen3moe", {"blk.1.ffn_up_exps.weight": None}, r"blk\.1\.ffn_up_exps\.weight is missing"),
+        ("qwen3moe", {"blk.1.ffn_up_shexp.weight": (64, 64)}, r"blk\.1\.ffn_up_shexp\.weight is unknown"),
+    ],
+)
+def test_tensors_of_which_transformers_makes_nothing_are_refused(tmp_path, architecture, tensors, words):
+    write_tiny(tmp_path / "x.gguf", architecture, tensors=tensors)
+    with pytest.raises(UserError, match=rf"x\.gguf.*{words}"):
+        check_gguf(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("kind", ["missing_keys", "mismatched_keys", "error_msgs"])
+def test_what_transformers_draws_or_drops_is_refused_by_name(kind):
+    nothing = {name: [] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
+    check_loaded("x.gguf", nothing)
+    with pytest.raises(UserError, match=rf"x\.gguf: .*{kind}: .*lm_head"):
+        check_loaded("x.gguf", nothing | {kind: {"lm_head"}})
+
+
+def test_a_tensor_of_another_size_is_not_replaced_by_a_drawn_one(tmp_path):
+    write_tiny(tmp_path / "x.gguf", tensors={"blk.1.ffn_up.weight": (32, 64)})
+    with pytest.raises(UserError, match=r"x\.gguf: .*mismatched_keys: .*layers\.1\.mlp\.up_proj\.weight"):
+        _import(tmp_path / "x.gguf", tmp_path / "out")
+
+
+def test_a_header_that_is_cut_is_told_as_damage(tmp_path):
+    write_tiny(tmp_path / "x.gguf")
+    whole = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "x.gguf").write_bytes(whole[:3000])
+    with pytest.raises(CorruptionError, match=r"x\.gguf has a damaged header, or is cut"):
+        _import(tmp_path / "x.gguf", tmp_path / "out")
+
+
+# What the file does not say
+
+
+def test_chosen_experts_of_a_qwen3_moe_are_weighted_to_a_sum_of_1_and_a_notice_says_so(tmp_path):
+    tensors = write_tiny(tmp_path / "x.gguf", "qwen3moe")
+    made = _import(tmp_path / "x.gguf", tmp_path / "out")
+    moe = load_record(made).model.architecture.moe
+    assert moe is not None
+    assert (moe.num_experts, moe.top_k, moe.renormalise) == (4, 2, True)
+    assert read_json(made / SOURCE_CONFIG)["norm_topk_prob"] is True
+    gate, up, down = (torch.from_numpy(tensors[f"blk.1.ffn_{name}_exps"]) for name in ("gate", "up", "down"))
+    found = load_file(made / SINGLE)
+    assert torch.equal(found["blocks.1.feed_forward.experts.gate_up_proj"], torch.cat([gate, up], dim=1))
+    assert torch.equal(found["blocks.1.feed_forward.experts.down_proj"], down)
+    assert any("norm_topk_prob" in notice for notice in load_manifest(made).stats["notices"])
+
+
+def test_qwen3_moe_is_renormalised_whatever_transformers_takes_for_granted():
+    assert as_meant({"model_type": "qwen3_moe", "norm_topk_prob": False})["norm_topk_prob"] is True
+    assert as_meant({"model_type": "llama", "eps": 9.999999747378752e-06}) == {"model_type": "llama", "eps": 1e-05}
+
+
+# Where it comes from
+
+
+def test_files_beside_a_gguf_file_are_not_read_and_its_own_bytes_are_the_lineage(tmp_path, monkeypatch):
+    import huggingface_hub
+    import transformers
+
+    source = tmp_path / "source"
+    source.mkdir()
+    write_tiny(source / "tiny.gguf")
+    (source / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 7, "pad_token": "he"}))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 77}))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(source))
+    made = _import(f"hf:somebody/model@{COMMIT}", tmp_path / "out", gguf_file="tiny.gguf")
+    details = load_record(made).lineage[0].details
+    assert details["sha256"] == {"tiny.gguf": file_sha256(source / "tiny.gguf")}
+    assert details["dequantised_from"] == "tiny.gguf"
+    assert details["dequantised_by"] == f"transformers {transformers.__version__}"
+    assert read_json(made / "tokenizer_config.json").get("model_max_length") != 7
+    assert load_manifest(made).stats["special_ids"]["eos"] == 2
+    assert "77" not in (made / "generation_config.json").read_text()
