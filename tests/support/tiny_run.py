@@ -259,11 +259,11 @@ def pretrain(config: PretrainConfig, made: Artifacts, out: Path) -> Path:
     return run_gang(STAGE, config, made.inputs(), out, workers=config.workers)
 
 
-def convert(trained: Path, out: Path, weights: Any = "last") -> Path:
-    """Weights of a training."""
+def convert(trained: Path, out: Path, weights: Any = "last", proof: Any = "tensors") -> Path:
+    """Weights of a training; the proof by logits is for the tests of conversion."""
     from pipeline.convert.config import STAGE, ConvertConfig
 
-    return run_gang(STAGE, ConvertConfig(weights), {"pretrain": trained}, out)
+    return run_gang(STAGE, ConvertConfig(weights, proof), {"pretrain": trained}, out)
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
