@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dlm_core.models.config import Architecture, ModelConfig, MoE, RopeScaling
+from dlm_core.models.config import Architecture, ModelConfig, RopeScaling
 from dlm_core.models.transformer import Denoiser
 from pipeline.artifact import load_manifest, read_json, write_json
 from pipeline.errors import UserError
@@ -21,45 +21,20 @@ from pipeline.tensor_files import TensorFiles
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, load_denoiser, load_record, save_weights
 from tests.pipeline.conftest import make_artifact
 from tests.pipeline.test_hf_dit import BD3LM, MDLM
+from tests.support.tiny_families import EXPERTS, GROUPED, LLAMA3, SMALL, YARN
 
 V, SPECIAL = 23, SpecialIds(1, 2, 3, 4)
-SMALL = Architecture(
-    d_model=16,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    d_ff=24,
-    tied_head=False,
-    init="normal",
-    init_std=0.25,
-    norm_eps=1e-2,
-    rope_base=500.0,
-)
-EXPERTS = MoE(5, 2, 8, renormalise=False, num_shared_experts=2, first_k_dense=1)
-GROUPED = MoE(
-    num_experts=8,
-    top_k=3,
-    d_ff_expert=8,
-    num_shared_experts=1,
-    router_score="sigmoid",
-    routed_scale=2.5,
-    num_groups=4,
-    top_groups=2,
-    selection_bias=True,
-    first_k_dense=1,
-)
+SHARED = replace(EXPERTS, num_shared_experts=2, first_k_dense=1)
 UNGROUPED = replace(GROUPED, num_shared_experts=0, num_groups=1, top_groups=1)
-LLAMA3 = RopeScaling("llama3", 8.0, original_seq_len=16, low_factor=1.0, high_factor=4.0)
-YARN = RopeScaling("yarn", 4.0, original_seq_len=16, low_factor=1.0, high_factor=32.0)
 
 MODELS: dict[str, tuple[Family, Architecture]] = {
     "llada": ("llada", replace(SMALL, qkv_bias=True)),
     "llada-tied": ("llada", replace(SMALL, tied_head=True, num_kv_heads=None, init="mitchell", init_std=None)),
     "dream": ("dream", replace(SMALL, qkv_bias=True, rope_scaling=YARN)),
-    "llada_moe": ("llada_moe", replace(SMALL, qk_norm=True, moe=EXPERTS, rope_scaling=RopeScaling("linear", 2.0))),
+    "llada_moe": ("llada_moe", replace(SMALL, qk_norm=True, moe=SHARED, rope_scaling=RopeScaling("linear", 2.0))),
     "llada_moe-all": (
         "llada_moe",
-        replace(SMALL, d_ff=None, moe=replace(EXPERTS, num_shared_experts=0, first_k_dense=0)),
+        replace(SMALL, d_ff=None, moe=EXPERTS),
     ),
     "llada2": ("llada2", replace(SMALL, qk_norm=True, head_dim=8, rope_fraction=0.5, moe=GROUPED)),
     "llada2-plain": (

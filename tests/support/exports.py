@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dlm_core.models.config import Architecture, MoE, RopeScaling
+from dlm_core.models.config import Architecture
 from pipeline.artifact import load_manifest
 from pipeline.data.special_tokens import load_special_tokens
 from pipeline.export.config import STAGE, ExportConfig
 from tests.support.interchange import drawn, random_model, save_model
+from tests.support.tiny_families import EXPERTS, GROUPED, LLAMA3, YARN
 from tests.support.tiny_run import run_stage
 
 ROOT = Path(__file__).parents[2]
@@ -29,24 +30,9 @@ LLAMA = drawn(
 )
 QWEN2 = replace(LLAMA, qkv_bias=True)
 QWEN3 = replace(LLAMA, qk_norm=True, head_dim=6)
-EXPERTS = MoE(num_experts=5, top_k=2, d_ff_expert=8, renormalise=False)
 QWEN3_MOE = replace(LLAMA, qk_norm=True, d_ff=None, moe=EXPERTS)
-GROUPED = MoE(
-    num_experts=8,
-    top_k=3,
-    d_ff_expert=8,
-    num_shared_experts=2,
-    router_score="sigmoid",
-    routed_scale=2.5,
-    num_groups=4,
-    top_groups=2,
-    selection_bias=True,
-    first_k_dense=1,
-)
 LLADA2 = replace(LLAMA, qk_norm=True, head_dim=8, rope_fraction=0.5, moe=GROUPED)
 _ONE_EXPERT = replace(GROUPED, num_groups=1, top_groups=1, top_k=1, renormalise=False, selection_bias=False)
-LLAMA3 = RopeScaling("llama3", 8.0, original_seq_len=16, low_factor=1.0, high_factor=4.0)
-YARN = RopeScaling("yarn", 4.0, original_seq_len=16, low_factor=1.0, high_factor=32.0)
 NEXT_TOKEN = {"objective": "autoregressive_nll"}
 SHIFTED = {"target_offset": 1}
 BLOCKS = {"objective": "block_nelbo", "block_size": 4}

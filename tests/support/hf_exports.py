@@ -9,44 +9,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dlm_core.models.config import Architecture, ModelConfig, MoE, RopeScaling
+from dlm_core.models.config import Architecture, ModelConfig, RopeScaling
 from dlm_core.models.transformer import Denoiser
 from pipeline.export.code_files import code_files
 from pipeline.hf_config import SpecialIds, write_config, write_generation_config
 from pipeline.hf_names import Family, to_family
 from pipeline.weights import ModelRecord
+from tests.support.tiny_families import EXPERTS, GROUPED, LLAMA3, SMALL, YARN
 
 V, MASK, PAD, EOS = 19, 4, 1, 2
 SPECIAL = SpecialIds(eos_token_id=EOS, pad_token_id=PAD, mask_token_id=MASK)
 SEQ_LEN, BLOCK_SIZE = 64, 4
 
-SMALL = Architecture(
-    d_model=16,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    d_ff=24,
-    tied_head=False,
-    init="normal",
-    init_std=0.25,
-    norm_eps=1e-2,
-    rope_base=500.0,
-)
-EXPERTS = MoE(num_experts=5, top_k=2, d_ff_expert=8, renormalise=False)
-GROUPED = MoE(
-    num_experts=8,
-    top_k=3,
-    d_ff_expert=8,
-    num_shared_experts=2,
-    router_score="sigmoid",
-    routed_scale=2.5,
-    num_groups=4,
-    top_groups=2,
-    selection_bias=True,
-    first_k_dense=1,
-)
-LLAMA3 = RopeScaling("llama3", 8.0, original_seq_len=16, low_factor=1.0, high_factor=4.0)
-YARN = RopeScaling("yarn", 4.0, original_seq_len=16, low_factor=1.0, high_factor=32.0)
 _MIXED = replace(EXPERTS, num_shared_experts=2, first_k_dense=1)
 _PLAIN = replace(GROUPED, num_shared_experts=0, num_groups=1, top_groups=1, top_k=1, renormalise=False)
 
