@@ -31,9 +31,7 @@ def in_fresh_process(function: str, *arguments: str | Path) -> Any:
 
     Its UserError and CorruptionError are raised here; MemoryError if it was killed, RuntimeError for another failure.
     """
-    command = [sys.executable, "-m", "pipeline.logits_proof", function, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = _call([function, *map(str, arguments)])
     if done.returncode == -signal.SIGKILL:
         raise MemoryError(
             f"{function} was killed in a process of its own, as happens where memory is short: the proof by logits "
@@ -45,6 +43,12 @@ def in_fresh_process(function: str, *arguments: str | Path) -> Any:
     if answer["error"]:
         raise _ERRORS[answer["error"]](answer["value"])
     return answer["value"]
+
+
+def _call(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.logits_proof", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def _main(function: str, *arguments: str) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from xdist.scheduler.protocol import Scheduling
 
     from tests.support.tiny_run import Artifacts
+    from tests.support.warm_python import Call
 
 _WITH_RAY = ("cluster", "workflows")
 """Packages with tests that start a Ray or talk to one."""
@@ -136,3 +137,20 @@ def transformers4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     own = tmp_path_factory.getbasetemp()
     return install((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "transformers4")
+
+
+@pytest.fixture(scope="session")
+def warm_call() -> Iterator["Call"]:
+    """An interpreter with transformers, of which others are forked."""
+    from tests.support.warm_python import warm_python
+
+    with warm_python() as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
+def forked_proofs(warm_call: "Call") -> Iterator[None]:
+    """Proofs are forked from a warm interpreter where this process starts them, and not started anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.logits_proof._call", warm_call)
+        yield

@@ -53,6 +53,12 @@ def check_gguf(path: Path) -> list[str]:
     return []
 
 
+def gguf_license(path: Path) -> str | None:
+    """The licence that the file names, if it names one."""
+    license_ = read_gguf_header(path).keys.get("general.license")
+    return license_ if isinstance(license_, str) and license_ else None
+
+
 def _check_rope(path: Path, kind: str, keys: Mapping[str, Any]) -> None:
     """UserError for rotary positions that are stretched, or turn only a part of each head."""
     factor = keys.get("rope.scaling.factor")

@@ -23,6 +23,7 @@ from pipeline.hf_config import (
 from pipeline.hf_names import DITS, packed_tensors
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.import_checkpoint.fetch import Opened, need, open_checkpoint
+from pipeline.import_checkpoint.gguf import gguf_license
 from pipeline.import_checkpoint.source import (
     HUB_PREFIX,
     INDEX,
@@ -163,7 +164,7 @@ def _record(config: ImportConfig, opened: Opened, described: Described, dtypes: 
         "dtype": dtypes,
         "dequantised_from": gguf.name if gguf else None,
         "dequantised_by": opened.dequantised_by,
-        "license": license_of(opened.source.directory),
+        "license": gguf_license(gguf) if gguf else license_of(opened.source.directory),
     }
     return replace(
         described.record(), lineage=[Origin("imported", {k: v for k, v in details.items() if v is not None})]

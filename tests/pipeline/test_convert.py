@@ -26,7 +26,7 @@ from pipeline.training_state import CheckpointManifest, file_name, read_manifest
 from pipeline.weights import WEIGHTS_FILE, load_denoiser, load_record
 from tests.support.tiny_run import Artifacts, Gang, Payload, convert, forge, pretrain, run_gang, start_gang, tiny
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120), pytest.mark.usefixtures("forked_proofs")]
 LAST = "checkpoints/step-00000020"
 FILE = f"{LAST}/{file_name(0)}"
 

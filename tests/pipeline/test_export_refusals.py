@@ -37,7 +37,7 @@ from tests.support.exports import (
 from tests.support.interchange import commit, random_model, save_model
 from tests.support.tiny_run import TINY, run_stage
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("forked_proofs")]
 TENSORS = ExportConfig(proof="tensors", dtype="float32")
 _TIED_MOE = replace(LLADA2, moe=replace(LLADA2.moe, renormalise=False))  # type: ignore[arg-type]
 

@@ -26,6 +26,7 @@ from pipeline.weights import load_denoiser, load_record
 from tests.pipeline.conftest import damage, flip_bit, make_artifact
 from tests.support.hf_models import MODELS, VOCAB_SIZE, change_config, save_peer
 
+pytestmark = pytest.mark.usefixtures("forked_proofs")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SINGLE = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -57,7 +58,9 @@ def _change_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]],
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
-def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def imported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, forked_proofs: None
+) -> tuple[Path, Path]:
     """Source and artifact of each family: bfloat16 shards, with code beside them that must not run."""
     root = tmp_path_factory.mktemp(request.param)
     source = save_peer(request.param, root / "source", shard_bytes=4000, dtype="bfloat16")

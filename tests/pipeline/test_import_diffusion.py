@@ -23,6 +23,7 @@ from tests.pipeline.conftest import make_artifact
 from tests.pipeline.test_hf_dit import BD3LM, MDLM
 from tests.support.tiny_families import EXPERTS, GROUPED, LLAMA3, SMALL, YARN
 
+pytestmark = pytest.mark.usefixtures("forked_proofs")
 V, SPECIAL = 23, SpecialIds(1, 2, 3, 4)
 SHARED = replace(EXPERTS, num_shared_experts=2, first_k_dense=1)
 UNGROUPED = replace(GROUPED, num_shared_experts=0, num_groups=1, top_groups=1)

@@ -59,6 +59,7 @@ def test_the_file_is_imported_as_the_published_model_and_proved(smollm2, gguf):
     assert replace(record.model.architecture, norm_eps=published.norm_eps) == published
     assert record.model.architecture.norm_eps == pytest.approx(published.norm_eps)
     assert record.lineage[0].details["dequantised_from"] == gguf.name
+    assert record.lineage[0].details["license"] == "apache-2.0"
     assert stats["proof"] == "logits"
     assert stats["logits_difference"] < SAME
     assert stats["num_params"] == 134_515_008

@@ -20,6 +20,7 @@ from pipeline.weights import load_record
 from tests.pipeline.conftest import make_artifact
 from tests.support.gguf_logits import write_tiny
 
+pytestmark = pytest.mark.usefixtures("forked_proofs")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SINGLE = "model.safetensors"
 
@@ -173,12 +174,14 @@ def test_files_beside_a_gguf_file_are_not_read_and_its_own_bytes_are_the_lineage
     source.mkdir()
     write_tiny(source / "tiny.gguf")
     (source / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 7, "pad_token": "he"}))
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 77}))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(source))
     made = _import(f"hf:somebody/model@{COMMIT}", tmp_path / "out", gguf_file="tiny.gguf")
     details = load_record(made).lineage[0].details
     assert details["sha256"] == {"tiny.gguf": file_sha256(source / "tiny.gguf")}
     assert details["dequantised_from"] == "tiny.gguf"
+    assert details["license"] == "mit"
     assert details["dequantised_by"] == f"transformers {transformers.__version__}"
     assert read_json(made / "tokenizer_config.json").get("model_max_length") != 7
     assert load_manifest(made).stats["special_ids"]["eos"] == 2

@@ -50,6 +50,7 @@ def write_tiny(
     d_model, d_ff, num_layers, heads, kv_heads = 64, 96, 2, 4, 2
     words = ["<unk>", "<s>", "<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "th"]
     writer = gguf.GGUFWriter(path, architecture)
+    writer.add_license("mit")
     writer.add_context_length(64)
     writer.add_embedding_length(d_model)
     writer.add_block_count(num_layers)

@@ -28,7 +28,7 @@ from workflows.plan import make_plan
 from workflows.step import Step, Workflow
 from workflows.store import Store
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("forked_proofs")]
 ROOT = Path(__file__).parents[2]
 NO_TOKENIZER = ("--set", "export.without_tokenizer=true")
 QUICK_IMPORT, QUICK_EXPORT = ("--set", "import_checkpoint.proof=tensors"), ("--set", "export.proof=tensors")
