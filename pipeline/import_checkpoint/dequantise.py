@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.gguf_header import read_gguf_header
+from pipeline.import_checkpoint.gguf_tokenizer import set_cut, why_no_tokenizer
 
 _MAX_TOLD = 20
 
 
 def dequantise(file: str, target: str) -> str:
-    """Write config.json, weights and tokenizer; the version of transformers, whose arithmetic it is.
+    """Write config.json and weights, with the version of transformers, whose arithmetic it is, as the result.
+
+    The tokenizer is written too where it is known how the file cuts text.
 
     Raises UserError if transformers cannot read the file, or cannot fill the whole model from it.
     """
@@ -42,7 +46,10 @@ def dequantise(file: str, target: str) -> str:
         quantizer.remove_quantization_config(model)  # of a model that isn't quantised any more, and may be saved
     model._weight_conversions = None  # none, as of a GGUF file, would keep version 5 from splitting stacked experts
     model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    keys = read_gguf_header(Path(file)).keys
+    if not why_no_tokenizer(keys):
+        set_cut(tokenizer.backend_tokenizer, keys)
+        tokenizer.save_pretrained(target)
     config = Path(target, "config.json")
     config.write_text(json.dumps(as_meant(json.loads(config.read_text())), indent=1) + "\n")
     return transformers.__version__

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.gguf_header import read_gguf_header
+from pipeline.import_checkpoint.gguf_tokenizer import why_no_tokenizer
 
 _ALWAYS = ("token_embd.weight", "output_norm.weight")
 _HEAD = "output.weight"
@@ -48,9 +49,10 @@ def check_gguf(path: Path) -> list[str]:
             f"{path}: {kind}.expert_count is {keys['expert_count']}; of experts only {_WITH_EXPERTS} can be imported"
         )
     _check_tensors(path, kind, keys, header.tensors)
+    notices = [why] if (why := why_no_tokenizer(header.keys)) else []
     if kind == _WITH_EXPERTS:
-        return ["a GGUF file has no key for norm_topk_prob: taken as true, as llama.cpp computes every Qwen3-MoE"]
-    return []
+        notices.append("norm_topk_prob is taken as true, as llama.cpp computes every Qwen3-MoE")
+    return notices
 
 
 def gguf_license(path: Path) -> str | None:

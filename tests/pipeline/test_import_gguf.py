@@ -65,6 +65,23 @@ def test_the_file_is_imported_as_the_published_model_and_proved(smollm2, gguf):
     assert stats["num_params"] == 134_515_008
 
 
+def test_text_is_cut_as_the_published_tokenizer_does(smollm2):
+    """Ids that llama.cpp's tokenizer gives; GPT-2's cut would keep the number whole before its merges."""
+    tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    assert tokenizer.encode("Hello world! 123", add_special_tokens=False).ids == [19556, 905, 17, 216, 33, 34, 35]
+    assert tokenizer.encode("Café déjà vu.", add_special_tokens=False).ids == [
+        51,
+        1939,
+        2756,
+        32564,
+        90,
+        16739,
+        386,
+        101,
+        30,
+    ]
+
+
 def test_masked_tails_under_a_causal_mask_give_the_logits_of_the_real_model(smollm2, gguf, tokens, tmp_path):
     np.save(tmp_path / "tokens.npy", tokens.numpy())
     answer = tmp_path / "logits.npy"

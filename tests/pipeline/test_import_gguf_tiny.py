@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from pipeline.artifact import file_sha256, load_manifest, read_json
 from pipeline.errors import CorruptionError, UserError
@@ -15,6 +15,7 @@ from pipeline.import_checkpoint import fetch
 from pipeline.import_checkpoint.config import STAGE, ImportConfig, external_data
 from pipeline.import_checkpoint.dequantise import as_meant, as_written, check_loaded
 from pipeline.import_checkpoint.gguf import check_gguf
+from pipeline.import_checkpoint.gguf_tokenizer import set_cut, why_no_tokenizer
 from pipeline.import_checkpoint.run import SOURCE_CONFIG
 from pipeline.weights import load_record
 from tests.pipeline.conftest import make_artifact
@@ -161,6 +162,47 @@ def test_chosen_experts_of_a_qwen3_moe_are_weighted_to_a_sum_of_1_and_a_notice_s
 def test_qwen3_moe_is_renormalised_whatever_transformers_takes_for_granted():
     assert as_meant({"model_type": "qwen3_moe", "norm_topk_prob": False})["norm_topk_prob"] is True
     assert as_meant({"model_type": "llama", "eps": 9.999999747378752e-06}) == {"model_type": "llama", "eps": 1e-05}
+
+
+PIECES = {  # of "It's 1234½ HE'LL\n\n  go"
+    "gpt-2": ["It", "'s", "Ġ1234½", "ĠHE", "'", "LL", "ĊĊĠ", "Ġgo"],
+    "smollm": ["It", "'s", "Ġ", "1", "2", "3", "4", "½", "ĠHE", "'", "LL", "ĊĊĠ", "Ġgo"],
+    "llama-bpe": ["It", "'s", "Ġ", "123", "4½", "ĠHE", "'LL", "ĊĊ", "Ġ", "Ġgo"],
+    "qwen2": ["It", "'s", "Ġ", "1", "2", "3", "4", "½", "ĠHE", "'LL", "ĊĊ", "Ġ", "Ġgo"],
+}
+
+
+@pytest.mark.parametrize("cut", PIECES)
+def test_text_is_cut_as_the_file_says_and_not_as_transformers_takes_for_granted(cut):
+    keys = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": cut}
+    assert why_no_tokenizer(keys) == ""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, []))
+    set_cut(tokenizer, keys)
+    pieces = tokenizer.pre_tokenizer.pre_tokenize_str("It's 1234½ HE'LL\n\n  go")
+    assert [piece.replace("Â½", "½") for piece, _ in pieces] == PIECES[cut]
+    assert tokenizer.encode("ab").ids == ([2] if cut == "llama-bpe" else [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"tokenizer.ggml.pre": "default"}, "tokenizer.ggml.pre is 'default', of which no cut of text is known here"),
+        ({"tokenizer.ggml.pre": "falcon"}, "tokenizer.ggml.pre is 'falcon'"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model is 'llama'; passed on are those of"),
+    ],
+)
+def test_a_tokenizer_whose_cut_is_not_known_is_not_passed_on(tmp_path, keys, words):
+    write_tiny(tmp_path / "x.gguf", keys=keys)
+    assert words in check_gguf(tmp_path / "x.gguf")[0]
+
+
+def test_an_import_without_a_tokenizer_says_so(tmp_path):
+    write_tiny(tmp_path / "x.gguf", keys={"tokenizer.ggml.pre": "default"})
+    made = _import(tmp_path / "x.gguf", tmp_path / "out")
+    assert not (made / "tokenizer.json").exists()
+    notices = load_manifest(made).stats["notices"]
+    assert any("of which no cut of text is known here" in notice for notice in notices)
+    assert any("give the tokenizer of these weights by hand" in notice for notice in notices)
 
 
 # Where it comes from

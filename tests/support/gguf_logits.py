@@ -60,7 +60,10 @@ def write_tiny(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(500.0)
     writer.add_vocab_size(len(words))
-    writer.add_tokenizer_model("gpt2")
+    if "tokenizer.ggml.model" not in (keys or {}):
+        writer.add_tokenizer_model("gpt2")
+    if "tokenizer.ggml.pre" not in (keys or {}):
+        writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(words)
     writer.add_token_types([2, 3, 3, *[1] * (len(words) - 3)])
     writer.add_token_merges(["h e", "t h"])

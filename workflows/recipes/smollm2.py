@@ -18,14 +18,14 @@ def smollm2_to_diffusion() -> Workflow:
     pretrain = PretrainConfig(
         architecture=PRESETS["smollm2-135m"].model.architecture,
         objective=ObjectiveConfig(masking="exact_count", target_offset=1),
-        optimizer=OptimizerConfig(lr=2e-4, lr_schedule=LRSchedule("cosine", 6, final_scale=0.1), weight_decay=0.01),
-        num_steps=80,
-        global_batch_seqs=4,
+        optimizer=OptimizerConfig(lr=3e-4, lr_schedule=LRSchedule("cosine", 10, final_scale=0.1), weight_decay=0.01),
+        num_steps=160,
+        global_batch_seqs=2,
         precision="bf16",
-        validation=ValidationConfig(every_steps=20, num_rows=16),
+        validation=ValidationConfig(every_steps=40, num_rows=16),
         workers=1,
         threads_per_worker=2,
-        checkpoint_every_steps=20,
+        checkpoint_every_steps=40,
     )
     return adapted_chain(
         "smollm2_to_diffusion",
