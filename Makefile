@@ -51,6 +51,8 @@ figures: .venv/dev.installed
 	$(BIN)/python -m benchmarks.figures
 	$(BIN)/python -m benchmarks.figures_packing
 	$(BIN)/python -m benchmarks.figures_quality
+	$(BIN)/python -m benchmarks.figures_adaptation
+	$(BIN)/python -m workflows.report.picture
 
 # torch comes first and alone: without an NVIDIA driver the build without CUDA, from wherever pip is set up to
 # look, then from PyTorch's own index.

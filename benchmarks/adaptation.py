@@ -274,7 +274,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--test", type=Path, help="text to score")
     parser.add_argument("--steps", type=int, help=f"steps of each training (default: {RECIPE['pretrain'].num_steps})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
-    parser.add_argument("--threads", type=int, default=2, help="of a training; of no effect on its course (default: 2)")
+    parser.add_argument("--threads", type=int, default=2, help="of a training (default: 2)")
     parser.add_argument("--work", type=Path, help="directory to work and to go on in (default: build/adaptation)")
     return parser
 

@@ -20,7 +20,7 @@ from workflows.report.config import STAGE, ReportConfig
 from workflows.report.film import film_strip
 from workflows.report.loss import trailing_mean
 from workflows.report.page import pipeline_edges
-from workflows.report.picture import STAGES, draw_picture, picture_edges
+from workflows.report.picture import HERE, PICTURES, draw_picture
 from workflows.report.run import render_partial, run
 from workflows.report.sections import unigram_verdict, xz_verdict
 from workflows.report.text import plain, scaled
@@ -384,7 +384,7 @@ def test_line_chart_of_hardly_anything_is_well_formed(points: list[tuple[float, 
 
 
 def test_layers_are_the_longest_path_and_a_cycle_is_refused():
-    assert svg.layers("abcd", [("a", "b"), ("b", "c"), ("a", "c"), ("d", "c")]) == {"a": 0, "b": 1, "c": 2, "d": 0}
+    assert svg.layers("abcd", [("a", "b"), ("b", "c"), ("a", "c"), ("d", "c")]) == {"a": 0, "b": 1, "c": 2, "d": 1}
     with pytest.raises(AssertionError, match="cycle"):
         svg.layers("ab", [("a", "b"), ("b", "a")])
 
@@ -416,7 +416,8 @@ def test_layered_graph_overlaps_no_boxes_and_stays_inside_its_area(layers_per_ro
 
 
 def test_picture_is_a_whole_svg_with_every_stage_and_kind():
-    root = ElementTree.fromstring(draw_picture())
+    drawn = draw_picture(quickstart(), 4)
+    root = ElementTree.fromstring(drawn)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     for stage, _ in INPUTS.values():
@@ -424,13 +425,17 @@ def test_picture_is_a_whole_svg_with_every_stage_and_kind():
     assert words.count("gang") == 2  # the stage, and the legend
     assert words.count("map") == 5
     assert root.find("{http://www.w3.org/2000/svg}rect") is not None
-    assert "var(" not in draw_picture()
+    assert "var(" not in drawn
 
 
-def test_picture_shows_the_quickstart_recipe():
-    steps = quickstart().steps
-    assert [stage.name for stage in STAGES] == [step.name for step in steps]
-    assert picture_edges() == {(source, step.name) for step in steps for source in step.inputs.values()}
+@pytest.mark.parametrize("file", PICTURES)
+def test_pictures_of_the_readme_are_those_of_the_recipes(file):
+    recipe, layers_per_row = PICTURES[file]
+    drawn = draw_picture(recipe(), layers_per_row)
+    for step in recipe().steps:
+        assert f">{step.name}<" in drawn
+    assert drawn.count('class="edge"') >= len(recipe().steps) - 1
+    assert (HERE / file).read_text() == drawn
 
 
 def test_report_inputs_are_those_that_the_page_knows():

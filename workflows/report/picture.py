@@ -1,48 +1,41 @@
-"""The pictures in the README: ``python -m workflows.report.picture OUT.svg [--loss PRETRAIN EVALUATION]``.
+"""The pictures in the README: ``python -m workflows.report.picture [--loss PRETRAIN EVALUATION]``.
 
-Kinds and arrows are read from the declarations of the stages; a test compares them with the quickstart recipe.
+Kinds and arrows are those of a recipe's steps.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from pipeline.convert.config import STAGE as CONVERT
-from pipeline.corpus.config import STAGE as CORPUS
-from pipeline.evaluate.config import STAGE as EVALUATE
-from pipeline.generate.config import STAGE as GENERATE
-from pipeline.packing.config import STAGE as PACKING
-from pipeline.pretrain.config import STAGE as PRETRAIN
-from pipeline.tokenization.config import STAGE as TOKENIZATION
-from pipeline.tokenizer.config import STAGE as TOKENIZER
+from workflows.recipes.quickstart import quickstart
+from workflows.recipes.smollm2 import smollm2_to_diffusion
 from workflows.report import svg
-from workflows.report.config import STAGE as REPORT
 from workflows.report.data import collect
 from workflows.report.loss import loss_chart
+from workflows.step import Workflow, load_stage
 
-STAGES = (CORPUS, TOKENIZER, TOKENIZATION, PACKING, PRETRAIN, CONVERT, EVALUATE, GENERATE, REPORT)
-_MADE_BY = {
-    "tokens": "tokenization",
-    "rows": "packing",
-    "weights": "convert",
-    "evaluation": "evaluate",
-    "samples": "generate",
-}
-"""Stage behind an input, where it is called otherwise."""
+HERE = Path(__file__).parent
+PICTURES = {"pipeline.svg": (quickstart, 4), "pipeline_adaptation.svg": (smollm2_to_diffusion, 5)}
+"""Recipe and number of layers a row, by file."""
+LOSS = "quickstart_loss.svg"
 
 _WHAT_IT_DOES = {
+    "import_checkpoint": "a next-token model, proved",
     "corpus": "text in, documents out",
     "tokenizer": "trains or adopts a BPE",
     "tokenization": "documents to token shards",
     "packing": "token shards to rows",
+    "ar_init": "a row for the mask",
     "pretrain": "masked diffusion, resumable",
     "convert": "checkpoint to safetensors",
     "evaluate": "held-out bound, xz beside it",
     "generate": "text out of masks",
+    "export": "for from_pretrained, proved",
     "report": "all of it on one page",
 }
 _KINDS = {"task": "one process", "map": "one process per shard", "gang": "all ranks together"}
 
-_LAYOUT = svg.Layout(node_width=214, node_height=66, gap_x=34, gap_y=20, layers_per_row=4)
+_LAYOUT = svg.Layout(node_width=214, node_height=66, gap_x=34, gap_y=20)
 _MARGIN = 26.0
 _PALETTE = {
     "ink": "#1c2330", "muted": "#566072", "line": "#d5dbe4", "card": "#ffffff", "accent": "#2f6bd8", "level": "#b4540a",
@@ -51,22 +44,17 @@ _PALETTE = {
 _BACKGROUND = "#f4f6f9"
 
 
-def picture_edges() -> set[svg.Edge]:
-    """Which stage reads what which other stage made, of the stages in the picture."""
-    shown = {stage.name for stage in STAGES}
-    edges = {
-        (_MADE_BY.get(name, name), stage.name) for stage in STAGES for name in (*stage.inputs, *stage.optional_inputs)
-    }
-    return {(source, user) for source, user in edges if source in shown}
-
-
-def draw_picture() -> str:
-    """The graph of the stages on a card of its own, as a whole SVG file."""
-    nodes = [svg.Node(stage.name, _WHAT_IT_DOES[stage.name], stage.kind) for stage in STAGES]
-    graph = svg.layered_graph(nodes, picture_edges(), _LAYOUT)
+def draw_picture(workflow: Workflow, layers_per_row: int) -> str:
+    """The graph of a recipe's steps on a card of its own, as a whole SVG file."""
+    nodes = [
+        svg.Node(step.name, _WHAT_IT_DOES[load_stage(step.stage).name], load_stage(step.stage).kind)
+        for step in workflow.steps
+    ]
+    edges = {(source, step.name) for step in workflow.steps for source in step.inputs.values()}
+    graph = svg.layered_graph(nodes, edges, replace(_LAYOUT, layers_per_row=layers_per_row))
     legend = _legend(graph.height + _LAYOUT.gap_y)
     drawing = svg.Drawing(graph.body + legend, graph.width, graph.height + 2 * _LAYOUT.gap_y)
-    return _card(drawing, "From text to an evaluated diffusion language model")
+    return _card(drawing, workflow.summary)
 
 
 def draw_loss(pretrain: Path, evaluation: Path) -> str:
@@ -101,13 +89,15 @@ def _legend(top: float) -> str:
 
 
 def main() -> None:
-    """Write the picture of the pipeline, or of a training's loss, to the path on the command line."""
+    """Write the pictures of the recipes, or that of a training's loss."""
     parser = argparse.ArgumentParser(prog="python -m workflows.report.picture", description=main.__doc__)
-    parser.add_argument("out", type=Path, metavar="OUT.svg")
     parser.add_argument("--loss", type=Path, nargs=2, metavar=("PRETRAIN", "EVALUATION"), help="committed artifacts")
     arguments = parser.parse_args()
-    drawn = draw_loss(*arguments.loss) if arguments.loss else draw_picture()
-    arguments.out.write_text(drawn, encoding="utf-8")
+    if arguments.loss:
+        (HERE / LOSS).write_text(draw_loss(*arguments.loss), encoding="utf-8")
+        return
+    for file, (recipe, layers_per_row) in PICTURES.items():
+        (HERE / file).write_text(draw_picture(recipe(), layers_per_row), encoding="utf-8")
 
 
 if __name__ == "__main__":

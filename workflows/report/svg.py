@@ -118,7 +118,7 @@ class Layout:
 
 
 def layers(names: Collection[str], edges: Collection[Edge]) -> dict[str, int]:
-    """Layer of each node of an acyclic graph: the length of the longest path that leads to it."""
+    """Layer of each node of an acyclic graph: after all that lead to it, and next to the first that it leads to."""
     layer: dict[str, int] = {}
     waiting = list(names)
     while waiting:
@@ -127,6 +127,8 @@ def layers(names: Collection[str], edges: Collection[Edge]) -> dict[str, int]:
         for name in ready:
             layer[name] = max((layer[a] + 1 for a, b in edges if b == name), default=0)
         waiting = [n for n in waiting if n not in layer]
+    for name in sorted(layer, key=layer.__getitem__, reverse=True):
+        layer[name] = min((layer[b] - 1 for a, b in edges if a == name), default=layer[name])
     return layer
 
 
