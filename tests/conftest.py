@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of many tests on few cores wait for each other
 settings.register_profile("any machine", deadline=None)  # what a single example takes says nothing on a busy one
 if settings.get_current_profile_name() == "default":  # the planted faults are looked for under one of their own
     settings.load_profile("any machine")

@@ -156,7 +156,7 @@ def test_a_node_that_fails_and_is_gone_costs_a_retry(s3_store: Store, log: Path,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_training_killed_goes_on_from_the_store_on_other_machines_to_the_same_end(
     s3_url: str,
     s3_environment: Mapping[str, str],
