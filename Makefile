@@ -67,7 +67,7 @@ $(TORCH_STAMP): constraints.txt
 	@touch $@
 
 $(RUN_STAMP): $(TORCH_STAMP) pyproject.toml constraints.txt
-	@$(PIP) install -q -c constraints.txt -e '.[train,cluster,track]'
+	@$(PIP) install -q -c constraints.txt -e '.[train,cluster,track,hf]'
 	@touch $@
 
 .venv/dev.installed: $(RUN_STAMP)
