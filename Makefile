@@ -52,7 +52,7 @@ figures: .venv/dev.installed
 	$(BIN)/python -m benchmarks.figures_packing
 	$(BIN)/python -m benchmarks.figures_quality
 	$(BIN)/python -m benchmarks.figures_adaptation
-	$(BIN)/python -m workflows.report.picture
+	$(BIN)/python -m benchmarks.figures_pipeline
 
 # torch comes first and alone: without an NVIDIA driver the build without CUDA, from wherever pip is set up to
 # look, then from PyTorch's own index.

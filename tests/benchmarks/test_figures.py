@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import figures
+from benchmarks import figures, figures_pipeline
 from benchmarks.figures_masks import BLOCK_SIZE, DOC_LENGTHS, PARTS, SEQ_LEN, block_matrices, upper_matrices
 from benchmarks.figures_moments import (
     NUM_BINS,
@@ -38,6 +38,7 @@ from dlm_core.schedules import SCHEDULES, LinearSchedule
 from dlm_core.variance import WeightedTimes, uniform_log_mask_prob
 from tests.support.reference import Joint, all_masks, apply_mask
 from tests.support.toy_world import ExactDenoiser
+from workflows.recipes.quickstart import quickstart
 
 MAX_BYTES = 60_000
 EXACT = 1e-9  # float64 sums of 1 / t^2 down to t = 1e-3
@@ -328,3 +329,26 @@ def test_mean_and_variance_equal_those_of_drawn_losses(
     assert abs(float(deviation.mean())) < Z * float(deviation.std()) / math.sqrt(len(deviation))
     expected = variance(world, estimator, num_strata)
     assert abs(float(square.mean()) - expected) < Z * float(square.std()) / math.sqrt(len(square))
+
+
+def test_picture_is_a_whole_svg_with_every_stage_and_kind():
+    drawn = figures_pipeline.draw_picture(quickstart(), 4)
+    root = ElementTree.fromstring(drawn)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    for step in quickstart().steps:
+        assert step.name in words
+    assert words.count("gang") == 2  # the stage, and the legend
+    assert words.count("map") == 5
+    assert root.find("{http://www.w3.org/2000/svg}rect") is not None
+    assert "var(" not in drawn
+
+
+@pytest.mark.parametrize("file", figures_pipeline.PICTURES)
+def test_pictures_of_the_readme_are_those_of_the_recipes(file):
+    recipe, layers_per_row = figures_pipeline.PICTURES[file]
+    drawn = figures_pipeline.draw_picture(recipe(), layers_per_row)
+    for step in recipe().steps:
+        assert f">{step.name}<" in drawn
+    assert drawn.count('class="edge"') >= len(recipe().steps) - 1
+    assert (figures_pipeline.OUT / file).read_text() == drawn

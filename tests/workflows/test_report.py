@@ -13,14 +13,12 @@ import pytest
 from pipeline.artifact import MANIFEST, Manifest, record_files, write_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.stage import StageContext
-from workflows.recipes.quickstart import quickstart
 from workflows.report import svg
 from workflows.report.chart import Line, line_chart, nice_ticks, thin
 from workflows.report.config import STAGE, ReportConfig
 from workflows.report.film import film_strip
 from workflows.report.loss import trailing_mean
 from workflows.report.page import pipeline_edges
-from workflows.report.picture import HERE, PICTURES, draw_picture
 from workflows.report.run import render_partial, run
 from workflows.report.sections import unigram_verdict, xz_verdict
 from workflows.report.text import plain, scaled
@@ -413,29 +411,6 @@ def test_layered_graph_overlaps_no_boxes_and_stays_inside_its_area(layers_per_ro
         assert all(abs(x - a) >= layout.node_width or abs(y - b) >= layout.node_height for a, b in boxes[:i])
     if not layers_per_row:
         assert drawing.body.count('class="edge"') + drawing.body.count('class="lane"') == len(edges)
-
-
-def test_picture_is_a_whole_svg_with_every_stage_and_kind():
-    drawn = draw_picture(quickstart(), 4)
-    root = ElementTree.fromstring(drawn)
-    assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    for stage, _ in INPUTS.values():
-        assert stage in words
-    assert words.count("gang") == 2  # the stage, and the legend
-    assert words.count("map") == 5
-    assert root.find("{http://www.w3.org/2000/svg}rect") is not None
-    assert "var(" not in drawn
-
-
-@pytest.mark.parametrize("file", PICTURES)
-def test_pictures_of_the_readme_are_those_of_the_recipes(file):
-    recipe, layers_per_row = PICTURES[file]
-    drawn = draw_picture(recipe(), layers_per_row)
-    for step in recipe().steps:
-        assert f">{step.name}<" in drawn
-    assert drawn.count('class="edge"') >= len(recipe().steps) - 1
-    assert (HERE / file).read_text() == drawn
 
 
 def test_report_inputs_are_those_that_the_page_knows():

@@ -1,4 +1,4 @@
-"""The pictures in the README: ``python -m workflows.report.picture [--loss PRETRAIN EVALUATION]``.
+"""The pictures in the README: ``python -m benchmarks.figures_pipeline [--loss PRETRAIN EVALUATION]``.
 
 Kinds and arrows are those of a recipe's steps.
 """
@@ -14,7 +14,7 @@ from workflows.report.data import collect
 from workflows.report.loss import loss_chart
 from workflows.step import Workflow, load_stage
 
-HERE = Path(__file__).parent
+OUT = Path(svg.__file__).parent
 PICTURES = {"pipeline.svg": (quickstart, 4), "pipeline_adaptation.svg": (smollm2_to_diffusion, 5)}
 """Recipe and number of layers a row, by file."""
 LOSS = "quickstart_loss.svg"
@@ -90,14 +90,14 @@ def _legend(top: float) -> str:
 
 def main() -> None:
     """Write the pictures of the recipes, or that of a training's loss."""
-    parser = argparse.ArgumentParser(prog="python -m workflows.report.picture", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.figures_pipeline", description=main.__doc__)
     parser.add_argument("--loss", type=Path, nargs=2, metavar=("PRETRAIN", "EVALUATION"), help="committed artifacts")
     arguments = parser.parse_args()
     if arguments.loss:
-        (HERE / LOSS).write_text(draw_loss(*arguments.loss), encoding="utf-8")
+        (OUT / LOSS).write_text(draw_loss(*arguments.loss), encoding="utf-8")
         return
     for file, (recipe, layers_per_row) in PICTURES.items():
-        (HERE / file).write_text(draw_picture(recipe(), layers_per_row), encoding="utf-8")
+        (OUT / file).write_text(draw_picture(recipe(), layers_per_row), encoding="utf-8")
 
 
 if __name__ == "__main__":
