@@ -195,10 +195,10 @@ class GatedMLP(nn.Module):
 class Router(nn.Linear):
     """Logits of the experts, in float32 or more."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Logits [N, E] of tokens [N, D]."""
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        return F.linear(tokens.to(dtype), self.weight.to(dtype))
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return F.linear(input.to(dtype), self.weight.to(dtype))
 
 
 def mix_experts(experts: Iterable[nn.Module], tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:

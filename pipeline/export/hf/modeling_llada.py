@@ -43,9 +43,9 @@ class LLaDABlock(nn.Module):
 class TiedEmbedding(nn.Embedding):
     """An embedding that is the head as well."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Rows [B, L, D] of tokens [B, L], or logits [B, L, V] of hidden states [B, L, D], which are floating."""
-        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+        return F.linear(input, self.weight) if input.is_floating_point() else super().forward(input)
 
 
 class LLaDATransformer(nn.Module):

@@ -43,9 +43,9 @@ class LLaDA2MoeGate(Router):
         self.top_k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
         self.num_groups, self.top_groups = config.n_group, config.topk_group
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Weights and ids [N, K] of each token's experts, which are those of its best groups."""
-        scores = super().forward(tokens).sigmoid()
+        scores = super().forward(input).sigmoid()
         choice = scores + self.expert_bias
         groups = choice.unflatten(1, (self.num_groups, -1))
         best = groups.topk(2, dim=-1).values.sum(dim=-1).topk(self.top_groups, dim=-1).indices
