@@ -342,6 +342,7 @@ def test_bad_settings_are_refused_by_name(values: dict[str, Any], words: str) ->
     [
         ([], "llada", "export.family is .llada., but qk_norm is True"),
         ([("architecture.qk_norm", False)], "dream", "export.family is .dream., but target_offset is 0"),
+        ([("architecture.qk_norm", False), ("objective.target_offset", 1)], "llada", "target_offset is 1"),
         ([("architecture.qk_norm", False), ("objective.block_size", 4)], "llada", "block_size is 4"),
         (
             [("architecture.qk_norm", False), ("phases", {"rows": {"share": 1}, "blocks": {"block_size": 8}})],
