@@ -13,8 +13,9 @@ from pipeline.artifact import MANIFEST, Manifest, checked, load_manifest, open_a
 from pipeline.config import from_json, to_json
 from pipeline.errors import UserError
 from pipeline.gguf_header import read_gguf_header
-from pipeline.hf_config import read_config
-from pipeline.import_checkpoint.source import CONFIG, GENERATION, TOKENIZER, find_source, read_object
+from pipeline.hf_config import CONFIG, read_object
+from pipeline.hf_directory import EXPORT_STAGE, read_directory
+from pipeline.import_checkpoint.source import TOKENIZER, find_source
 from pipeline.tensor_files import TensorFiles
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, Origin, load_record
 from workflows.copies import local_copy
@@ -116,12 +117,8 @@ def _of_artifact(path: Path, manifest: Manifest) -> Found:
         return _with_tensors(replace(found, tokenizer=own), [path / WEIGHTS_FILE])
     if name == "pretrain":
         return _of_training(path, manifest)
-    if name == "export":
-        found = _of_directory(path)
-        own = {name: manifest.stats[name] for name in ("objective", "block_size", "target_offset")}
-        lineage = [from_json(Origin, origin) for origin in manifest.stats["lineage"]]
-        record = found.record and replace(found.record, lineage=lineage, **own)  # more than config.json can say
-        return replace(found, kind="export of this project", stage=name, record=record)
+    if name == EXPORT_STAGE:
+        return replace(_of_directory(path), kind="export of this project", stage=name)
     raise UserError(f"{path} is an artifact of the stage {name}, which holds no weights")
 
 
@@ -149,10 +146,9 @@ def _of_training(path: Path, manifest: Manifest) -> Found:
 
 def _of_directory(path: Path) -> Found:
     config = read_object(path / CONFIG)
-    generation = read_object(path / GENERATION) if (path / GENERATION).is_file() else None
     found = Found("directory of transformers", path, tokenizer=TOKENIZER if (path / TOKENIZER).is_file() else "")
     try:
-        described = read_config(config, generation)
+        described = read_directory(path)
         found = replace(found, family=described.family, record=described.record(), notices=described.notices)
     except UserError as error:
         plain = {name: value for name, value in config.items() if not isinstance(value, Mapping | list)}
