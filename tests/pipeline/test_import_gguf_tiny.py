@@ -87,10 +87,25 @@ def test_numbers_of_a_gguf_file_are_those_that_were_written_into_it():
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8; heads have 16"),
         ({"llama.expert_count": 8}, "llama.expert_count is 8"),
         ({"llama.block_count": 10**9}, "llama.block_count is 1000000000"),
+        ({"llama.attention.causal": False}, "llama.attention.causal is False; only True, which has no effect, is read"),
+        ({"llama.attention.sliding_window": 4}, "llama.attention.sliding_window is 4"),
+        ({"llama.attention.scale": 0.5}, "llama.attention.scale is 0.5"),
+        ({"llama.attention.clamp_kqv": 8.0}, "llama.attention.clamp_kqv is 8.0"),
+        ({"llama.logit_scale": 3.0}, "llama.logit_scale is 3.0; only 1"),
+        ({"llama.embedding_scale": 12.0}, "llama.embedding_scale is 12.0"),
+        ({"llama.residual_scale": 0.25}, "llama.residual_scale is 0.25"),
+        ({"llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping is 30.0"),
+        ({"llama.rope.freq_base_swa": 1e4}, "llama.rope.freq_base_swa is 10000.0; it is not known here"),
+        ({"llama.a.key.of.tomorrow": "x"}, "llama.a.key.of.tomorrow is 'x'; it is not known here"),
+        ({"llama.tensor_data_layout": "reference"}, "llama.tensor_data_layout is 'reference'"),
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count is 0; a number of at least 1"),
+        ({"llama.context_length": 0}, "llama.context_length is 0"),
         ({"general.architecture": "gemma"}, "architecture is 'gemma'; llama, qwen2, qwen3, qwen3moe can be imported"),
         ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, ""),
         ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}, ""),
         ({"llama.rope.dimension_count": 16, "llama.expert_count": 0}, ""),
+        ({"llama.attention.causal": True, "llama.logit_scale": 1.0, "llama.attention.sliding_window": 0}, ""),
+        ({"llama.tensor_data_layout": "Meta AI original pth", "qwen2.attention.causal": False}, ""),
     ],
 )
 def test_keys_that_transformers_passes_over_are_refused(tmp_path, keys, words):
@@ -99,6 +114,38 @@ def test_keys_that_transformers_passes_over_are_refused(tmp_path, keys, words):
         assert check_gguf(tmp_path / "x.gguf") == []
         return
     with pytest.raises(UserError, match=rf"x\.gguf.*{words}"):
+        check_gguf(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"qwen3moe.expert_weights_norm": True, "qwen3moe.expert_weights_scale": 1.0}, ""),
+        ({"qwen3moe.expert_feed_forward_length": 768, "qwen3moe.expert_gating_func": 1}, ""),
+        ({"qwen3moe.expert_weights_norm": False}, "expert_weights_norm is False"),
+        ({"qwen3moe.expert_weights_scale": 2.5}, "expert_weights_scale is 2.5"),
+        ({"qwen3moe.expert_gating_func": 2}, "expert_gating_func is 2"),
+        ({"qwen3moe.expert_group_count": 8}, "expert_group_count is 8"),
+        ({"qwen3moe.expert_used_count": 0}, "expert_used_count is 0; a number of at least 1"),
+    ],
+)
+def test_keys_that_change_how_experts_are_chosen_are_refused(tmp_path, keys, words):
+    write_tiny(tmp_path / "x.gguf", "qwen3moe", keys=keys)
+    if not words:
+        (notice,) = check_gguf(tmp_path / "x.gguf")
+        assert "norm_topk_prob" in notice
+        return
+    with pytest.raises(UserError, match=rf"x\.gguf: qwen3moe.*{words}"):
+        check_gguf(tmp_path / "x.gguf")
+
+
+def test_a_norm_whose_number_is_not_told_is_not_guessed(tmp_path):
+    write_tiny(tmp_path / "x.gguf")
+    file = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "x.gguf").write_bytes(file.replace(b"layer_norm_rms_epsilon", b"layer_norm_xyz_epsilon"))
+    with pytest.raises(
+        UserError, match=r"x\.gguf: llama\.attention\.layer_norm_rms_epsilon is None; a number is wanted"
+    ):
         check_gguf(tmp_path / "x.gguf")
 
 
