@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.gguf_header import read_gguf_header
 from pipeline.hf_config import CONFIG, read_object
 from pipeline.hf_directory import EXPORT_STAGE, read_directory
+from pipeline.import_checkpoint.gguf_tokenizer import why_no_tokenizer
 from pipeline.import_checkpoint.source import TOKENIZER, find_source
 from pipeline.tensor_files import TensorFiles
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, Origin, load_record
@@ -25,6 +26,8 @@ from workflows.store import Store
 
 WEIGHTS_STAGES = ("convert", "ar_init", "import_checkpoint")
 """Stages whose artifacts are interchange weights."""
+IN_GGUF = "in the file"
+"""What is said of the tokenizer of a .gguf file."""
 _CHOSEN = ("convert", "ar_init", "pretrain", "import_checkpoint")
 """Which step of a run is meant where none is named: the first of these that is there."""
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -169,6 +172,7 @@ def _with_tensors(found: Found, paths: Sequence[Path]) -> Found:
 def _of_gguf(path: Path) -> Found:
     header = read_gguf_header(path)
     tokens = header.keys.get("tokenizer.ggml.tokens")
+    why_not = why_no_tokenizer(header.keys)
     short = {name: value for name, value in header.keys.items() if not isinstance(value, list)}
     if isinstance(tokens, list):
         short["tokenizer.ggml.tokens"] = f"{len(cast('list[Any]', tokens)):,} tokens"
@@ -177,10 +181,10 @@ def _of_gguf(path: Path) -> Found:
         path,
         family=str(header.keys.get("general.architecture", "")),
         dtypes=tuple(sorted({dtype for dtype, _ in header.tensors.values()})),
-        tokenizer="in the file" if tokens else "",
+        tokenizer="" if why_not else IN_GGUF,
         tensors=header.tensors,
         known=short,
-        notices=(f"its weights in float32: dlm convert {path} DIR --to dlm",),
+        notices=(f"its weights in float32: dlm convert {path} DIR --to dlm", *([why_not] if why_not else [])),
     )
 
 
