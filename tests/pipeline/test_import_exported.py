@@ -19,7 +19,6 @@ from tests.support.exports import LLADA2, LLAMA, NEXT_TOKEN, QWEN2, SHIFTED, Pai
 from tests.support.interchange import TRAINED, random_model, save_model
 from tests.support.tiny_run import run_stage
 
-pytestmark = pytest.mark.usefixtures("forked_proofs")
 WITHIN = {"within_documents": True}
 
 
@@ -61,9 +60,18 @@ def test_an_export_is_imported_as_what_it_was_whatever_its_family(
     assert not any("taken as a next-token model" in notice for notice in notices)
 
 
+@pytest.mark.usefixtures("forked_proofs")
 def test_a_shifted_diffusion_model_in_plain_tensors_proves_itself_against_the_causal_class(tmp_path: Path) -> None:
     made = _import(_exported(Pair("qwen2", QWEN2, SHIFTED), tmp_path), tmp_path / "out", proof="logits")
     assert load_manifest(made).stats["logits_difference"] < 1e-5
+
+
+def test_the_tokenizer_that_went_into_an_export_is_that_of_its_import(tmp_path: Path) -> None:
+    exported = _exported(Pair("llada", LLAMA), tmp_path)
+    manifest = json.loads((exported / MANIFEST).read_text())
+    manifest["inputs"]["tokenizer"] = "5" * 64
+    (exported / MANIFEST).write_text(json.dumps(manifest))
+    assert load_record(_import(exported, tmp_path / "out")).tokenizer == "5" * 64
 
 
 def test_without_its_manifest_an_export_is_what_its_family_says(tmp_path: Path) -> None:

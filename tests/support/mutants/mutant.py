@@ -53,3 +53,13 @@ class Mutant:
         first = text.rfind(b"\n", 0, self.start) + 1
         last = text.find(b"\n", end)
         return " ".join(text[first : last if last >= 0 else len(text)].decode().split())
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A text that occurs exactly once in a module, and the wrong one in its place."""
+
+    module: str
+    name: str
+    old: str
+    new: str

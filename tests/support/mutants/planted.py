@@ -1,19 +1,9 @@
 """Faults written by hand: what a person gets wrong in exactly these formulas, one line each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from tests.support.mutants.mutant import Mutant
-
-
-@dataclass(frozen=True)
-class Planted:
-    """A text that occurs exactly once in a module, and the wrong one in its place."""
-
-    module: str
-    name: str
-    old: str
-    new: str
+from tests.support.mutants.mutant import Mutant, Planted
+from tests.support.mutants.planted_imports import IMPORTS
 
 
 def planted(sources: Mapping[str, str], faults: tuple[Planted, ...] | None = None) -> list[Mutant]:
@@ -479,4 +469,5 @@ PLANTED: tuple[Planted, ...] = (
         "// losses.group_seqs * config.grad_accum_steps * config.workers",
         "// losses.group_seqs * config.grad_accum_steps * config.workers // max(1, config.ep_size)",
     ),
+    *IMPORTS,
 )
