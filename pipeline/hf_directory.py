@@ -40,7 +40,7 @@ def read_directory(directory: Path) -> Described:
     generation, manifest = directory / GENERATION, export_manifest(directory)
     if manifest is not None:
         for path in (directory / CONFIG, generation):
-            checked(directory, path.name, manifest)
+            check_exported(path, manifest)
     described = read_config(read_object(directory / CONFIG), read_object(generation) if generation.is_file() else None)
     return described if manifest is None else _as_exported(described, directory, manifest)
 
@@ -52,6 +52,17 @@ def export_manifest(directory: Path) -> Manifest | None:
     value = read_json(directory / MANIFEST)
     is_ours = isinstance(value, Mapping) and value.get("stage") == EXPORT_STAGE
     return load_manifest(directory) if is_ours else None
+
+
+def check_exported(path: Path, manifest: Manifest) -> None:
+    """CorruptionError unless a file of an export has the bytes that were proved."""
+    try:
+        checked(path.parent, path.name, manifest)
+    except CorruptionError as error:
+        raise CorruptionError(
+            f"{error}. If it was changed on purpose, take {MANIFEST} out of a copy of the directory: what the model "
+            "was trained on and where it comes from is then not known"
+        ) from None
 
 
 def _as_exported(described: Described, directory: Path, manifest: Manifest) -> Described:

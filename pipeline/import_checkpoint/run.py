@@ -30,7 +30,7 @@ from pipeline.import_checkpoint.source import (
     SINGLE,
     TOKENIZER,
     SourceFiles,
-    check_exported,
+    check_files,
     check_index,
     files_read,
     license_of,
@@ -65,7 +65,7 @@ def run(config: ImportConfig, inputs: Mapping[str, Path], context: StageContext)
     with tempfile.TemporaryDirectory(prefix="import-", dir=context.state) as scratch:
         opened = open_checkpoint(config, Path(scratch))
         source = opened.source
-        check_exported(source)
+        check_files(source)
         described, notices = _described(source)
         notices += opened.notices
         if config.proof == "logits" and described.family not in DITS:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.artifact import MANIFEST, Manifest, checked
+from pipeline.artifact import MANIFEST, Manifest
 from pipeline.errors import CorruptionError, UserError
 from pipeline.hf_config import CONFIG, GENERATION, read_object
-from pipeline.hf_directory import export_manifest
+from pipeline.hf_directory import check_exported, export_manifest
 from pipeline.tensor_files import TensorFiles
 
 HUB_PREFIX = "hf:"
@@ -116,13 +116,13 @@ def files_read(source: SourceFiles) -> list[Path]:
     return [source.directory / CONFIG, *index, *source.weights, *source.passed_on, *manifest]
 
 
-def check_exported(source: SourceFiles) -> None:
+def check_files(source: SourceFiles) -> None:
     """CorruptionError unless the files of an export of this project have the bytes that were proved."""
     if source.manifest is None:
         return
     for path in files_read(source):
         if path.name != MANIFEST:
-            checked(source.directory, path.name, source.manifest)
+            check_exported(path, source.manifest)
 
 
 def license_of(directory: Path) -> str | None:
