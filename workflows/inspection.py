@@ -14,7 +14,7 @@ from pipeline.config import from_json, to_json
 from pipeline.errors import UserError
 from pipeline.gguf_header import read_gguf_header
 from pipeline.hf_config import CONFIG, read_object
-from pipeline.hf_directory import EXPORT_STAGE, read_directory
+from pipeline.hf_directory import EXPORT_STAGE, export_manifest, read_directory
 from pipeline.import_checkpoint.gguf_tokenizer import why_no_tokenizer
 from pipeline.import_checkpoint.source import TOKENIZER, find_source
 from pipeline.tensor_files import TensorFiles
@@ -100,10 +100,10 @@ def look_at(path: Path) -> Found:
         return _of_gguf(path)
     if path.suffix == ".safetensors" and path.is_file():
         return _with_tensors(Found("safetensors file", path), [path])
+    if path.is_dir() and (path / CONFIG).is_file() and export_manifest(path) is None:
+        return _of_directory(path)
     if path.is_dir() and (path / MANIFEST).is_file():
         return _of_artifact(path, open_artifact(path))
-    if path.is_dir() and (path / CONFIG).is_file():
-        return _of_directory(path)
     raise UserError(
         f"{path} is nothing with weights that is known here: an artifact of this project, a directory with a "
         f"{CONFIG}, a .gguf or a .safetensors file"
