@@ -6,7 +6,7 @@ know: it could be such a setting.  Nothing in a config.json is executed: ``auto_
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,8 @@ class SpecialIds:
     """The first, where a model has several."""
     pad_token_id: int | None = None
     mask_token_id: int | None = None
+    eos_token_ids: list[int] = field(default_factory=list[int])
+    """All that generation ends with, where that is not just ``eos_token_id``: the end of a turn too."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,11 @@ def _special_ids(family: Family, ours: Mapping[str, Any], generation: Mapping[st
         value = next(iter(value), None) if isinstance(value, list) else value
         return None if isinstance(value, int) and value < 0 else value  # -1: there is none
 
-    ids = {name: first(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+    ids: dict[str, Any] = {name: first(name) for name in names}
+    ends = ours["eos_token_id"] if generation.get("eos_token_id") is None else generation["eos_token_id"]
+    ends = ends if isinstance(ends, list) else [None if ends == -1 else ends]
+    ids["eos_token_ids"] = [] if ends in ([], [None], [ids["eos_token_id"]]) else ends
     if ids["mask_token_id"] is None and family in DITS:
         ids["mask_token_id"] = ours["vocab_size"] - 1  # behind the words of GPT-2
     if ids["mask_token_id"] is None and MASK_OF.get(family, math.inf) < ours["vocab_size"]:
@@ -415,6 +421,8 @@ def write_config(family: Family, record: ModelRecord, special: SpecialIds, dtype
 def write_generation_config(special: SpecialIds) -> dict[str, Any]:
     """A generation_config.json with the ids that are known; Dream doesn't load without the file."""
     ids = {name: value for name, value in to_json(special).items() if value is not None}
+    several = ids.pop("eos_token_ids")
+    ids |= {"eos_token_id": several} if several else {}
     return {"_from_model_config": True, **ids, "transformers_version": _WRITTEN_BY}
 
 

@@ -53,7 +53,7 @@ def model_card(
         "## Evaluation",
         "No numbers were measured for this card.",
         "## What was checked",
-        _proof(config, proof),
+        _proof(config, theirs, proof),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -75,6 +75,7 @@ def _head(config: ExportConfig, record: ModelRecord) -> str:
 
 def _what_it_is(config: ExportConfig, record: ModelRecord) -> str:
     objective = _OBJECTIVES[record.objective].format(record.block_size)
+    objective += ", within its document" if record.within_documents else ""
     said = f"Trained on {objective}. Rows had {record.seq_len} tokens."
     if record.target_offset:
         said += " It is shifted: the output at a position says the next position's token."
@@ -170,8 +171,10 @@ def _words(value: Any) -> str:
     return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 
-def _proof(config: ExportConfig, proof: Mapping[str, Any]) -> str:
-    rounded = "" if config.dtype == "float32" else f" rounded to {config.dtype}"
+def _proof(config: ExportConfig, theirs: TensorFiles, proof: Mapping[str, Any]) -> str:
+    exact = sorted({name.rpartition(".")[2] for name in theirs.names if theirs.info(name).dtype == "F32"})
+    but = f" (all but {', '.join(f'`{name}`' for name in exact)})" if exact else ""
+    rounded = "" if config.dtype == "float32" else f" rounded to {config.dtype}{but}"
     tensors = (
         f"Every tensor was read back and is, bit for bit, that of the float32 weights{rounded}; config.json, read "
         "again, says the same model."

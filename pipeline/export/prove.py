@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.data.vocabulary import TOKENIZER_FILE
-from pipeline.errors import CorruptionError
+from pipeline.errors import CorruptionError, UserError
 from pipeline.export.fit import DIFFUSION
 from pipeline.hf_names import Family, packed_tensors
 from pipeline.logits_proof import logits_of, pseudo_tokens
@@ -20,10 +20,11 @@ PROBE = "The quick brown fox: naïve cafe\u0301, 3.14 + 日本語\n\tand\r\n  tw
 _KINDS_OF_PROBLEM = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
-def prove_logits(folder: str, weights: str, family: str, dtype: str, scratch: str) -> dict[str, Any]:
+def prove_logits(folder: str, weights: str, family: str, dtype: str, scratch: str, carried: str = "") -> dict[str, Any]:
     """The relative difference of the logits, and versions; CorruptionError if the directory is not the same function.
 
     ``weights`` has the interchange files that ``folder`` was made of; their numbers are rounded to ``dtype`` first.
+    ``carried`` names the files of a checkpoint's own tokenizer; without, it must put nothing around a text.
     """
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules", "TOKENIZERS_PARALLELISM": "false"}
     record, made_of = read_record(Path(weights) / MODEL_FILE), cast("Family", family)
@@ -41,7 +42,7 @@ def prove_logits(folder: str, weights: str, family: str, dtype: str, scratch: st
             f"differ by {difference:.2g} of the largest, above {LOGITS_RTOL:g}. This is a defect of the conversion, or "
             "of that version; report it with config.json"
         )
-    return {"difference": difference, "versions": _versions(), **_check_tokenizer(Path(folder), made_of)}
+    return {"difference": difference, "versions": _versions(), **_check_tokenizer(Path(folder), made_of, carried)}
 
 
 def _versions() -> dict[str, str]:
@@ -86,11 +87,12 @@ def _our_logits(record: ModelRecord, weights: Path, family: Family, dtype: str, 
     return logits_of(model, tokens, "full" if family in DIFFUSION else "causal")
 
 
-def _check_tokenizer(folder: Path, family: Family) -> dict[str, Any]:
-    """Classes that load the tokenizer; CorruptionError unless PreTrainedTokenizerFast gives the ids of tokenizer.json.
+def _check_tokenizer(folder: Path, family: Family, carried: str) -> dict[str, Any]:
+    """Classes that load the tokenizer; an error unless PreTrainedTokenizerFast gives the ids of tokenizer.json.
 
-    AutoTokenizer goes by the model_type, and for some takes a class with rules of its own, whatever the files say:
-    whether it gives the same ids is told.
+    It is a UserError where the files are those of the checkpoint, as they came: they disagree.  AutoTokenizer goes by
+    the model_type, and for some takes a class with rules of its own, whatever the files say: whether it gives the same
+    ids is told.
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -98,9 +100,20 @@ def _check_tokenizer(folder: Path, family: Family) -> dict[str, Any]:
     if not (folder / TOKENIZER_FILE).is_file():
         return {}
     plain = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    plain.no_truncation()
+    plain.no_padding()
     ids = plain.encode(PROBE, add_special_tokens=False).ids
     loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    if loaded(PROBE, add_special_tokens=False)["input_ids"] != ids:
+    around: dict[str, Any] = {"add_special_tokens": False} if carried else {}
+    if loaded(PROBE, **around)["input_ids"] != ids and carried:
+        added = sorted(set(loaded.get_vocab()) - set(plain.get_vocab()))
+        what = f", which adds {', '.join(map(repr, added[:5]))}," if added else ""
+        raise UserError(
+            f"the files of the checkpoint's tokenizer ({carried}) disagree: with the settings beside it{what} "
+            f"{TOKENIZER_FILE} gives other ids than alone. In a copy of the checkpoint take out of the settings what "
+            "changes them, import that, or give a tokenizer artifact (input tokenizer)"
+        )
+    if loaded(PROBE, **around)["input_ids"] != ids:
         raise CorruptionError(f"the tokenizer in {folder}, loaded as PreTrainedTokenizerFast, gives other ids")
     if loaded.decode(ids) != plain.decode(ids, skip_special_tokens=False):
         raise CorruptionError(f"the tokenizer in {folder}, loaded as PreTrainedTokenizerFast, decodes otherwise")

@@ -1,6 +1,5 @@
 """Interchange weights to a directory that transformers loads; proved before it is committed."""
 
-import importlib.util
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -10,10 +9,10 @@ from typing import Any
 from dlm_core.models.config import Architecture
 from pipeline.artifact import checked, read_json, write_json
 from pipeline.config import diff, flatten, to_json
-from pipeline.errors import CorruptionError, UserError
+from pipeline.errors import CorruptionError
 from pipeline.export.card import model_card
 from pipeline.export.code_files import code_files
-from pipeline.export.config import Dtype, ExportConfig
+from pipeline.export.config import Dtype, ExportConfig, check_ready
 from pipeline.export.fit import Exported, check_fit
 from pipeline.export.tokenizer_files import find_tokenizer, write_tokenizer
 from pipeline.hf_config import read_config, write_config, write_generation_config
@@ -47,7 +46,7 @@ def run(config: ExportConfig, inputs: Mapping[str, Path], context: StageContext)
     theirs = TensorFiles(files)
     _prove_tensors(config, record, ours, theirs, out)
     context.progress(2, 3)
-    proof = _prove_logits(config, weights, out, context.state)
+    proof = _prove_logits(config, weights, out, context.state, ", ".join(tokenizer.carried))
     (out / CARD).write_text(model_card(config, record, tokenizer, theirs, proof), encoding="utf-8")
     context.progress(3, 3)
     return {
@@ -73,11 +72,7 @@ def check_exportable(config: ExportConfig, record: ModelRecord) -> None:
         target_offset=record.target_offset,
     )
     check_fit(config.family, model, "export.family")
-    if config.proof == "logits" and importlib.util.find_spec("transformers") is None:
-        raise UserError(
-            "the proof by logits needs transformers, which is not installed: pip install 'dlm[hf]', or set "
-            "export.proof=tensors"
-        )
+    check_ready(config, "export")
 
 
 def _prove_tensors(
@@ -107,12 +102,12 @@ def _said(a: Architecture) -> dict[str, Any]:
     return {name: value for name, value in flatten(values).items() if name not in free}
 
 
-def _prove_logits(config: ExportConfig, weights: Path, out: Path, state: Path) -> dict[str, Any]:
+def _prove_logits(config: ExportConfig, weights: Path, out: Path, state: Path, carried: str) -> dict[str, Any]:
     """Which proof was made, and what it found."""
     if config.proof == "tensors":
         return {"proof": "tensors"}
     with tempfile.TemporaryDirectory(prefix="export-", dir=state) as scratch:
         found = in_fresh_process(
-            "pipeline.export.prove:prove_logits", out, weights, config.family, config.dtype, scratch
+            "pipeline.export.prove:prove_logits", out, weights, config.family, config.dtype, scratch, carried
         )
     return {"proof": "logits", "logits_difference": found.pop("difference"), **found}

@@ -1,16 +1,23 @@
-"""The tokenizer of an export, as transformers 4 and 5 read it: that of an artifact, or what an import brought along."""
+"""The tokenizer of an export, as transformers 4 and 5 read it: that of an artifact, or what an import brought along.
+
+That of an artifact puts nothing around a text, as all encoding here: a beginning-of-text token in front would be one
+that the training never saw.  That of a checkpoint is left as it is.
+"""
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import checked, load_manifest, read_json, write_json
 from pipeline.data.vocabulary import TOKENIZER_FILE
 from pipeline.errors import CorruptionError, UserError
 from pipeline.hf_config import SpecialIds
 from pipeline.weights import ModelRecord, check_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SETTINGS, SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
 _KINDS = ("bos", "eos", "pad", "mask")
@@ -26,21 +33,21 @@ class TokenizerSource:
     directory: Path | None = None
     """Artifact with the tokenizer; None: there is none."""
     carried: tuple[str, ...] = ()
-    """Files of the checkpoint that an import carried along; none of a tokenizer that this project made."""
+    """Files of the checkpoint that an import carried along; none of a tokenizer artifact."""
 
 
 def find_tokenizer(record: ModelRecord, inputs: Mapping[str, Path], *, may_be_absent: bool) -> TokenizerSource:
     """The tokenizer that goes with the weights; UserError if there is none, or if it is another model's."""
     weights = inputs["weights"]
+    manifest = load_manifest(weights)
+    ids = manifest.stats.get("special_ids", {})  # of an import
+    ends = ids.get("eos_token_ids", [])
     if "tokenizer" in inputs:
         if may_be_absent:
             raise UserError("export.without_tokenizer is true, but there is the input tokenizer; leave one of them out")
-        return _of_artifact(record, weights, inputs["tokenizer"])
-    manifest = load_manifest(weights)
+        return _of_artifact(record, weights, inputs["tokenizer"], ends)
     carried = tuple(record.path for record in manifest.files if _is_of_tokenizer(record.path))
-    ids = manifest.stats.get("special_ids", {})  # of an import
-    special = SpecialIds(**{f"{kind}_token_id": ids.get(kind) for kind in _KINDS})
-    special = replace(special, mask_token_id=record.model.mask_token_id)
+    special = SpecialIds(ids.get("bos"), ids.get("eos"), ids.get("pad"), record.model.mask_token_id, ends)
     if TOKENIZER_FILE in carried:
         return TokenizerSource(special, weights, carried)
     if not may_be_absent:
@@ -55,35 +62,40 @@ def _is_of_tokenizer(name: str) -> bool:
     return name in (TOKENIZER_FILE, SETTINGS, SPECIAL_MAP) or name.startswith("chat_template")
 
 
-def _of_artifact(record: ModelRecord, weights: Path, tokenizer: Path) -> TokenizerSource:
+def _of_artifact(record: ModelRecord, weights: Path, tokenizer: Path, ends: list[int]) -> TokenizerSource:
     special = check_tokenizer(record, weights, tokenizer)
     if special.vocab_size > record.model.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer} has a mask, id {special.mask_token_id}, that the model in {weights} has no row "
             "for; initialise it first (pipeline.ar_init), or leave the tokenizer out to take that of the checkpoint"
         )
-    ids = SpecialIds(None, special.eos_token_id, special.pad_token_id, special.mask_token_id)
+    ids = SpecialIds(None, special.eos_token_id, special.pad_token_id, record.model.mask_token_id, ends)
     return TokenizerSource(ids, tokenizer)
 
 
 def write_tokenizer(source: TokenizerSource, seq_len: int, out: Path) -> None:
-    """tokenizer.json as it is, and settings that load it without any code; nothing where there is no tokenizer."""
+    """tokenizer.json, and settings that load it without any code; nothing where there is no tokenizer."""
+    from tokenizers import Tokenizer
+
     if source.directory is None:
         return
-    for name in source.carried or (TOKENIZER_FILE,):
+    for name in source.carried:
         shutil.copyfile(checked(source.directory, name), out / name)
-    tokens = _special_tokens(out / TOKENIZER_FILE, source.special)
+    tokenizer = Tokenizer.from_file(str(checked(source.directory, TOKENIZER_FILE)))
+    if not source.carried:
+        tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+        tokenizer.save(str(out / TOKENIZER_FILE))
+    tokens = _special_tokens(tokenizer, source.special)
     if not (out / SPECIAL_MAP).exists():
         write_json(out / SPECIAL_MAP, tokens)
     settings = _settings(out / SETTINGS)
     if settings is None or "auto_map" in settings or settings.get("tokenizer_class") in _ONLY_IN_5:
         write_json(out / SETTINGS, _plain_settings(tokens, seq_len) | _kept(settings or {}))
+    elif isinstance(settings.get("extra_special_tokens"), list):
+        write_json(out / SETTINGS, _as_4_spells(settings))
 
 
-def _special_tokens(path: Path, special: SpecialIds) -> dict[str, str]:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path))
+def _special_tokens(tokenizer: "Tokenizer", special: SpecialIds) -> dict[str, str]:
     ids = {kind: getattr(special, f"{kind}_token_id") for kind in _KINDS}
     tokens = {
         f"{kind}_token": tokenizer.id_to_token(token_id) for kind, token_id in ids.items() if token_id is not None
@@ -112,5 +124,13 @@ def _plain_settings(tokens: Mapping[str, str], seq_len: int) -> dict[str, Any]:
 def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that hold for any class: which tokens are special, and how a conversation is written."""
     tokens = (f"{kind}_token" for kind in (*_KINDS, "unk"))
-    wanted = ("additional_special_tokens", "chat_template", "model_max_length", *tokens)
-    return {name: settings[name] for name in wanted if settings.get(name) is not None}
+    wanted = ("additional_special_tokens", "chat_template", "extra_special_tokens", "model_max_length", *tokens)
+    return _as_4_spells({name: settings[name] for name in wanted if settings.get(name) is not None})
+
+
+def _as_4_spells(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A list of special tokens under the name that both versions read: the one of 5 holds a table by name in 4."""
+    if not isinstance(extra := settings.get("extra_special_tokens"), list):
+        return dict(settings)
+    rest = {name: value for name, value in settings.items() if name != "extra_special_tokens"}
+    return {"additional_special_tokens": extra, **rest}

@@ -5,10 +5,12 @@ A process of its own loads every directory: what a model holds beside its tensor
 
 import ast
 import functools
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,9 @@ from torch import Tensor
 from dlm_core.models.attention import AttentionMask
 from dlm_core.models.transformer import Denoiser
 from pipeline.export.code_files import FOLDER
+from pipeline.export.prove import auto_class
 from pipeline.hf_config import read_config
+from pipeline.hf_names import to_family
 from tests.support import open_exports
 from tests.support.hf_exports import EXPORTS, MASK, V, config_of, random_model, write_export
 
@@ -227,3 +231,28 @@ def test_attention_mask_of_another_shape_is_refused():
 
     with pytest.raises(ValueError, match=r"attention_mask is \[11\]; wanted \[B, L\]"):
         attention_pairs(torch.ones(11), torch.float32)
+
+
+def _theirs(name: str) -> Any:
+    """The exported class with the weights of our denoiser, made here."""
+    (family, architecture), ours = EXPORTS[name], _model(name)
+    values = config_of(family, ours.config)
+    config, model = (
+        getattr(importlib.import_module(f"pipeline.export.hf.{module}"), kind)
+        for module, _, kind in (values["auto_map"][of].partition(".") for of in ("AutoConfig", auto_class(family)))
+    )
+    theirs = model(config(**values)).eval()
+    theirs.load_state_dict(to_family(family, architecture, ours.state_dict()), strict=True)
+    return theirs
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_weights_that_lie_on_the_disk_are_brought_in_where_they_are_used(name: str, tmp_path: Path, xt: Tensor):
+    """accelerate does it where a module is called: a weight that is read past its module is not there."""
+    from accelerate import disk_offload
+
+    theirs = disk_offload(_theirs(name), str(tmp_path), execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in theirs.parameters())
+    with torch.no_grad():
+        found = theirs(xt).logits
+    assert float((found[..., REAL] - _ours(name, xt)).abs().max()) <= LOGITS_ATOL

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from dlm_core.models.config import Architecture
 from pipeline.artifact import MANIFEST, load_manifest
 from pipeline.config import apply_settings, from_json, to_json
 from pipeline.data.special_tokens import load_special_tokens
@@ -32,6 +31,7 @@ from tests.support.exports import (
     QWEN3_MOE,
     SHIFTED,
     Pair,
+    export,
     weights_of,
 )  # fmt: skip
 from tests.support.interchange import commit, random_model, save_model
@@ -224,6 +224,10 @@ def test_without_transformers_the_proof_by_logits_is_refused_with_what_to_instal
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
     inputs = {"weights": weights, "tokenizer": tokenizer}
     refused(inputs, tmp_path / "out", r"pip install 'dlm\[hf\]', or set export.proof=tensors", ExportConfig())
+    assert STAGE.ready is not None
+    with pytest.raises(UserError, match=r"^last.proof is logits, which needs transformers.*set last.proof=tensors"):
+        STAGE.ready(ExportConfig(), "last")
+    STAGE.ready(TENSORS, "last")
     run_stage(STAGE, TENSORS, inputs, tmp_path / "out")
     assert load_manifest(tmp_path / "out").stats["proof"] == "tensors"
     assert "Logits were not compared" in (tmp_path / "out" / "README.md").read_text()
@@ -338,6 +342,7 @@ def test_bad_settings_are_refused_by_name(values: dict[str, Any], words: str) ->
     [
         ([], "llada", "export.family is .llada., but qk_norm is True"),
         ([("architecture.qk_norm", False)], "dream", "export.family is .dream., but target_offset is 0"),
+        ([("architecture.qk_norm", False), ("objective.target_offset", 1)], "llada", "target_offset is 1"),
         ([("architecture.qk_norm", False), ("objective.block_size", 4)], "llada", "block_size is 4"),
         (
             [("architecture.qk_norm", False), ("phases", {"rows": {"share": 1}, "blocks": {"block_size": 8}})],
@@ -362,6 +367,24 @@ def test_a_training_that_ends_with_whole_rows_may_be_planned_as_llada() -> None:
     phases: dict[str, Any] = {"blocks": {"block_size": 8}, "rows": {"block_size": 0}}
     training = apply_settings({"pretrain": replace(TINY, architecture=architecture)}, [("pretrain.phases", phases)])
     upstream = {"weights": {}, "weights.pretrain": to_json(training["pretrain"])}
-    check_upstream(ExportConfig("llada"), upstream, "export")
+    bare = ExportConfig("llada", without_tokenizer=True)
+    check_upstream(ExportConfig("llada"), upstream | {"tokenizer": {}}, "export")
+    check_upstream(bare, upstream, "export")
     check_upstream(ExportConfig("dream"), {"weights": {}}, "export")  # of what was imported nothing is known yet
-    assert isinstance(architecture, Architecture)
+    with pytest.raises(UserError, match=r"export has no input tokenizer.*or set export.without_tokenizer=true"):
+        check_upstream(ExportConfig("llada"), upstream, "export")
+    with pytest.raises(UserError, match=r"export.without_tokenizer is true, but there is the input tokenizer"):
+        check_upstream(bare, {"weights": {}, "tokenizer": {}}, "export")
+
+
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        (Pair("llada", LLAMA, {"within_documents": True}), "every position sees all others, within its document."),
+        (Pair("llada2", LLADA2, BLOCKS, "bfloat16"), "rounded to bfloat16 (all but `expert_bias`);"),
+        (Pair("llada", LLAMA, dtype="float16"), "of the float32 weights rounded to float16;"),
+    ],
+)
+def test_the_card_says_what_was_seen_and_what_was_rounded(pair: Pair, told: str, tokenizer: Path, tmp_path: Path):
+    _, exported = export(pair, tokenizer, tmp_path)
+    assert told in (exported / "README.md").read_text()

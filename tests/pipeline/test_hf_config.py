@@ -42,7 +42,7 @@ def test_published_configuration_is_the_preset_of_that_name(name):
 
 
 def test_ids_and_dtype_are_told():
-    assert read_config(LLAMA_3_1).special == SpecialIds(128_000, 128_001)
+    assert read_config(LLAMA_3_1).special == SpecialIds(128_000, 128_001, eos_token_ids=[128_001, 128_008])
     assert read_config(LLAMA_3_1).dtype == read_config(QWEN3_MOE).dtype == "bfloat16"
     assert read_config(QWEN3_MOE | {"dtype": None}).dtype is None
     assert read_config(DREAM_7B).special == SpecialIds(151_643, 151_643, 151_643, 151_666)
@@ -51,7 +51,31 @@ def test_ids_and_dtype_are_told():
 def test_ids_missing_in_config_come_from_generation_config():
     generation = {"eos_token_id": [5, 6], "pad_token_id": 7, "temperature": 0.6}
     found = read_config(QWEN3_MOE | {"pad_token_id": 9}, generation)
-    assert found.special == SpecialIds(None, 5, 9, None)
+    assert found.special == SpecialIds(None, 5, 9, None, [5, 6])
+
+
+@pytest.mark.parametrize(
+    ("own", "generation", "wanted"),
+    [
+        ([5, 6, 7], None, SpecialIds(None, 5, None, None, [5, 6, 7])),
+        ([5, 6, 7], [5, 6], SpecialIds(None, 5, None, None, [5, 6])),
+        (5, [6, 5], SpecialIds(None, 5, None, None, [6, 5])),
+        (5, 6, SpecialIds(None, 5, None, None, [6])),
+        ([5], 5, SpecialIds(None, 5)),
+        (5, [], SpecialIds(None, 5)),
+        (-1, -1, SpecialIds()),
+    ],
+)
+def test_every_end_of_generation_is_kept_and_that_of_generation_config_goes_first(own, generation, wanted):
+    found = read_config(QWEN3_MOE | {"bos_token_id": None, "eos_token_id": own}, {"eos_token_id": generation}).special
+    assert found == wanted
+    ends = wanted.eos_token_ids or wanted.eos_token_id
+    assert write_generation_config(found).get("eos_token_id") == ends
+
+
+def test_an_end_of_generation_that_is_no_id_is_refused():
+    with pytest.raises(UserError, match=r"eos_token_ids.1 is 'end'"):
+        read_config(QWEN3_MOE, {"eos_token_id": [5, "end"]})
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in DITS])

@@ -101,7 +101,13 @@ def test_imported_record_tells_where_the_weights_come_from(imported):
     assert not any(name.endswith(".py") for name in origin.details["sha256"])
     assert (record.objective, record.target_offset, record.model.mask_token_id) == ("autoregressive_nll", 0, None)
     assert record.model.vocab_size == VOCAB_SIZE
-    assert load_manifest(made).stats["special_ids"] == {"bos": 1, "eos": 2, "pad": None, "mask": None}
+    assert load_manifest(made).stats["special_ids"] == {
+        "bos": 1,
+        "eos": 2,
+        "pad": None,
+        "mask": None,
+        "eos_token_ids": [],
+    }
 
 
 def test_files_of_the_tokenizer_are_passed_on_and_code_is_not(imported):

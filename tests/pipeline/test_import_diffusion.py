@@ -91,7 +91,7 @@ def test_a_model_written_as_a_family_is_imported_as_it_was(name, tmp_path):
     ours, theirs = model.state_dict(), found.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
-    assert load_manifest(made).stats["special_ids"] == {"bos": 1, "eos": 2, "pad": 3, "mask": 4}
+    assert load_manifest(made).stats["special_ids"] == {"bos": 1, "eos": 2, "pad": 3, "mask": 4, "eos_token_ids": []}
 
 
 slow = pytest.mark.slow

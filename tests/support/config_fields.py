@@ -60,7 +60,7 @@ CHANGED: dict[type, dict[str, Any]] = {
     ImportConfig: {"name": "somebody/model"},
     ExportConfig: {
         "family": "dream", "dtype": "float32", "max_shard_bytes": 9, "without_tokenizer": True, "name": "a model",
-        "license": "mit",
+        "license": "mit", "proof": "tensors",
     },
     EvaluateConfig: {"num_replicates": 9, "noise_seed": 1},
     GenerateConfig: {
@@ -161,7 +161,6 @@ EXECUTION: dict[type, dict[str, Any]] = {
     },
     ConvertConfig: {"proof": "tensors"},
     ImportConfig: {"path": "/m", "gguf_file": "x.gguf", "proof": "tensors"},
-    ExportConfig: {"proof": "tensors"},
     EvaluateConfig: {"num_shards": 9, "batch_rows": 3},
 }  # fmt: skip
 """Another valid value for every field that may change in a resume."""

@@ -40,7 +40,9 @@ def facts(text: str) -> dict[str, str]:
 
 
 def test_interchange_weights_tell_all_that_their_record_has(dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path) -> None:
-    weights = weights_of(Pair("llada2", LLADA2, BLOCKS), tokenizer_artifact, tmp_path / "weights")
+    weights = weights_of(
+        Pair("llada2", LLADA2, {**BLOCKS, "within_documents": True}), tokenizer_artifact, tmp_path / "weights"
+    )
     done = dlm("inspect", str(weights))
     assert done.code == 0, done.stderr
     found = facts(done.stdout)
@@ -53,7 +55,8 @@ def test_interchange_weights_tell_all_that_their_record_has(dlm: Dlm, tokenizer_
     assert found["vocabulary"] == f"{rows} rows"
     assert found["mask token"] == str(load_special_tokens(tokenizer_artifact).mask_token_id)
     assert found["target_offset"] == "0: position l predicts token l"
-    assert found["attention"] == "block-causal: a block of 4 tokens sees itself and the blocks before it"
+    attention = "block-causal: a block of 4 tokens sees itself and the blocks before it, within its document"
+    assert found["attention"] == attention
     assert found["seq_len"] == "32"
     assert found["dtype"] == "F32"
     assert found["tokenizer"] == f"artifact {load_manifest(tokenizer_artifact).fingerprint[:12]}"

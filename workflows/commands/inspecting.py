@@ -93,7 +93,8 @@ def _of_record(found: Found) -> Iterator[tuple[str, str]]:
     yield "mask token", "none yet" if model.mask_token_id is None else str(model.mask_token_id)
     yield "target_offset", _OFFSETS[record.target_offset]
     yield "objective", record.objective
-    yield "attention", _ATTENTION[record.objective].format(record.block_size)
+    within = ", within its document" if record.within_documents else ""
+    yield "attention", _ATTENTION[record.objective].format(record.block_size) + within
     yield "seq_len", f"{record.seq_len}"
 
 

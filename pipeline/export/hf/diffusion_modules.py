@@ -4,7 +4,8 @@ Shapes: B batch, L positions, N tokens, D hidden size, H heads, G key and value 
 dimensions of a head, E experts, K experts a token.
 
 Nothing here keeps a buffer that is not in the checkpoint: transformers 5 makes a model without memory and fills in what
-the checkpoint holds, so that such a buffer would be left with whatever the memory holds.
+the checkpoint holds, so that such a buffer would be left with whatever the memory holds.  And a weight is read in the
+forward of its own module alone: what brings offloaded weights in hangs on the call of the module.
 """
 
 import math
@@ -191,10 +192,13 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def router_logits(gate: nn.Linear, tokens: Tensor) -> Tensor:
-    """Logits of the experts [N, E], in float32 or more."""
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    return F.linear(tokens.to(dtype), gate.weight.to(dtype))
+class Router(nn.Linear):
+    """Logits of the experts, in float32 or more."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits [N, E] of tokens [N, D]."""
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return F.linear(input.to(dtype), self.weight.to(dtype))
 
 
 def mix_experts(experts: Iterable[nn.Module], tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:

@@ -40,13 +40,21 @@ class LLaDABlock(nn.Module):
         return x + self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
 
 
+class TiedEmbedding(nn.Embedding):
+    """An embedding that is the head as well."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows [B, L, D] of tokens [B, L], or logits [B, L, V] of hidden states [B, L, D], which are floating."""
+        return F.linear(input, self.weight) if input.is_floating_point() else super().forward(input)
+
+
 class LLaDATransformer(nn.Module):
     """The trunk, and the head where it is not the embedding."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         rows = config.embedding_size or config.vocab_size
-        self.wte = nn.Embedding(rows, config.d_model)
+        self.wte = (TiedEmbedding if config.weight_tying else nn.Embedding)(rows, config.d_model)
         self.blocks = nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers))
         self.ln_f = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.ff_out = None if config.weight_tying else nn.Linear(config.d_model, rows, bias=False)
@@ -97,4 +105,4 @@ class LLaDAModelLM(DiffusionGenerationMixin, PreTrainedModel):
         parts, head_dim = self.model.transformer, self.config.d_model // self.config.n_heads
         x = parts.wte(input_ids)
         x = parts.ln_f(run_layers(parts.blocks, x, self.config, head_dim, attention_mask, position_ids))
-        return MaskedLMOutput(logits=F.linear(x, (parts.ff_out or parts.wte).weight))
+        return MaskedLMOutput(logits=(parts.ff_out or parts.wte)(x))

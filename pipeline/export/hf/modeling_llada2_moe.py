@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
 from .diffusion_generation import DiffusionGenerationMixin
-from .diffusion_modules import GatedMLP, attend, mix_experts, router_logits, run_layers
+from .diffusion_modules import GatedMLP, Router, attend, mix_experts, run_layers
 
 
 class LLaDA2MoeAttention(nn.Module):
@@ -32,8 +32,8 @@ class LLaDA2MoeAttention(nn.Module):
         return self.dense(attend(q, k, v, self.head_dim, rope, pairs, self.query_layernorm, self.key_layernorm))
 
 
-class LLaDA2MoeGate(nn.Linear):
-    """Scores of the experts; ``expert_bias`` moves the choice alone and is in the checkpoint."""
+class LLaDA2MoeGate(Router):
+    """Chooses the experts; ``expert_bias`` moves the choice alone and is in the checkpoint."""
 
     expert_bias: Tensor
 
@@ -43,9 +43,9 @@ class LLaDA2MoeGate(nn.Linear):
         self.top_k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
         self.num_groups, self.top_groups = config.n_group, config.topk_group
 
-    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Weights and ids [N, K] of each token's experts, which are those of its best groups."""
-        scores = router_logits(self, tokens).sigmoid()
+        scores = super().forward(input).sigmoid()
         choice = scores + self.expert_bias
         groups = choice.unflatten(1, (self.num_groups, -1))
         best = groups.topk(2, dim=-1).values.sum(dim=-1).topk(self.top_groups, dim=-1).indices
@@ -71,7 +71,7 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map each token of [B, L, D] by itself."""
         tokens = x.flatten(0, 1)
-        weights, expert_ids = self.gate.route(tokens)
+        weights, expert_ids = self.gate(tokens)
         mixed = mix_experts(self.experts, tokens, expert_ids, weights).view_as(x)
         return mixed if self.shared_experts is None else mixed + self.shared_experts(x)
 

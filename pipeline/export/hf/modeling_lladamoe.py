@@ -8,7 +8,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from .configuration_lladamoe import LLaDAMoEConfig
 from .diffusion_generation import DiffusionGenerationMixin
-from .diffusion_modules import GatedMLP, SelfAttention, Trunk, mix_experts, router_logits
+from .diffusion_modules import GatedMLP, Router, SelfAttention, Trunk, mix_experts
 
 
 class LLaDAMoESparseMoeBlock(nn.Module):
@@ -17,7 +17,7 @@ class LLaDAMoESparseMoeBlock(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Router(config.hidden_size, config.num_experts, bias=False)
         self.experts = nn.ModuleList(
             GatedMLP(config.hidden_size, config.expert_intermediate_size) for _ in range(config.num_experts)
         )
@@ -25,7 +25,7 @@ class LLaDAMoESparseMoeBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map each token of [B, L, D] by itself."""
         tokens = x.flatten(0, 1)
-        weights, expert_ids = router_logits(self.gate, tokens).softmax(dim=-1).topk(self.top_k, dim=-1)
+        weights, expert_ids = self.gate(tokens).softmax(dim=-1).topk(self.top_k, dim=-1)
         return mix_experts(self.experts, tokens, expert_ids, weights).view_as(x)
 
 

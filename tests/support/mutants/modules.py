@@ -17,6 +17,11 @@ EXPORTS_COME_BACK = [
 ]
 """All but the proof by logits, which starts another interpreter."""
 
+LOGITS_OF_EXPORTS = [
+    "tests/pipeline/test_export_modeling.py::test_weights_that_lie_on_the_disk_are_brought_in_where_they_are_used"
+]
+"""Of every family in this process, beside those of our denoiser."""
+
 MODULES: dict[str, list[str]] = {
     "schedules": ["tests/dlm_core/test_schedules.py", "tests/dlm_core/test_schedules_chain.py"],
     "noise": ["tests/dlm_core/test_noise.py"],
@@ -87,6 +92,23 @@ MODULES: dict[str, list[str]] = {
     ],
     "pipeline/pretrain/engine": GRADIENTS_OF_TWO_RANKS,
     "pipeline/pretrain/routers": GRADIENTS_OF_TWO_RANKS,
+    "pipeline/tensor_files": [
+        "tests/pipeline/test_tensor_files.py::test_rounding_is_that_of_torch_for_numbers_of_every_kind"
+    ],
+    "pipeline/hf_config": [
+        "tests/pipeline/test_hf_config.py::test_ids_that_are_written_as_none_are_none_whatever_the_class_would_take"
+    ],
+    "pipeline/export/fit": [
+        "tests/pipeline/test_export_refusals.py::"
+        "test_a_training_that_the_family_could_not_say_is_refused_when_it_is_planned"
+    ],
+    "pipeline/export/hf/diffusion_modules": LOGITS_OF_EXPORTS,
+    "pipeline/export/hf/modeling_llada": LOGITS_OF_EXPORTS,
+    "pipeline/export/hf/modeling_dream": [
+        "tests/pipeline/test_export_generation.py::test_each_family_generates_its_own_way_and_never_causally"
+    ],
+    "pipeline/export/hf/modeling_lladamoe": LOGITS_OF_EXPORTS,
+    "pipeline/export/hf/modeling_llada2_moe": LOGITS_OF_EXPORTS,
 }
 """A module of dlm_core, or of another package by its path -> what is run against each of its mutants: the fast tests of
 some files, or single ones."""
@@ -105,9 +127,17 @@ PLANTED_ONLY = {
     "pipeline/pretrain/batches",
     "pipeline/pretrain/engine",
     "pipeline/pretrain/routers",
+    "pipeline/tensor_files",
+    "pipeline/hf_config",
+    "pipeline/export/fit",
+    "pipeline/export/hf/diffusion_modules",
+    "pipeline/export/hf/modeling_llada",
+    "pipeline/export/hf/modeling_dream",
+    "pipeline/export/hf/modeling_lladamoe",
+    "pipeline/export/hf/modeling_llada2_moe",
 }
-"""Modules from which nothing is drawn: a phase of a training, how it begins, and what only a gang of ranks shows, 10 s
-a mutant."""
+"""Modules from which nothing is drawn: a phase of a training, how it begins, exports, and what only a gang of ranks
+shows, 10 s a mutant."""
 
 DRAWN_FROM: dict[tuple[str, ...], int] = {
     ("schedules", "corruption", "masks", "objectives", "likelihood"): 200,

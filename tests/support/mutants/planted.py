@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from tests.support.mutants.mutant import Mutant, Planted
+from tests.support.mutants.planted_conversions import CONVERSIONS
 from tests.support.mutants.planted_imports import IMPORTS
 
 
@@ -470,4 +471,5 @@ PLANTED: tuple[Planted, ...] = (
         "// losses.group_seqs * config.grad_accum_steps * config.workers // max(1, config.ep_size)",
     ),
     *IMPORTS,
+    *CONVERSIONS,
 )
