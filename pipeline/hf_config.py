@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dlm_core.models.config import Architecture, ModelConfig, MoE
 from pipeline.config import from_json, parse_json, to_json
@@ -30,10 +30,12 @@ from pipeline.hf_keys import (
 from pipeline.hf_names import DITS, Family, check_family
 from pipeline.hf_rope import read_rope, their_scaling
 from pipeline.scoring import Likelihood
-from pipeline.weights import ModelRecord
+from pipeline.weights import ModelRecord, Origin
 
 AUTOREGRESSIVE: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 CONFIG, GENERATION = "config.json", "generation_config.json"
+NAMED_MASK = "config.json names a mask token: taken as a next-token model all the same, as its family is"
+"""Notice of a directory that says no more."""
 _WRITTEN_BY = "4.57.1"
 _CLASSES: dict[Family, tuple[str, ...]] = {
     "llama": ("LlamaForCausalLM",),
@@ -84,7 +86,7 @@ class SpecialIds:
 
 @dataclass(frozen=True)
 class Described:
-    """What a config.json says of the model beside it."""
+    """What the files of a directory say of the model in it."""
 
     family: Family
     model: ModelConfig
@@ -93,26 +95,31 @@ class Described:
     objective: Likelihood
     block_size: int = 0
     """Of a block_nelbo."""
-    target_offset: int = 0
+    target_offset: Literal[0, 1] = 0
     dtype: str | None = None
     """As in "bfloat16": what the weights were saved in, if it says so."""
     notices: tuple[str, ...] = ()
+    within_documents: bool = False
+    tokenizer: str = ""
+    """Fingerprint of the artifact that the token ids belong to, if it is known."""
+    lineage: Sequence[Origin] = ()
+    """What is known of the weights before they were written here."""
 
     def record(self) -> ModelRecord:
         """The record of a model whose weights are just these."""
-        return ModelRecord(self.model, self.seq_len, self.objective, self.block_size, 1 if self.target_offset else 0)
+        return ModelRecord(
+            self.model,
+            self.seq_len,
+            self.objective,
+            self.block_size,
+            self.target_offset,
+            self.within_documents,
+            self.tokenizer,
+            [*self.lineage],
+        )
 
 
 # Reading
-
-
-def read_directory(directory: Path) -> Described:
-    """What config.json and, where it is there, generation_config.json of a directory say.
-
-    Raises CorruptionError for a file that holds no JSON object, else as ``read_config``.
-    """
-    generation = directory / GENERATION
-    return read_config(read_object(directory / CONFIG), read_object(generation) if generation.is_file() else None)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -149,7 +156,7 @@ def read_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None 
     has_blocks = family in ("llada2", "bd3lm")
     notices = [f"read as {family} by this project's own table; no code beside it was looked at"]
     if is_causal and ids.mask_token_id is not None:
-        notices.append("config.json names a mask token: taken as a next-token model all the same, as its family is")
+        notices.append(NAMED_MASK)
     return Described(
         family,
         model,

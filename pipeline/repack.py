@@ -22,6 +22,8 @@ from pipeline.weights import METADATA
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 _MAX_TOLD = 20
+_MAX_MISSING = 10_000
+"""Tensors that files may lack before the names of all are written down: their number is any that a config.json says."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,12 @@ def check_theirs(family: Family, config: ModelConfig, theirs: TensorFiles, left_
 
     ``left_out`` are tensors of theirs that are not looked at.
     """
+    num_promised = sum(len(p.theirs) * max(1, p.num_experts) for p in packed_tensors(family, config.architecture))
+    if num_promised > len(theirs.names) + _MAX_MISSING:
+        raise UserError(
+            f'config.json is of a "{family}" with {num_promised:,} tensors, but the files have {len(theirs.names):,}; '
+            "take both from one checkpoint"
+        )
     shapes = {name: shape for name, shape in theirs.shapes.items() if name not in left_out}
     problems = shape_problems(shapes, their_shapes(family, config))
     if not problems:

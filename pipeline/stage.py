@@ -352,7 +352,7 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
         run_here(stage, config, inputs, context)
         check_external(stage, config, external)
         return
-    with _nobody_else(out, state):
+    with nobody_else(out, state):
         if _is_complete(stage, out, own):  # by a call that held the lock until now
             return
         # Whatever lies in --out may be somebody's: the artifact is made aside, and takes the place of nothing.
@@ -401,15 +401,15 @@ def _is_complete(stage: Stage, out: Path, own: str) -> bool:
 
 
 @contextlib.contextmanager
-def _nobody_else(out: Path, state: Path) -> Iterator[None]:
-    """Keep other calls away from a directory while it is filled; UserError that says who is at it already."""
+def nobody_else(out: Path, state: Path) -> Iterator[None]:
+    """Keep other calls, by a lock in ``state``, away from a directory while it is made; UserError says who is at it."""
     with (state / "lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             owner = lock.read() or "another process"
-            raise UserError(f"--out {out} is being made by {owner}; wait for it, or choose another directory") from None
+            raise UserError(f"{out} is being made by {owner}; wait for it, or choose another directory") from None
         try:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}")

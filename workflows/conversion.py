@@ -3,7 +3,7 @@
 Without a store, Ray or DeepSpeed.  What is made lies beside the destination until all of it is proved.
 """
 
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +27,13 @@ from pipeline.stage import (
     build_manifest,
     check_external,
     external_identity,
+    nobody_else,
     run_here,
     stage_fingerprint,
 )
-from workflows.inspection import Found
+from pipeline.tokenizer.config import STAGE as TOKENIZERS
+from pipeline.weights import check_tokenizer
+from workflows.inspection import IN_GGUF, Found
 
 INTERCHANGE = "dlm"
 """What --to calls this project's own layout."""
@@ -49,11 +52,17 @@ class Conversion:
 
 
 def plan_conversion(
-    found: Found, to: str, export: Mapping[str, Any], tokenizer: Path | None, settings: Sequence[tuple[str, Any]]
+    found: Found,
+    to: str,
+    export: Mapping[str, Any],
+    tokenizer: Path | None,
+    settings: Sequence[tuple[str, Any]],
+    tokenizer_of_run: Path | None = None,
 ) -> Conversion:
     """The stages that lead there; UserError where there is nothing to do, or where the family cannot say the model.
 
     ``export`` are fields of ExportConfig; ``settings`` have paths that begin with the name of a stage.
+    ``tokenizer_of_run`` is taken where none is given and one is wanted.
     """
     stages: list[Stage] = []
     configs: dict[str, Any] = {}
@@ -77,6 +86,8 @@ def plan_conversion(
         )
     configs = apply_settings(configs, settings)
     if to != INTERCHANGE:
+        if tokenizer is None and not configs[EXPORT.name].without_tokenizer:
+            tokenizer = tokenizer_of_run
         _check_export(configs[EXPORT.name], found, tokenizer)
     return Conversion(tuple(stages), configs, found.path, tokenizer)
 
@@ -85,25 +96,47 @@ def _check_export(config: ExportConfig, found: Found, tokenizer: Path | None) ->
     """UserError for what the last stage would refuse: before hours of reading, not after them."""
     if found.record is not None:
         check_exportable(config, found.record)
-    brings_one = found.tokenizer == TOKENIZER or found.kind == "GGUF file"
-    if tokenizer is None and not brings_one and not config.without_tokenizer:
+    if tokenizer is not None:
+        _check_tokenizer(config, found, tokenizer)
+    if tokenizer is None and found.tokenizer not in (TOKENIZER, IN_GGUF) and not config.without_tokenizer:
         raise UserError(
             f"{found.path} brings no tokenizer; give the one that its ids belong to (--tokenizer DIR), or "
             "--set export.without_tokenizer=true"
         )
 
 
+def _check_tokenizer(config: ExportConfig, found: Found, tokenizer: Path) -> None:
+    if config.without_tokenizer:
+        raise UserError(f"--tokenizer is {tokenizer}, but export.without_tokenizer is true; leave one of them out")
+    stage = open_artifact(tokenizer).stage
+    if stage != TOKENIZERS.name:
+        raise UserError(
+            f"--tokenizer {tokenizer} is an artifact of the stage {stage}; give one of the stage {TOKENIZERS.name}"
+        )
+    if found.kind in ("training", "interchange weights"):  # others are artifacts only once they are imported
+        assert found.record is not None
+        check_tokenizer(found.record, found.path, tokenizer)
+
+
 def convert(conversion: Conversion, target: Path, say: Say) -> None:
-    """Make ``target``, a directory that is not there yet or empty; an interrupted conversion leaves nothing in it."""
+    """Make ``target``, a directory that is not there yet or empty; an interrupted conversion leaves nothing in it.
+
+    What a killed one leaves beside it is removed by the next to the same place.
+    """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} is there already; choose a new or an empty directory")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
-        made = conversion.source
-        for stage in conversion.stages:
-            made = _make(stage, conversion, made, Path(work), say)
-        made.rename(target)
-        fsync_dir(target.parent)
+    work = target.with_name(f".{target.name}.converting")
+    work.mkdir(exist_ok=True)
+    with nobody_else(target, work):
+        try:
+            made = conversion.source
+            for stage in conversion.stages:
+                made = _make(stage, conversion, made, work, say)
+            made.rename(target)
+            fsync_dir(target.parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     say(f"it lies in {target}")
 
 
@@ -114,8 +147,9 @@ def _make(stage: Stage, conversion: Conversion, source: Path, work: Path, say: S
     if stage is EXPORT and conversion.tokenizer is not None:
         inputs["tokenizer"] = conversion.tokenizer
     out, state = work / stage.name, work / f"{stage.name}.state"
-    out.mkdir()
-    state.mkdir()
+    for directory in (out, state):
+        shutil.rmtree(directory, ignore_errors=True)  # of one that was killed
+        directory.mkdir()
     started_at, start_s = time.time(), time.monotonic()
     external = external_identity(stage, config)
     own = stage_fingerprint(stage, config, {n: open_artifact(path).fingerprint for n, path in inputs.items()}, external)

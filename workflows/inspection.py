@@ -13,8 +13,10 @@ from pipeline.artifact import MANIFEST, Manifest, checked, load_manifest, open_a
 from pipeline.config import from_json, to_json
 from pipeline.errors import UserError
 from pipeline.gguf_header import read_gguf_header
-from pipeline.hf_config import read_config
-from pipeline.import_checkpoint.source import CONFIG, GENERATION, TOKENIZER, find_source, read_object
+from pipeline.hf_config import CONFIG, read_object
+from pipeline.hf_directory import EXPORT_STAGE, export_manifest, read_directory
+from pipeline.import_checkpoint.gguf_tokenizer import why_no_tokenizer
+from pipeline.import_checkpoint.source import TOKENIZER, find_source
 from pipeline.tensor_files import TensorFiles
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, Origin, load_record
 from workflows.copies import local_copy
@@ -24,6 +26,8 @@ from workflows.store import Store
 
 WEIGHTS_STAGES = ("convert", "ar_init", "import_checkpoint")
 """Stages whose artifacts are interchange weights."""
+IN_GGUF = "in the file"
+"""What is said of the tokenizer of a .gguf file."""
 _CHOSEN = ("convert", "ar_init", "pretrain", "import_checkpoint")
 """Which step of a run is meant where none is named: the first of these that is there."""
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -96,10 +100,10 @@ def look_at(path: Path) -> Found:
         return _of_gguf(path)
     if path.suffix == ".safetensors" and path.is_file():
         return _with_tensors(Found("safetensors file", path), [path])
+    if path.is_dir() and (path / CONFIG).is_file() and export_manifest(path) is None:
+        return _of_directory(path)
     if path.is_dir() and (path / MANIFEST).is_file():
         return _of_artifact(path, open_artifact(path))
-    if path.is_dir() and (path / CONFIG).is_file():
-        return _of_directory(path)
     raise UserError(
         f"{path} is nothing with weights that is known here: an artifact of this project, a directory with a "
         f"{CONFIG}, a .gguf or a .safetensors file"
@@ -116,12 +120,8 @@ def _of_artifact(path: Path, manifest: Manifest) -> Found:
         return _with_tensors(replace(found, tokenizer=own), [path / WEIGHTS_FILE])
     if name == "pretrain":
         return _of_training(path, manifest)
-    if name == "export":
-        found = _of_directory(path)
-        own = {name: manifest.stats[name] for name in ("objective", "block_size", "target_offset")}
-        lineage = [from_json(Origin, origin) for origin in manifest.stats["lineage"]]
-        record = found.record and replace(found.record, lineage=lineage, **own)  # more than config.json can say
-        return replace(found, kind="export of this project", stage=name, record=record)
+    if name == EXPORT_STAGE:
+        return replace(_of_directory(path), kind="export of this project", stage=name)
     raise UserError(f"{path} is an artifact of the stage {name}, which holds no weights")
 
 
@@ -149,10 +149,9 @@ def _of_training(path: Path, manifest: Manifest) -> Found:
 
 def _of_directory(path: Path) -> Found:
     config = read_object(path / CONFIG)
-    generation = read_object(path / GENERATION) if (path / GENERATION).is_file() else None
     found = Found("directory of transformers", path, tokenizer=TOKENIZER if (path / TOKENIZER).is_file() else "")
     try:
-        described = read_config(config, generation)
+        described = read_directory(path)
         found = replace(found, family=described.family, record=described.record(), notices=described.notices)
     except UserError as error:
         plain = {name: value for name, value in config.items() if not isinstance(value, Mapping | list)}
@@ -173,6 +172,7 @@ def _with_tensors(found: Found, paths: Sequence[Path]) -> Found:
 def _of_gguf(path: Path) -> Found:
     header = read_gguf_header(path)
     tokens = header.keys.get("tokenizer.ggml.tokens")
+    why_not = why_no_tokenizer(header.keys)
     short = {name: value for name, value in header.keys.items() if not isinstance(value, list)}
     if isinstance(tokens, list):
         short["tokenizer.ggml.tokens"] = f"{len(cast('list[Any]', tokens)):,} tokens"
@@ -181,10 +181,10 @@ def _of_gguf(path: Path) -> Found:
         path,
         family=str(header.keys.get("general.architecture", "")),
         dtypes=tuple(sorted({dtype for dtype, _ in header.tensors.values()})),
-        tokenizer="in the file" if tokens else "",
+        tokenizer="" if why_not else IN_GGUF,
         tensors=header.tensors,
         known=short,
-        notices=(f"its weights in float32: dlm convert {path} DIR --to dlm",),
+        notices=(f"its weights in float32: dlm convert {path} DIR --to dlm", *([why_not] if why_not else [])),
     )
 
 

@@ -14,7 +14,7 @@ from dlm_core.models.config import Architecture, ModelConfig
 from dlm_core.models.presets import PRESETS
 from pipeline.config import to_json
 from pipeline.errors import UserError
-from pipeline.hf_config import read_directory
+from pipeline.hf_directory import read_directory
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig

@@ -57,6 +57,7 @@ def run(config: ExportConfig, inputs: Mapping[str, Path], context: StageContext)
         "target_offset": record.target_offset,
         "objective": record.objective,
         "block_size": record.block_size,
+        "within_documents": record.within_documents,
         "lineage": to_json(record.lineage),
         **proof,
     }

@@ -92,6 +92,7 @@ STAGE = Stage(
     kind="task",
     config=ImportConfig,
     module="pipeline.import_checkpoint.run",
+    code_version=2,
     external="pipeline.import_checkpoint.config:external_data",
     ready=check_ready,
 )

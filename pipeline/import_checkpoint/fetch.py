@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline.artifact import MANIFEST
 from pipeline.errors import UserError
 from pipeline.import_checkpoint.config import ImportConfig, gguf_path
 from pipeline.import_checkpoint.gguf import check_gguf
 from pipeline.import_checkpoint.source import CONFIG, HUB_PREFIX, INDEX, PASSED_ON, SourceFiles, find_source
 from pipeline.logits_proof import in_fresh_process
 
-_ON_HUB = (CONFIG, INDEX, "*.safetensors", *PASSED_ON, "chat_template*", "README.md")
+_ON_HUB = (CONFIG, INDEX, "*.safetensors", *PASSED_ON, "chat_template*", MANIFEST, "README.md")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.gguf_header import read_gguf_header
+from pipeline.import_checkpoint.gguf_keys import INSTEAD, WITH_EXPERTS, check_keys
 from pipeline.import_checkpoint.gguf_tokenizer import why_no_tokenizer
 
 _ALWAYS = ("token_embd.weight", "output_norm.weight")
@@ -24,12 +25,10 @@ _LAYERS = {
     "llama": (*_ATTENTION, *_DENSE),
     "qwen2": (*_ATTENTION, *_DENSE, "attn_q.bias", "attn_k.bias", "attn_v.bias"),
     "qwen3": (*_ATTENTION, *_DENSE, *_QK_NORM),
-    "qwen3moe": (*_ATTENTION, *_EXPERTS, *_QK_NORM),
+    WITH_EXPERTS: (*_ATTENTION, *_EXPERTS, *_QK_NORM),
 }
 """Tensors of every layer, by architecture."""
-_WITH_EXPERTS = "qwen3moe"
 _MAX_TOLD = 20
-_INSTEAD = "Import the safetensors that it was made from"
 
 
 def check_gguf(path: Path) -> list[str]:
@@ -41,16 +40,11 @@ def check_gguf(path: Path) -> list[str]:
     header = read_gguf_header(path)
     kind = header.keys.get("general.architecture")
     if not isinstance(kind, str) or kind not in _LAYERS:
-        raise UserError(f"{path}: general.architecture is {kind!r}; {', '.join(_LAYERS)} can be imported. {_INSTEAD}")
-    keys = {key.removeprefix(f"{kind}."): value for key, value in header.keys.items() if key.startswith(f"{kind}.")}
-    _check_rope(path, kind, keys)
-    if keys.get("expert_count") and kind != _WITH_EXPERTS:
-        raise UserError(
-            f"{path}: {kind}.expert_count is {keys['expert_count']}; of experts only {_WITH_EXPERTS} can be imported"
-        )
+        raise UserError(f"{path}: general.architecture is {kind!r}; {', '.join(_LAYERS)} can be imported. {INSTEAD}")
+    keys = check_keys(path, kind, header.keys)
     _check_tensors(path, kind, keys, header.tensors)
     notices = [why] if (why := why_no_tokenizer(header.keys)) else []
-    if kind == _WITH_EXPERTS:
+    if kind == WITH_EXPERTS:
         notices.append("norm_topk_prob is taken as true, as llama.cpp computes every Qwen3-MoE")
     return notices
 
@@ -61,38 +55,14 @@ def gguf_license(path: Path) -> str | None:
     return license_ if isinstance(license_, str) and license_ else None
 
 
-def _check_rope(path: Path, kind: str, keys: Mapping[str, Any]) -> None:
-    """UserError for rotary positions that are stretched, or turn only a part of each head."""
-    factor = keys.get("rope.scaling.factor")
-    stretch = keys.get("rope.scaling.type", "none" if factor is None else "linear")
-    if stretch != "none" and factor != 1:
-        raise UserError(
-            f"{path}: {kind}.rope.scaling.type is {stretch!r} and its factor {factor}, which transformers does not "
-            f"read from a GGUF file: other positions would be computed. {_INSTEAD}"
-        )
-    for name in ("rope.scaling.attn_factor", "rope.scale_linear"):
-        if keys.get(name, 1) != 1:
-            raise UserError(
-                f"{path}: {kind}.{name} is {keys[name]}; only 1 is read from a GGUF file by transformers. {_INSTEAD}"
-            )
-    head_dim = keys.get("attention.key_length")
-    if head_dim is None:
-        head_dim = _number(path, kind, keys, "embedding_length") // _number(path, kind, keys, "attention.head_count")
-    if keys.get("rope.dimension_count", head_dim) != head_dim:
-        raise UserError(
-            f"{path}: {kind}.rope.dimension_count is {keys['rope.dimension_count']}; heads have {head_dim} dimensions, "
-            "of which all must turn"
-        )
-
-
 def _check_tensors(path: Path, kind: str, keys: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """UserError unless the tensors are just those of a model of that architecture."""
     if _ROPE_FREQS in found:
         raise UserError(
             f"{path} has {_ROPE_FREQS}, a stretch of the rotary positions (llama3) that transformers does not read "
-            f"from a GGUF file: other positions would be computed. {_INSTEAD}, whose config.json tells the stretch"
+            f"from a GGUF file: other positions would be computed. {INSTEAD}, whose config.json tells the stretch"
         )
-    num_layers = _number(path, kind, keys, "block_count")
+    num_layers = keys["block_count"]
     if num_layers > len(found):
         raise UserError(f"{path}: {kind}.block_count is {num_layers}, but the file has {len(found)} tensors in all")
     wanted = {*_ALWAYS, *(f"blk.{layer}.{name}" for layer in range(num_layers) for name in _LAYERS[kind])}
@@ -104,12 +74,5 @@ def _check_tensors(path: Path, kind: str, keys: Mapping[str, Any], found: Mappin
         more = f"; and {len(problems) - _MAX_TOLD} more" if len(problems) > _MAX_TOLD else ""
         raise UserError(
             f"{path} does not hold just the tensors of {kind}: {'; '.join(problems[:_MAX_TOLD])}{more}. transformers "
-            f"would draw those that are missing and pass over the others. {_INSTEAD}"
+            f"would draw those that are missing and pass over the others. {INSTEAD}"
         )
-
-
-def _number(path: Path, kind: str, keys: Mapping[str, Any], name: str) -> int:
-    value = keys.get(name)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{path}: {kind}.{name} is {value!r}; a number of at least 1 is wanted")
-    return value

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.artifact import read_json
 from pipeline.config import from_json
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 MAX_LEN = 48
 
 
-def difference(weights: str, peer: str, scratch: str) -> float:
+def difference(weights: str, peer: str, scratch: str, attention: Literal["causal", "full"]) -> float:
     """Largest difference of the logits, over the largest of theirs; inf where one of them is not finite.
 
     ``weights`` holds model.json and model.safetensors; ``peer`` is a directory that transformers loads, with no code in
-    it but our own.
+    it but our own.  ``attention`` is that of the peer's class, whatever the model was trained with.
     """
     record = from_json(ModelRecord, read_json(Path(weights) / MODEL_FILE), where=MODEL_FILE)
     tokens = pseudo_tokens(record.model.vocab_size, length=min(MAX_LEN, record.seq_len))
     theirs = _peer_logits(Path(peer), Path(scratch), tokens)
     model = read_denoiser(record.model, Path(weights) / WEIGHTS_FILE, weights)
-    ours = logits_of(model, tokens, "causal" if record.objective == "autoregressive_nll" else "full")
+    ours = logits_of(model, tokens, attention)
     if ours.shape != theirs.shape:
         raise CorruptionError(f"logits have the shape {list(ours.shape)}, those of the source {list(theirs.shape)}")
     if (mask := record.model.mask_token_id) is not None:  # whose logit is -inf in ours

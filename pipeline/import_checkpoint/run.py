@@ -15,11 +15,11 @@ from pipeline.hf_config import (
     CONFIG,
     GENERATION,
     Described,
-    read_directory,
     read_object,
     write_config,
     write_generation_config,
 )
+from pipeline.hf_directory import read_directory
 from pipeline.hf_names import DITS, packed_tensors
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.import_checkpoint.fetch import Opened, need, open_checkpoint
@@ -30,6 +30,7 @@ from pipeline.import_checkpoint.source import (
     SINGLE,
     TOKENIZER,
     SourceFiles,
+    check_files,
     check_index,
     files_read,
     license_of,
@@ -64,6 +65,7 @@ def run(config: ImportConfig, inputs: Mapping[str, Path], context: StageContext)
     with tempfile.TemporaryDirectory(prefix="import-", dir=context.state) as scratch:
         opened = open_checkpoint(config, Path(scratch))
         source = opened.source
+        check_files(source)
         described, notices = _described(source)
         notices += opened.notices
         if config.proof == "logits" and described.family not in DITS:
@@ -165,10 +167,10 @@ def _record(config: ImportConfig, opened: Opened, described: Described, dtypes: 
         "dequantised_from": gguf.name if gguf else None,
         "dequantised_by": opened.dequantised_by,
         "license": gguf_license(gguf) if gguf else license_of(opened.source.directory),
+        "export": opened.source.manifest.fingerprint if opened.source.manifest else None,
     }
-    return replace(
-        described.record(), lineage=[Origin("imported", {k: v for k, v in details.items() if v is not None})]
-    )
+    origin = Origin("imported", {name: value for name, value in details.items() if value is not None})
+    return replace(described.record(), lineage=[*described.lineage, origin])
 
 
 def _report(described: Described, left_out: Mapping[str, str], notices: list[str]) -> dict[str, Any]:
@@ -191,7 +193,8 @@ def _prove(
     if described.family in DITS:
         return {"proof": "tensors", "why_no_logits": f"nobody's loader runs {described.family} without its own code"}
     peer = _peer(described, source, scratch / "peer")
-    difference = in_fresh_process("pipeline.import_checkpoint.prove:difference", written, peer, scratch)
+    attention = "causal" if described.family in AUTOREGRESSIVE else "full"
+    difference = in_fresh_process("pipeline.import_checkpoint.prove:difference", written, peer, scratch, attention)
     if difference > LOGITS_RTOL:
         raise CorruptionError(
             f"the converted model is not the same function: its logits differ from those of {source.directory} by "

@@ -1,7 +1,8 @@
 """The files of a checkpoint in another project's layout: which are read, and which never are.
 
 Read are JSON, safetensors and, as data that is passed on, the files of the tokenizer.  Code beside them (*.py) and
-pickles (*.bin, *.pt, *.pth) are never opened.
+pickles (*.bin, *.pt, *.pth) are never opened.  Of an export of this project every file that is read is held against its
+manifest.
 """
 
 import re
@@ -9,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.artifact import MANIFEST, Manifest
 from pipeline.errors import CorruptionError, UserError
 from pipeline.hf_config import CONFIG, GENERATION, read_object
+from pipeline.hf_directory import check_exported, export_manifest
 from pipeline.tensor_files import TensorFiles
 
 HUB_PREFIX = "hf:"
@@ -33,6 +36,8 @@ class SourceFiles:
     """File name of every tensor, where there are several files."""
     passed_on: tuple[Path, ...]
     """Of the tokenizer and of generation: copied as they are."""
+    manifest: Manifest | None = None
+    """Of an export of this project."""
 
 
 def find_source(directory: Path) -> SourceFiles:
@@ -45,7 +50,7 @@ def find_source(directory: Path) -> SourceFiles:
     templates = sorted(directory.glob("chat_template*"))
     passed_on += [path for path in templates if path.suffix in _TEMPLATE_SUFFIXES and path.is_file()]
     weights, index = _weights(directory)
-    return SourceFiles(directory, tuple(weights), index, tuple(passed_on))
+    return SourceFiles(directory, tuple(weights), index, tuple(passed_on), export_manifest(directory))
 
 
 def _weights(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -107,7 +112,17 @@ def check_index(source: SourceFiles, files: TensorFiles) -> None:
 def files_read(source: SourceFiles) -> list[Path]:
     """Every file that has a part in the result."""
     index = [source.directory / INDEX] if source.index is not None else []
-    return [source.directory / CONFIG, *index, *source.weights, *source.passed_on]
+    manifest = [source.directory / MANIFEST] if source.manifest is not None else []
+    return [source.directory / CONFIG, *index, *source.weights, *source.passed_on, *manifest]
+
+
+def check_files(source: SourceFiles) -> None:
+    """CorruptionError unless the files of an export of this project have the bytes that were proved."""
+    if source.manifest is None:
+        return
+    for path in files_read(source):
+        if path.name != MANIFEST:
+            check_exported(path, source.manifest)
 
 
 def license_of(directory: Path) -> str | None:

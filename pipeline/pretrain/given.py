@@ -9,7 +9,8 @@ from dlm_core.models.config import Architecture, MoE
 from dlm_core.upcycling import upcycled
 from pipeline.config import diff, from_json, to_json
 from pipeline.errors import UserError
-from pipeline.hf_config import CONFIG, read_directory
+from pipeline.hf_config import CONFIG
+from pipeline.hf_directory import read_directory
 
 _SHOWN = 6
 

@@ -139,6 +139,15 @@ def test_of_many_that_do_not_fit_some_are_named_and_the_rest_counted(tmp_path: P
         write_ours("llama", config_of("llama"), saved(tmp_path, theirs_in_memory("llama") | tensors), tmp_path / "ours")
 
 
+def test_tensors_by_the_hundred_thousand_are_refused_before_their_names_are_listed(tmp_path: Path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    many = replace(DENSE, qk_norm=True, d_ff=None, num_layers=100, moe=replace(EXPERTS, num_experts=1000))
+    with pytest.raises(UserError, match=r'"qwen3_moe" with 300,903 tensors, but the files have 1; take both'):
+        write_ours(
+            "qwen3_moe", ModelConfig(many, 11, 10), TensorFiles([tmp_path / "model.safetensors"]), tmp_path / "x"
+        )
+
+
 def test_tensors_without_function_are_left_out(tmp_path: Path):
     theirs = saved(tmp_path, {**theirs_in_memory("llama"), "rotary.inv_freq": torch.ones(3)})
     write_ours("llama", config_of("llama"), theirs, tmp_path / "ours", left_out=["rotary.inv_freq"])

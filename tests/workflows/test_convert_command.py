@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,16 @@ from pipeline.artifact import load_manifest, read_json
 from pipeline.export import run as export_run
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.repack import INDEX_FILE
-from pipeline.stage import environment
+from pipeline.stage import environment, nobody_else
 from pipeline.tensor_files import TensorFiles
 from pipeline.tokenizer.config import TokenizerConfig
 from pipeline.weights import WEIGHTS_FILE, load_record
+from tests.pipeline.conftest import flip_bit
 from tests.support.executors import Inline
-from tests.support.exports import LLAMA, NEXT_TOKEN, QWEN2, SHIFTED, Pair, export, weights_of
+from tests.support.exports import BLOCKS, LLAMA, NEXT_TOKEN, QWEN2, QWEN3, QWEN3_MOE, SHIFTED, Pair, export, weights_of
 from tests.support.hf_models import VOCAB_SIZE, save_peer
+from tests.support.interchange import random_model, save_model
+from tests.support.tiny_families import EXPERTS
 from tests.support.tiny_run import Artifacts
 from tests.support.toy_workflow import coordinate
 from tests.workflows.conftest import Dlm
@@ -33,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 NO_TOKENIZER = ("--set", "export.without_tokenizer=true")
 QUICK_IMPORT, QUICK_EXPORT = ("--set", "import_checkpoint.proof=tensors"), ("--set", "export.proof=tensors")
 QUICK = (*QUICK_IMPORT, *QUICK_EXPORT)
+RENORMALISED = replace(QWEN3_MOE, moe=replace(EXPERTS, renormalise=True))
 
 
 @pytest.fixture
@@ -98,6 +103,87 @@ def test_an_exported_diffusion_model_comes_back_and_goes_on_to_another_family(
     assert "Set export.family to dream" in done.stderr
 
 
+def test_a_diffusion_model_in_plain_tensors_stays_one_whatever_it_becomes(
+    dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    weights, plain = export(Pair("qwen2", QWEN2, SHIFTED), tokenizer_artifact, tmp_path / "made")
+    command = ("convert", str(plain))
+    done = dlm(*command, str(tmp_path / "ours"), "--to", "dlm", *QUICK_IMPORT)
+    assert done.code == 0, done.stderr
+    before, after = load_record(weights), load_record(tmp_path / "ours")
+    assert (after.objective, after.target_offset, after.tokenizer) == ("masked_nelbo", 1, before.tokenizer)
+    assert [origin.kind for origin in after.lineage] == ["trained", "imported"]
+    done = dlm(*command, str(tmp_path / "again"), "--to", "qwen2", *QUICK)
+    assert done.code == 0, done.stderr
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "`generate` is causal and meaningless" in card
+    assert "1. trained" in card
+    done = dlm(*command, str(tmp_path / "dream"), "--to", "dream", *QUICK)
+    assert done.code == 0, done.stderr
+    stats = load_manifest(tmp_path / "dream").stats
+    assert (stats["objective"], stats["target_offset"]) == ("masked_nelbo", 1)
+
+
+def test_an_export_with_a_damaged_file_is_not_converted(dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path) -> None:
+    _, exported = export(Pair("llada", LLAMA), tokenizer_artifact, tmp_path / "made")
+    flip_bit(exported / "model.safetensors")
+    refused = dlm("convert", str(exported), str(tmp_path / "ours"), "--to", "dlm", *QUICK_IMPORT)
+    assert refused.code == 3
+    assert "model.safetensors does not have the bytes that were committed" in refused.stderr
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("pair", "family", "words"),
+    [
+        (Pair("llada", QWEN2), "dream", 'export.family is "dream", but target_offset is 0'),
+        (Pair("dream", QWEN2, SHIFTED), "llada", 'export.family is "llada", but target_offset is 1'),
+        (Pair("llama", QWEN3), "llada", "qk_norm is True"),
+        (Pair("qwen3_moe", RENORMALISED), "llada_moe", "moe.renormalise is True"),
+        (Pair("llama", LLAMA, NEXT_TOKEN), "llada", "the model was trained on next tokens (autoregressive_nll)"),
+        (Pair("llada2", LLAMA, BLOCKS), "llada", "block_size is 4"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.family,
+)
+def test_what_is_not_the_same_function_is_refused_with_the_field(
+    pair: Pair, family: str, words: str, dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    weights = weights_of(pair, tokenizer_artifact, tmp_path / "weights")
+    refused = dlm("convert", str(weights), str(tmp_path / "out"), "--to", family, *NO_TOKENIZER, *QUICK_EXPORT)
+    assert refused.code == 2
+    assert words in refused.stderr.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("is_artifact", [False, True], ids=["directory", "weights"])
+def test_a_wrong_tokenizer_is_refused_before_anything_is_read(
+    *, is_artifact: bool, dlm: Dlm, llama: Path, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    source = weights_of(Pair("llama", LLAMA, NEXT_TOKEN), tokenizer_artifact, tmp_path / "weights")
+    source = source if is_artifact else llama
+    other = tmp_path / "other"
+    other.mkdir()
+    command = ("convert", str(source), str(tmp_path / "out"), "--to", "llama", *QUICK_EXPORT, "--tokenizer")
+    (own, of_others) = (str(tokenizer_artifact), save_model(tmp_path / "others", random_model(LLAMA)))
+    for arguments, words in (
+        ((str(other),), f"{other} is not a finished artifact: it has no manifest.json"),
+        ((str(of_others),), "is an artifact of the stage convert; give one of the stage tokenizer"),
+        ((own, *NO_TOKENIZER), f"--tokenizer is {own}, but export.without_tokenizer is true; leave one of them out"),
+    ):
+        refused = dlm(*command, *arguments)
+        assert refused.code == 2
+        assert words in refused.stderr.replace("\n", " ")
+        assert "proved" not in refused.stdout
+
+
+def test_the_tokenizer_of_other_weights_is_refused(dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path) -> None:
+    stranger = save_model(tmp_path / "weights", random_model(LLAMA), **NEXT_TOKEN)
+    command = ("convert", str(stranger), str(tmp_path / "out"), "--to", "llama", *QUICK_EXPORT)
+    refused = dlm(*command, "--tokenizer", str(tokenizer_artifact))
+    assert refused.code == 2
+    assert "is not that of the weights in" in refused.stderr
+
+
 def test_a_training_becomes_weights_and_a_directory(dlm: Dlm, alone: Path, made: Artifacts, tmp_path: Path) -> None:
     done = dlm("convert", str(alone), str(tmp_path / "ours"), "--to", "dlm")
     assert done.code == 0, done.stderr
@@ -147,6 +233,8 @@ def test_a_step_of_a_run_is_converted_with_the_tokenizer_of_the_run(
     done = dlm("convert", "r1:theirs", str(tmp_path / "again"), "--to", "llama", *QUICK_EXPORT)
     assert done.code == 0, done.stderr
     assert "mask_token" not in read_json(tmp_path / "again" / "tokenizer_config.json")
+    done = dlm("convert", "r1", str(tmp_path / "bare"), "--to", "llama", *NO_TOKENIZER, *QUICK_EXPORT)
+    assert done.code == 0, done.stderr  # that of the run is not wanted then
     for source, words_ in (
         ("r1:words", "is an artifact of the stage tokenizer, which holds no weights"),
         ("r1:nothing", "has finished no step 'nothing'; it has theirs, first"),
@@ -182,12 +270,11 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
 
 
 def test_an_unknown_model_type_is_refused_by_name(dlm: Dlm, llama: Path, tmp_path: Path) -> None:
-    config = read_json(llama / "config.json")
     (llama / "config.json").write_text('{"model_type": "mamba"}')
     refused = dlm("convert", str(llama), str(tmp_path / "out"), "--to", "llama")
     assert refused.code == 2
     assert "model_type is 'mamba'; known are llama, qwen2" in refused.stderr
-    assert config["model_type"] == "llama"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_destination_that_is_taken_is_refused_and_an_empty_one_is_used(
@@ -232,6 +319,25 @@ def test_a_conversion_that_ends_early_leaves_nothing(
     else:
         assert dlm(*command).code == (75 if error is KeyboardInterrupt else 3)
     assert {path.name for path in tmp_path.iterdir()} - {"store"} == {"weights"}
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next_but_not_what_a_living_one_makes(
+    dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    weights = weights_of(Pair("llama", LLAMA, NEXT_TOKEN), tokenizer_artifact, tmp_path / "weights")
+    command = ("convert", str(weights), str(tmp_path / "out"), "--to", "llama", *NO_TOKENIZER, *QUICK_EXPORT)
+    work = tmp_path / ".out.converting"
+    (work / "export").mkdir(parents=True)
+    (work / "export" / "model.safetensors").write_text("half")
+    with nobody_else(tmp_path / "out", work):
+        refused = dlm(*command)
+        assert refused.code == 2
+        assert f"{tmp_path / 'out'} is being made by process {os.getpid()}" in refused.stderr
+        assert (work / "export" / "model.safetensors").read_text() == "half"
+    done = dlm(*command)
+    assert done.code == 0, done.stderr
+    assert TensorFiles([tmp_path / "out" / "model.safetensors"]).names
+    assert not work.exists()
 
 
 def test_a_conversion_needs_neither_ray_nor_deepspeed_nor_torch_in_its_process(

@@ -219,6 +219,23 @@ EXAMPLE = gguf(
 )
 
 
+def test_an_export_whose_config_was_changed_is_told_as_damage(
+    dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    _, exported = export(Pair("llada", LLAMA), tokenizer_artifact, tmp_path)
+    config = (exported / "config.json").read_text()
+    (exported / "config.json").write_text(config.replace('"rope_theta": 500.0', '"rope_theta": 600.0'))
+    refused = dlm("inspect", str(exported))
+    assert refused.code == 3
+    assert "config.json does not have the bytes that were committed" in refused.stderr
+
+
+def test_a_manifest_of_something_else_is_not_looked_at(dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path) -> None:
+    _, exported = export(Pair("llada", LLAMA), tokenizer_artifact, tmp_path)
+    (exported / "manifest.json").write_text('{"manifest_version": 3}')
+    assert facts(dlm("inspect", str(exported)).stdout)["kind"] == "directory of transformers"
+
+
 def test_the_header_of_a_gguf_file_is_told(dlm: Dlm, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(EXAMPLE)

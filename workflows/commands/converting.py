@@ -54,5 +54,5 @@ def convert(
     given = Path(tokenizer).expanduser().resolve() if tokenizer else None
     of_run = place.tokenizer_of(found) if to != INTERCHANGE else None
     export: dict[str, Any] = {"dtype": dtype} if dtype else {}
-    plan = plan_conversion(found, to, export, given or of_run, parse_settings(settings))
+    plan = plan_conversion(found, to, export, given, parse_settings(settings), of_run)
     convert(plan, Path(target).expanduser().resolve(), print_line)

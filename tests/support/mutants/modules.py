@@ -6,6 +6,17 @@ GRADIENTS_OF_TWO_RANKS = [
 ]
 """Two ranks of two micro batches: whatever is scaled by the number of one of them, or of those that share experts."""
 
+EXPORTS_COME_BACK = [
+    f"tests/pipeline/test_import_exported.py::test_{case}"
+    for case in (
+        "an_export_is_imported_as_what_it_was_whatever_its_family",
+        "the_tokenizer_that_went_into_an_export_is_that_of_its_import",
+        "a_damaged_file_of_an_export_is_named",
+        "the_manifest_of_an_export_is_among_what_identifies_it",
+    )
+]
+"""All but the proof by logits, which starts another interpreter."""
+
 LOGITS_OF_EXPORTS = [
     "tests/pipeline/test_export_modeling.py::test_weights_that_lie_on_the_disk_are_brought_in_where_they_are_used"
 ]
@@ -62,6 +73,16 @@ MODULES: dict[str, list[str]] = {
             "experts_are_copies_and_the_dense_networks_are_left_out_by_name",
         )
     ],
+    "pipeline/hf_directory": EXPORTS_COME_BACK,
+    "pipeline/import_checkpoint/source": EXPORTS_COME_BACK,
+    "pipeline/import_checkpoint/gguf_keys": ["tests/pipeline/test_gguf_checks.py"],
+    "pipeline/import_checkpoint/gguf_tokenizer": ["tests/pipeline/test_gguf_checks.py"],
+    "pipeline/import_checkpoint/dequantise": ["tests/pipeline/test_gguf_checks.py"],
+    "pipeline/repack": [
+        "tests/pipeline/test_repack.py::test_our_file_has_what_joining_theirs_in_memory_gives",
+        "tests/pipeline/test_repack.py::test_their_files_have_what_cutting_ours_in_memory_gives",
+        "tests/pipeline/test_repack.py::test_tensors_by_the_hundred_thousand_are_refused_before_their_names_are_listed",
+    ],
     "pipeline/pretrain/batches": [
         f"tests/pipeline/test_pretrain_init.py::test_{case}"
         for case in (
@@ -97,6 +118,12 @@ PLANTED_ONLY = {
     "upcycling",
     "pipeline/tokenizer/mask",
     "pipeline/ar_init/run",
+    "pipeline/hf_directory",
+    "pipeline/import_checkpoint/source",
+    "pipeline/import_checkpoint/gguf_keys",
+    "pipeline/import_checkpoint/gguf_tokenizer",
+    "pipeline/import_checkpoint/dequantise",
+    "pipeline/repack",
     "pipeline/pretrain/batches",
     "pipeline/pretrain/engine",
     "pipeline/pretrain/routers",

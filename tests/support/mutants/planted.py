@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from tests.support.mutants.mutant import Mutant, Planted
 from tests.support.mutants.planted_conversions import CONVERSIONS
+from tests.support.mutants.planted_imports import IMPORTS
 
 
 def planted(sources: Mapping[str, str], faults: tuple[Planted, ...] | None = None) -> list[Mutant]:
@@ -469,5 +470,6 @@ PLANTED: tuple[Planted, ...] = (
         "// losses.group_seqs * config.grad_accum_steps * config.workers",
         "// losses.group_seqs * config.grad_accum_steps * config.workers // max(1, config.ep_size)",
     ),
+    *IMPORTS,
     *CONVERSIONS,
 )
