@@ -377,13 +377,19 @@ def check_upstream(config: PretrainConfig, upstream: Mapping[str, Any], step: st
 
 def advice(config: PretrainConfig) -> list[str]:
     """What is allowed in a training and hardly ever meant."""
-    warmup_steps = config.optimizer.lr_schedule.warmup_steps
-    if warmup_steps < config.num_steps:
-        return []
-    return [
-        f"optimizer.lr_schedule.warmup_steps is {warmup_steps}, and num_steps {config.num_steps}: the learning rate "
-        "never reaches its peak"
-    ]
+    warmup_steps, anneal_steps = config.optimizer.lr_schedule.warmup_steps, config.adaptation.anneal_steps
+    given: list[str] = []
+    if warmup_steps >= config.num_steps:
+        given.append(
+            f"optimizer.lr_schedule.warmup_steps is {warmup_steps}, and num_steps {config.num_steps}: the learning rate "
+            "never reaches its peak"
+        )
+    if anneal_steps > config.num_steps:
+        given.append(
+            f"adaptation.anneal_steps is {anneal_steps}, and num_steps {config.num_steps}: attention never opens fully, "
+            "as it is in evaluation and in samples"
+        )
+    return given
 
 
 STAGE = Stage(

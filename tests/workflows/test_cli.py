@@ -333,6 +333,9 @@ def test_cli_plan_warns_of_what_is_hardly_ever_meant(dlm):
     assert few.code == 0
     assert "pretrain.optimizer.lr_schedule.warmup_steps is 50, and num_steps 50: the learning rate" in few.stderr
     assert dlm("plan", "quickstart", "--set", "pretrain.num_steps=51").stderr == ""
+    closed = dlm("plan", "quickstart", "--set", "pretrain.adaptation.anneal_steps=2001")
+    assert "pretrain.adaptation.anneal_steps is 2001, and num_steps 2000: attention never opens fully" in closed.stderr
+    assert dlm("plan", "quickstart", "--set", "pretrain.adaptation.anneal_steps=2000").stderr == ""
 
 
 def test_cli_run_on_this_machine_tells_of_more_workers_than_cores(dlm, log, monkeypatch):
