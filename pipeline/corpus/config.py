@@ -188,8 +188,8 @@ def _refuse_unheeded(config: CorpusConfig) -> None:
         raise ValueError("filters do nothing, since every source has its own; leave them out, or theirs")
     if config.held_out_fraction != _HELD_OUT_FRACTION and all(s.held_out_fraction is not None for s in sources):
         raise ValueError(
-            f"held_out_fraction is {config.held_out_fraction} and does nothing, since every source has its own; leave it "
-            f"out, or theirs. Where a recipe has set it, {_HELD_OUT_FRACTION} is as good as leaving it out"
+            f"held_out_fraction is {config.held_out_fraction} and does nothing, since every source has its own; leave "
+            f"it out, or theirs. Where a recipe has set it, {_HELD_OUT_FRACTION} is as good as leaving it out"
         )
     if all(source.is_held_out for source in sources):
         raise ValueError("every source has held_out_fraction 1: nothing is left for training; lower one of them")

@@ -381,13 +381,13 @@ def advice(config: PretrainConfig) -> list[str]:
     given: list[str] = []
     if warmup_steps >= config.num_steps:
         given.append(
-            f"optimizer.lr_schedule.warmup_steps is {warmup_steps}, and num_steps {config.num_steps}: the learning rate "
-            "never reaches its peak"
+            f"optimizer.lr_schedule.warmup_steps is {warmup_steps}, and num_steps {config.num_steps}: the learning "
+            "rate never reaches its peak"
         )
     if anneal_steps > config.num_steps:
         given.append(
-            f"adaptation.anneal_steps is {anneal_steps}, and num_steps {config.num_steps}: attention never opens fully, "
-            "as it is in evaluation and in samples"
+            f"adaptation.anneal_steps is {anneal_steps}, and num_steps {config.num_steps}: attention never opens "
+            "fully, as it is in evaluation and in samples"
         )
     return given
 
