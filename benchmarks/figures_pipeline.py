@@ -30,7 +30,6 @@ _WHAT_IT_DOES = {
     "convert": "checkpoint to safetensors",
     "evaluate": "held-out bound, xz beside it",
     "generate": "text out of masks",
-    "export": "for from_pretrained, proved",
     "report": "all of it on one page",
 }
 _KINDS = {"task": "one process", "map": "one process per shard", "gang": "all ranks together"}

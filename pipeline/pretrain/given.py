@@ -1,5 +1,6 @@
 """Whether a training and the weights that it is given are of one architecture: as far as a plan can know, and later."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,10 @@ def check_same_architecture(wanted: Architecture, found: Architecture, name: str
     ]
     if shown:
         more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+        theirs = json.dumps(to_json(found), separators=(",", ":"))
         raise UserError(
-            f"{step}.architecture is not that of the weights {name}: {'; '.join(shown[:_SHOWN])}{more}. Set "
-            f"{step}.architecture to theirs (dlm inspect prints it as a setting)"
+            f"{step}.architecture is not that of the weights {name}: {'; '.join(shown[:_SHOWN])}{more}. Set it to "
+            f"theirs: --set '{step}.architecture={theirs}'"
         )
 
 

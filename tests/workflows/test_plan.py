@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import typing
@@ -380,8 +381,13 @@ def test_plan_of_first_weights_of_another_architecture_is_refused(tmp_path: Path
     theirs = ("pretrain.architecture", to_json(architecture))
     assert runs.plan_recipe("smollm2_to_diffusion", [path, theirs]).step("pretrain").config["init_seed"] == 0
     experts = {"num_experts": 4, "top_k": 2, "d_ff_expert": 48}
-    with pytest.raises(UserError, match=r"pretrain\.architecture is not that of the weights in .*moe"):
+    with pytest.raises(UserError, match=r"pretrain\.architecture is not that of the weights in .*moe") as refused:
         runs.plan_recipe("smollm2_to_diffusion", [path, theirs, ("ar_init.upcycle", experts)])
+    told = re.search(r"--set 'pretrain\.architecture=(\{.*\})'$", str(refused.value))
+    assert told is not None
+    with_experts = ("pretrain.architecture", json.loads(told[1]))
+    planned = runs.plan_recipe("smollm2_to_diffusion", [path, with_experts, ("ar_init.upcycle", experts)])
+    assert planned.step("pretrain").config["architecture"]["moe"]["num_experts"] == 4
     with pytest.raises(UserError, match=r"cannot be upcycled: moe\.d_ff_expert is 47"):
         runs.plan_recipe("smollm2_to_diffusion", [path, theirs, ("ar_init.upcycle", {**experts, "d_ff_expert": 47})])
 

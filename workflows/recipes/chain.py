@@ -96,7 +96,6 @@ def adapted_chain(
     packing: PackingConfig,
     generate: GenerateConfig | None,
     title: str,
-    export: ExportConfig | None = None,
     unpublished: tuple[str, ...] = (),
     deviations: tuple[str, ...] = (),
 ) -> Workflow:
@@ -111,7 +110,6 @@ def adapted_chain(
         tokenizer=tokenizer,
         packing=packing,
         generate=generate,
-        export=export,
         init=(Step("ar_init", "pipeline.ar_init", ArInitConfig(), inputs),),
         checkpoint=checkpoint,
         title=title,

@@ -2,7 +2,6 @@
 
 from dlm_core.models.presets import PRESETS
 from pipeline.corpus.config import CorpusConfig
-from pipeline.export.config import ExportConfig
 from pipeline.generate.config import GenerateConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
@@ -15,7 +14,7 @@ from workflows.step import Workflow
 
 
 def smollm2_to_diffusion() -> Workflow:
-    """SmolLM2 135M, trained on as a shifted masked-diffusion model, and exported as a Dream, whose shift it has."""
+    """SmolLM2 135M, trained on as a shifted masked-diffusion model."""
     pretrain = PretrainConfig(
         architecture=PRESETS["smollm2-135m"].model.architecture,
         objective=ObjectiveConfig(masking="exact_count", target_offset=1),
@@ -36,7 +35,6 @@ def smollm2_to_diffusion() -> Workflow:
         tokenizer=TokenizerConfig(eos_token="<|endoftext|>"),
         packing=PackingConfig(seq_len=256),
         generate=GenerateConfig(num_samples=2, length=64, num_steps=32),
-        export=ExportConfig("dream"),
         title="SmolLM2 135M as a diffusion model",
         deviations=(
             "neither the checkpoint nor the text comes with the recipe; import_checkpoint.path and "
