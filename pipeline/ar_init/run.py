@@ -111,7 +111,7 @@ def _fitted(config: ArInitConfig, table: np.ndarray, model: ModelConfig) -> Iter
         return
     others = np.delete(np.arange(num_rows), mask) if mask < num_rows else np.arange(num_rows)
     mean = _mean(table, others)
-    new = f"rows {num_rows} to {model.vocab_size - 1}" if num_new else ""
+    new = f"rows {num_rows} to {model.vocab_size - 1}" if num_new > 1 else f"row {num_rows}" if num_new else ""
     how = f"the mean of {len(others)} rows in {' and '.join(filter(None, (new, f'row {mask}' if is_replaced else '')))}"
     if is_replaced:
         table[mask] = mean

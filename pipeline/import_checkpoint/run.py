@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.artifact import file_sha256, write_json
 from pipeline.config import to_json
 from pipeline.errors import CorruptionError, UserError
+from pipeline.gguf_header import read_gguf_header
 from pipeline.hf_config import (
     AUTOREGRESSIVE,
     CONFIG,
@@ -163,7 +164,7 @@ def _record(config: ImportConfig, opened: Opened, described: Described, dtypes: 
         "family": described.family,
         "name": config.name or (config.path.removeprefix(HUB_PREFIX) if is_hub else None),
         "sha256": {path.name: file_sha256(path) for path in files},
-        "dtype": dtypes,
+        "dtype": sorted({kind for kind, _ in read_gguf_header(gguf).tensors.values()}) if gguf else dtypes,
         "dequantised_from": gguf.name if gguf else None,
         "dequantised_by": opened.dequantised_by,
         "license": gguf_license(gguf) if gguf else license_of(opened.source.directory),

@@ -170,7 +170,7 @@ def test_a_row_that_is_kept_is_kept_bit_for_bit(tmp_path: Path, mask_from: str) 
 def test_report_and_lineage_tell_what_was_copied_and_made(tmp_path: Path) -> None:
     source, made = chain(tmp_path, "new_row", HEAD_BIAS)
     report, record = json.loads((made / "report.json").read_text()), load_record(made)
-    how = f"the mean of {NUM_TOKENS} rows in rows {NUM_TOKENS} to {NUM_TOKENS}"
+    how = f"the mean of {NUM_TOKENS} rows in row {NUM_TOKENS}"
     tables = ["embedding.weight", "head.weight", "head.bias"]
     assert report["made"] == dict.fromkeys(tables, how)
     assert sorted(report["copied"] + tables) == sorted(tensors(source))

@@ -56,6 +56,7 @@ def test_a_gguf_file_is_dequantised_and_its_tokenizer_written(tmp_path):
     assert Tokenizer.from_file(str(made / "tokenizer.json")).get_vocab_size() == record.model.vocab_size == 261
     assert set(record.lineage[0].details["sha256"]) == {"tiny.gguf"}
     assert record.lineage[0].details["dequantised_from"] == "tiny.gguf"
+    assert record.lineage[0].details["dtype"] == ["F32", "Q8_0"]
 
 
 # What is not all that a model is made of
