@@ -37,6 +37,11 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 NAMED_MASK = "config.json names a mask token: taken as a next-token model all the same, as its family is"
 """Notice of a directory that says no more."""
 _WRITTEN_BY = "4.57.1"
+"""Whose spelling the keys have, for every version that reads them, and not the version that the proof ran.
+
+Without it, and with some later ones, transformers 4.57.2 to 4.57.6 take the tokenizer of a directory with more than
+100,000 tokens for one of Mistral's with a wrong regex (tokenization_utils_base.py).
+"""
 _CLASSES: dict[Family, tuple[str, ...]] = {
     "llama": ("LlamaForCausalLM",),
     "qwen2": ("Qwen2ForCausalLM",),
