@@ -10,9 +10,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from dlm_core.models.config import Architecture, ModelConfig
 from pipeline.artifact import MANIFEST, Manifest, record_files, write_json
+from pipeline.config import to_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.stage import StageContext
+from pipeline.weights import ModelRecord, Origin, save_record
 from workflows.report import svg
 from workflows.report.chart import Line, line_chart, nice_ticks, thin
 from workflows.report.config import STAGE, ReportConfig
@@ -96,6 +99,9 @@ def make_artifact(root: Path, name: str, **changes: Any) -> Path:
         (out / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     elif name == "evaluation":
         write_json(out / "results.json", changes.get("results", RESULTS))
+    elif name == "weights":
+        model = ModelConfig(Architecture(), 4096, 0)
+        save_record(out, ModelRecord(model, 512, "masked_nelbo", lineage=changes.get("lineage", [])))
     elif name == "samples":
         (out / "samples.jsonl").write_text(json.dumps(SAMPLE) + "\n")
     manifest = Manifest(
@@ -191,6 +197,32 @@ def test_report_of_a_training_that_lost_metrics_says_so_and_counts_its_steps(tmp
     assert "128 steps of 4,096 tokens" in page.text
     assert "Steps whose metrics were lost: 28." in page.text
     assert "Training speed" not in page.texts
+
+
+def test_report_of_an_adapted_model_says_where_it_came_from(tmp_path: Path):
+    artifacts = make_artifacts(tmp_path, *(name for name in INPUTS if name not in ("pretrain", "weights")))
+    imported = {"name": "<b>Smol</b>", "sha256": {"Smol.Q4_1.gguf": "ab12" * 16}, "dequantised_by": "transformers 5"}
+    before = [
+        Origin("imported", {**imported, "dtype": ["F32", "Q4_1"], "license": "apache-2.0"}),
+        Origin("trained", {"objective": "autoregressive_nll", "tokens": 81_090, "average_steps": []}),
+        Origin("initialised", {"made": {"embedding.weight": "the mean of 9 rows in row 9"}, "copied": 181}),
+    ]
+    stats = {"lineage": to_json(before)}
+    artifacts["pretrain"] = make_artifact(tmp_path, "pretrain", stats=stats)
+    lineage = [*before, Origin("trained", {"objective": "masked_nelbo", "tokens": 409_600})]
+    artifacts["weights"] = make_artifact(tmp_path, "weights", lineage=lineage)
+    _, page = render(artifacts, tmp_path / "report.html")
+    for told in (
+        "1. imported", "name: <b>Smol</b>", "sha256: Smol.Q4_1.gguf ab12ab12ab12", "dequantised by: transformers 5",
+        "dtype: F32, Q4_1", "licence: apache-2.0", "2. trained", "tokens: 81,090", "3. initialised",
+        "made anew: embedding.weight (the mean of 9 rows in row 9)", "tensors copied: 181", "4. trained",
+        "409,600, beginning from given weights, themselves trained on 81,090 before; see Provenance",
+    ):  # fmt: skip
+        assert told in page.texts, told
+    assert "average steps" not in page.text
+    _, page = render(make_artifacts(tmp_path / "scratch"), tmp_path / "scratch.html")
+    assert "409,600" in page.texts
+    assert "Where the weights come from" not in page.texts
 
 
 @pytest.mark.parametrize(("objective", "has_masks"), [("masked_nelbo", True), ("autoregressive_nll", False)])

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.artifact import Manifest, checked, open_artifact, read_json
+from pipeline.config import from_json
 from pipeline.errors import CorruptionError
+from pipeline.lineage import tokens_trained
+from pipeline.weights import Origin, load_record
 from workflows.report.config import STAGE
 
 
@@ -39,6 +42,8 @@ class ReportData:
     """The evaluation's results.json."""
     samples: tuple[dict[str, Any], ...] = ()
     """One record a sample."""
+    lineage: tuple[Origin, ...] = ()
+    """What happened to the weights, oldest first."""
 
     def stats(self, name: str) -> Mapping[str, Any]:
         """Stats of an artifact, empty if it is missing."""
@@ -74,6 +79,12 @@ def weights_evaluated(data: ReportData) -> str:
     return "" if made is None else _WEIGHTS.get(made.config.get("weights", ""), "")
 
 
+def tokens_before(stats: Mapping[str, Any]) -> int | None:
+    """Tokens that are known to have been trained on before a training; None if it did not begin from given weights."""
+    lineage = [from_json(Origin, value) for value in stats.get("lineage", [])]  # absent from earlier versions
+    return tokens_trained(lineage) if lineage else None
+
+
 INPUTS = (*STAGE.inputs, *STAGE.optional_inputs)
 
 
@@ -89,6 +100,7 @@ def collect(
         metrics=Metrics(lines, len(lines), sum(line["loss"] is None for line in lines)),
         results=read_json(checked(artifacts["evaluation"], "results.json")) if "evaluation" in artifacts else {},
         samples=_lines(artifacts, "samples", "samples.jsonl"),
+        lineage=tuple(load_record(artifacts["weights"]).lineage) if "weights" in artifacts else (),
     )
 
 

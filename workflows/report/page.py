@@ -2,9 +2,11 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline.artifact import Manifest
+from pipeline.lineage import told
+from pipeline.weights import Origin
 from workflows.progress import duration
 from workflows.report import sections, svg
 from workflows.report.data import ReportData
@@ -109,12 +111,25 @@ def _provenance(data: ReportData) -> str:
     parts = [table(head, rows)]
     if alike:
         parts.append(note(f"All of them ran with {_packages(environments[0])}."))
+    if data.lineage:
+        parts += ["<h3>Where the weights come from</h3>", _lineage(data.lineage)]
     configs = {name: m.config for name, m in data.manifests.items()}
     parts.append(
         "<details><summary>Configuration of every stage</summary>"
         f"<pre>{plain(json.dumps(configs, indent=2, ensure_ascii=False))}</pre></details>"
     )
     return section("Provenance", *parts)
+
+
+def _lineage(lineage: Sequence[Origin]) -> str:
+    rows: list[list[Cell]] = [
+        [
+            f"{number}. {origin.kind}",
+            Html("<br>".join(plain(f"{name}: {words}") for name, words in told(origin, hash_chars=12))),
+        ]
+        for number, origin in enumerate(lineage, 1)
+    ]
+    return table(["What happened", "What is known of it"], rows)
 
 
 def _packages(environment: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from workflows.report import svg
 from workflows.report.chart import Size
-from workflows.report.data import Metrics, ReportData, likelihood_figures, weights_evaluated
+from workflows.report.data import Metrics, ReportData, likelihood_figures, tokens_before, weights_evaluated
 from workflows.report.film import sample_strips
 from workflows.report.loss import WIDE, loss_chart
 from workflows.report.panels import panels
@@ -55,7 +55,7 @@ def tiles(data: ReportData) -> str:
     if stats := data.stats("pretrain"):
         tiles += [
             _tile("Parameters", scaled(stats["num_params"]), "", count(stats["num_params"])),
-            _tile("Tokens trained on", scaled(stats["tokens"]), "", count(stats["tokens"])),
+            _tile("Tokens trained on", scaled(stats["tokens"]), "", count(stats["tokens"]) + _besides(stats)),
         ]
         if (speed := stats["tokens_per_s"]) is not None:
             tiles.append(_tile("Training speed", scaled(speed), "tokens/s", "at the median step"))
@@ -64,6 +64,15 @@ def tiles(data: ReportData) -> str:
             _tile("Vocabulary", count(stats["vocab_size"]), "tokens", "masks and other special tokens included")
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _besides(stats: Mapping[str, Any]) -> str:
+    """What the tokens of a training come on top of."""
+    before = tokens_before(stats)
+    if before is None:
+        return ""
+    known = f", themselves trained on {count(before)} before" if before else ""
+    return f", beginning from given weights{known}; see Provenance"
 
 
 def _tile(name: str, value: str, error: str, detail: str) -> str:

@@ -1,0 +1,75 @@
+"""What happened to weights, in words: for model cards, reports and the terminal."""
+
+import re
+from typing import Any
+
+from pipeline.weights import Origin
+
+_NAMES = {
+    "license": "licence",
+    "made": "made anew",
+    "copied": "tensors copied",
+    "mask_token_id": "mask token",
+    "export": "export of this project",
+}
+"""Names that say more than those of the record do."""
+_HASH = re.compile(r"[0-9a-f]{64}")
+_LAYER = re.compile(r"\bblocks\.\d+\.")
+
+
+def told(origin: Origin, hash_chars: int = 64) -> list[tuple[str, str]]:
+    """Names and values of what is known of an origin, on one line each and not escaped; what is empty is left out.
+
+    Args:
+        hash_chars: so many characters of every SHA-256 are shown.
+    """
+    shown = [(name, _in_words(name, value, hash_chars)) for name, value in origin.details.items()]
+    return [(_NAMES.get(name, name.replace("_", " ")), words) for name, words in shown if words]
+
+
+def tokens_trained(lineage: list[Origin]) -> int:
+    """Tokens that weights were trained on, as far as it is known."""
+    counts = [origin.details.get("tokens") for origin in lineage if origin.kind == "trained"]
+    return sum(number for number in counts if isinstance(number, int))
+
+
+def _in_words(name: str, value: Any, hash_chars: int) -> str:
+    if name == "made" and isinstance(value, dict):
+        return _of_each_how(value)
+    if name == "left_out" and isinstance(value, list):
+        value = [_any_layer(str(one)) for one in value]
+    if name.endswith("_id"):  # a number that counts nothing
+        value = str(value)
+    return _plain(value, hash_chars)
+
+
+def _plain(value: Any, hash_chars: int) -> str:
+    """A JSON value on one line, numbers as they are read."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}"
+        case dict():
+            return ", ".join(f"{key} {_plain(one, hash_chars)}" for key, one in value.items())
+        case list():
+            return ", ".join(dict.fromkeys(_plain(one, hash_chars) for one in value))
+        case _:
+            text = " ".join(str(value).split())
+            return text[:hash_chars] if _HASH.fullmatch(text) else text
+
+
+def _of_each_how(made: dict[str, Any]) -> str:
+    """Tensors that were made in one way together, those of all layers under one name."""
+    names: dict[str, dict[str, None]] = {}
+    for tensor, how in made.items():
+        names.setdefault(_any_layer(_plain(how, 64)), {})[_any_layer(tensor)] = None
+    return "; ".join(f"{' and '.join(tensors)} ({how})" for how, tensors in names.items())
+
+
+def _any_layer(text: str) -> str:
+    return _LAYER.sub("blocks.*.", text)
