@@ -95,7 +95,11 @@ def make_artifact(root: Path, name: str, **changes: Any) -> Path:
     out = root / name
     out.mkdir(parents=True)
     if name == "pretrain":
-        records = [{"step": i, "loss": None if i == 7 else 8.0 - i / 25, "tokens": 4096 * i} for i in range(100)]
+        losses = [None if i == 7 else 8.0 - i / 25 for i in range(100)]
+        records = [
+            {"step": i, "loss": loss, "tokens": 4096 * i, **changes.get("logged", {"nelbo": loss})}
+            for i, loss in enumerate(losses)
+        ]
         (out / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     elif name == "evaluation":
         write_json(out / "results.json", changes.get("results", RESULTS))
@@ -216,7 +220,7 @@ def test_report_of_an_adapted_model_says_where_it_came_from(tmp_path: Path):
         "1. imported", "name: <b>Smol</b>", "sha256: Smol.Q4_1.gguf ab12ab12ab12", "dequantised by: transformers 5",
         "dtype: F32, Q4_1", "licence: apache-2.0", "2. trained", "tokens: 81,090", "3. initialised",
         "made anew: embedding.weight (the mean of 9 rows in row 9)", "tensors copied: 181", "4. trained",
-        "409,600, beginning from given weights, themselves trained on 81,090 before; see Provenance",
+        "409,600, beginning from given weights with 81,090 more on record; see Provenance",
     ):  # fmt: skip
         assert told in page.texts, told
     assert "average steps" not in page.text
@@ -239,11 +243,26 @@ def test_report_shows_what_each_stage_counted(tmp_path: Path):
     for figure in ("1,234", "5,000,000", "2,000,000", "4,190,000", "409,600", "12.3 k", "5 empty", "2.50"):
         assert figure in page.texts, figure
     assert "Steps without a finite loss: 1." in page.text
-    assert "100 steps of 4,096 tokens; the mean of the last 50 is 3.3000 nats/token." in page.text
+    assert "100 steps of 4,096 tokens; the mean loss of the last 50 is 3.3000 nats/token." in page.text
     assert "metrics were lost" not in page.text
     assert "unigram entropy (held out), 6.43" in page.texts
     assert "5" * 12 in page.texts
     assert "All of them ran with python 3.11.9, torch 2.10.0." in page.text
+
+
+@pytest.mark.parametrize(("logged", "has_level"), [({"nelbo": 6.5}, True), ({}, False)])
+def test_a_weighted_loss_does_not_stand_beside_the_unigram_entropy(
+    logged: dict[str, float], has_level: bool, tmp_path: Path
+):
+    artifacts = make_artifacts(tmp_path, *(name for name in INPUTS if name != "pretrain"))
+    artifacts["pretrain"] = make_artifact(tmp_path, "pretrain", logged=logged)
+    _, page = render(artifacts, tmp_path / "report.html")
+    assert ("unigram entropy (held out), 6.43" in page.texts) == has_level
+    assert ("NELBO of the training batch (nats/token)" in page.texts) == has_level
+    assert ("Weighted loss, no bound" in page.texts) == has_level  # in a chart of its own
+    assert ("weighted loss, no bound" in page.texts) == (not has_level)
+    assert "training loss (nats/token)" not in page.texts
+    assert "the mean loss of the last 50 is 3.3000 as it is weighted, which is no bound." in page.text
 
 
 def test_report_escapes_text_from_samples_sources_and_configurations(tmp_path: Path):

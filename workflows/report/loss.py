@@ -15,6 +15,33 @@ _SMOOTH_SHARE = 50
 """The smooth line is a mean over this fraction of the training (one over)."""
 
 
+BOUND, WEIGHTED = "NELBO of the training batch (nats/token)", "Weighted loss, no bound"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Which figure of the metrics is drawn as the training's loss."""
+
+    key: str
+    label: str
+    is_in_nats: bool = True
+    """Whether it may stand beside an entropy."""
+    rest: str = ""
+    """Which of "loss" and "nelbo" is left to a chart of its own."""
+
+
+def drawn_loss(metrics: Sequence[Mapping[str, Any]]) -> Drawn:
+    """The loss where it is its own bound or exact, as the NELBO logged beside it tells; else that NELBO.
+
+    Where steps have none, since their times allow no bound, it is the loss for what it is.
+    """
+    if not all("nelbo" in line for line in metrics):
+        return Drawn("loss", WEIGHTED.lower(), is_in_nats=False, rest="nelbo")
+    if all(line["nelbo"] == line["loss"] for line in metrics):
+        return Drawn("loss", "training loss (nats/token)")
+    return Drawn("nelbo", BOUND, rest="loss")
+
+
 @dataclass(frozen=True)
 class LossChart:
     """The drawing, and how many steps lie outside its frame."""
@@ -37,9 +64,14 @@ def trailing_mean(values: Sequence[float | None], window: int) -> list[float | N
 
 
 def loss_chart(metrics: Sequence[Mapping[str, Any]], unigram: float | None, size: Size = WIDE) -> LossChart | None:
-    """Loss by step, raw and smoothed, with the level of the unigram entropy; None without a finite loss."""
+    """Loss by step, raw and smoothed, with the level of the unigram entropy; None without a finite loss.
+
+    Where the loss is weighted and no bound, the NELBO of the step is drawn instead, or there is no level beside it.
+    """
+    drawn = drawn_loss(metrics)
+    unigram = unigram if drawn.is_in_nats else None
     steps = [line["step"] for line in metrics]
-    losses: list[float | None] = [line["loss"] for line in metrics]
+    losses: list[float | None] = [line[drawn.key] for line in metrics]
     numbers = sorted(loss for loss in losses if loss is not None)
     if not numbers:
         return None
@@ -47,7 +79,7 @@ def loss_chart(metrics: Sequence[Mapping[str, Any]], unigram: float | None, size
     smooth = trailing_mean(losses, window)
     whole = [y for y in smooth if y is not None] + ([] if unigram is None else [unigram])
     y_range = visible_range(numbers, whole)
-    lines = [Line(thin(list(zip(steps, smooth, strict=True)), _SMOOTH_POINTS), "loss", "smooth")]
+    lines = [Line(thin(list(zip(steps, smooth, strict=True)), _SMOOTH_POINTS), drawn.key, "smooth")]
     if window > 1:
         raw = Line(thin(list(zip(steps, losses, strict=True)), _RAW_POINTS), "each step", "raw")
         lines = [raw, replace(lines[0], label=f"mean of the last {window} steps")]
@@ -55,7 +87,7 @@ def loss_chart(metrics: Sequence[Mapping[str, Any]], unigram: float | None, size
         lines,
         [] if unigram is None else [Level(unigram, f"unigram entropy (held out), {unigram:.2f}")],
         x_label="optimizer step",
-        y_label="training loss (nats/token)",
+        y_label=drawn.label,
         y_range=y_range,
         bands=phase_bands(metrics),
         size=size,

@@ -1,12 +1,12 @@
 """Small charts of what a training measured beside its loss: every figure of its metrics, those of one kind together."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from workflows.report.chart import Band, Line, Points, Size, line_chart, phase_bands, thin, visible_range
-from workflows.report.loss import trailing_mean
+from workflows.report.loss import BOUND, WEIGHTED, drawn_loss, trailing_mean
 from workflows.report.svg import Drawing
 
 NUM_T_BINS = 4
@@ -17,7 +17,8 @@ _TITLES = {
     "val_nll": "Validation loss (nats/token)",
     "val_bpb_bound": "Validation bound (bits/byte)",
     "val_bpb": "Validation loss (bits/byte)",
-    "nelbo": "NELBO of the training batch (nats/token)",
+    "loss": WEIGHTED,
+    "nelbo": BOUND,
     "ce_t": "Cross-entropy of masked tokens by t (nats/token)",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
@@ -42,7 +43,7 @@ _TITLES = {
     "peak_gpu_bytes": "Most memory of a GPU (bytes)",
 }
 """What stands first, in this order; any other figure has its own name for a title."""
-_NOT_SHOWN = re.compile(r"step|loss|tokens|step_s|epochs(_.*)?|.*_se")
+_NOT_SHOWN = re.compile(r"step|loss|nelbo|tokens|step_s|epochs(_.*)?|.*_se")
 """The x axis, the chart above, what can be told from another figure, and error bars."""
 _SMOOTH_ALREADY = ("lr", "weight_norm")
 _NUMBERED = re.compile(r"(?P<kind>.*?)_?(?P<mark>L?)(?P<number>\d+)")
@@ -74,9 +75,10 @@ def panels(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
     return [panel for panel in found if panel is not None]
 
 
-def _figures(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
+def _figures(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for line in metrics for key, value in line.items() if _is_number(value))
-    return [key for key in keys if not _NOT_SHOWN.fullmatch(key)]
+    rest = drawn_loss(metrics).rest
+    return [key for key in keys if key == rest or not _NOT_SHOWN.fullmatch(key)]
 
 
 def _is_number(value: Any) -> bool:

@@ -8,7 +8,7 @@ from workflows.report import svg
 from workflows.report.chart import Size
 from workflows.report.data import Metrics, ReportData, likelihood_figures, tokens_before, weights_evaluated
 from workflows.report.film import sample_strips
-from workflows.report.loss import WIDE, loss_chart
+from workflows.report.loss import WIDE, drawn_loss, loss_chart
 from workflows.report.panels import panels
 from workflows.report.text import ABSENT, Cell, Html, Number, count, decimals, note, plain, scaled, section, table
 
@@ -71,7 +71,7 @@ def _besides(stats: Mapping[str, Any]) -> str:
     before = tokens_before(stats)
     if before is None:
         return ""
-    known = f", themselves trained on {count(before)} before" if before else ""
+    known = f" with {count(before)} more on record" if before else ""
     return f", beginning from given weights{known}; see Provenance"
 
 
@@ -191,12 +191,14 @@ def training(
         return section(title, note("No step had a finite loss."))
     num_missing: int = stats.get("missing_metrics", 0)  # absent from artifacts of earlier versions
     num_steps = metrics.num_steps + num_missing
-    remarks = [_progress_remark(metrics, is_going_on)]
+    loss = drawn_loss(metrics.lines)
+    unit = "nats/token" if loss.key == "loss" and loss.is_in_nats else "as it is weighted, which is no bound"
+    remarks = [_progress_remark(metrics, unit, is_going_on)]
     if stats:
         num_averaged = min(50, metrics.num_steps - metrics.num_not_finite)
         remarks = [
             f"{count(num_steps)} steps of {count(stats['tokens'] // num_steps)} tokens; "
-            f"the mean of the last {num_averaged} is {stats['final_loss']:.4f} nats/token."
+            f"the mean loss of the last {num_averaged} is {stats['final_loss']:.4f} {unit}."
         ]
     if stats.get("objective") != "autoregressive_nll":
         remarks.append("Each step draws its masks anew, hence the scatter.")
@@ -208,15 +210,15 @@ def training(
         remarks.append(f"Of {metrics.every} steps one is shown.")
     if num_missing:
         remarks.append(f"Steps whose metrics were lost: {count(num_missing)}.")
-    if unigram is None:
+    if unigram is None and loss.is_in_nats:
         remarks.append("The level of the unigram entropy comes with the evaluation.")
     figures = [svg.embed(chart.drawing, "Training loss by step", "figure chart") for chart in charts]
     return section(title, svg.for_both_widths(*figures), note(" ".join(remarks)), _panels(metrics))
 
 
-def _progress_remark(metrics: Metrics, is_going_on: bool) -> str:
+def _progress_remark(metrics: Metrics, unit: str, is_going_on: bool) -> str:
     last = metrics.lines[-1]
-    loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f} nats/token"
+    loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f} {unit}"
     step = count(last["step"] + 1)
     return f"{'So far' if is_going_on else 'It stopped after'} {step} steps; the loss of the last is {loss}."
 
