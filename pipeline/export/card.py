@@ -1,13 +1,16 @@
 """The model card of an export: what the model is, how it is loaded, where its weights come from, what was proved."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from dlm_core.models.tensor_shapes import tensor_shapes
 from pipeline.export.config import ExportConfig
 from pipeline.export.fit import DIFFUSION, IN_BLOCKS, SHIFTED
 from pipeline.export.prove import LOGITS_RTOL, auto_class
 from pipeline.export.tokenizer_files import TokenizerSource
+from pipeline.lineage import told
 from pipeline.tensor_files import TensorFiles
 from pipeline.weights import ModelRecord, Origin
 
@@ -39,7 +42,7 @@ def model_card(
     proof: Mapping[str, Any],
 ) -> str:
     """README.md with the head that model hubs read."""
-    title = config.name or f"{_TITLES[config.family]} of {_count(record.model.num_params())} parameters"
+    title = config.name or f"{_TITLES[config.family]} of {_count(num_held(theirs))} parameters"
     parts = [
         _head(config, record),
         f"# {title}",
@@ -56,6 +59,11 @@ def model_card(
         _proof(config, theirs, proof),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def num_held(theirs: TensorFiles) -> int:
+    """Numbers that a directory holds: also zeros where ours has no bias, and the embedding once more as the head."""
+    return sum(theirs.info(name).numel for name in theirs.names)
 
 
 def _count(number: int) -> str:
@@ -88,10 +96,13 @@ def _what_it_is(config: ExportConfig, record: ModelRecord) -> str:
 
 def _sizes(config: ExportConfig, record: ModelRecord, theirs: TensorFiles) -> str:
     model, a = record.model, record.model.architecture
+    held = num_held(theirs)
+    added = held - sum(map(math.prod, tensor_shapes(model).values()))
     rows: dict[str, Any] = {
         "family": f"{_TITLES[config.family]} (`{config.family}`)",
-        "parameters": f"{model.num_params():,}",
-        "of them active for a token": f"{model.num_active_params():,}" if a.moe else "",
+        "parameters": f"{held:,}",
+        "of them zeros, or the embedding once more": f"{added:,}" if added else "",
+        "of them active for a token": f"{model.num_active_params() + added:,}" if a.moe else "",
         "layers, width": f"{a.num_layers}, {a.d_model}",
         "heads (of keys and values)": f"{a.num_heads} ({a.kv_heads}), {a.head_size} wide",
         "experts (a token)": f"{a.moe.num_experts} ({a.moe.top_k})" if a.moe else "",
@@ -148,7 +159,8 @@ def _generation(config: ExportConfig) -> str:
     said = (
         "`generate` begins with masks and replaces those that the model is surest of, `steps` times at most; "
         "`temperature`, `top_p`, `threshold`, `block_length` and `seed` are its settings. The code that is loaded is "
-        "the `*.py` beside this file. It works with transformers 4.57 and 5."
+        "the `*.py` beside this file. It works with transformers 4.57 and 5. Prompts of several lengths are padded on "
+        "the left and come with their `attention_mask`."
     )
     if config.family in SHIFTED:
         said += " The prompt must have a token: the output of a position says the next one."
@@ -159,16 +171,13 @@ def _generation(config: ExportConfig) -> str:
 
 def _origin(number: int, origin: Origin) -> str:
     lines = [f"{number}. {origin.kind}"]
-    lines += [f"   - {name}: {_words(value)}" for name, value in origin.details.items()]
+    lines += [f"   - {name}: {_as_code(words)}" for name, words in told(origin)]
     return "\n".join(lines)
 
 
-def _words(value: Any) -> str:
-    """A JSON value on one line, marked as code unless it is a number."""
-    if isinstance(value, bool | int | float):
-        return str(value)
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+def _as_code(words: str) -> str:
+    """Marked as code, where nothing is markup, unless it is a number."""
+    return words if words.replace(",", "").isdigit() else f"`{words.replace('`', chr(39))}`"
 
 
 def _proof(config: ExportConfig, theirs: TensorFiles, proof: Mapping[str, Any]) -> str:

@@ -10,10 +10,10 @@ from dlm_core.models.config import Architecture
 from pipeline.artifact import checked, read_json, write_json
 from pipeline.config import diff, flatten, to_json
 from pipeline.errors import CorruptionError
-from pipeline.export.card import model_card
+from pipeline.export.card import model_card, num_held
 from pipeline.export.code_files import code_files
 from pipeline.export.config import Dtype, ExportConfig, check_ready
-from pipeline.export.fit import Exported, check_fit
+from pipeline.export.fit import DIFFUSION, Exported, check_fit
 from pipeline.export.tokenizer_files import find_tokenizer, write_tokenizer
 from pipeline.hf_config import read_config, write_config, write_generation_config
 from pipeline.logits_proof import in_fresh_process
@@ -39,7 +39,7 @@ def run(config: ExportConfig, inputs: Mapping[str, Path], context: StageContext)
     write_json(out / GENERATION, write_generation_config(tokenizer.special))
     for path in code_files(described.get("auto_map", {})):
         shutil.copyfile(path, out / path.name)
-    write_tokenizer(tokenizer, record.seq_len, out)
+    write_tokenizer(tokenizer, record.seq_len, out, pads_left=config.family in DIFFUSION)
     ours = TensorFiles([checked(weights, WEIGHTS_FILE)])
     files = write_theirs(config.family, record.model, ours, out, STORED[config.dtype], config.max_shard_bytes)
     context.progress(1, 3)
@@ -51,7 +51,7 @@ def run(config: ExportConfig, inputs: Mapping[str, Path], context: StageContext)
     context.progress(3, 3)
     return {
         "family": config.family,
-        "num_params": record.model.num_params(),
+        "num_params": num_held(theirs),
         "tensors": len(theirs.names),
         "files": [path.name for path in files],
         "target_offset": record.target_offset,

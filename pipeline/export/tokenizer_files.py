@@ -73,8 +73,12 @@ def _of_artifact(record: ModelRecord, weights: Path, tokenizer: Path, ends: list
     return TokenizerSource(ids, tokenizer)
 
 
-def write_tokenizer(source: TokenizerSource, seq_len: int, out: Path) -> None:
-    """tokenizer.json, and settings that load it without any code; nothing where there is no tokenizer."""
+def write_tokenizer(source: TokenizerSource, seq_len: int, out: Path, *, pads_left: bool) -> None:
+    """tokenizer.json, and settings that load it without any code; nothing where there is no tokenizer.
+
+    Args:
+        pads_left: whether a shorter text of a batch gets its padding in front, behind which a model generates.
+    """
     from tokenizers import Tokenizer
 
     if source.directory is None:
@@ -88,11 +92,12 @@ def write_tokenizer(source: TokenizerSource, seq_len: int, out: Path) -> None:
     tokens = _special_tokens(tokenizer, source.special)
     if not (out / SPECIAL_MAP).exists():
         write_json(out / SPECIAL_MAP, tokens)
-    settings = _settings(out / SETTINGS)
+    found = settings = _settings(out / SETTINGS)
     if settings is None or "auto_map" in settings or settings.get("tokenizer_class") in _ONLY_IN_5:
-        write_json(out / SETTINGS, _plain_settings(tokens, seq_len) | _kept(settings or {}))
-    elif isinstance(settings.get("extra_special_tokens"), list):
-        write_json(out / SETTINGS, _as_4_spells(settings))
+        settings = _plain_settings(tokens, seq_len) | _kept(settings or {})
+    settings = _as_4_spells(settings) | ({"padding_side": "left"} if pads_left else {})
+    if settings != found:
+        write_json(out / SETTINGS, settings)
 
 
 def _special_tokens(tokenizer: "Tokenizer", special: SpecialIds) -> dict[str, str]:
@@ -125,7 +130,7 @@ def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that hold for any class: which tokens are special, and how a conversation is written."""
     tokens = (f"{kind}_token" for kind in (*_KINDS, "unk"))
     wanted = ("additional_special_tokens", "chat_template", "extra_special_tokens", "model_max_length", *tokens)
-    return _as_4_spells({name: settings[name] for name in wanted if settings.get(name) is not None})
+    return {name: settings[name] for name in wanted if settings.get(name) is not None}
 
 
 def _as_4_spells(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,9 @@ def check_answer(name: str, answer: Any, tokenizer: Path, version: str) -> None:
     assert answer["ids"] == ids
     assert answer["texts"] == [vocabulary.decode(one) for one in ids] == list(TEXTS)
     assert answer["special"] == [special.mask_token_id, special.eos_token_id, special.pad_token_id]
-    pair = PAIRS[name]
+    pair, mask = PAIRS[name], answer["second mask"]
+    assert 0 in mask
+    assert mask == sorted(mask, reverse=pair.family not in DIFFUSION)
     if pair.family in DIFFUSION or pair.record.get("objective") == "autoregressive_nll":
         (prompt,), (out,) = answer["prompt"], answer["out"]
         assert out[: len(prompt)] == prompt

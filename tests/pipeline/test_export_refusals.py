@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from pipeline.artifact import MANIFEST, load_manifest
@@ -17,7 +18,7 @@ from pipeline.export import run as export_run
 from pipeline.export.config import STAGE, ExportConfig, check_upstream
 from pipeline.tokenizer.config import STAGE as TOKENIZER
 from pipeline.tokenizer.config import TokenizerConfig
-from pipeline.weights import load_record
+from pipeline.weights import Origin, load_record
 from tests.pipeline.conftest import flip_bit, make_artifact
 from tests.support.exports import (
     BLOCKS,
@@ -313,7 +314,9 @@ def test_the_whole_stage_says_what_it_proved(tokenizer: Path, tmp_path: Path) ->
     assert card.startswith('---\nlicense: "mit"\nlibrary_name: transformers\n')
     assert "# A `test`\n" in card
     assert "`generate` is causal and meaningless for this model" in card
-    assert "1. trained\n   - objective: `masked_nelbo`\n   - steps: `[20]`\n   - tokens: 5120" in card
+    assert (
+        "1. trained\n   - objective: `masked_nelbo`\n   - steps: 20\n   - tokens: 5,120\n   - weights: `last`\n" in card
+    )
     assert f"transformers {stats['versions']['transformers']}" in card
     # AutoTokenizer of transformers 5 takes Qwen2's rules for this model_type, whatever the files say
     assert ("Not AutoTokenizer" in card) == (not stats["auto_tokenizer_is_same"])
@@ -375,6 +378,39 @@ def test_a_training_that_ends_with_whole_rows_may_be_planned_as_llada() -> None:
         check_upstream(ExportConfig("llada"), upstream, "export")
     with pytest.raises(UserError, match=r"export.without_tokenizer is true, but there is the input tokenizer"):
         check_upstream(bare, {"weights": {}, "tokenizer": {}}, "export")
+
+
+@pytest.mark.parametrize("name", ["llama-tied-dream", "own-llada2", "llama-llama"])
+def test_card_and_stats_count_what_the_directory_holds(name: str, tokenizer: Path, tmp_path: Path) -> None:
+    weights, exported = export(PAIRS[name], tokenizer, tmp_path)
+    held, own = (
+        sum(tensor.numel() for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
+        for folder in (exported, weights)
+    )
+    card = (exported / "README.md").read_text()
+    assert load_manifest(exported).stats["num_params"] == held
+    assert f" of {held:,} parameters\n" in card
+    assert f"| parameters | {held:,} |" in card
+    assert (held > own) == (name == "llama-tied-dream")
+    told = f"| of them zeros, or the embedding once more | {held - own:,} |"
+    assert (told in card) == (held > own)
+    assert ("embedding once more" in card) == (held > own)
+
+
+def test_the_card_tells_in_words_where_weights_come_from(tokenizer: Path, tmp_path: Path) -> None:
+    lineage = [
+        Origin("imported", {"sha256": {"a`b.gguf": "ab12" * 16}, "dtype": ["F32", "Q4_1"], "name": "two\nlines"}),
+        Origin("trained", {"final_loss": 7.2321073644301475, "average_steps": [], "versions": {"torch": "2.13"}}),
+        Origin("initialised", {"made": {f"blocks.{n}.gate": "drawn" for n in (0, 1)}, "left_out": []}),
+    ]
+    _, exported = export(Pair("llada", LLAMA, {"lineage": lineage}), tokenizer, tmp_path)
+    card = (exported / "README.md").read_text()
+    for told in (
+        f"1. imported\n   - sha256: `a'b.gguf {'ab12' * 16}`\n   - dtype: `F32, Q4_1`\n   - name: `two lines`\n",
+        "2. trained\n   - final loss: `7.232`\n   - versions: `torch 2.13`\n",
+        "3. initialised\n   - made anew: `blocks.*.gate (drawn)`\n\n## Evaluation",
+    ):
+        assert told in card
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,7 @@ def test_a_sound_tokenizer_of_a_checkpoint_is_proved_beside_code_of_our_own(
     assert stats["proof"] == "logits"
     assert stats["auto_tokenizer_is_same"] is True
     assert Tokenizer.from_file(str(out / "tokenizer.json")).encode("a").ids[0] == BEGIN  # as the checkpoint's does
+    assert read_json(out / "tokenizer_config.json")["padding_side"] == "left"
 
 
 def test_files_of_a_tokenizer_that_disagree_are_the_users_to_mend(tmp_path: Path) -> None:

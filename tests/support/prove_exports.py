@@ -26,6 +26,9 @@ def answer(job: dict[str, Any], scratch: str) -> dict[str, Any]:
     with contextlib.redirect_stdout(printed):
         exec(code, scope)
     loaded = scope["tokenizer"]
+    batch = loaded(["the token learns", "the"], padding=True, return_tensors="pt", return_token_type_ids=False)
+    if loaded.padding_side == "left":  # the code that comes along refuses the other
+        scope["model"].generate(**batch, max_new_tokens=4)
     ids = [loaded(text, add_special_tokens=False)["input_ids"] for text in job["texts"]]
     return {
         **found,
@@ -33,6 +36,7 @@ def answer(job: dict[str, Any], scratch: str) -> dict[str, Any]:
         "ids": ids,
         "texts": [loaded.decode(one) for one in ids],
         "special": [loaded.mask_token_id, loaded.eos_token_id, loaded.pad_token_id],
+        "second mask": batch.attention_mask[1].tolist(),
         "out": scope["out"].tolist(),
         "prompt": scope["prompt"].tolist(),
     }
