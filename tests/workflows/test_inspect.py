@@ -60,7 +60,7 @@ def test_interchange_weights_tell_all_that_their_record_has(dlm: Dlm, tokenizer_
     assert found["seq_len"] == "32"
     assert found["dtype"] == "F32"
     assert found["tokenizer"] == f"artifact {load_manifest(tokenizer_artifact).fingerprint[:12]}"
-    assert found["lineage"] == "1. trained: objective masked_nelbo; steps [20]; tokens 5120; weights last"
+    assert found["lineage"] == "1. trained: objective masked_nelbo; steps 20; tokens 5,120; weights last"
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,8 @@ def test_a_training_tells_what_it_trained(dlm: Dlm, alone: Path) -> None:
     assert found["kind"] == "training, of the stage pretrain"
     assert found["objective"] == "masked_nelbo"
     assert found["tokens"] == str(stats["tokens"])
+    assert found["final_loss"] == f"{stats['final_loss']:.6g}"
+    assert "average_steps" not in found  # there are none
     assert found["parameters"].startswith(f"{stats['num_params']:,}; ")
 
 

@@ -8,6 +8,7 @@ import typer
 
 from dlm_core.models.config import Architecture
 from pipeline.config import flatten, to_json
+from pipeline.lineage import told
 from workflows import inspection
 from workflows.commands.common import (
     DEFAULT_STORE,
@@ -54,7 +55,7 @@ def inspect(
         print_line(f"{name:{width}}  {value}")
     if found.record is not None:
         for number, origin in enumerate(found.record.lineage, 1):
-            details = "; ".join(f"{name} {_short(value)}" for name, value in origin.details.items())
+            details = "; ".join(f"{name} {words}" for name, words in told(origin, hash_chars=12))
             print_line(f"{'lineage':{width}}  {number}. {origin.kind}: {details}")
         print_line(f"\nas a setting: --set {shlex.quote(inspection.setting(found.record.model.architecture))}")
     for notice in found.notices:
@@ -74,7 +75,8 @@ def _pairs(found: Found) -> Iterator[tuple[str, str]]:
     elif found.tensors:
         yield "parameters", f"{found.num_params:,} in all tensors"
     for name, value in found.known.items():
-        yield name, _short(value)
+        if value not in (None, "", []):
+            yield name, _short(value)
     if found.dtypes:
         yield "dtype", ", ".join(found.dtypes)
     yield "tokenizer", found.tokenizer or "none"
@@ -110,5 +112,5 @@ def _told(a: Architecture) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= _SHOWN_VALUE else f"{text[: _SHOWN_VALUE - 1]}…"
