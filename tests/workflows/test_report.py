@@ -250,21 +250,6 @@ def test_report_shows_what_each_stage_counted(tmp_path: Path):
     assert "All of them ran with python 3.11.9, torch 2.10.0." in page.text
 
 
-@pytest.mark.parametrize(("logged", "has_level"), [({"nelbo": 6.5}, True), ({}, False)])
-def test_a_weighted_loss_does_not_stand_beside_the_unigram_entropy(
-    logged: dict[str, float], has_level: bool, tmp_path: Path
-):
-    artifacts = make_artifacts(tmp_path, *(name for name in INPUTS if name != "pretrain"))
-    artifacts["pretrain"] = make_artifact(tmp_path, "pretrain", logged=logged)
-    _, page = render(artifacts, tmp_path / "report.html")
-    assert ("unigram entropy (held out), 6.43" in page.texts) == has_level
-    assert ("NELBO of the training batch (nats/token)" in page.texts) == has_level
-    assert ("Weighted loss, no bound" in page.texts) == has_level  # in a chart of its own
-    assert ("weighted loss, no bound" in page.texts) == (not has_level)
-    assert "training loss (nats/token)" not in page.texts
-    assert "the mean loss of the last 50 is 3.3000 as it is weighted, which is no bound." in page.text
-
-
 def test_report_escapes_text_from_samples_sources_and_configurations(tmp_path: Path):
     source, page = render(make_artifacts(tmp_path), tmp_path / "report.html")
     assert "<script" not in source

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dlm_core import objectives
 from pipeline.pretrain.meter import MEASURED
 from tests.support.tiny_run import forge
-from tests.workflows.test_report import make_artifacts, render
+from tests.workflows.test_report import INPUTS, make_artifact, make_artifacts, render
 from workflows.report import panels as module
 from workflows.report.chart import Band, Line, line_chart, nice_ticks, phase_bands, tick_label, visible_range
 from workflows.report.panels import Panel, panels
@@ -194,3 +194,18 @@ def test_report_with_every_figure_is_well_formed_and_escapes_the_names_of_phases
     assert page.tags.count("figcaption") == 7
     assert page.texts.count("<0>") == page.texts.count("<1>") == 2 + 7
     assert "nan" not in "".join(drawings)
+
+
+@pytest.mark.parametrize(("logged", "has_level"), [({"nelbo": 6.5}, True), ({}, False)])
+def test_a_weighted_loss_does_not_stand_beside_the_unigram_entropy(
+    logged: dict[str, float], has_level: bool, tmp_path: Path
+):
+    artifacts = make_artifacts(tmp_path, *(name for name in INPUTS if name != "pretrain"))
+    artifacts["pretrain"] = make_artifact(tmp_path, "pretrain", logged=logged)
+    _, page = render(artifacts, tmp_path / "report.html")
+    assert ("unigram entropy (held out), 6.43" in page.texts) == has_level
+    assert ("NELBO of the training batch (nats/token)" in page.texts) == has_level
+    assert ("Weighted loss, no bound" in page.texts) == has_level  # in a chart of its own
+    assert ("weighted loss, no bound" in page.texts) == (not has_level)
+    assert "training loss (nats/token)" not in page.texts
+    assert "the mean loss of the last 50 is 3.3000 as it is weighted, which is no bound." in page.text
