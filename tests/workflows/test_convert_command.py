@@ -90,17 +90,53 @@ def test_a_checkpoint_becomes_another_in_one_command_which_tells_its_proof(
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("kept", "options", "written", "proof"),
+    [
+        ("float32", (), "float32", ""),
+        ("bfloat16", (), "bfloat16", ""),
+        ("float16", (), "float16", ""),
+        ("float32", ("--dtype", "bfloat16"), "bfloat16", ", with the float32 weights rounded to bfloat16"),
+        ("bfloat16", ("--set", "export.dtype=float16"), "float16", ", with the float32 weights rounded to float16"),
+    ],
+)
+def test_a_checkpoint_keeps_its_dtype_and_rounding_is_told(
+    kept: str, options: tuple[str, ...], written: str, proof: str, dlm: Dlm, tmp_path: Path
+) -> None:
+    source = save_peer("llama", tmp_path / "source", dtype=kept)
+    ours, once, twice = (str(tmp_path / name) for name in ("ours", "once", "twice"))
+    assert dlm("convert", str(source), ours, "--to", "dlm", *QUICK_IMPORT).code == 0
+    for place, out, quick in ((str(source), once, QUICK), (ours, twice, QUICK_EXPORT)):
+        done = dlm("convert", place, out, "--to", "llama", *NO_TOKENIZER, *quick, *options)
+        assert done.code == 0, done.stderr
+        assert f"written as llama in {written}: " in done.stdout
+        assert done.stdout.splitlines()[-2].endswith(f"proved: every tensor read back, bit for bit{proof}")
+        assert read_json(Path(out) / "config.json")["torch_dtype"] == written
+
+
+def test_weights_that_no_one_dtype_is_told_of_are_rounded_and_that_is_said(
+    dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    weights = weights_of(Pair("llama", LLAMA, NEXT_TOKEN), tokenizer_artifact, tmp_path / "weights")
+    done = dlm("convert", str(weights), str(tmp_path / "out"), "--to", "llama", *NO_TOKENIZER, *QUICK_EXPORT)
+    assert done.code == 0, done.stderr
+    assert "bit for bit, with the float32 weights rounded to bfloat16\n" in done.stdout
+    assert "note: " not in done.stdout
+
+
 def test_an_exported_diffusion_model_comes_back_and_goes_on_to_another_family(
     dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
 ) -> None:
     _, dream = export(Pair("dream", QWEN2, SHIFTED), tokenizer_artifact, tmp_path / "made")
     done = dlm("convert", str(dream), str(tmp_path / "qwen2"), "--to", "qwen2", "--dtype", "float32", *QUICK)
     assert done.code == 0, done.stderr
+    assert "export             note: `generate` is causal and meaningless for this model" in done.stdout
     assert "`generate` is causal and meaningless" in (tmp_path / "qwen2" / "README.md").read_text()
     done = dlm("convert", str(dream), str(tmp_path / "llada"), "--to", "llada", *QUICK)
     assert done.code == 2
-    assert 'export.family is "llada", but target_offset is 1' in done.stderr
-    assert "Set export.family to dream" in done.stderr
+    assert '--to is "llada", but target_offset is 1' in done.stderr
+    assert "Give --to dream; qwen2 would hold its tensors" in done.stderr
+    assert "export.family" not in done.stderr
 
 
 def test_a_diffusion_model_in_plain_tensors_stays_one_whatever_it_becomes(
@@ -136,8 +172,8 @@ def test_an_export_with_a_damaged_file_is_not_converted(dlm: Dlm, tokenizer_arti
 @pytest.mark.parametrize(
     ("pair", "family", "words"),
     [
-        (Pair("llada", QWEN2), "dream", 'export.family is "dream", but target_offset is 0'),
-        (Pair("dream", QWEN2, SHIFTED), "llada", 'export.family is "llada", but target_offset is 1'),
+        (Pair("llada", QWEN2), "dream", '--to is "dream", but target_offset is 0'),
+        (Pair("dream", QWEN2, SHIFTED), "llada", '--to is "llada", but target_offset is 1'),
         (Pair("llama", QWEN3), "llada", "qk_norm is True"),
         (Pair("qwen3_moe", RENORMALISED), "llada_moe", "moe.renormalise is True"),
         (Pair("llama", LLAMA, NEXT_TOKEN), "llada", "the model was trained on next tokens (autoregressive_nll)"),
@@ -201,7 +237,7 @@ def test_a_training_becomes_weights_and_a_directory(dlm: Dlm, alone: Path, made:
     refused = dlm("convert", str(alone), str(tmp_path / "llada"), "--to", "llada", *NO_TOKENIZER)
     assert refused.code == 2
     assert "qk_norm is True" in refused.stderr
-    assert "Set export.family to" not in refused.stderr  # no diffusion family has it
+    assert "Give --to" not in refused.stderr  # no diffusion family has it
     assert "qwen3 would hold its tensors" in refused.stderr
     assert not (tmp_path / "llada").exists()
 
