@@ -19,8 +19,11 @@ from pipeline.export.config import STAGE as EXPORT
 from pipeline.export.config import Dtype, ExportConfig
 from pipeline.export.fit import DIFFUSION
 from pipeline.export.run import STORED, check_exportable
+from pipeline.hf_config import CONFIG
+from pipeline.hf_directory import ADD_TOKENIZER
 from pipeline.import_checkpoint.config import STAGE as IMPORT
 from pipeline.import_checkpoint.config import ImportConfig
+from pipeline.import_checkpoint.gguf_keys import INSTEAD
 from pipeline.import_checkpoint.source import TOKENIZER
 from pipeline.stage import (
     Stage,
@@ -103,7 +106,7 @@ def _kept_in(found: Found) -> Dtype | None:
     if found.kind == "interchange weights" and found.record is not None and found.record.lineage:
         last = found.record.lineage[-1]
         is_unchanged = last.kind == "imported" and "dequantised_from" not in last.details
-        dtypes = last.details["dtype"] if is_unchanged else ()
+        dtypes = last.details.get("dtype", ()) if is_unchanged else ()
     return next((name for name, stored in STORED.items() if [*dtypes] == [stored]), None)
 
 
@@ -114,19 +117,25 @@ def _check_export(config: ExportConfig, found: Found, tokenizer: Path | None) ->
     if tokenizer is not None:
         _check_tokenizer(config, found, tokenizer)
     if tokenizer is None and found.tokenizer not in (TOKENIZER, IN_GGUF) and not config.without_tokenizer:
-        raise UserError(
-            f"{found.path} brings no tokenizer; give the one that its ids belong to (--tokenizer DIR), or "
-            "--set export.without_tokenizer=true"
-        )
+        raise UserError(f"{found.path} brings no tokenizer. {_remedy(found)}, or --set export.without_tokenizer=true")
+
+
+def _remedy(found: Found) -> str:
+    """Where a tokenizer comes from."""
+    if found.record is not None and found.record.tokenizer:
+        return f"Give that of its training (--tokenizer DIR, an artifact of the stage {TOKENIZERS.name})"
+    return INSTEAD if found.kind == "GGUF file" else ADD_TOKENIZER
 
 
 def _check_tokenizer(config: ExportConfig, found: Found, tokenizer: Path) -> None:
     if config.without_tokenizer:
         raise UserError(f"--tokenizer is {tokenizer}, but export.without_tokenizer is true; leave one of them out")
-    stage = open_artifact(tokenizer).stage
+    stage = open_artifact(tokenizer).stage if (tokenizer / MANIFEST).is_file() else ""
     if stage != TOKENIZERS.name:
         raise UserError(
-            f"--tokenizer {tokenizer} is an artifact of the stage {stage}; give one of the stage {TOKENIZERS.name}"
+            f"--tokenizer {tokenizer} is {f'an artifact of the stage {stage}' if stage else 'no artifact'}; it takes "
+            f"one of the stage {TOKENIZERS.name}, that of a training. A checkpoint of another project has none: leave "
+            f"--tokenizer out and put its {TOKENIZER} beside the {CONFIG} of the checkpoint"
         )
     if found.kind in ("training", "interchange weights"):  # others are artifacts only once they are imported
         assert found.record is not None

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 from pipeline.ar_init.config import ArInitConfig
 from pipeline.artifact import load_manifest, read_json
 from pipeline.export import run as export_run
+from pipeline.export.config import ExportConfig
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.repack import INDEX_FILE
 from pipeline.stage import environment, nobody_else
@@ -202,14 +203,30 @@ def test_a_wrong_tokenizer_is_refused_before_anything_is_read(
     command = ("convert", str(source), str(tmp_path / "out"), "--to", "llama", *QUICK_EXPORT, "--tokenizer")
     (own, of_others) = (str(tokenizer_artifact), save_model(tmp_path / "others", random_model(LLAMA)))
     for arguments, words in (
-        ((str(other),), f"{other} is not a finished artifact: it has no manifest.json"),
-        ((str(of_others),), "is an artifact of the stage convert; give one of the stage tokenizer"),
+        ((str(other),), f"--tokenizer {other} is no artifact; it takes one of the stage tokenizer"),
+        ((str(of_others),), "is an artifact of the stage convert; it takes one of the stage tokenizer"),
+        ((str(other),), "leave --tokenizer out and put its tokenizer.json beside the config.json of the checkpoint"),
         ((own, *NO_TOKENIZER), f"--tokenizer is {own}, but export.without_tokenizer is true; leave one of them out"),
     ):
         refused = dlm(*command, *arguments)
         assert refused.code == 2
         assert words in refused.stderr.replace("\n", " ")
         assert "proved" not in refused.stdout
+
+
+def test_a_checkpoint_without_a_tokenizer_is_told_where_one_is_put(dlm: Dlm, llama: Path, tmp_path: Path) -> None:
+    tokenizer = (llama / "tokenizer.json").read_bytes()
+    (llama / "tokenizer.json").unlink()
+    told = "Put the tokenizer.json of its model beside the config.json that it was imported with, and import it again"
+    done = dlm("convert", str(llama), str(tmp_path / "ours"), "--to", "dlm", *QUICK_IMPORT)
+    assert f"note: there is no tokenizer.json, which trainings and exports want. {told}" in done.stdout
+    for source in (llama, tmp_path / "ours"):
+        refused = dlm("convert", str(source), str(tmp_path / "out"), "--to", "llama", *QUICK_EXPORT)
+        assert refused.code == 2
+        assert f"{source} brings no tokenizer. {told}, or --set" in refused.stderr.replace("\n", " ")
+    (llama / "tokenizer.json").write_bytes(tokenizer)
+    done = dlm("convert", str(llama), str(tmp_path / "out"), "--to", "llama", *QUICK)
+    assert done.code == 0, done.stderr
 
 
 def test_the_tokenizer_of_other_weights_is_refused(dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path) -> None:
@@ -230,7 +247,8 @@ def test_a_training_becomes_weights_and_a_directory(dlm: Dlm, alone: Path, made:
     command = ("convert", str(alone), str(tmp_path / "qwen3"), "--to", "qwen3", "--set", "convert.proof=tensors")
     refused = dlm(*command)
     assert refused.code == 2
-    assert "brings no tokenizer; give the one that its ids belong to (--tokenizer DIR)" in refused.stderr
+    words = "brings no tokenizer. Give that of its training (--tokenizer DIR, an artifact of the stage tokenizer), or"
+    assert words in refused.stderr.replace("\n", " ")
     done = dlm(*command, "--tokenizer", str(made.tokenizer), *QUICK_EXPORT)
     assert done.code == 0, done.stderr
     assert "written as qwen3" in done.stdout
@@ -254,6 +272,7 @@ def test_a_step_of_a_run_is_converted_with_the_tokenizer_of_the_run(
         Step("theirs", "pipeline.import_checkpoint", ImportConfig(path=str(llama), proof="tensors")),
         Step("words", "pipeline.tokenizer", TokenizerConfig(eos_token="</s>"), {"checkpoint": "theirs"}),
         Step("first", "pipeline.ar_init", ArInitConfig(), {"weights": "theirs", "tokenizer": "words"}),
+        Step("theirs_again", "pipeline.export", ExportConfig(family="llama", proof="tensors"), {"weights": "theirs"}),
     )
     plan = make_plan(Workflow("toy", "", steps), environment())
     run = runs.create_run(store, plan, "local", "r1")
@@ -271,9 +290,11 @@ def test_a_step_of_a_run_is_converted_with_the_tokenizer_of_the_run(
     assert "mask_token" not in read_json(tmp_path / "again" / "tokenizer_config.json")
     done = dlm("convert", "r1", str(tmp_path / "bare"), "--to", "llama", *NO_TOKENIZER, *QUICK_EXPORT)
     assert done.code == 0, done.stderr  # that of the run is not wanted then
+    done = dlm("convert", "r1:theirs_again", str(tmp_path / "back"), "--to", "dlm", *QUICK_IMPORT)
+    assert done.code == 0, done.stderr
     for source, words_ in (
         ("r1:words", "is an artifact of the stage tokenizer, which holds no weights"),
-        ("r1:nothing", "has finished no step 'nothing'; it has theirs, first"),
+        ("r1:nothing", "has finished no step 'nothing'; it has theirs, first, theirs_again"),
         ("r2", "no file or directory r2, and no run of that name"),
     ):
         refused = dlm("convert", source, str(tmp_path / "no"), "--to", "llama")

@@ -36,7 +36,8 @@ def convert(
         ),
     ] = "",
     tokenizer: Annotated[
-        str, typer.Option(help="Artifact of the tokenizer that the weights were trained with, where they bring none.")
+        str,
+        typer.Option(help="Artifact of the stage tokenizer that the weights were trained with, where they bring none."),
     ] = "",
     settings: SetOption = [],  # noqa: B006 - typer reads it, nobody changes it
     store: StoreOption = DEFAULT_STORE,
