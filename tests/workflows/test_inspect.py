@@ -111,6 +111,7 @@ def test_a_directory_of_transformers_is_told_in_our_words(dlm: Dlm, tmp_path: Pa
     assert found["family"] == "qwen3_moe"
     assert found["mask token"] == "none yet"
     assert found["objective"] == "autoregressive_nll"
+    assert found["target_offset"] == "0, of a next-token model: position l predicts token l + 1"
     assert found["attention"].startswith("causal")
     assert found["dtype"] == "BF16"
     assert found["tokenizer"] == "none"
