@@ -64,7 +64,7 @@ def test_a_checkpoint_becomes_interchange_weights_and_these_the_checkpoint_again
     assert load_record(tmp_path / "ours").model.vocab_size == VOCAB_SIZE
     done = dlm("convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "llama", *QUICK_EXPORT)
     assert done.code == 0, done.stderr
-    assert "export             written as llama: " in done.stdout
+    assert "export             written as llama in bfloat16: " in done.stdout
     before, after = (TensorFiles([folder / "model.safetensors"]) for folder in (llama, tmp_path / "theirs"))
     assert set(before.names) == set(after.names)
     for name in before.names:
