@@ -122,6 +122,8 @@ def _check_export(config: ExportConfig, found: Found, tokenizer: Path | None) ->
 
 def _remedy(found: Found) -> str:
     """Where a tokenizer comes from."""
+    if found.kind == "export of this project":
+        return "Convert the weights that it was made from, with their tokenizer"
     if found.record is not None and found.record.tokenizer:
         return f"Give that of its training (--tokenizer DIR, an artifact of the stage {TOKENIZERS.name})"
     return INSTEAD if found.kind == "GGUF file" else ADD_TOKENIZER

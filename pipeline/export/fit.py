@@ -47,15 +47,15 @@ def check_fit(family: Family, model: Exported, where: str) -> None:
 
 def _reasons(family: Family, model: Exported) -> Iterator[str]:
     """What keeps the family from being the model's, in words that go on a sentence."""
+    try:
+        check_family(family, model.architecture)
+    except UserError as error:  # first: what training cannot change
+        yield str(error)
     if family in DIFFUSION and model.is_causal:
         yield (
             f'the model was trained on next tokens (autoregressive_nll), and "{family}" predicts masks: train it '
             "on as one first, by a workflow with ar_init and pretrain such as the recipe smollm2_to_diffusion"
         )
-    try:
-        check_family(family, model.architecture)
-    except UserError as error:
-        yield str(error)
     if family not in DIFFUSION:
         return
     wanted = int(family in SHIFTED)

@@ -72,6 +72,10 @@ REFUSED = {
         "architecture.moe.renormalise is True; .llada_moe. has False and nothing else: its code never divides the "
         "chosen scores by their sum. No diffusion family here is the same function; qwen3_moe would hold its tensors",
     ),
+    "a next-token model with renormalised top-k as LLaDA-MoE": (
+        Pair("llada_moe", replace(QWEN3_MOE, moe=replace(EXPERTS, renormalise=True)), NEXT_TOKEN),
+        "architecture.moe.renormalise is True; .* their sum. Set export.family to qwen3_moe$",
+    ),
     "a next-token model with renormalised top-k as Llama": (
         Pair("llama", replace(QWEN3_MOE, moe=replace(EXPERTS, renormalise=True)), NEXT_TOKEN),
         "architecture.qk_norm is True; .llama. has False and nothing else. Set export.family to qwen3_moe$",
@@ -354,7 +358,12 @@ def test_bad_settings_are_refused_by_name(values: dict[str, Any], words: str) ->
             "llada",
             "block_size is 8",
         ),
-        ([("objective", {"kind": "autoregressive", "t_min": 1e-3})], "llada2", "trained on next tokens"),
+        ([("objective", {"kind": "autoregressive", "t_min": 1e-3})], "llada2", "moe is None"),
+        (
+            [("architecture.qk_norm", False), ("objective", {"kind": "autoregressive", "t_min": 1e-3})],
+            "llada",
+            "trained on next tokens",
+        ),
     ],
 )
 def test_a_training_that_the_family_could_not_say_is_refused_when_it_is_planned(

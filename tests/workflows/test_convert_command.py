@@ -214,7 +214,9 @@ def test_a_wrong_tokenizer_is_refused_before_anything_is_read(
         assert "proved" not in refused.stdout
 
 
-def test_a_checkpoint_without_a_tokenizer_is_told_where_one_is_put(dlm: Dlm, llama: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer_is_told_where_one_is_put(
+    dlm: Dlm, llama: Path, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
     tokenizer = (llama / "tokenizer.json").read_bytes()
     (llama / "tokenizer.json").unlink()
     told = "Put the tokenizer.json of its model beside the config.json that it was imported with, and import it again"
@@ -225,6 +227,14 @@ def test_a_checkpoint_without_a_tokenizer_is_told_where_one_is_put(dlm: Dlm, lla
         assert refused.code == 2
         assert f"{source} brings no tokenizer. {told}, or --set" in refused.stderr.replace("\n", " ")
     (llama / "tokenizer.json").write_bytes(tokenizer)
+    trained = weights_of(Pair("llada", LLAMA), tokenizer_artifact, tmp_path / "trained")
+    bare = tmp_path / "bare"
+    assert dlm("convert", str(trained), str(bare), "--to", "llada", *NO_TOKENIZER, *QUICK_EXPORT).code == 0
+    again = (str(tmp_path / "llada"), "--to", "llada", *QUICK_EXPORT)
+    refused = dlm("convert", str(bare), *again)
+    assert "Convert the weights that it was made from, with their tokenizer, or" in refused.stderr.replace("\n", " ")
+    done = dlm("convert", str(trained), *again, "--tokenizer", str(tokenizer_artifact))
+    assert done.code == 0, done.stderr
     done = dlm("convert", str(llama), str(tmp_path / "out"), "--to", "llama", *QUICK)
     assert done.code == 0, done.stderr
 
@@ -308,7 +318,7 @@ def test_a_step_of_a_run_is_converted_with_the_tokenizer_of_the_run(
         (("--to", "lama"), "there is no family 'lama'; did you mean llama?"),
         (("--to", "gpt"), "there is no family 'gpt'; there are: llada, dream, "),
         (("--to", "mdlm"), "there is no family 'mdlm'"),
-        (("--to", "llada"), "the model was trained on next tokens (autoregressive_nll)"),
+        (("--to", "llada"), "architecture.rope_scaling is RopeScaling("),
         (("--to", "qwen2"), "qkv_bias is False"),
         (("--to", "llama", "--dtype", "fp16"), "there is no dtype 'fp16'; there are: bfloat16, float32, float16"),
         (("--to", "llama", "--tokenizer", "/nowhere"), "--tokenizer /nowhere: there is no such directory"),
