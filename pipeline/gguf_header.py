@@ -3,6 +3,7 @@
 The format: magic, version, counts, key-value pairs, descriptions of tensors (github.com/ggml-org/ggml docs/gguf.md).
 """
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,14 @@ _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """Type of a value -> its struct format."""
 _TEXT, _ARRAY = 8, 9
 _MAX_TEXT_BYTES, _MAX_COUNT, _MAX_DEPTH = 1 << 28, 1 << 24, 4
-_TYPES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
-    12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16",
+_ALIGNMENT, _ALIGNED_TO = "general.alignment", 32
+TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 24: ("I8", 1, 1),
+    25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 30: ("BF16", 1, 2),
 }  # fmt: skip
+"""Name of a tensor's type, the elements of a block of it, and the bytes that they take."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,10 @@ class GGUFHeader:
 
 
 def read_gguf_header(path: Path) -> GGUFHeader:
-    """The header; UserError for a file of another kind or version, CorruptionError for one that is cut or damaged."""
+    """The header; UserError for a file of another kind or version.
+
+    CorruptionError for a header that is cut or damaged, and for a file that ends before its tensors do.
+    """
     with path.open("rb") as file:
         if file.read(4) != _MAGIC:
             raise UserError(f"{path} is no GGUF file: it does not begin with GGUF")
@@ -42,10 +50,22 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             num_tensors, num_keys = _unpacked(file, "<QQ")
             _check_count(max(num_tensors, num_keys))
             keys = {_text(file): _value(file, *_unpacked(file, "<I")) for _ in range(num_keys)}
-            tensors = dict(_tensor(file) for _ in range(num_tensors))
+            found = [_tensor(file) for _ in range(num_tensors)]
+            size = max(0, path.stat().st_size - _begin(file.tell(), keys))
         except (struct.error, UnicodeDecodeError, _DamagedError) as error:
             raise CorruptionError(f"{path} has a damaged header, or is cut: {error}") from None
-    return GGUFHeader(keys, tensors)
+    name, end = max(((name, end) for name, _, end in found), key=lambda pair: pair[1], default=("", 0))
+    if end > size:
+        raise CorruptionError(f"{path} is cut: {name} ends at byte {end} of its data, of which there are {size}")
+    return GGUFHeader(keys, {name: described for name, described, _ in found})
+
+
+def _begin(header_bytes: int, keys: dict[str, Any]) -> int:
+    """Where the data begin: after the header, filled up."""
+    alignment = keys.get(_ALIGNMENT, _ALIGNED_TO)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise _DamagedError(f"{_ALIGNMENT} is {alignment!r}")
+    return -(-header_bytes // alignment) * alignment
 
 
 class _DamagedError(Exception):
@@ -85,11 +105,13 @@ def _value(file: BinaryIO, kind: int, depth: int = 0) -> Any:
     return _unpacked(file, f"<{_NUMBERS[kind]}")[0]
 
 
-def _tensor(file: BinaryIO) -> tuple[str, tuple[str, tuple[int, ...]]]:
+def _tensor(file: BinaryIO) -> tuple[str, tuple[str, tuple[int, ...]], int]:
+    """Its name, (type, shape), and where in the data it ends; where it begins if the type is unknown."""
     name = _text(file)
     (num_dims,) = _unpacked(file, "<I")
     if num_dims > 8:
         raise _DamagedError(f"{name} has {num_dims} dimensions")
     shape = _unpacked(file, f"<{num_dims}Q")
-    kind, _ = _unpacked(file, "<IQ")
-    return name, (_TYPES.get(kind, f"type {kind}"), tuple(reversed(shape)))
+    kind, offset = _unpacked(file, "<IQ")
+    known, block, num_bytes = TYPES.get(kind, (f"type {kind}", 1, 0))
+    return name, (known, tuple(reversed(shape))), offset + math.prod(shape) * num_bytes // block

@@ -16,6 +16,10 @@ from pipeline.hf_config import CONFIG, GENERATION, NAMED_MASK, Described, read_c
 from pipeline.scoring import Likelihood
 from pipeline.weights import Origin
 
+ADD_TOKENIZER = (
+    f"Put the tokenizer.json of its model beside the {CONFIG} that it was imported with, and import it again"
+)
+"""What helps where a checkpoint was imported without a tokenizer."""
 EXPORT_STAGE = "export"
 _TOLD = "an export of this project: objective, shift and lineage are those that its manifest tells"
 

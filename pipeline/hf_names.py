@@ -88,7 +88,7 @@ _WHY: dict[tuple[Family, str], str] = {
     ("llada", "qk_norm"): "its q_norm and k_norm span all heads at once; qwen3 has one for a head",
     ("llada", "rope_scaling"): "its configuration knows rope_theta alone",
     ("dream", "qk_norm"): "qwen3 has it",
-    ("llada_moe", "moe.renormalise"): "its code never divides the chosen scores by their sum; qwen3_moe may",
+    ("llada_moe", "moe.renormalise"): "its code never divides the chosen scores by their sum",
     ("llada_moe", "moe.selection_bias"): "its code leaves the bias in the weights of the experts, ours takes it out",
     ("bd3lm", "time_conditioning"): "it is told the mean level of a row, ours that of each block",
 }
@@ -104,32 +104,32 @@ def check_family(family: Family, a: Architecture) -> None:
         _check(family, name, getattr(a, name), wanted)
     if family in _WHOLE_HEADS and a.head_size * a.num_heads != a.d_model:
         raise UserError(
-            f'head_dim is {a.head_dim}; "{family}" has d_model / num_heads = {a.d_model / a.num_heads:g} and nothing '
-            "else"
+            f'architecture.head_dim is {a.head_dim}; "{family}" has d_model / num_heads = '
+            f"{a.d_model / a.num_heads:g} and nothing else"
         )
     has_experts = family in _FIXED_MOE
     if (a.moe is not None) != has_experts:
-        raise UserError(f'moe is {a.moe}; "{family}" has {"experts" if has_experts else "none"}')
+        raise UserError(f'architecture.moe is {a.moe}; "{family}" has {"experts" if has_experts else "none"}')
     if family in DITS:
         _check(family, "num_kv_heads", a.kv_heads, a.num_heads)
         _check(family, "d_ff", a.d_ff, 4 * a.d_model)
         if family == "mdlm" and a.cond_dim is None:
-            raise UserError('cond_dim is None; "mdlm" always has a conditioning vector')
+            raise UserError('architecture.cond_dim is None; "mdlm" always has a conditioning vector')
     if a.moe is None:
         return
     for name, wanted in _FIXED_MOE[family].items():
         _check(family, f"moe.{name}", getattr(a.moe, name), wanted)
     if family == "llada2" and a.moe.renormalise != (a.moe.top_k > 1):
         raise UserError(
-            f'moe.renormalise is {a.moe.renormalise}; "llada2" divides the chosen scores by their sum where top_k is '
-            f"above 1, and here it is {a.moe.top_k}"
+            f'architecture.moe.renormalise is {a.moe.renormalise}; "llada2" divides the chosen scores by their '
+            f"sum where top_k is above 1, and here it is {a.moe.top_k}"
         )
 
 
 def _check(family: Family, name: str, found: object, wanted: object) -> None:
     if found != wanted:
         why = f": {_WHY[family, name]}" if (family, name) in _WHY else ""
-        raise UserError(f'{name} is {found!r}; "{family}" has {wanted!r} and nothing else{why}')
+        raise UserError(f'architecture.{name} is {found!r}; "{family}" has {wanted!r} and nothing else{why}')
 
 
 # Names

@@ -137,14 +137,30 @@ def _values(files: TensorFiles, name: str, first: int, numel: int) -> np.ndarray
 def write_ours(
     family: Family, config: ModelConfig, theirs: TensorFiles, path: Path, left_out: Collection[str] = ()
 ) -> None:
-    """Write the interchange file, float32, of a family's files; UserError as ``check_theirs``, before it begins."""
+    """Write the interchange file, float32, of a family's files.
+
+    Raises UserError as ``check_theirs``, before it begins, CorruptionError naming a tensor that is not finite.
+    """
     check_theirs(family, config, theirs, left_out)
     kept = [piece for piece in pieces(family, config) if piece.packed.role == "same"]
     shapes = tensor_shapes(config)
     with TensorWriter(path, {p.packed.ours: ("F32", shapes[p.packed.ours]) for p in kept}, METADATA) as out:
         for piece in kept:
             for first, numel in piece.blocks():
-                out.append(piece.packed.ours, _values(theirs, piece.theirs, first, numel))
+                values = _values(theirs, piece.theirs, first, numel)
+                _check_finite(values, theirs.path(piece.theirs), piece.theirs, first)
+                out.append(piece.packed.ours, values)
+
+
+def _check_finite(values: np.ndarray, path: Path, name: str, first: int) -> None:
+    is_finite = np.isfinite(values)
+    if is_finite.all():
+        return
+    place = int(is_finite.argmin())
+    raise CorruptionError(
+        f"{path}: {name} has the value {values[place]} at element {first + place}; weights are finite numbers. Get the "
+        "checkpoint again; if it is the same there, its training went wrong"
+    )
 
 
 def write_theirs(

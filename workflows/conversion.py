@@ -16,10 +16,14 @@ from pipeline.convert.config import STAGE as CONVERT
 from pipeline.convert.config import ConvertConfig
 from pipeline.errors import UserError
 from pipeline.export.config import STAGE as EXPORT
-from pipeline.export.config import ExportConfig
-from pipeline.export.run import check_exportable
+from pipeline.export.config import Dtype, ExportConfig
+from pipeline.export.fit import DIFFUSION
+from pipeline.export.run import STORED, check_exportable
+from pipeline.hf_config import CONFIG
+from pipeline.hf_directory import ADD_TOKENIZER
 from pipeline.import_checkpoint.config import STAGE as IMPORT
 from pipeline.import_checkpoint.config import ImportConfig
+from pipeline.import_checkpoint.gguf_keys import INSTEAD
 from pipeline.import_checkpoint.source import TOKENIZER
 from pipeline.stage import (
     Stage,
@@ -37,6 +41,7 @@ from workflows.inspection import IN_GGUF, Found
 
 INTERCHANGE = "dlm"
 """What --to calls this project's own layout."""
+_DIRECTORIES = ("directory of transformers", "export of this project")
 Say = Callable[[str], None]
 
 
@@ -49,6 +54,8 @@ class Conversion:
     """By name of the stage."""
     source: Path
     tokenizer: Path | None = None
+    kept_in: Dtype | None = None
+    """Dtype of all tensors of the source, or of the checkpoint that they are unchanged; None: several, or unknown."""
 
 
 def plan_conversion(
@@ -66,9 +73,10 @@ def plan_conversion(
     """
     stages: list[Stage] = []
     configs: dict[str, Any] = {}
+    kept_in = _kept_in(found)
     if found.kind == "training":
         stages, configs = [CONVERT], {CONVERT.name: ConvertConfig()}
-    elif found.kind in ("directory of transformers", "export of this project", "GGUF file"):
+    elif found.kind in (*_DIRECTORIES, "GGUF file"):
         stages, configs = [IMPORT], {IMPORT.name: ImportConfig(path=str(found.path))}
     elif found.kind != "interchange weights":
         raise UserError(
@@ -77,7 +85,8 @@ def plan_conversion(
         )
     if to != INTERCHANGE:
         stages.append(EXPORT)
-        configs[EXPORT.name] = ExportConfig(family=to, **export)  # pyright: ignore[reportArgumentType]
+        values = {"dtype": kept_in, **export} if kept_in else export
+        configs[EXPORT.name] = ExportConfig(family=to, **values)  # pyright: ignore[reportArgumentType]
     elif not stages:
         raise UserError(f"{found.path} has interchange weights already; --to names the family to write")
     elif export or tokenizer:
@@ -89,29 +98,46 @@ def plan_conversion(
         if tokenizer is None and not configs[EXPORT.name].without_tokenizer:
             tokenizer = tokenizer_of_run
         _check_export(configs[EXPORT.name], found, tokenizer)
-    return Conversion(tuple(stages), configs, found.path, tokenizer)
+    return Conversion(tuple(stages), configs, found.path, tokenizer, kept_in)
+
+
+def _kept_in(found: Found) -> Dtype | None:
+    dtypes = found.dtypes if found.kind in _DIRECTORIES else ()
+    if found.kind == "interchange weights" and found.record is not None and found.record.lineage:
+        last = found.record.lineage[-1]
+        is_unchanged = last.kind == "imported" and "dequantised_from" not in last.details
+        dtypes = last.details.get("dtype", ()) if is_unchanged else ()
+    return next((name for name, stored in STORED.items() if [*dtypes] == [stored]), None)
 
 
 def _check_export(config: ExportConfig, found: Found, tokenizer: Path | None) -> None:
     """UserError for what the last stage would refuse: before hours of reading, not after them."""
     if found.record is not None:
-        check_exportable(config, found.record)
+        check_exportable(config, found.record, "--to")
     if tokenizer is not None:
         _check_tokenizer(config, found, tokenizer)
     if tokenizer is None and found.tokenizer not in (TOKENIZER, IN_GGUF) and not config.without_tokenizer:
-        raise UserError(
-            f"{found.path} brings no tokenizer; give the one that its ids belong to (--tokenizer DIR), or "
-            "--set export.without_tokenizer=true"
-        )
+        raise UserError(f"{found.path} brings no tokenizer. {_remedy(found)}, or --set export.without_tokenizer=true")
+
+
+def _remedy(found: Found) -> str:
+    """Where a tokenizer comes from."""
+    if found.kind == "export of this project":
+        return "Convert the weights that it was made from, with their tokenizer"
+    if found.record is not None and found.record.tokenizer:
+        return f"Give that of its training (--tokenizer DIR, an artifact of the stage {TOKENIZERS.name})"
+    return INSTEAD if found.kind == "GGUF file" else ADD_TOKENIZER
 
 
 def _check_tokenizer(config: ExportConfig, found: Found, tokenizer: Path) -> None:
     if config.without_tokenizer:
         raise UserError(f"--tokenizer is {tokenizer}, but export.without_tokenizer is true; leave one of them out")
-    stage = open_artifact(tokenizer).stage
+    stage = open_artifact(tokenizer).stage if (tokenizer / MANIFEST).is_file() else ""
     if stage != TOKENIZERS.name:
         raise UserError(
-            f"--tokenizer {tokenizer} is an artifact of the stage {stage}; give one of the stage {TOKENIZERS.name}"
+            f"--tokenizer {tokenizer} is {f'an artifact of the stage {stage}' if stage else 'no artifact'}; it takes "
+            f"one of the stage {TOKENIZERS.name}, that of a training. A checkpoint of another project has none: leave "
+            f"--tokenizer out and put its {TOKENIZER} beside the {CONFIG} of the checkpoint"
         )
     if found.kind in ("training", "interchange weights"):  # others are artifacts only once they are imported
         assert found.record is not None
@@ -160,13 +186,14 @@ def _make(stage: Stage, conversion: Conversion, source: Path, work: Path, say: S
         out / MANIFEST,
         build_manifest(stage, config, own, inputs, out, stats, started_at, elapsed_s, external=external),
     )
-    for line in _told(stage, stats):
+    for line in _told(stage, config, conversion.kept_in, stats):
         say(f"{stage.name:17}  {line}")
     return out
 
 
-def _told(stage: Stage, stats: Mapping[str, Any]) -> list[str]:
+def _told(stage: Stage, config: Any, kept_in: Dtype | None, stats: Mapping[str, Any]) -> list[str]:
     """What a stage did, in words."""
+    proof = "every tensor read back, bit for bit"
     lines = [f"{stats['num_params']:,} parameters in {stats['tensors']} tensors"]
     if stage is IMPORT:
         lines[0] = f"read as {stats['family']}: {lines[0]}; {stats['left_out']} left out"
@@ -174,8 +201,14 @@ def _told(stage: Stage, stats: Mapping[str, Any]) -> list[str]:
     if stage is CONVERT:
         lines[0] += f", of step {', '.join(map(str, stats['steps']))}"
     if stage is EXPORT:
-        lines[0] = f"written as {stats['family']}: {lines[0]}, {len(stats['files'])} file(s)"
-    proof = "every tensor read back, bit for bit"
+        lines[0] = f"written as {stats['family']} in {config.dtype}: {lines[0]}, {len(stats['files'])} file(s)"
+        if stats["objective"] != "autoregressive_nll" and config.family not in DIFFUSION:
+            lines.append(
+                f"note: `generate` is causal and meaningless for this model, a diffusion model in the tensors of "
+                f"{config.family}; README.md says how it is used"
+            )
+        if config.dtype not in ("float32", kept_in):
+            proof += f", with the float32 weights rounded to {config.dtype}"
     if stats["proof"] == "logits" and "logits_difference" in stats:
         proof += f"; logits in a fresh process, which differ by {stats['logits_difference']:.2g} of the largest"
     elif stats["proof"] == "logits":

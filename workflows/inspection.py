@@ -28,7 +28,7 @@ WEIGHTS_STAGES = ("convert", "ar_init", "import_checkpoint")
 """Stages whose artifacts are interchange weights."""
 IN_GGUF = "in the file"
 """What is said of the tokenizer of a .gguf file."""
-_CHOSEN = ("convert", "ar_init", "pretrain", "import_checkpoint")
+_CHOSEN = ("convert", "ar_init", "pretrain", "import_checkpoint", EXPORT_STAGE)
 """Which step of a run is meant where none is named: the first of these that is there."""
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -37,7 +37,9 @@ def check_fit(family: Family, model: Exported, where: str) -> None:
         return
     fitting = [name for name in FAMILIES if name not in DITS and not any(_reasons(name, model))]
     whole = [name for name in fitting if model.is_causal or name in DIFFUSION]
-    remedy = f"Set {where} to {' or '.join(whole)}" if whole else "No family here is the same function"
+    change = f"Give {where}" if where.startswith("--") else f"Set {where} to"
+    kind = "family" if model.is_causal else "diffusion family"
+    remedy = f"{change} {' or '.join(whole)}" if whole else f"No {kind} here is the same function"
     if tensors := [name for name in fitting if name not in whole]:
         remedy += f"; {' and '.join(tensors)} would hold its tensors, for tools that switch the attention themselves"
     raise UserError(f'{where} is "{family}", but {reason}. {remedy}')
@@ -45,12 +47,15 @@ def check_fit(family: Family, model: Exported, where: str) -> None:
 
 def _reasons(family: Family, model: Exported) -> Iterator[str]:
     """What keeps the family from being the model's, in words that go on a sentence."""
-    if family in DIFFUSION and model.is_causal:
-        yield f'the model was trained on next tokens (autoregressive_nll), and "{family}" predicts masks: train it on'
     try:
         check_family(family, model.architecture)
-    except UserError as error:
+    except UserError as error:  # first: what training cannot change
         yield str(error)
+    if family in DIFFUSION and model.is_causal:
+        yield (
+            f'the model was trained on next tokens (autoregressive_nll), and "{family}" predicts masks: train it '
+            "on as one first, by a workflow with ar_init and pretrain such as the recipe smollm2_to_diffusion"
+        )
     if family not in DIFFUSION:
         return
     wanted = int(family in SHIFTED)

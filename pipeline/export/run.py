@@ -63,15 +63,18 @@ def run(config: ExportConfig, inputs: Mapping[str, Path], context: StageContext)
     }
 
 
-def check_exportable(config: ExportConfig, record: ModelRecord) -> None:
-    """UserError, before anything is written, for weights that the family cannot say, or a proof that cannot be made."""
+def check_exportable(config: ExportConfig, record: ModelRecord, where: str = "export.family") -> None:
+    """UserError, before anything is written, for weights that the family cannot say, or a proof that cannot be made.
+
+    ``where`` is what the user calls the setting of the family.
+    """
     model = Exported(
         record.model.architecture,
         is_causal=record.objective == "autoregressive_nll",
         block_size=record.block_size,
         target_offset=record.target_offset,
     )
-    check_fit(config.family, model, "export.family")
+    check_fit(config.family, model, where)
     check_ready(config, "export")
 
 

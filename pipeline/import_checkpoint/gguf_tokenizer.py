@@ -8,6 +8,8 @@ of github.com/ggml-org/llama.cpp.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pipeline.import_checkpoint.gguf_keys import INSTEAD
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -34,7 +36,7 @@ def why_no_tokenizer(keys: Mapping[str, Any]) -> str:
     )
     return (
         f"the tokenizer of the file is not passed on: {reason}; passed on are those of {_MODEL} {_BYTES!r} with {_CUT} "
-        f"{', '.join(sorted(_KNOWN))}"
+        f"{', '.join(sorted(_KNOWN))}. {INSTEAD}"
     )
 
 

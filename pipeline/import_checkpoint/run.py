@@ -20,7 +20,7 @@ from pipeline.hf_config import (
     write_config,
     write_generation_config,
 )
-from pipeline.hf_directory import read_directory
+from pipeline.hf_directory import ADD_TOKENIZER, read_directory
 from pipeline.hf_names import DITS, packed_tensors
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.import_checkpoint.fetch import Opened, need, open_checkpoint
@@ -67,8 +67,7 @@ def run(config: ImportConfig, inputs: Mapping[str, Path], context: StageContext)
         opened = open_checkpoint(config, Path(scratch))
         source = opened.source
         check_files(source)
-        described, notices = _described(source)
-        notices += opened.notices
+        described, notices = _described(opened)
         if config.proof == "logits" and described.family not in DITS:
             need(("transformers",), "the proof by logits", ", or set import_checkpoint.proof=tensors")
         theirs = TensorFiles(source.weights)
@@ -100,14 +99,16 @@ def run(config: ImportConfig, inputs: Mapping[str, Path], context: StageContext)
     }
 
 
-def _described(source: SourceFiles) -> tuple[Described, list[str]]:
+def _described(opened: Opened) -> tuple[Described, list[str]]:
     """What config.json says, and what there is to tell about the files beside it."""
+    source = opened.source
     described = read_directory(source.directory)
-    notices = [*described.notices]
+    notices = [*described.notices, *opened.notices]
     if any(source.directory.glob("*.py")):
         notices.append("*.py files beside the weights were not read")
     if not (source.directory / TOKENIZER).is_file():
-        notices.append(f"there is no {TOKENIZER}; give the tokenizer of these weights by hand")
+        if opened.gguf is None:
+            notices.append(f"there is no {TOKENIZER}, which trainings and exports want. {ADD_TOKENIZER}")
         return described, notices
     rows, size = described.model.vocab_size, _vocabulary_size(source.directory / TOKENIZER)
     if size > rows:

@@ -50,7 +50,7 @@ REFUSED = {
     ),
     "a shifted model as LLaDA-MoE": (
         Pair("llada_moe", QWEN3_MOE, SHIFTED),
-        "target_offset is 1.*No family here is the same function; qwen3_moe would hold its tensors",
+        "target_offset is 1.*No diffusion family here is the same function; qwen3_moe would hold its tensors",
     ),
     "a shifted model as LLaDA2": (Pair("llada2", LLADA2, SHIFTED), "target_offset is 1"),
     "an unshifted model as Dream": (
@@ -70,8 +70,16 @@ REFUSED = {
     "heads of a size of their own as LLaDA-MoE": (Pair("llada_moe", replace(QWEN3_MOE, head_dim=6)), "head_dim is 6"),
     "renormalised top-k as LLaDA-MoE": (
         Pair("llada_moe", replace(QWEN3_MOE, moe=replace(EXPERTS, renormalise=True))),
-        "moe.renormalise is True; .llada_moe. has False and nothing else: its code never divides the chosen scores by "
-        "their sum; qwen3_moe may.*qwen3_moe would hold its tensors",
+        "architecture.moe.renormalise is True; .llada_moe. has False and nothing else: its code never divides the "
+        "chosen scores by their sum. No diffusion family here is the same function; qwen3_moe would hold its tensors",
+    ),
+    "a next-token model with renormalised top-k as LLaDA-MoE": (
+        Pair("llada_moe", replace(QWEN3_MOE, moe=replace(EXPERTS, renormalise=True)), NEXT_TOKEN),
+        "architecture.moe.renormalise is True; .* their sum. Set export.family to qwen3_moe$",
+    ),
+    "a next-token model with renormalised top-k as Llama": (
+        Pair("llama", replace(QWEN3_MOE, moe=replace(EXPERTS, renormalise=True)), NEXT_TOKEN),
+        "architecture.qk_norm is True; .llama. has False and nothing else. Set export.family to qwen3_moe$",
     ),
     "a dense model as LLaDA-MoE": (Pair("llada_moe", LLAMA), 'moe is None; "llada_moe" has experts.*llada'),
     "experts as LLaDA": (Pair("llada", replace(QWEN3_MOE, qk_norm=False)), 'moe is MoE.*; "llada" has none'),
@@ -84,7 +92,8 @@ REFUSED = {
     "no qkv biases as Qwen2": (Pair("qwen2", LLAMA), "qkv_bias is False; .qwen2. has True"),
     "a next-token model as LLaDA": (
         Pair("llada", LLAMA, NEXT_TOKEN),
-        r"trained on next tokens \(autoregressive_nll\).*Set export.family to llama",
+        r"trained on next tokens \(autoregressive_nll\), and .* predicts masks: train it on as one first, by a "
+        "workflow with ar_init and pretrain such as the recipe smollm2_to_diffusion. Set export.family to llama$",
     ),
     "a next-token model as Dream": (Pair("dream", QWEN2, NEXT_TOKEN), "trained on next tokens.*qwen2"),
     "a model of blocks as LLaDA": (
@@ -97,7 +106,7 @@ REFUSED = {
         "rope_scaling is RopeScaling.*its configuration knows rope_theta alone",
     ),
     "partly rotated heads as Qwen3": (Pair("qwen3", replace(QWEN3, rope_fraction=1 / 3)), "rope_fraction is 0.33"),
-    "another norm": (Pair("llada", replace(LLAMA, norm="layer")), 'norm is .layer.*No family here is the same func'),
+    "another norm": (Pair("llada", replace(LLAMA, norm="layer")), 'norm is .layer.*No diffusion family here is'),
 }  # fmt: skip
 
 
@@ -343,7 +352,7 @@ def test_bad_settings_are_refused_by_name(values: dict[str, Any], words: str) ->
 @pytest.mark.parametrize(
     ("settings", "family", "words"),
     [
-        ([], "llada", "export.family is .llada., but qk_norm is True"),
+        ([], "llada", "export.family is .llada., but architecture.qk_norm is True"),
         ([("architecture.qk_norm", False)], "dream", "export.family is .dream., but target_offset is 0"),
         ([("architecture.qk_norm", False), ("objective.target_offset", 1)], "llada", "target_offset is 1"),
         ([("architecture.qk_norm", False), ("objective.block_size", 4)], "llada", "block_size is 4"),
@@ -352,7 +361,12 @@ def test_bad_settings_are_refused_by_name(values: dict[str, Any], words: str) ->
             "llada",
             "block_size is 8",
         ),
-        ([("objective", {"kind": "autoregressive", "t_min": 1e-3})], "llada2", "trained on next tokens"),
+        ([("objective", {"kind": "autoregressive", "t_min": 1e-3})], "llada2", "moe is None"),
+        (
+            [("architecture.qk_norm", False), ("objective", {"kind": "autoregressive", "t_min": 1e-3})],
+            "llada",
+            "trained on next tokens",
+        ),
     ],
 )
 def test_a_training_that_the_family_could_not_say_is_refused_when_it_is_planned(

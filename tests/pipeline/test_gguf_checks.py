@@ -4,6 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from pipeline.errors import UserError
+from pipeline.gguf_header import TYPES
 from pipeline.import_checkpoint.dequantise import as_meant, as_written, check_loaded
 from pipeline.import_checkpoint.gguf import check_gguf
 from pipeline.import_checkpoint.gguf_tokenizer import set_cut, why_no_tokenizer
@@ -101,6 +102,13 @@ def test_tensors_of_which_transformers_makes_nothing_are_refused(tmp_path, archi
     write_tiny(tmp_path / "x.gguf", architecture, tensors=tensors)
     with pytest.raises(UserError, match=rf"x\.gguf.*{words}"):
         check_gguf(tmp_path / "x.gguf")
+
+
+def test_sizes_of_types_are_those_of_gguf_py():
+    import gguf
+
+    known = [kind for kind in gguf.GGMLQuantizationType if kind in TYPES]
+    assert {int(kind): (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in known} == TYPES
 
 
 @pytest.mark.parametrize("kind", ["missing_keys", "mismatched_keys", "error_msgs"])

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,6 +53,19 @@ def _change_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]],
     tensors = load_file(directory / SINGLE)
     change(tensors)
     save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("value", "told"), [(float("nan"), "nan"), (float("-inf"), "-inf")])
+def test_a_tensor_that_is_not_finite_is_named(tmp_path, dtype, value, told):
+    source = _saved(tmp_path, dtype=dtype)
+    _change_tensors(source, lambda tensors: tensors[Q_PROJ].view(-1)[7:9].copy_(torch.tensor([value, float("inf")])))
+    with pytest.raises(CorruptionError, match=rf"^{re.escape(str(source / SINGLE))}: {Q_PROJ} has the value {told} at "
+                       "element 7; weights are finite numbers. Get the checkpoint again"):  # fmt: skip
+        _import(source, tmp_path / "out")
 
 
 # What an import gives

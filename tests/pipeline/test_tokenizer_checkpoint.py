@@ -265,11 +265,24 @@ def test_a_setting_that_does_not_fit_is_refused_with_what_would(
 
 def test_a_checkpoint_without_an_end_says_what_to_set(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "import", LLAMA, LLAMA_END)
-    refused(tmp_path, source, r"no eos token '<\|endoftext\|>'.*'</s>'.*Set tokenizer\.eos_token")
+    refused(tmp_path, source, r"no eos token '<\|endoftext\|>'; its special tokens are \['</s>', '<s>', '<unk>'\]\. "
+            r"Set tokenizer\.eos_token to one of them$")  # fmt: skip
+    bare = checkpoint(tmp_path / "bare", _word_piece(), 300)
+    refused(tmp_path / "other", bare, r"no pad token '<pad>'; its special tokens are \['<\|endoftext\|>'\]\. Set",
+            pad_token="<pad>")  # fmt: skip
+
+
+def test_a_tokenizer_without_special_tokens_says_where_they_are_marked(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    source = checkpoint(tmp_path / "import", words, 8)
+    refused(tmp_path, source, r"no eos token .*; it has no special tokens\. Import it "
+            r"again with a tokenizer\.json that marks one \(\"added_tokens\", \"special\": true\)$")  # fmt: skip
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path, checkpoint(tmp_path / "import", None, 300), r"without a tokenizer; .*tokenizer\.file")
+    source = checkpoint(tmp_path / "import", None, 300)
+    refused(tmp_path, source, r"was imported without a tokenizer\. Put the tokenizer\.json of "
+            r"its model beside the config\.json that it was imported with, and import it again$")  # fmt: skip
 
 
 def test_a_tokenizer_with_holes_is_refused_where_a_new_token_would_fall_into_one(tmp_path: Path) -> None:

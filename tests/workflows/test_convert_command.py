@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 from pipeline.ar_init.config import ArInitConfig
 from pipeline.artifact import load_manifest, read_json
 from pipeline.export import run as export_run
+from pipeline.export.config import ExportConfig
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.repack import INDEX_FILE
 from pipeline.stage import environment, nobody_else
@@ -63,7 +64,7 @@ def test_a_checkpoint_becomes_interchange_weights_and_these_the_checkpoint_again
     assert load_record(tmp_path / "ours").model.vocab_size == VOCAB_SIZE
     done = dlm("convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "llama", *QUICK_EXPORT)
     assert done.code == 0, done.stderr
-    assert "export             written as llama: " in done.stdout
+    assert "export             written as llama in bfloat16: " in done.stdout
     before, after = (TensorFiles([folder / "model.safetensors"]) for folder in (llama, tmp_path / "theirs"))
     assert set(before.names) == set(after.names)
     for name in before.names:
@@ -90,17 +91,53 @@ def test_a_checkpoint_becomes_another_in_one_command_which_tells_its_proof(
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("kept", "options", "written", "proof"),
+    [
+        ("float32", (), "float32", ""),
+        ("bfloat16", (), "bfloat16", ""),
+        ("float16", (), "float16", ""),
+        ("float32", ("--dtype", "bfloat16"), "bfloat16", ", with the float32 weights rounded to bfloat16"),
+        ("bfloat16", ("--set", "export.dtype=float16"), "float16", ", with the float32 weights rounded to float16"),
+    ],
+)
+def test_a_checkpoint_keeps_its_dtype_and_rounding_is_told(
+    kept: str, options: tuple[str, ...], written: str, proof: str, dlm: Dlm, tmp_path: Path
+) -> None:
+    source = save_peer("llama", tmp_path / "source", dtype=kept)
+    ours, once, twice = (str(tmp_path / name) for name in ("ours", "once", "twice"))
+    assert dlm("convert", str(source), ours, "--to", "dlm", *QUICK_IMPORT).code == 0
+    for place, out, quick in ((str(source), once, QUICK), (ours, twice, QUICK_EXPORT)):
+        done = dlm("convert", place, out, "--to", "llama", *NO_TOKENIZER, *quick, *options)
+        assert done.code == 0, done.stderr
+        assert f"written as llama in {written}: " in done.stdout
+        assert done.stdout.splitlines()[-2].endswith(f"proved: every tensor read back, bit for bit{proof}")
+        assert read_json(Path(out) / "config.json")["torch_dtype"] == written
+
+
+def test_weights_that_no_one_dtype_is_told_of_are_rounded_and_that_is_said(
+    dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    weights = weights_of(Pair("llama", LLAMA, NEXT_TOKEN), tokenizer_artifact, tmp_path / "weights")
+    done = dlm("convert", str(weights), str(tmp_path / "out"), "--to", "llama", *NO_TOKENIZER, *QUICK_EXPORT)
+    assert done.code == 0, done.stderr
+    assert "bit for bit, with the float32 weights rounded to bfloat16\n" in done.stdout
+    assert "note: " not in done.stdout
+
+
 def test_an_exported_diffusion_model_comes_back_and_goes_on_to_another_family(
     dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
 ) -> None:
     _, dream = export(Pair("dream", QWEN2, SHIFTED), tokenizer_artifact, tmp_path / "made")
     done = dlm("convert", str(dream), str(tmp_path / "qwen2"), "--to", "qwen2", "--dtype", "float32", *QUICK)
     assert done.code == 0, done.stderr
+    assert "export             note: `generate` is causal and meaningless for this model" in done.stdout
     assert "`generate` is causal and meaningless" in (tmp_path / "qwen2" / "README.md").read_text()
     done = dlm("convert", str(dream), str(tmp_path / "llada"), "--to", "llada", *QUICK)
     assert done.code == 2
-    assert 'export.family is "llada", but target_offset is 1' in done.stderr
-    assert "Set export.family to dream" in done.stderr
+    assert '--to is "llada", but target_offset is 1' in done.stderr
+    assert "Give --to dream; qwen2 would hold its tensors" in done.stderr
+    assert "export.family" not in done.stderr
 
 
 def test_a_diffusion_model_in_plain_tensors_stays_one_whatever_it_becomes(
@@ -136,8 +173,8 @@ def test_an_export_with_a_damaged_file_is_not_converted(dlm: Dlm, tokenizer_arti
 @pytest.mark.parametrize(
     ("pair", "family", "words"),
     [
-        (Pair("llada", QWEN2), "dream", 'export.family is "dream", but target_offset is 0'),
-        (Pair("dream", QWEN2, SHIFTED), "llada", 'export.family is "llada", but target_offset is 1'),
+        (Pair("llada", QWEN2), "dream", '--to is "dream", but target_offset is 0'),
+        (Pair("dream", QWEN2, SHIFTED), "llada", '--to is "llada", but target_offset is 1'),
         (Pair("llama", QWEN3), "llada", "qk_norm is True"),
         (Pair("qwen3_moe", RENORMALISED), "llada_moe", "moe.renormalise is True"),
         (Pair("llama", LLAMA, NEXT_TOKEN), "llada", "the model was trained on next tokens (autoregressive_nll)"),
@@ -166,14 +203,40 @@ def test_a_wrong_tokenizer_is_refused_before_anything_is_read(
     command = ("convert", str(source), str(tmp_path / "out"), "--to", "llama", *QUICK_EXPORT, "--tokenizer")
     (own, of_others) = (str(tokenizer_artifact), save_model(tmp_path / "others", random_model(LLAMA)))
     for arguments, words in (
-        ((str(other),), f"{other} is not a finished artifact: it has no manifest.json"),
-        ((str(of_others),), "is an artifact of the stage convert; give one of the stage tokenizer"),
+        ((str(other),), f"--tokenizer {other} is no artifact; it takes one of the stage tokenizer"),
+        ((str(of_others),), "is an artifact of the stage convert; it takes one of the stage tokenizer"),
+        ((str(other),), "leave --tokenizer out and put its tokenizer.json beside the config.json of the checkpoint"),
         ((own, *NO_TOKENIZER), f"--tokenizer is {own}, but export.without_tokenizer is true; leave one of them out"),
     ):
         refused = dlm(*command, *arguments)
         assert refused.code == 2
         assert words in refused.stderr.replace("\n", " ")
         assert "proved" not in refused.stdout
+
+
+def test_a_checkpoint_without_a_tokenizer_is_told_where_one_is_put(
+    dlm: Dlm, llama: Path, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    tokenizer = (llama / "tokenizer.json").read_bytes()
+    (llama / "tokenizer.json").unlink()
+    told = "Put the tokenizer.json of its model beside the config.json that it was imported with, and import it again"
+    done = dlm("convert", str(llama), str(tmp_path / "ours"), "--to", "dlm", *QUICK_IMPORT)
+    assert f"note: there is no tokenizer.json, which trainings and exports want. {told}" in done.stdout
+    for source in (llama, tmp_path / "ours"):
+        refused = dlm("convert", str(source), str(tmp_path / "out"), "--to", "llama", *QUICK_EXPORT)
+        assert refused.code == 2
+        assert f"{source} brings no tokenizer. {told}, or --set" in refused.stderr.replace("\n", " ")
+    (llama / "tokenizer.json").write_bytes(tokenizer)
+    trained = weights_of(Pair("llada", LLAMA), tokenizer_artifact, tmp_path / "trained")
+    bare = tmp_path / "bare"
+    assert dlm("convert", str(trained), str(bare), "--to", "llada", *NO_TOKENIZER, *QUICK_EXPORT).code == 0
+    again = (str(tmp_path / "llada"), "--to", "llada", *QUICK_EXPORT)
+    refused = dlm("convert", str(bare), *again)
+    assert "Convert the weights that it was made from, with their tokenizer, or" in refused.stderr.replace("\n", " ")
+    done = dlm("convert", str(trained), *again, "--tokenizer", str(tokenizer_artifact))
+    assert done.code == 0, done.stderr
+    done = dlm("convert", str(llama), str(tmp_path / "out"), "--to", "llama", *QUICK)
+    assert done.code == 0, done.stderr
 
 
 def test_the_tokenizer_of_other_weights_is_refused(dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path) -> None:
@@ -194,14 +257,15 @@ def test_a_training_becomes_weights_and_a_directory(dlm: Dlm, alone: Path, made:
     command = ("convert", str(alone), str(tmp_path / "qwen3"), "--to", "qwen3", "--set", "convert.proof=tensors")
     refused = dlm(*command)
     assert refused.code == 2
-    assert "brings no tokenizer; give the one that its ids belong to (--tokenizer DIR)" in refused.stderr
+    words = "brings no tokenizer. Give that of its training (--tokenizer DIR, an artifact of the stage tokenizer), or"
+    assert words in refused.stderr.replace("\n", " ")
     done = dlm(*command, "--tokenizer", str(made.tokenizer), *QUICK_EXPORT)
     assert done.code == 0, done.stderr
     assert "written as qwen3" in done.stdout
     refused = dlm("convert", str(alone), str(tmp_path / "llada"), "--to", "llada", *NO_TOKENIZER)
     assert refused.code == 2
     assert "qk_norm is True" in refused.stderr
-    assert "Set export.family to" not in refused.stderr  # no diffusion family has it
+    assert "Give --to" not in refused.stderr  # no diffusion family has it
     assert "qwen3 would hold its tensors" in refused.stderr
     assert not (tmp_path / "llada").exists()
 
@@ -218,6 +282,7 @@ def test_a_step_of_a_run_is_converted_with_the_tokenizer_of_the_run(
         Step("theirs", "pipeline.import_checkpoint", ImportConfig(path=str(llama), proof="tensors")),
         Step("words", "pipeline.tokenizer", TokenizerConfig(eos_token="</s>"), {"checkpoint": "theirs"}),
         Step("first", "pipeline.ar_init", ArInitConfig(), {"weights": "theirs", "tokenizer": "words"}),
+        Step("theirs_again", "pipeline.export", ExportConfig(family="llama", proof="tensors"), {"weights": "theirs"}),
     )
     plan = make_plan(Workflow("toy", "", steps), environment())
     run = runs.create_run(store, plan, "local", "r1")
@@ -235,9 +300,11 @@ def test_a_step_of_a_run_is_converted_with_the_tokenizer_of_the_run(
     assert "mask_token" not in read_json(tmp_path / "again" / "tokenizer_config.json")
     done = dlm("convert", "r1", str(tmp_path / "bare"), "--to", "llama", *NO_TOKENIZER, *QUICK_EXPORT)
     assert done.code == 0, done.stderr  # that of the run is not wanted then
+    done = dlm("convert", "r1:theirs_again", str(tmp_path / "back"), "--to", "dlm", *QUICK_IMPORT)
+    assert done.code == 0, done.stderr
     for source, words_ in (
         ("r1:words", "is an artifact of the stage tokenizer, which holds no weights"),
-        ("r1:nothing", "has finished no step 'nothing'; it has theirs, first"),
+        ("r1:nothing", "has finished no step 'nothing'; it has theirs, first, theirs_again"),
         ("r2", "no file or directory r2, and no run of that name"),
     ):
         refused = dlm("convert", source, str(tmp_path / "no"), "--to", "llama")
@@ -251,7 +318,7 @@ def test_a_step_of_a_run_is_converted_with_the_tokenizer_of_the_run(
         (("--to", "lama"), "there is no family 'lama'; did you mean llama?"),
         (("--to", "gpt"), "there is no family 'gpt'; there are: llada, dream, "),
         (("--to", "mdlm"), "there is no family 'mdlm'"),
-        (("--to", "llada"), "the model was trained on next tokens (autoregressive_nll)"),
+        (("--to", "llada"), "architecture.rope_scaling is RopeScaling("),
         (("--to", "qwen2"), "qkv_bias is False"),
         (("--to", "llama", "--dtype", "fp16"), "there is no dtype 'fp16'; there are: bfloat16, float32, float16"),
         (("--to", "llama", "--tokenizer", "/nowhere"), "--tokenizer /nowhere: there is no such directory"),

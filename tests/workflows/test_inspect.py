@@ -113,6 +113,7 @@ def test_a_directory_of_transformers_is_told_in_our_words(dlm: Dlm, tmp_path: Pa
     assert found["family"] == "qwen3_moe"
     assert found["mask token"] == "none yet"
     assert found["objective"] == "autoregressive_nll"
+    assert found["target_offset"] == "0, of a next-token model: position l predicts token l + 1"
     assert found["attention"].startswith("causal")
     assert found["dtype"] == "BF16"
     assert found["tokenizer"] == "none"
@@ -198,26 +199,30 @@ def _text(value: str) -> bytes:
     return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
-def gguf(keys: Mapping[str, tuple[int, bytes]], tensors: Mapping[str, tuple[int, tuple[int, ...]]]) -> bytes:
-    """A file with a header and nothing else; values are (type, bytes), tensors (type, dimensions, fastest first)."""
+def gguf(
+    keys: Mapping[str, tuple[int, bytes]], tensors: Mapping[str, tuple[int, tuple[int, ...], int]], num_bytes: int
+) -> bytes:
+    """A file of zeros; values are (type, bytes), tensors (type, dimensions, fastest first, offset)."""
     data = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
     for name, (kind, value) in keys.items():
         data += _text(name) + struct.pack("<I", kind) + value
-    for name, (kind, shape) in tensors.items():
-        data += _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, 0)
-    return data
+    for name, (kind, shape, offset) in tensors.items():
+        data += _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+    return data + bytes(-len(data) % 64 + num_bytes)
 
 
 EXAMPLE = gguf(
     {
         "general.architecture": (8, _text("llama")),
+        "general.alignment": (4, struct.pack("<I", 64)),
         "llama.block_count": (4, struct.pack("<I", 30)),
         "llama.rope.freq_base": (6, struct.pack("<f", 1.5)),
         "tokenizer.ggml.tokens": (9, struct.pack("<IQ", 8, 2) + _text("a") + _text("é")),
         "tokenizer.ggml.scores": (9, struct.pack("<IQ3f", 6, 3, 0.5, 1.0, 2.0)),
         "tokenizer.ggml.add_bos": (7, b"\x01"),
     },
-    {"token_embd.weight": (2, (64, 7)), "output_norm.weight": (0, (64,)), "odd": (99, (2, 2))},
+    {"token_embd.weight": (2, (64, 7), 0), "output_norm.weight": (0, (64,), 256), "odd": (99, (2, 2), 64)},
+    512,
 )
 
 
@@ -252,6 +257,37 @@ def test_the_header_of_a_gguf_file_is_told(dlm: Dlm, tmp_path: Path) -> None:
     assert (found["kind"], found["family"], found["llama.block_count"]) == ("GGUF file", "llama", "30")
     assert found["tokenizer.ggml.tokens"] == "2 tokens"
     assert found["parameters"] == f"{7 * 64 + 64 + 4} in all tensors"
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        (1, "is cut: output_norm.weight ends at byte 512 of its data, of which there are 511"),
+        (257, "is cut: output_norm.weight ends at byte 512 of its data, of which there are 255"),
+        (512, "is cut: output_norm.weight ends at byte 512 of its data, of which there are 0"),
+        (515, "is cut: output_norm.weight ends at byte 512 of its data, of which there are 0"),
+    ],
+)
+def test_a_gguf_file_that_ends_before_its_tensors_is_told_as_cut(
+    lost: int, words: str, dlm: Dlm, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(EXAMPLE[:-lost])
+    for command in (("inspect", str(path)), ("convert", str(path), str(tmp_path / "out"), "--to", "llama")):
+        cut = dlm(*command)
+        assert cut.code == 3
+        assert words in cut.stderr.replace("\n", " ")
+
+
+def test_an_unknown_type_is_cut_where_it_begins_after_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    alignment = {"general.alignment": (4, struct.pack("<I", 64))}
+    path.write_bytes(gguf(alignment, {"odd": (99, (2, 2), 128)}, 127))
+    with pytest.raises(CorruptionError, match=r"x\.gguf is cut: odd ends at byte 128 of its data"):
+        read_gguf_header(path)
+    path.write_bytes(gguf({"general.alignment": (4, struct.pack("<I", 0))}, {}, 0))
+    with pytest.raises(CorruptionError, match=r"x\.gguf has a damaged header, or is cut: general\.alignment is 0"):
+        read_gguf_header(path)
 
 
 PLACES = st.integers(0, len(EXAMPLE) - 1)

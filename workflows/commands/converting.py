@@ -28,9 +28,16 @@ def convert(
             "loads; dlm: this project's interchange weights.",
         ),
     ],
-    dtype: Annotated[str, typer.Option(help="bfloat16 (by default), float32 or float16, of a directory.")] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="bfloat16, float32 or float16, of a directory.  By default that of the source where all its tensors "
+            "have one of them, else bfloat16."
+        ),
+    ] = "",
     tokenizer: Annotated[
-        str, typer.Option(help="Artifact of the tokenizer that the weights were trained with, where they bring none.")
+        str,
+        typer.Option(help="Artifact of the stage tokenizer that the weights were trained with, where they bring none."),
     ] = "",
     settings: SetOption = [],  # noqa: B006 - typer reads it, nobody changes it
     store: StoreOption = DEFAULT_STORE,

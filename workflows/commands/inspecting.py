@@ -22,12 +22,14 @@ from workflows.commands.common import (
 from workflows.display import columns
 from workflows.inspection import Found
 
+_NEXT_TOKEN = "autoregressive_nll"
 _ATTENTION = {
-    "autoregressive_nll": "causal: every position sees itself and those before it",
+    _NEXT_TOKEN: "causal: every position sees itself and those before it",
     "masked_nelbo": "full: every position sees all others",
     "block_nelbo": "block-causal: a block of {} tokens sees itself and the blocks before it",
 }
 _OFFSETS = ("0: position l predicts token l", "1, shifted: position l - 1 predicts token l")
+_OFFSET_OF_NEXT_TOKEN = "{}, of a next-token model: position l predicts token l + 1"
 _SHOWN_VALUE = 100
 
 
@@ -93,7 +95,8 @@ def _of_record(found: Found) -> Iterator[tuple[str, str]]:
     yield "architecture", ", ".join(f"{name} {value}" for name, value in _told(a).items())
     yield "vocabulary", f"{model.vocab_size:,} rows"
     yield "mask token", "none yet" if model.mask_token_id is None else str(model.mask_token_id)
-    yield "target_offset", _OFFSETS[record.target_offset]
+    offset = _OFFSET_OF_NEXT_TOKEN if record.objective == _NEXT_TOKEN else _OFFSETS[record.target_offset]
+    yield "target_offset", offset.format(record.target_offset)
     yield "objective", record.objective
     within = ", within its document" if record.within_documents else ""
     yield "attention", _ATTENTION[record.objective].format(record.block_size) + within
