@@ -5,9 +5,12 @@ Values are float32 here, whatever the file keeps: F32, F16, or BF16, whose bits 
 The format: 8 bytes with the length of a JSON header, the header, the data (huggingface.co/docs/safetensors).
 """
 
+import errno
 import json
 import math
 import os
+import resource
+import weakref
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,13 +138,17 @@ def _check_places(path: Path, entries: Mapping[str, TensorInfo], size: int) -> N
 class TensorFiles:
     """The tensors of one or several files.  What is read has been looked for in the headers of all of them.
 
-    Raises CorruptionError as ``read_header``, and for a tensor that two of the files have.  A tensor that is no plain
+    Files stay open as long as this lives, so that one that is deleted meanwhile can be read to its end.  Raises
+    CorruptionError as ``read_header``, and for a tensor that two of the files have.  A tensor that is no plain
     floating-point number is known; the UserError comes when it is asked for.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._places: dict[str, tuple[Path, int, TensorInfo]] = {}
+        self._opened: dict[Path, int] = {}
         for path in paths:
+            self._opened[path] = opened = _open(path)
+            weakref.finalize(self, os.close, opened)
             begin, entries = _read_header(path)
             for name, info in entries.items():
                 if name in self._places:
@@ -213,14 +220,24 @@ class TensorFiles:
         assert target.dtype == _STORED[info.dtype], f"{name} is {info.dtype}, its place is {target.dtype}"
         assert target.ndim == 1, f"the place of {name} has {target.ndim} dimensions"
         assert 0 <= start <= info.numel - target.size, f"{name} has {info.numel} elements; asked from {start} on"
-        left = target.view(np.uint8).data
-        with path.open("rb", buffering=0) as file:
-            file.seek(begin + info.start + start * target.itemsize)
-            while left.nbytes:
-                num_bytes = file.readinto(left)
-                if not num_bytes:
-                    raise CorruptionError(f"{path} was cut while {name} was read from it")
-                left = left[num_bytes:]
+        left, place = target.view(np.uint8).data, begin + info.start + start * target.itemsize
+        while left.nbytes:
+            num_bytes = os.preadv(self._opened[path], [left], place)
+            if not num_bytes:
+                raise CorruptionError(f"{path} was cut while {name} was read from it")
+            left, place = left[num_bytes:], place + num_bytes
+
+
+def _open(path: Path) -> int:
+    """A file for reading, also where more are open than this process may have at first."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return os.open(path, os.O_RDONLY)
 
 
 def shape_problems(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -291,6 +292,34 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused(sound: Path):
     sound.write_bytes(sound.read_bytes()[:-30])
     with pytest.raises(CorruptionError, match=f"{sound} was cut while"):
         [files.read(name) for name in files.names]
+
+
+def test_a_file_that_is_deleted_meanwhile_is_read_to_its_end(sound: Path):
+    files = TensorFiles([sound])
+    wanted = {name: files.read_raw(name) for name in files.names}
+    sound.unlink()
+    assert {name: files.read_raw(name) for name in files.names} == wanted
+
+
+def test_files_are_closed_when_nobody_reads_them_any_more(sound: Path):
+    before = len(os.listdir("/proc/self/fd"))
+    files = TensorFiles([sound])
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    del files
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_more_files_than_may_be_open_at_first_are_read(tmp_path: Path):
+    paths = [tmp_path / f"{number}.safetensors" for number in range(40)]
+    for number, path in enumerate(paths):
+        save_file({str(number): torch.full((2,), float(number))}, path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, limits[1]))
+    try:
+        files = TensorFiles(paths)
+        assert [files.read(name)[1] for name in files.names] == [*range(40)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # Writing
