@@ -72,7 +72,7 @@ def _check_usable(path: Path, entries: Mapping[str, TensorInfo]) -> None:
 def _read_header(path: Path) -> tuple[int, dict[str, TensorInfo]]:
     """Where the data begin in the file, and the tensors."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with os.fdopen(_open(path), "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise CorruptionError(

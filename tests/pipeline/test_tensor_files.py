@@ -309,12 +309,13 @@ def test_files_are_closed_when_nobody_reads_them_any_more(sound: Path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_more_files_than_may_be_open_at_first_are_read(tmp_path: Path):
+@pytest.mark.parametrize("room", [20, 21])
+def test_more_files_than_may_be_open_at_first_are_read(tmp_path: Path, room: int):
     paths = [tmp_path / f"{number}.safetensors" for number in range(40)]
     for number, path in enumerate(paths):
         save_file({str(number): torch.full((2,), float(number))}, path)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + room, limits[1]))
     try:
         files = TensorFiles(paths)
         assert [files.read(name)[1] for name in files.names] == [*range(40)]
