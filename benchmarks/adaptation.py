@@ -83,8 +83,8 @@ class Course:
     arm: Arm
     seed: int
     points: tuple[Point, ...]
-    trained: tuple[tuple[int, float], ...]
-    """Tokens seen and the bound of the step's own batch, by step."""
+    trained: tuple[float, ...]
+    """The bound of the step's own batch, nats a token, by step."""
     tokens_per_s: float
     train_s: float
 
@@ -156,7 +156,7 @@ def read_course(arm: Arm, seed: int, trained: Manifest, out: Path) -> Course:
             for tokens, line in seen
             if "val_nelbo" in line
         ),
-        tuple((tokens, line["nelbo"]) for tokens, line in seen),
+        tuple(line["nelbo"] for line in lines),
         step_tokens * len(lines) / train_s,
         train_s,
     )
@@ -237,7 +237,7 @@ def _by_seed(arm: Arm, courses: Sequence[Course]) -> dict[str, Any]:
     return {
         str(course.seed): {
             "held_out": [[p.tokens, round(p.nats, 4), round(p.mc_se, 4), round(p.bpb, 4)] for p in course.points],
-            "trained": [[tokens, round(nats, 3)] for tokens, nats in course.trained],
+            "trained": [round(nats, 3) for nats in course.trained],
             "tokens_per_s": round(course.tokens_per_s, 1),
             "train_s": round(course.train_s, 1),
         }

@@ -3,8 +3,9 @@
 import argparse
 import datetime
 import json
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,16 @@ def run(
         return 1
     if args.save:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+        (RESULTS / f"{name}.json").write_text(legible(report) + "\n")
     print(table)
     print(json.dumps(report))
     return 0
+
+
+def legible(report: Mapping[str, Any]) -> str:
+    """A report as indented JSON, each list of numbers on one line."""
+    spread = json.dumps(report, indent=2)
+    return re.sub(r'\[\n([^][{}"]+?)\n\s*\]', lambda numbers: f"[{' '.join(numbers[1].split())}]", spread)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

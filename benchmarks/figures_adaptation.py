@@ -29,9 +29,9 @@ def draw_adaptation(report: Mapping[str, Any]) -> str:
     figures = report["figures"]
     arms: Mapping[str, Mapping[str, Any]] = figures["arms"]
     tokens = figures["tokens"]
-    held_out = {slug: _mean(_runs(arm, "held_out")) for slug, arm in arms.items()}
+    held_out = {slug: _mean(_held_out(arm)) for slug, arm in arms.items()}
     early = {
-        slug: [point for point in smoothed(_mean(_runs(arm, "trained"))) if point[0] <= EARLY_SHARE * tokens]
+        slug: [point for point in smoothed(_mean(_trained(arm, tokens))) if point[0] <= EARLY_SHARE * tokens]
         for slug, arm in arms.items()
     }
     left = _axes(62.0, 430.0, tokens, held_out)
@@ -42,7 +42,7 @@ def draw_adaptation(report: Mapping[str, Any]) -> str:
     ]
     for slug, arm in arms.items():
         colour = COLOURS[slug]
-        for run in _runs(arm, "held_out"):
+        for run in _held_out(arm):
             parts += [_dot(left, x, y, colour) for x, y in run]
         parts.append(left.curve(held_out[slug], colour))
         parts.append(right.curve(early[slug], colour))
@@ -59,9 +59,17 @@ def draw_adaptation(report: Mapping[str, Any]) -> str:
     )
 
 
-def _runs(arm: Mapping[str, Any], what: str) -> list[list[tuple[float, float]]]:
+def _held_out(arm: Mapping[str, Any]) -> list[list[tuple[float, float]]]:
     """(tokens, nats) of every seed."""
-    return [[(point[0], point[1]) for point in run[what]] for run in arm["seeds"].values()]
+    return [[(point[0], point[1]) for point in run["held_out"]] for run in arm["seeds"].values()]
+
+
+def _trained(arm: Mapping[str, Any], tokens: float) -> list[list[tuple[float, float]]]:
+    """(tokens, nats) of every seed and step."""
+    return [
+        [(tokens * step / len(run["trained"]), nats) for step, nats in enumerate(run["trained"], 1)]
+        for run in arm["seeds"].values()
+    ]
 
 
 def _mean(runs: Sequence[Points]) -> list[tuple[float, float]]:

@@ -120,6 +120,19 @@ def test_saved_report_is_the_printed_one(capsys, monkeypatch, tmp_path):
     assert saved == json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+def test_lists_of_numbers_stand_on_one_line_of_a_saved_report_and_nothing_else_changes():
+    report = {
+        "a": [1, -2.5e-7, None, True],
+        "b": [[1, 2], [3]],
+        "c": ["x,   y", "[ 1 ]"],
+        "d": {"e": [], "f": [{"g": 1}]},
+    }
+    saved = command.legible(report)
+    assert json.loads(saved) == report
+    assert '"a": [1, -2.5e-07, null, true]' in saved
+    assert '"b": [\n    [1, 2],\n    [3]\n  ]' in saved
+
+
 def test_saving_a_quick_run_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         run("toy", _measure, ["--quick", "--save"], lambda: QUIET)
