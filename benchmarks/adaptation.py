@@ -216,6 +216,7 @@ def _measure(bench: Bench, seeds: Sequence[int]) -> Measured:
         "tokens": courses[0].end.tokens,
         "validation_rows": bench.pretrain.validation.num_rows,
         "seq_len": bench.packing.seq_len,
+        "threads": bench.pretrain.threads_per_worker,
         "findings": notes,
     }
     ratios = {f"{arm.slug}_bpb_over_shift": bpb[arm] / bpb[SHIFT] for arm in ARMS if arm != SHIFT}
