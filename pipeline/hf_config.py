@@ -17,11 +17,13 @@ from pipeline.hf_keys import (
     ANY_KEYS,
     DTYPE_KEYS,
     FREE_KEYS,
+    IN_BLOCKS,
     KEYS,
     MASK_OF,
     MODEL_TYPES,
     REQUIRED,
     ROPE_KEYS,
+    SHIFTED,
     Free,
     Is,
     Key,
@@ -158,7 +160,7 @@ def read_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None 
         where="config.json",
     )
     is_causal = family in AUTOREGRESSIVE
-    has_blocks = family in ("llada2", "bd3lm")
+    has_blocks = family in IN_BLOCKS
     notices = [f"read as {family} by this project's own table; no code beside it was looked at"]
     if is_causal and ids.mask_token_id is not None:
         notices.append(NAMED_MASK)
@@ -169,7 +171,7 @@ def read_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None 
         ids,
         "autoregressive_nll" if is_causal else "block_nelbo" if has_blocks else "masked_nelbo",
         block_size=ours["block_size"] if has_blocks else 0,
-        target_offset=1 if family == "dream" else 0,
+        target_offset=1 if family in SHIFTED else 0,
         dtype=next((str(config[key]).removeprefix("torch.") for key in DTYPE_KEYS if config.get(key)), None),
         notices=tuple(notices),
     )
@@ -439,9 +441,9 @@ def _check_record(family: Family, record: ModelRecord) -> None:
             f'mask_token_id is None; "{family}" is a diffusion model. Initialise one from these weights (ar_init), or '
             f"write one of {', '.join(AUTOREGRESSIVE)}"
         )
-    wanted = 1 if family == "dream" else 0
+    wanted = int(family in SHIFTED)
     if record.target_offset != wanted:
-        other = "llada" if family == "dream" else "dream"
+        other = "llada" if wanted else "dream"
         raise UserError(
             f'target_offset is {record.target_offset}; "{family}" reads its predictions at offset {wanted} and would '
             f'give garbage. Write "{other}" if its architecture fits, or train with the other offset'

@@ -313,3 +313,7 @@ ANY_KEYS = _ANY
 
 MASK_OF: dict[Family, int] = {"llada_moe": 156_895, "llada2": 156_895}
 """Mask token of the published vocabularies of families whose config.json doesn't name it."""
+SHIFTED: tuple[Family, ...] = ("dream",)
+"""Diffusion families that read token l at position l - 1."""
+IN_BLOCKS: tuple[Family, ...] = ("llada2", "bd3lm")
+"""Families whose blocks of positions see themselves and those before them."""
