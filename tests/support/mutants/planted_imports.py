@@ -12,8 +12,8 @@ IMPORTS: tuple[Planted, ...] = (
     Planted(
         "pipeline/hf_directory",
         "the tokenizer of an export forgotten",
-        'manifest.inputs.get("tokenizer", "")',
-        '""',
+        '{"tokenizer": manifest.inputs.get("tokenizer", ""), **manifest.stats}',
+        '{**manifest.stats, "tokenizer": manifest.inputs.get("tokenizer", "")}',
     ),
     Planted(
         "pipeline/import_checkpoint/source",
@@ -60,7 +60,7 @@ IMPORTS: tuple[Planted, ...] = (
     Planted(
         "pipeline/repack",
         "files that may lack any number of tensors",
-        "len(theirs.names) + _MAX_MISSING",
+        "num_found + _MAX_MISSING",
         "num_promised + _MAX_MISSING",
     ),
 )
