@@ -37,7 +37,7 @@ from pipeline.import_checkpoint.source import (
     license_of,
 )
 from pipeline.logits_proof import in_fresh_process
-from pipeline.repack import are_equal, check_round_trip, write_ours
+from pipeline.repack import are_equal, check_round_trip, dtypes_kept, write_ours
 from pipeline.stage import StageContext, Stats
 from pipeline.tensor_files import TensorFiles
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, Origin, save_record
@@ -76,7 +76,8 @@ def run(config: ImportConfig, inputs: Mapping[str, Path], context: StageContext)
         used = [name for name in theirs.names if name not in left_out]
         theirs.check_usable(used)
         write_ours(described.family, described.model, theirs, context.out / WEIGHTS_FILE, left_out)
-        save_record(context.out, _record(config, opened, described, sorted({theirs.info(name).dtype for name in used})))
+        kept = dtypes_kept(described.family, described.model, {name: theirs.info(name).dtype for name in used})
+        save_record(context.out, _record(config, opened, described, kept))
         for path in source.passed_on:
             shutil.copyfile(path, context.out / path.name)
         shutil.copyfile(source.directory / CONFIG, context.out / SOURCE_CONFIG)
