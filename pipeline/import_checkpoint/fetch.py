@@ -8,6 +8,7 @@ from pipeline.artifact import MANIFEST
 from pipeline.errors import UserError
 from pipeline.import_checkpoint.config import ImportConfig, gguf_path
 from pipeline.import_checkpoint.gguf import check_gguf
+from pipeline.import_checkpoint.gguf_keys import INSTEAD
 from pipeline.import_checkpoint.source import CONFIG, HUB_PREFIX, INDEX, PASSED_ON, SourceFiles, find_source
 from pipeline.logits_proof import in_fresh_process
 
@@ -60,5 +61,10 @@ def _dequantised(gguf: Path, scratch: Path) -> Opened:
     need(("transformers", "gguf", "accelerate"), f"the GGUF file {gguf}")
     notices = check_gguf(gguf)
     target = scratch / "dequantised"
-    version = in_fresh_process("pipeline.import_checkpoint.dequantise:dequantise", gguf, target)
+    version = in_fresh_process(
+        "pipeline.import_checkpoint.dequantise:dequantise",
+        gguf,
+        target,
+        less_memory=f"transformers holds the whole model in float32. Give it more, or: {INSTEAD}",
+    )
     return Opened(find_source(target), gguf, f"transformers {version}", tuple(notices))
