@@ -1,8 +1,11 @@
 """What happened to weights, in words: for model cards, reports and the terminal."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from pipeline.gguf_header import INSTEAD
+from pipeline.hf_directory import ADD_TOKENIZER
 from pipeline.weights import Origin
 
 _NAMES = {
@@ -25,6 +28,15 @@ def told(origin: Origin, hash_chars: int = 64) -> list[tuple[str, str]]:
     """
     shown = [(name, _in_words(name, value, hash_chars)) for name, value in origin.details.items()]
     return [(_NAMES.get(name, name.replace("_", " ")), words) for name, words in shown if words]
+
+
+def tokenizer_remedy(details: Mapping[str, Any]) -> str:
+    """What helps where weights were imported without a tokenizer, by the details of their import."""
+    if "dequantised_from" in details:
+        return INSTEAD
+    if "export" in details:
+        return "Export the weights that it was made from again, with their tokenizer, and import that"
+    return ADD_TOKENIZER
 
 
 def tokens_trained(lineage: list[Origin]) -> int:

@@ -19,11 +19,11 @@ from pipeline.export.config import STAGE as EXPORT
 from pipeline.export.config import Dtype, ExportConfig
 from pipeline.export.fit import DIFFUSION
 from pipeline.export.run import STORED, check_exportable
+from pipeline.gguf_header import INSTEAD
 from pipeline.hf_config import CONFIG
 from pipeline.hf_directory import ADD_TOKENIZER
 from pipeline.import_checkpoint.config import STAGE as IMPORT
 from pipeline.import_checkpoint.config import ImportConfig
-from pipeline.import_checkpoint.gguf_keys import INSTEAD
 from pipeline.import_checkpoint.source import TOKENIZER
 from pipeline.stage import (
     Stage,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pipeline.artifact import MANIFEST
 from pipeline.errors import UserError
+from pipeline.gguf_header import INSTEAD
 from pipeline.import_checkpoint.config import ImportConfig, gguf_path
 from pipeline.import_checkpoint.gguf import check_gguf
-from pipeline.import_checkpoint.gguf_keys import INSTEAD
 from pipeline.import_checkpoint.source import CONFIG, HUB_PREFIX, INDEX, PASSED_ON, SourceFiles, find_source
 from pipeline.logits_proof import in_fresh_process
 

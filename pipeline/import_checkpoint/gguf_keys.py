@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.gguf_header import INSTEAD
 
 WITH_EXPERTS = "qwen3moe"
-INSTEAD = "Import the safetensors that it was made from"
 _COUNTS = ("block_count", "context_length", "embedding_length", "attention.head_count", "attention.head_count_kv")
-"""llama.cpp takes head_count where head_count_kv is missing.  transformers makes the same shapes of that, but doesn't turn
-back the rows of a Llama's queries and keys."""
+"""Where head_count_kv is missing, llama.cpp takes head_count.  transformers makes the same shapes, but leaves the rows
+of a Llama's queries and keys in the order of llama.cpp."""
 _DENSE_COUNTS, _EXPERT_COUNTS = ("feed_forward_length",), ("expert_count", "expert_used_count")
 _SIZES = ("attention.key_length", "attention.value_length", "vocab_size", "rope.dimension_count")
 """May be missing: tensors have them too, and others than transformers supposes are found by their shapes."""

@@ -83,7 +83,7 @@ def test_a_dequantisation_that_was_killed_says_what_took_the_memory(tmp_path, mo
     write_tiny(tmp_path / "x.gguf")
     killed = subprocess.CompletedProcess("", -signal.SIGKILL, "", "")
     monkeypatch.setattr("pipeline.logits_proof._call", lambda arguments: killed)
-    with pytest.raises(MemoryError, match="holds the whole model in float32.*Import the safetensors") as raised:
+    with pytest.raises(MemoryError, match=r"holds the whole model in float32\..*Import the safetensors") as raised:
         _import(tmp_path / "x.gguf", tmp_path / "out")
     assert "proof" not in str(raised.value)
 
