@@ -20,6 +20,8 @@ ADD_TOKENIZER = (
     f"Put the tokenizer.json of its model beside the {CONFIG} that it was imported with, and import it again"
 )
 """What helps where a checkpoint was imported without a tokenizer."""
+EXPORT_AGAIN = "Export the weights that it was made from again, with their tokenizer, and import that"
+"""What helps where an export brought none, and it is not known which was its training's."""
 EXPORT_STAGE = "export"
 _TOLD = "an export of this project: objective, shift and lineage are those that its manifest tells"
 

@@ -5,7 +5,7 @@ matrix, or of one expert of a stack.  So nothing larger than a block is ever hel
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,14 +83,8 @@ def check_theirs(family: Family, config: ModelConfig, theirs: TensorFiles, left_
 
     ``left_out`` are tensors of theirs that are not looked at.
     """
-    num_promised = sum(len(p.theirs) * max(1, p.num_experts) for p in packed_tensors(family, config.architecture))
-    if num_promised > len(theirs.names) + _MAX_MISSING:
-        raise UserError(
-            f'config.json is of a "{family}" with {num_promised:,} tensors, but the files have {len(theirs.names):,}; '
-            "take both from one checkpoint"
-        )
     shapes = {name: shape for name, shape in theirs.shapes.items() if name not in left_out}
-    problems = shape_problems(shapes, their_shapes(family, config))
+    problems = wrong_shapes(family, config, shapes)
     if not problems:
         problems = list(_untrue(family, config, theirs))
     if problems:
@@ -102,6 +96,20 @@ def check_theirs(family: Family, config: ModelConfig, theirs: TensorFiles, left_
             f'the weights are not those of "{family}" with this config.json: {"; ".join(problems[:_MAX_TOLD])}{more}'
             f"{hint}"
         )
+
+
+def wrong_shapes(family: Family, config: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """What keeps tensors of these names and shapes from being a family's; none is read.
+
+    Raises UserError where config.json promises far more tensors than there are, before their names are written down.
+    """
+    num_promised = sum(len(p.theirs) * max(1, p.num_experts) for p in packed_tensors(family, config.architecture))
+    if num_promised > len(shapes) + _MAX_MISSING:
+        raise UserError(
+            f'config.json is of a "{family}" with {num_promised:,} tensors, but the files have {len(shapes):,}; take '
+            "both from one checkpoint"
+        )
+    return shape_problems(shapes, their_shapes(family, config))
 
 
 def _untrue(family: Family, config: ModelConfig, theirs: TensorFiles) -> Iterator[str]:

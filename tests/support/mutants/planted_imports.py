@@ -66,7 +66,7 @@ IMPORTS: tuple[Planted, ...] = (
     Planted(
         "pipeline/repack",
         "files that may lack any number of tensors",
-        "len(theirs.names) + _MAX_MISSING",
+        "len(shapes) + _MAX_MISSING",
         "num_promised + _MAX_MISSING",
     ),
 )
