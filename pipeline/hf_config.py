@@ -228,6 +228,7 @@ def _taken(family: Family, config: Mapping[str, Any], name: str, key: Is) -> Any
 
 
 _LISTS = ("layer_types", "mlp_only_layers", "moe_layer_freq")
+_FLAGS = ("tied_head", "moe.renormalise", "qk_norm", "qkv_bias", "adaln", "time_conditioning", "multi_query_attention")
 _COUNTED = ("num_layers", "moe.num_experts")
 """Ours, of each of which there are tensors with a name."""
 _MOST = 10_000
@@ -235,9 +236,11 @@ _MOST = 10_000
 
 def _check_kind(name: str, key: Is, value: Any) -> None:
     """UserError for what cannot be reckoned with; ranges are for our own classes to check."""
-    wanted = "a number"
+    wanted = "true or false" if key.ours in _FLAGS else "a number"
     if value is None:
         is_fine = key.default is None or key.ours == "num_kv_heads" or key.ours.endswith("_token_id")
+    elif key.ours in _FLAGS:
+        is_fine = isinstance(value, bool)
     elif key.ours in _LISTS:
         is_fine, wanted = isinstance(value, list), "a list"
     elif key.ours == "init_fn":
@@ -300,6 +303,10 @@ def _special_ids(family: Family, ours: Mapping[str, Any], generation: Mapping[st
 
 def _architecture(family: Family, ours: Mapping[str, Any]) -> Architecture:
     """The architecture; UserError for sizes that don't fit."""
+    if any(kind != "full_attention" for kind in ours["layer_types"] or ()):
+        raise UserError(
+            f'config.json: layer_types is {ours["layer_types"]!r}; only "full_attention" everywhere is computed here'
+        )
     values = {name: ours[name] for name in ("d_model", "num_layers", "num_heads", "rope_base", "rope_scaling")}
     values |= {"rope_fraction": ours["rope_fraction"]}
     if family in DITS:
@@ -309,10 +316,6 @@ def _architecture(family: Family, ours: Mapping[str, Any]) -> Architecture:
     if family == "llada":
         d_ff = ours["mlp_ratio"] * ours["d_model"] if d_ff is None else d_ff
         kv_heads = 1 if kv_heads is None and ours["multi_query_attention"] else kv_heads
-    if any(kind != "full_attention" for kind in ours.get("layer_types") or ()):
-        raise UserError(
-            f'config.json: layer_types is {ours["layer_types"]!r}; only "full_attention" everywhere is computed here'
-        )
     moe = _moe(family, ours)
     is_dense = moe is None or any(not moe.is_sparse(layer) for layer in range(ours["num_layers"]))
     draws_normal = ours.get("init_fn") != "mitchell"

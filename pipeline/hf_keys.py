@@ -82,12 +82,14 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 _ANY: dict[str, Key] = {
     "add_cross_attention": Only(False),
     "cross_attention_hidden_size": Only(None),
+    "layer_types": Is("layer_types", None),
     "num_nextn_predict_layers": Only(0, same=(None,)),
     "pruned_heads": Only({}, same=(None,)),
     "quantization_config": Only(None),
     "rope_interleaved": Only(False),
     "tie_encoder_decoder": Only(False),
     "use_mrope": Only(False),
+    "use_sliding_window": Only(False),
 }
 """Read wherever they stand, and never written."""
 

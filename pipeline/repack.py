@@ -5,7 +5,7 @@ matrix, or of one expert of a stack.  So nothing larger than a block is ever hel
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,9 +94,8 @@ def check_theirs(family: Family, config: ModelConfig, theirs: TensorFiles, left_
 
     ``left_out`` are tensors of theirs that are not looked at.
     """
-    _check_number(family, config, len(theirs.names))
     shapes = {name: shape for name, shape in theirs.shapes.items() if name not in left_out}
-    problems = shape_problems(shapes, their_shapes(family, config))
+    problems = wrong_shapes(family, config, shapes)
     if not problems:
         problems = list(_untrue(family, config, theirs))
     if problems:
@@ -118,6 +117,15 @@ def _check_number(family: Family, config: ModelConfig, num_found: int) -> None:
             f'config.json is of a "{family}" with {num_promised:,} tensors, but the files have {num_found:,}; take '
             "both from one checkpoint"
         )
+
+
+def wrong_shapes(family: Family, config: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """What keeps tensors of these names and shapes from being a family's; none is read.
+
+    Raises UserError where config.json promises far more tensors than there are, before their names are written down.
+    """
+    _check_number(family, config, len(shapes))
+    return shape_problems(shapes, their_shapes(family, config))
 
 
 def _untrue(family: Family, config: ModelConfig, theirs: TensorFiles) -> Iterator[str]:

@@ -20,13 +20,14 @@ from pipeline.export.config import STAGE as EXPORT
 from pipeline.export.config import Dtype, ExportConfig
 from pipeline.export.fit import DIFFUSION
 from pipeline.export.run import STORED, check_exportable
+from pipeline.gguf_header import INSTEAD
 from pipeline.hf_config import CONFIG
-from pipeline.hf_directory import ADD_TOKENIZER, EXPORT_AGAIN
+from pipeline.hf_directory import EXPORT_AGAIN
 from pipeline.hf_names import Family
 from pipeline.import_checkpoint.config import STAGE as IMPORT
 from pipeline.import_checkpoint.config import ImportConfig
-from pipeline.import_checkpoint.gguf_keys import INSTEAD
 from pipeline.import_checkpoint.source import TOKENIZER
+from pipeline.lineage import tokenizer_remedy
 from pipeline.repack import dtypes_kept
 from pipeline.stage import (
     Stage,
@@ -134,11 +135,11 @@ def _remedy(found: Found) -> str:
         return f"Give that of its training (--tokenizer DIR, an artifact of the stage {TOKENIZERS.name})"
     if found.kind == _EXPORTED:
         return EXPORT_AGAIN
+    if found.kind == "GGUF file":
+        return INSTEAD
     lineage = found.record.lineage if found.record is not None and found.kind == "interchange weights" else []
     imports = [origin.details for origin in lineage if origin.kind == "imported"]
-    if found.kind == "GGUF file" or (imports and "dequantised_from" in imports[-1]):
-        return INSTEAD
-    return EXPORT_AGAIN if imports and "export" in imports[-1] else ADD_TOKENIZER
+    return tokenizer_remedy(imports[-1] if imports else {})
 
 
 def _check_tokenizer(config: ExportConfig, found: Found, tokenizer: Path) -> None:

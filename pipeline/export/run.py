@@ -19,7 +19,7 @@ from pipeline.hf_keys import IN_BLOCKS, SHIFTED
 from pipeline.hf_names import Family
 from pipeline.logits_proof import in_fresh_process
 from pipeline.repack import check_round_trip, check_theirs, write_theirs
-from pipeline.stage import StageContext, Stats
+from pipeline.stage import StageContext, Stats, scratch
 from pipeline.tensor_files import TensorFiles
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, load_record
 
@@ -47,7 +47,7 @@ def run(config: ExportConfig, inputs: Mapping[str, Path], context: StageContext)
     theirs = TensorFiles(files)
     _prove_tensors(config, record, ours, theirs, out)
     context.progress(2, 3)
-    proof = _prove_logits(config, weights, out, context.state, ", ".join(tokenizer.carried))
+    proof = _prove_logits(config, weights, context, ", ".join(tokenizer.carried))
     (out / CARD).write_text(model_card(config, record, tokenizer, theirs, proof), encoding="utf-8")
     context.progress(3, 3)
     return {
@@ -120,17 +120,12 @@ def _told(record: ModelRecord) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in free}
 
 
-def _prove_logits(config: ExportConfig, weights: Path, out: Path, state: Path, carried: str) -> dict[str, Any]:
+def _prove_logits(config: ExportConfig, weights: Path, context: StageContext, carried: str) -> dict[str, Any]:
     """Which proof was made, and what it found."""
     if config.proof == "tensors":
         return {"proof": "tensors"}
-    scratch = state / "proof"
-    shutil.rmtree(scratch, ignore_errors=True)  # of an attempt that was killed
-    scratch.mkdir()
-    try:
+    with scratch(context) as beside:
         found = in_fresh_process(
-            "pipeline.export.prove:prove_logits", out, weights, config.family, config.dtype, scratch, carried
+            "pipeline.export.prove:prove_logits", context.out, weights, config.family, config.dtype, beside, carried
         )
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return {"proof": "logits", "logits_difference": found.pop("difference"), **found}

@@ -61,6 +61,8 @@ def test_an_export_is_imported_as_what_it_was_whatever_its_family(
     notices = load_manifest(made).stats["notices"]
     assert any("those that its manifest tells" in notice for notice in notices)
     assert not any("taken as a next-token model" in notice for notice in notices)
+    assert any("Export the weights that it was made from again" in notice for notice in notices)
+    assert not any("beside the config.json" in notice for notice in notices)  # which the manifest would not let pass
 
 
 @pytest.mark.usefixtures("forked_proofs")

@@ -73,4 +73,10 @@ CONVERSIONS: tuple[Planted, ...] = (
         "to_json(special)",
     ),
     Planted("pipeline/tensor_files", "ties rounded up", "0x7FFF + (upper & 1)", "0x8000"),
+    Planted(
+        "pipeline/tensor_files",
+        "the size of the file that has the name by now",
+        "os.fstat(opened).st_size",
+        "os.stat(path).st_size",
+    ),
 )

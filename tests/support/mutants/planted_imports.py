@@ -40,6 +40,12 @@ IMPORTS: tuple[Planted, ...] = (
         '"none"',
     ),
     Planted(
+        "pipeline/import_checkpoint/gguf_keys",
+        "rows of queries and keys as they lie in a file that does not count the keys' heads",
+        '"attention.head_count", "attention.head_count_kv")',
+        '"attention.head_count")',
+    ),
+    Planted(
         "pipeline/import_checkpoint/gguf_tokenizer",
         "numbers of Qwen2 cut as those of Llama 3",
         "if cut in _LLAMA3 else r",
