@@ -79,9 +79,7 @@ def place_of(source: str, store: Store) -> Place:
     """A path, or RUN or RUN:STEP of the store; UserError if there is neither."""
     path = Path(source).expanduser()
     if path.exists():
-        return Place(
-            Path(os.path.abspath(path))
-        )  # not resolved: a file in the hub's cache is a link to one without a suffix
+        return Place(Path(os.path.abspath(path)))  # a file in the hub's cache is a link to one without a suffix
     run_id, _, step = source.partition(":")
     if "/" in source or run_id not in {run.run_id for run in store.runs()}:
         raise UserError(f"there is no file or directory {source}, and no run of that name in {store.url}")
@@ -164,9 +162,10 @@ def _of_directory(path: Path) -> Found:
         plain = {name: value for name, value in config.items() if not isinstance(value, Mapping | list)}
         found = replace(found, known=plain, notices=(str(error),))
     try:
-        found = _with_tensors(found, find_source(path).weights)
+        weights = find_source(path).weights
     except UserError as error:
         return replace(found, notices=(*found.notices, str(error)))
+    found = _with_tensors(found, weights)
     return found if described is None else replace(found, notices=(*found.notices, *_misfits(described, found.tensors)))
 
 

@@ -20,7 +20,6 @@ _DENSE_COUNTS, _EXPERT_COUNTS = ("feed_forward_length",), ("expert_count", "expe
 _SIZES = ("attention.key_length", "attention.value_length", "vocab_size", "rope.dimension_count")
 """May be missing: tensors have them too, and others than transformers supposes are found by their shapes."""
 _EPSILON, _ROPE_BASE = "attention.layer_norm_rms_epsilon", "rope.freq_base"
-"""The base may be missing: it is 10,000 then, there as here."""
 _READ = {*_COUNTS, *_DENSE_COUNTS, *_SIZES, _EPSILON, _ROPE_BASE}
 _READ_OF_EXPERTS = {*_EXPERT_COUNTS, "expert_feed_forward_length"}
 _OF_A_STRETCH = {
@@ -64,11 +63,11 @@ def check_keys(path: Path, kind: str, header: Mapping[str, Any]) -> dict[str, An
     for name in (*_COUNTS, *(_EXPERT_COUNTS if has_experts else _DENSE_COUNTS)):
         if name not in keys:
             raise UserError(f"{path}: {kind}.{name} is missing; transformers would take a number of its own. {INSTEAD}")
-    for name in keys.keys() & {*_COUNTS, *_DENSE_COUNTS, *_SIZES, *(_READ_OF_EXPERTS if has_experts else ())}:
+    for name in sorted(keys.keys() & {*_COUNTS, *_DENSE_COUNTS, *_SIZES, *(_READ_OF_EXPERTS if has_experts else ())}):
         _check_count(path, kind, keys, name)
-    for name in (_EPSILON, *({_ROPE_BASE} & keys.keys())):
-        if not isinstance(keys.get(name), float):
-            raise UserError(f"{path}: {kind}.{name} is {keys.get(name)!r}; a number is wanted. {INSTEAD}")
+    for name, default in ((_EPSILON, None), (_ROPE_BASE, 10_000.0)):
+        if not isinstance(value := keys.get(name, default), float):
+            raise UserError(f"{path}: {kind}.{name} is {value!r}; a number is wanted. {INSTEAD}")
     neutral = _NEUTRAL | (_LAYOUT if kind == "llama" else {})
     for name in sorted(keys.keys() - _READ - _OF_A_STRETCH - (_READ_OF_EXPERTS if has_experts else set())):
         if name not in neutral or keys[name] != neutral[name]:
