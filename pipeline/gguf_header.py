@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import CorruptionError, UserError
 
+INSTEAD = "Import the safetensors that it was made from"
+"""What helps where something is not read from a GGUF file."""
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """Type of a value -> its struct format."""

@@ -17,11 +17,13 @@ from pipeline.hf_keys import (
     ANY_KEYS,
     DTYPE_KEYS,
     FREE_KEYS,
+    IN_BLOCKS,
     KEYS,
     MASK_OF,
     MODEL_TYPES,
     REQUIRED,
     ROPE_KEYS,
+    SHIFTED,
     Free,
     Is,
     Key,
@@ -158,7 +160,7 @@ def read_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None 
         where="config.json",
     )
     is_causal = family in AUTOREGRESSIVE
-    has_blocks = family in ("llada2", "bd3lm")
+    has_blocks = family in IN_BLOCKS
     notices = [f"read as {family} by this project's own table; no code beside it was looked at"]
     if is_causal and ids.mask_token_id is not None:
         notices.append(NAMED_MASK)
@@ -169,7 +171,7 @@ def read_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None 
         ids,
         "autoregressive_nll" if is_causal else "block_nelbo" if has_blocks else "masked_nelbo",
         block_size=ours["block_size"] if has_blocks else 0,
-        target_offset=1 if family == "dream" else 0,
+        target_offset=1 if family in SHIFTED else 0,
         dtype=next((str(config[key]).removeprefix("torch.") for key in DTYPE_KEYS if config.get(key)), None),
         notices=tuple(notices),
     )
@@ -226,6 +228,7 @@ def _taken(family: Family, config: Mapping[str, Any], name: str, key: Is) -> Any
 
 
 _LISTS = ("layer_types", "mlp_only_layers", "moe_layer_freq")
+_FLAGS = ("tied_head", "moe.renormalise", "qk_norm", "qkv_bias", "adaln", "time_conditioning", "multi_query_attention")
 _COUNTED = ("num_layers", "moe.num_experts")
 """Ours, of each of which there are tensors with a name."""
 _MOST = 10_000
@@ -233,9 +236,11 @@ _MOST = 10_000
 
 def _check_kind(name: str, key: Is, value: Any) -> None:
     """UserError for what cannot be reckoned with; ranges are for our own classes to check."""
-    wanted = "a number"
+    wanted = "true or false" if key.ours in _FLAGS else "a number"
     if value is None:
         is_fine = key.default is None or key.ours == "num_kv_heads" or key.ours.endswith("_token_id")
+    elif key.ours in _FLAGS:
+        is_fine = isinstance(value, bool)
     elif key.ours in _LISTS:
         is_fine, wanted = isinstance(value, list), "a list"
     elif key.ours == "init_fn":
@@ -298,6 +303,10 @@ def _special_ids(family: Family, ours: Mapping[str, Any], generation: Mapping[st
 
 def _architecture(family: Family, ours: Mapping[str, Any]) -> Architecture:
     """The architecture; UserError for sizes that don't fit."""
+    if any(kind != "full_attention" for kind in ours["layer_types"] or ()):
+        raise UserError(
+            f'config.json: layer_types is {ours["layer_types"]!r}; only "full_attention" everywhere is computed here'
+        )
     values = {name: ours[name] for name in ("d_model", "num_layers", "num_heads", "rope_base", "rope_scaling")}
     values |= {"rope_fraction": ours["rope_fraction"]}
     if family in DITS:
@@ -307,10 +316,6 @@ def _architecture(family: Family, ours: Mapping[str, Any]) -> Architecture:
     if family == "llada":
         d_ff = ours["mlp_ratio"] * ours["d_model"] if d_ff is None else d_ff
         kv_heads = 1 if kv_heads is None and ours["multi_query_attention"] else kv_heads
-    if any(kind != "full_attention" for kind in ours.get("layer_types") or ()):
-        raise UserError(
-            f'config.json: layer_types is {ours["layer_types"]!r}; only "full_attention" everywhere is computed here'
-        )
     moe = _moe(family, ours)
     is_dense = moe is None or any(not moe.is_sparse(layer) for layer in range(ours["num_layers"]))
     draws_normal = ours.get("init_fn") != "mitchell"
@@ -439,9 +444,9 @@ def _check_record(family: Family, record: ModelRecord) -> None:
             f'mask_token_id is None; "{family}" is a diffusion model. Initialise one from these weights (ar_init), or '
             f"write one of {', '.join(AUTOREGRESSIVE)}"
         )
-    wanted = 1 if family == "dream" else 0
+    wanted = int(family in SHIFTED)
     if record.target_offset != wanted:
-        other = "llada" if family == "dream" else "dream"
+        other = "llada" if wanted else "dream"
         raise UserError(
             f'target_offset is {record.target_offset}; "{family}" reads its predictions at offset {wanted} and would '
             f'give garbage. Write "{other}" if its architecture fits, or train with the other offset'

@@ -20,6 +20,8 @@ ADD_TOKENIZER = (
     f"Put the tokenizer.json of its model beside the {CONFIG} that it was imported with, and import it again"
 )
 """What helps where a checkpoint was imported without a tokenizer."""
+EXPORT_AGAIN = "Export the weights that it was made from again, with their tokenizer, and import that"
+"""What helps where an export brought none, and it is not known which was its training's."""
 EXPORT_STAGE = "export"
 _TOLD = "an export of this project: objective, shift and lineage are those that its manifest tells"
 
@@ -32,6 +34,7 @@ class _Training:
     block_size: int
     target_offset: Literal[0, 1]
     within_documents: bool
+    tokenizer: str
     lineage: list[Origin]
 
 
@@ -72,13 +75,16 @@ def check_exported(path: Path, manifest: Manifest) -> None:
 def _as_exported(described: Described, directory: Path, manifest: Manifest) -> Described:
     """With what the manifest knows in the place of what the family lets suppose."""
     names = [field.name for field in fields(_Training)]
+    stats = {"tokenizer": manifest.inputs.get("tokenizer", ""), **manifest.stats}  # older ones name the input alone
     try:
-        training = from_json(_Training, {name: manifest.stats[name] for name in names if name in manifest.stats})
+        training = from_json(_Training, {name: stats[name] for name in names if name in stats})
     except UserError as error:
-        raise CorruptionError(f"{directory / MANIFEST} is not that of an export: stats: {error}") from None
+        raise CorruptionError(
+            f"{directory / MANIFEST} is not that of an export, or of one by an older version: stats: {error}. Export "
+            "the weights again, or say it there in a copy of the directory, as the training was"
+        ) from None
     return replace(
         described,
         **{name: getattr(training, name) for name in names},
-        tokenizer=manifest.inputs.get("tokenizer", ""),
         notices=(*(notice for notice in described.notices if notice != NAMED_MASK), _TOLD),
     )

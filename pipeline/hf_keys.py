@@ -82,12 +82,14 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 _ANY: dict[str, Key] = {
     "add_cross_attention": Only(False),
     "cross_attention_hidden_size": Only(None),
+    "layer_types": Is("layer_types", None),
     "num_nextn_predict_layers": Only(0, same=(None,)),
     "pruned_heads": Only({}, same=(None,)),
     "quantization_config": Only(None),
     "rope_interleaved": Only(False),
     "tie_encoder_decoder": Only(False),
     "use_mrope": Only(False),
+    "use_sliding_window": Only(False),
 }
 """Read wherever they stand, and never written."""
 
@@ -313,3 +315,7 @@ ANY_KEYS = _ANY
 
 MASK_OF: dict[Family, int] = {"llada_moe": 156_895, "llada2": 156_895}
 """Mask token of the published vocabularies of families whose config.json doesn't name it."""
+SHIFTED: tuple[Family, ...] = ("dream",)
+"""Diffusion families that read token l at position l - 1."""
+IN_BLOCKS: tuple[Family, ...] = ("llada2", "bd3lm")
+"""Families whose blocks of positions see themselves and those before them."""

@@ -21,21 +21,22 @@ if TYPE_CHECKING:
     from dlm_core.models.config import MaskFamily
     from dlm_core.models.transformer import Denoiser
 
+_LESS_MEMORY = "the proof by logits holds a model. Give it more, or set proof=tensors"
 _LOG_CHARS = 2000
 _ERRORS = {"UserError": UserError, "CorruptionError": CorruptionError}
 ROWS, LENGTH, NOISE_LEVEL = 2, 48, 0.7
 
 
-def in_fresh_process(function: str, *arguments: str | Path) -> Any:
+def in_fresh_process(function: str, *arguments: str | Path, less_memory: str = _LESS_MEMORY) -> Any:
     """What ``module:function`` of texts returns, a JSON value, when an interpreter of its own calls it.
 
-    Its UserError and CorruptionError are raised here; MemoryError if it was killed, RuntimeError for another failure.
+    Its UserError and CorruptionError are raised here; MemoryError if it was killed, with ``less_memory``, what it held
+    and what to do; RuntimeError for another failure.
     """
     done = _call([function, *map(str, arguments)])
     if done.returncode == -signal.SIGKILL:
         raise MemoryError(
-            f"{function} was killed in a process of its own, as happens where memory is short: the proof by logits "
-            "holds a model. Give it more, or set proof=tensors"
+            f"{function} was killed in a process of its own, as happens where memory is short: {less_memory}"
         )
     if done.returncode:
         raise RuntimeError(f"{function} failed in a process of its own:\n{done.stderr[-_LOG_CHARS:]}")

@@ -5,7 +5,7 @@ matrix, or of one expert of a stack.  So nothing larger than a block is ever hel
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,19 +78,24 @@ def their_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ..
     return {piece.theirs: piece.shape for piece in pieces(family, config)}
 
 
+def dtypes_kept(family: Family, config: ModelConfig, dtypes: Mapping[str, str]) -> list[str]:
+    """Dtypes of those tensors of a family that weights are made of, but for what it keeps in float32 all the same.
+
+    ``dtypes`` has those of a directory by name, also of buffers that nothing is made of.  Raises UserError where the
+    family promises far more tensors than there are.
+    """
+    _check_number(family, config, len(dtypes))
+    names = [piece.theirs for piece in pieces(family, config) if not piece.packed.stays_float32]
+    return sorted({dtypes[name] for name in names if name in dtypes})
+
+
 def check_theirs(family: Family, config: ModelConfig, theirs: TensorFiles, left_out: Collection[str] = ()) -> None:
     """UserError naming all tensors that are missing, unknown or of another shape, or not the zeros or copies they are.
 
     ``left_out`` are tensors of theirs that are not looked at.
     """
-    num_promised = sum(len(p.theirs) * max(1, p.num_experts) for p in packed_tensors(family, config.architecture))
-    if num_promised > len(theirs.names) + _MAX_MISSING:
-        raise UserError(
-            f'config.json is of a "{family}" with {num_promised:,} tensors, but the files have {len(theirs.names):,}; '
-            "take both from one checkpoint"
-        )
     shapes = {name: shape for name, shape in theirs.shapes.items() if name not in left_out}
-    problems = shape_problems(shapes, their_shapes(family, config))
+    problems = wrong_shapes(family, config, shapes)
     if not problems:
         problems = list(_untrue(family, config, theirs))
     if problems:
@@ -102,6 +107,25 @@ def check_theirs(family: Family, config: ModelConfig, theirs: TensorFiles, left_
             f'the weights are not those of "{family}" with this config.json: {"; ".join(problems[:_MAX_TOLD])}{more}'
             f"{hint}"
         )
+
+
+def _check_number(family: Family, config: ModelConfig, num_found: int) -> None:
+    """UserError before the names of all that a config.json promises are written down."""
+    num_promised = sum(len(p.theirs) * max(1, p.num_experts) for p in packed_tensors(family, config.architecture))
+    if num_promised > num_found + _MAX_MISSING:
+        raise UserError(
+            f'config.json is of a "{family}" with {num_promised:,} tensors, but the files have {num_found:,}; take '
+            "both from one checkpoint"
+        )
+
+
+def wrong_shapes(family: Family, config: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """What keeps tensors of these names and shapes from being a family's; none is read.
+
+    Raises UserError where config.json promises far more tensors than there are, before their names are written down.
+    """
+    _check_number(family, config, len(shapes))
+    return shape_problems(shapes, their_shapes(family, config))
 
 
 def _untrue(family: Family, config: ModelConfig, theirs: TensorFiles) -> Iterator[str]:

@@ -401,6 +401,18 @@ def _is_complete(stage: Stage, out: Path, own: str) -> bool:
 
 
 @contextlib.contextmanager
+def scratch(context: StageContext) -> Iterator[Path]:
+    """An empty directory for what goes when the stage is done; what a killed attempt left in it goes first."""
+    directory = context.state / "scratch"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
 def nobody_else(out: Path, state: Path) -> Iterator[None]:
     """Keep other calls, by a lock in ``state``, away from a directory while it is made; UserError says who is at it."""
     with (state / "lock").open("a+") as lock:

@@ -5,6 +5,7 @@ Values are float32 here, whatever the file keeps: F32, F16, or BF16, whose bits 
 The format: 8 bytes with the length of a JSON header, the header, the data (huggingface.co/docs/safetensors).
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -27,6 +28,8 @@ _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
 _MAX_DIMENSIONS, _TOO_LARGE = 8, 1 << 63
 """Of what a header tells; larger numbers take long to multiply."""
+_MORE_FILES = 64
+"""By how many the limit of open files is raised at a time, where it is reached."""
 BLOCK_ELEMENTS = 1 << 20
 """What is converted or copied at a time: 4 MB of float32."""
 
@@ -53,7 +56,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises CorruptionError naming file and tensor if the file is cut or its header is not right in itself, UserError for
     a dtype that is no plain floating-point number.
     """
-    entries = _read_header(path)[1]
+    opened = _open(path)
+    try:
+        entries = _read_header(path, opened)[1]
+    finally:
+        os.close(opened)
     _check_usable(path, entries)
     return entries
 
@@ -69,10 +76,10 @@ def _check_usable(path: Path, entries: Mapping[str, TensorInfo]) -> None:
         )
 
 
-def _read_header(path: Path) -> tuple[int, dict[str, TensorInfo]]:
-    """Where the data begin in the file, and the tensors."""
-    size = path.stat().st_size
-    with os.fdopen(_open(path), "rb") as file:
+def _read_header(path: Path, opened: int) -> tuple[int, dict[str, TensorInfo]]:
+    """Where the data begin in the open file, and the tensors; ``path`` may be another file by now."""
+    size = os.fstat(opened).st_size
+    with os.fdopen(opened, "rb", closefd=False) as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise CorruptionError(
@@ -149,7 +156,7 @@ class TensorFiles:
         for path in paths:
             self._opened[path] = opened = _open(path)
             weakref.finalize(self, os.close, opened)
-            begin, entries = _read_header(path)
+            begin, entries = _read_header(path, opened)
             for name, info in entries.items():
                 if name in self._places:
                     raise CorruptionError(f"{name} is in two files, {self._places[name][0]} and {path}")
@@ -230,14 +237,29 @@ class TensorFiles:
 
 def _open(path: Path) -> int:
     """A file for reading, also where more are open than this process may have at first."""
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    return os.open(path, os.O_RDONLY)
+    while True:
+        try:
+            return os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+        _allow_more_files(path)
+
+
+def _allow_more_files(path: Path) -> None:
+    """Let this process open some files more; UserError where it may not.
+
+    It may from then on: files that others open meanwhile could not be counted under the old limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + _MORE_FILES if hard == resource.RLIM_INFINITY else min(soft + _MORE_FILES, hard)
+    with contextlib.suppress(ValueError, OSError):  # a kernel may have a lower limit of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= soft:
+        raise UserError(
+            f"{path} cannot be opened: this process has as many files open as it may, {soft}. Raise the limit of open "
+            "files (ulimit -Hn), or put the tensors into fewer files"
+        )
 
 
 def shape_problems(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> list[str]:

@@ -3,12 +3,13 @@
 Without a store, Ray or DeepSpeed.  What is made lies beside the destination until all of it is proved.
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.artifact import MANIFEST, fsync_dir, open_artifact, write_json
 from pipeline.config import apply_settings
@@ -19,12 +20,15 @@ from pipeline.export.config import STAGE as EXPORT
 from pipeline.export.config import Dtype, ExportConfig
 from pipeline.export.fit import DIFFUSION
 from pipeline.export.run import STORED, check_exportable
+from pipeline.gguf_header import INSTEAD
 from pipeline.hf_config import CONFIG
-from pipeline.hf_directory import ADD_TOKENIZER
+from pipeline.hf_directory import EXPORT_AGAIN
+from pipeline.hf_names import Family
 from pipeline.import_checkpoint.config import STAGE as IMPORT
 from pipeline.import_checkpoint.config import ImportConfig
-from pipeline.import_checkpoint.gguf_keys import INSTEAD
 from pipeline.import_checkpoint.source import TOKENIZER
+from pipeline.lineage import tokenizer_remedy
+from pipeline.repack import dtypes_kept
 from pipeline.stage import (
     Stage,
     StageContext,
@@ -41,7 +45,8 @@ from workflows.inspection import IN_GGUF, Found
 
 INTERCHANGE = "dlm"
 """What --to calls this project's own layout."""
-_DIRECTORIES = ("directory of transformers", "export of this project")
+_EXPORTED = "export of this project"
+_DIRECTORIES = ("directory of transformers", _EXPORTED)
 Say = Callable[[str], None]
 
 
@@ -102,12 +107,16 @@ def plan_conversion(
 
 
 def _kept_in(found: Found) -> Dtype | None:
-    dtypes = found.dtypes if found.kind in _DIRECTORIES else ()
-    if found.kind == "interchange weights" and found.record is not None and found.record.lineage:
-        last = found.record.lineage[-1]
+    record = found.record
+    dtypes: list[str] = []
+    if record is not None and found.kind in _DIRECTORIES:
+        stored = {name: dtype for name, (dtype, _) in found.tensors.items()}
+        dtypes = dtypes_kept(cast("Family", found.family), record.model, stored)
+    elif record is not None and record.lineage and found.kind == "interchange weights":
+        last = record.lineage[-1]
         is_unchanged = last.kind == "imported" and "dequantised_from" not in last.details
-        dtypes = last.details.get("dtype", ()) if is_unchanged else ()
-    return next((name for name, stored in STORED.items() if [*dtypes] == [stored]), None)
+        dtypes = last.details.get("dtype", []) if is_unchanged else []
+    return next((name for name, stored in STORED.items() if dtypes == [stored]), None)
 
 
 def _check_export(config: ExportConfig, found: Found, tokenizer: Path | None) -> None:
@@ -122,11 +131,15 @@ def _check_export(config: ExportConfig, found: Found, tokenizer: Path | None) ->
 
 def _remedy(found: Found) -> str:
     """Where a tokenizer comes from."""
-    if found.kind == "export of this project":
-        return "Convert the weights that it was made from, with their tokenizer"
     if found.record is not None and found.record.tokenizer:
         return f"Give that of its training (--tokenizer DIR, an artifact of the stage {TOKENIZERS.name})"
-    return INSTEAD if found.kind == "GGUF file" else ADD_TOKENIZER
+    if found.kind == _EXPORTED:
+        return EXPORT_AGAIN
+    if found.kind == "GGUF file":
+        return INSTEAD
+    lineage = found.record.lineage if found.record is not None and found.kind == "interchange weights" else []
+    imports = [origin.details for origin in lineage if origin.kind == "imported"]
+    return tokenizer_remedy(imports[-1] if imports else {})
 
 
 def _check_tokenizer(config: ExportConfig, found: Found, tokenizer: Path) -> None:
@@ -139,7 +152,7 @@ def _check_tokenizer(config: ExportConfig, found: Found, tokenizer: Path) -> Non
             f"one of the stage {TOKENIZERS.name}, that of a training. A checkpoint of another project has none: leave "
             f"--tokenizer out and put its {TOKENIZER} beside the {CONFIG} of the checkpoint"
         )
-    if found.kind in ("training", "interchange weights"):  # others are artifacts only once they are imported
+    if found.kind in ("training", "interchange weights", _EXPORTED):  # others are artifacts only once they are imported
         assert found.record is not None
         check_tokenizer(found.record, found.path, tokenizer)
 
@@ -149,13 +162,13 @@ def convert(conversion: Conversion, target: Path, say: Say) -> None:
 
     What a killed one leaves beside it is removed by the next to the same place.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target} is there already; choose a new or an empty directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _check_free(target)
+    new_parents = [path for path in target.parents if not path.exists()]
     work = target.with_name(f".{target.name}.converting")
-    work.mkdir(exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     with nobody_else(target, work):
         try:
+            _check_free(target)  # from a call that held the lock until now
             made = conversion.source
             for stage in conversion.stages:
                 made = _make(stage, conversion, made, work, say)
@@ -163,7 +176,15 @@ def convert(conversion: Conversion, target: Path, say: Say) -> None:
             fsync_dir(target.parent)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: it is done, or others have put something there
+                for path in new_parents:
+                    path.rmdir()
     say(f"it lies in {target}")
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} is there already; choose a new or an empty directory")
 
 
 def _make(stage: Stage, conversion: Conversion, source: Path, work: Path, say: Say) -> Path:

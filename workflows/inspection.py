@@ -1,22 +1,25 @@
 """What weights at some place are: a model of ours, a training, a directory of transformers, a file.  Without torch."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from dlm_core.models.config import Architecture, ModelConfig
+from dlm_core.models.config import ModelConfig
 from dlm_core.models.tensor_shapes import tensor_shapes
 from pipeline.artifact import MANIFEST, Manifest, checked, load_manifest, open_artifact, read_json
 from pipeline.config import from_json, to_json
 from pipeline.errors import UserError
 from pipeline.gguf_header import read_gguf_header
-from pipeline.hf_config import CONFIG, read_object
+from pipeline.hf_config import CONFIG, Described, read_object
 from pipeline.hf_directory import EXPORT_STAGE, export_manifest, read_directory
 from pipeline.import_checkpoint.gguf_tokenizer import why_no_tokenizer
 from pipeline.import_checkpoint.source import TOKENIZER, find_source
+from pipeline.import_checkpoint.unused import unused
+from pipeline.pretrain.given import architecture_setting
+from pipeline.repack import wrong_shapes
 from pipeline.tensor_files import TensorFiles
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, Origin, load_record
 from workflows.copies import local_copy
@@ -30,6 +33,7 @@ IN_GGUF = "in the file"
 """What is said of the tokenizer of a .gguf file."""
 _CHOSEN = ("convert", "ar_init", "pretrain", "import_checkpoint", EXPORT_STAGE)
 """Which step of a run is meant where none is named: the first of these that is there."""
+_SHOWN_PROBLEMS = 5
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -75,7 +79,7 @@ def place_of(source: str, store: Store) -> Place:
     """A path, or RUN or RUN:STEP of the store; UserError if there is neither."""
     path = Path(source).expanduser()
     if path.exists():
-        return Place(path.resolve())
+        return Place(Path(os.path.abspath(path)))  # a file in the hub's cache is a link to one without a suffix
     run_id, _, step = source.partition(":")
     if "/" in source or run_id not in {run.run_id for run in store.runs()}:
         raise UserError(f"there is no file or directory {source}, and no run of that name in {store.url}")
@@ -100,8 +104,10 @@ def look_at(path: Path) -> Found:
         return _of_gguf(path)
     if path.suffix == ".safetensors" and path.is_file():
         return _with_tensors(Found("safetensors file", path), [path])
-    if path.is_dir() and (path / CONFIG).is_file() and export_manifest(path) is None:
-        return _of_directory(path)
+    if path.is_dir() and (path / CONFIG).is_file():
+        found = _of_directory(path)
+        is_ours = export_manifest(path) is not None  # of whose files only those that are read need be there and sound
+        return replace(found, kind="export of this project", stage=EXPORT_STAGE) if is_ours else found
     if path.is_dir() and (path / MANIFEST).is_file():
         return _of_artifact(path, open_artifact(path))
     raise UserError(
@@ -120,8 +126,6 @@ def _of_artifact(path: Path, manifest: Manifest) -> Found:
         return _with_tensors(replace(found, tokenizer=own), [path / WEIGHTS_FILE])
     if name == "pretrain":
         return _of_training(path, manifest)
-    if name == EXPORT_STAGE:
-        return replace(_of_directory(path), kind="export of this project", stage=name)
     raise UserError(f"{path} is an artifact of the stage {name}, which holds no weights")
 
 
@@ -150,6 +154,7 @@ def _of_training(path: Path, manifest: Manifest) -> Found:
 def _of_directory(path: Path) -> Found:
     config = read_object(path / CONFIG)
     found = Found("directory of transformers", path, tokenizer=TOKENIZER if (path / TOKENIZER).is_file() else "")
+    described = None
     try:
         described = read_directory(path)
         found = replace(found, family=described.family, record=described.record(), notices=described.notices)
@@ -160,7 +165,22 @@ def _of_directory(path: Path) -> Found:
         weights = find_source(path).weights
     except UserError as error:
         return replace(found, notices=(*found.notices, str(error)))
-    return _with_tensors(found, weights)
+    found = _with_tensors(found, weights)
+    return found if described is None else replace(found, notices=(*found.notices, *_misfits(described, found.tensors)))
+
+
+def _misfits(described: Described, tensors: Tensors) -> Iterator[str]:
+    """Why an import would refuse the tensors, if their names and shapes are enough to tell."""
+    family, model = described.family, described.model
+    left_out = unused(family, model.architecture, tensors)
+    try:
+        problems = wrong_shapes(family, model, {name: at[1] for name, at in tensors.items() if name not in left_out})
+    except UserError as error:
+        yield str(error)
+        return
+    if problems:
+        more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+        yield f"its tensors are not those of its {CONFIG}: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}"
 
 
 def _with_tensors(found: Found, paths: Sequence[Path]) -> Found:
@@ -201,15 +221,10 @@ def as_json(found: Found) -> dict[str, Any]:
         "num_active_params": model.num_active_params() if model else None,
         "num_embedding_params": model.vocab_size * model.architecture.d_model if model else None,
         "record": to_json(record),
-        "setting": setting(model.architecture) if model else None,
+        "setting": architecture_setting(model.architecture) if model else None,
         "dtypes": list(found.dtypes),
         "tokenizer": found.tokenizer,
         "tensors": {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in found.tensors.items()},
         "known": to_json(found.known),
         "notices": list(found.notices),
     }
-
-
-def setting(architecture: Architecture) -> str:
-    """``pretrain.architecture={...}`` with every field, which replaces whatever a recipe has."""
-    return f"pretrain.architecture={json.dumps(to_json(architecture), separators=(',', ':'))}"

@@ -11,6 +11,7 @@ from pipeline.data.special_tokens import SPECIAL_FILE, SpecialTokens, load_speci
 from pipeline.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
+_IN_FILE = f'in its {TOKENIZER_FILE} ("added_tokens", "special": true); of a checkpoint, before its import'
 _MAX_SPREAD = 2
 """Ids up to the highest, for each token there is; published vocabularies have holes, but few."""
 
@@ -47,26 +48,32 @@ def find_special_tokens(tokenizer: Tokenizer, mask: str, eos: str, pad: str, nam
             f"{name} drops merges by chance (model.dropout is {tokenizer.model.dropout}), so a text has no ids of its "
             "own; set model.dropout to null in its file"
         )
-    added = tokenizer.get_added_tokens_decoder()
-    ids: dict[str, int] = {}
-    for field, token in (("mask", mask), ("eos", eos), ("pad", pad)):
-        token_id = tokenizer.token_to_id(token)
-        if token_id is None:
-            special = sorted(token.content for token in added.values())
-            raise UserError(
-                f"{name} has no {field} token {token!r}; its special tokens are {special[:12]}. Set "
-                f"tokenizer.{field}_token to one of them, or train a tokenizer (tokenizer.file='')"
-            )
-        if token_id not in added or not added[token_id].special:
-            raise UserError(
-                f"{name}: text that spells a special token would get its id, as the {field} token {token!r} is not "
-                f'marked as special. Mark it in the file ("added_tokens", "special": true), or set '
-                f"tokenizer.{field}_token to one that is"
-            )
-        ids[field] = token_id
+    ids = {
+        kind: special_token_id(tokenizer, kind, token, name)
+        for kind, token in (("mask", mask), ("eos", eos), ("pad", pad))
+    }
     if len(set(ids.values())) < 3 and ids["mask"] in (ids["eos"], ids["pad"]):
         raise UserError(f"{name}: the mask token must differ from the eos and the pad token; found {ids}")
     return SpecialTokens(ids["mask"], ids["eos"], ids["pad"], max(vocab.values()) + 1)
+
+
+def special_token_id(tokenizer: Tokenizer, kind: str, token: str, name: str) -> int:
+    """The id of a special token; UserError unless the tokenizer called ``name`` has it and marks it as one."""
+    token_id, added = tokenizer.token_to_id(token), tokenizer.get_added_tokens_decoder()
+    if token_id is None:
+        special = sorted(one.content for one in added.values() if one.special)
+        if not special:
+            raise UserError(f"{name} has no {kind} token {token!r}; it has no special tokens. Mark one {_IN_FILE}")
+        raise UserError(
+            f"{name} has no {kind} token {token!r}; its special tokens are {special[:12]}. Set tokenizer.{kind}_token "
+            "to one of them"
+        )
+    if token_id not in added or not added[token_id].special:
+        raise UserError(
+            f"{name}: text that spells a special token would get its id, as the {kind} token {token!r} is not marked "
+            f"as special. Mark it {_IN_FILE}. Or set tokenizer.{kind}_token to one that is"
+        )
+    return token_id
 
 
 def _check_ids(vocab: dict[str, int], name: str) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 from dlm_core.models.tensor_shapes import tensor_shapes
 from pipeline.export.config import ExportConfig
-from pipeline.export.fit import DIFFUSION, IN_BLOCKS, SHIFTED
+from pipeline.export.fit import DIFFUSION
 from pipeline.export.prove import LOGITS_RTOL, auto_class
 from pipeline.export.tokenizer_files import TokenizerSource
+from pipeline.hf_keys import IN_BLOCKS, SHIFTED
 from pipeline.lineage import told
 from pipeline.tensor_files import TensorFiles
 from pipeline.weights import ModelRecord, Origin
@@ -32,6 +33,7 @@ _OTHER_TOKENIZER = (
     "**Not AutoTokenizer**: that of transformers {} takes {} for this model_type, whatever the files say, which gives "
     "other ids than tokenizer.json."
 )
+_NO_AUTO_TOKENIZER = "**Not AutoTokenizer**: that of transformers {} does not load what tokenizer_config.json names."
 
 
 def model_card(
@@ -149,7 +151,8 @@ def _usage(config: ExportConfig, record: ModelRecord, proof: Mapping[str, Any], 
         code += ["print(out)"]
     text = ["```python", *code, "```"]
     if proof.get("auto_tokenizer_is_same") is False:
-        text += ["", _OTHER_TOKENIZER.format(proof["versions"]["transformers"], proof["auto_tokenizer"])]
+        said = _OTHER_TOKENIZER if proof["auto_tokenizer"] else _NO_AUTO_TOKENIZER
+        text += ["", said.format(proof["versions"]["transformers"], proof["auto_tokenizer"])]
     if is_diffusion:
         text += ["", _generation(config)]
     return "\n".join(text)

@@ -87,7 +87,7 @@ STAGE = Stage(
     module="pipeline.export.run",
     inputs=("weights",),
     optional_inputs=("tokenizer",),
-    code_version=2,
+    code_version=3,
     check=check_upstream,
     ready=check_ready,
 )

@@ -5,14 +5,11 @@ from dataclasses import dataclass
 
 from dlm_core.models.config import Architecture
 from pipeline.errors import UserError
+from pipeline.hf_keys import IN_BLOCKS, SHIFTED
 from pipeline.hf_names import DITS, FAMILIES, Family, check_family
 
 DIFFUSION: tuple[Family, ...] = ("llada", "dream", "llada_moe", "llada2")
 """Families whose code predicts masks with attention in both directions; the others predict next tokens."""
-SHIFTED: tuple[Family, ...] = ("dream",)
-"""Families that read token l at position l - 1."""
-IN_BLOCKS: tuple[Family, ...] = ("llada2",)
-"""Families whose blocks of positions see themselves and those before them."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.data.vocabulary import TOKENIZER_FILE
-from pipeline.errors import CorruptionError, UserError
+from pipeline.errors import CorruptionError
 from pipeline.export.fit import DIFFUSION
+from pipeline.export.prove_tokenizer import check_tokenizer
 from pipeline.hf_names import Family, packed_tensors
 from pipeline.logits_proof import logits_of, pseudo_tokens
 from pipeline.weights import MODEL_FILE, WEIGHTS_FILE, ModelRecord, read_denoiser, read_record
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 LOGITS_RTOL = 1e-4
 """Of float32 logits through two orders of summation, over the largest of them."""
-PROBE = "The quick brown fox: naïve cafe\u0301, 3.14 + 日本語\n\tand\r\n  two  spaces 🙂"
 _KINDS_OF_PROBLEM = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
@@ -42,7 +41,8 @@ def prove_logits(folder: str, weights: str, family: str, dtype: str, scratch: st
             f"differ by {difference:.2g} of the largest, above {LOGITS_RTOL:g}. This is a defect of the conversion, or "
             "of that version; report it with config.json"
         )
-    return {"difference": difference, "versions": _versions(), **_check_tokenizer(Path(folder), made_of, carried)}
+    found = check_tokenizer(Path(folder), Path(weights), made_of, carried, Path(scratch))
+    return {"difference": difference, "versions": _versions(), **found}
 
 
 def _versions() -> dict[str, str]:
@@ -85,39 +85,3 @@ def _our_logits(record: ModelRecord, weights: Path, family: Family, dtype: str, 
         if name not in exact:
             tensor.copy_(tensor.to(getattr(torch, dtype)))
     return logits_of(model, tokens, "full" if family in DIFFUSION else "causal")
-
-
-def _check_tokenizer(folder: Path, family: Family, carried: str) -> dict[str, Any]:
-    """Classes that load the tokenizer; an error unless PreTrainedTokenizerFast gives the ids of tokenizer.json.
-
-    It is a UserError where the files are those of the checkpoint, as they came: they disagree.  AutoTokenizer goes by
-    the model_type, and for some takes a class with rules of its own, whatever the files say: whether it gives the same
-    ids is told.
-    """
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if not (folder / TOKENIZER_FILE).is_file():
-        return {}
-    plain = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    plain.no_truncation()
-    plain.no_padding()
-    ids = plain.encode(PROBE, add_special_tokens=False).ids
-    loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    around: dict[str, Any] = {"add_special_tokens": False} if carried else {}
-    if loaded(PROBE, **around)["input_ids"] != ids and carried:
-        added = sorted(set(loaded.get_vocab()) - set(plain.get_vocab()))
-        what = f", which adds {', '.join(map(repr, added[:5]))}," if added else ""
-        raise UserError(
-            f"the files of the checkpoint's tokenizer ({carried}) disagree: with the settings beside it{what} "
-            f"{TOKENIZER_FILE} gives other ids than alone. In a copy of the checkpoint take out of the settings what "
-            "changes them, import that, or give a tokenizer artifact (input tokenizer)"
-        )
-    if loaded(PROBE, **around)["input_ids"] != ids:
-        raise CorruptionError(f"the tokenizer in {folder}, loaded as PreTrainedTokenizerFast, gives other ids")
-    if loaded.decode(ids) != plain.decode(ids, skip_special_tokens=False):
-        raise CorruptionError(f"the tokenizer in {folder}, loaded as PreTrainedTokenizerFast, decodes otherwise")
-    trust = family in DIFFUSION  # it looks for a class of the tokenizer in config.json, whose own class is code
-    auto = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
-    is_same = auto(PROBE, add_special_tokens=False)["input_ids"] == ids
-    return {"auto_tokenizer": type(auto).__name__, "auto_tokenizer_is_same": is_same}

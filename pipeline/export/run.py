@@ -1,13 +1,12 @@
 """Interchange weights to a directory that transformers loads; proved before it is committed."""
 
 import shutil
-import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dlm_core.models.config import Architecture
-from pipeline.artifact import checked, read_json, write_json
+from pipeline.artifact import checked, load_manifest, read_json, write_json
 from pipeline.config import diff, flatten, to_json
 from pipeline.errors import CorruptionError
 from pipeline.export.card import model_card, num_held
@@ -15,10 +14,12 @@ from pipeline.export.code_files import code_files
 from pipeline.export.config import Dtype, ExportConfig, check_ready
 from pipeline.export.fit import DIFFUSION, Exported, check_fit
 from pipeline.export.tokenizer_files import find_tokenizer, write_tokenizer
-from pipeline.hf_config import read_config, write_config, write_generation_config
+from pipeline.hf_config import AUTOREGRESSIVE, read_config, write_config, write_generation_config
+from pipeline.hf_keys import IN_BLOCKS, SHIFTED
+from pipeline.hf_names import Family
 from pipeline.logits_proof import in_fresh_process
 from pipeline.repack import check_round_trip, check_theirs, write_theirs
-from pipeline.stage import StageContext, Stats
+from pipeline.stage import StageContext, Stats, scratch
 from pipeline.tensor_files import TensorFiles
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, load_record
 
@@ -46,7 +47,7 @@ def run(config: ExportConfig, inputs: Mapping[str, Path], context: StageContext)
     theirs = TensorFiles(files)
     _prove_tensors(config, record, ours, theirs, out)
     context.progress(2, 3)
-    proof = _prove_logits(config, weights, out, context.state, ", ".join(tokenizer.carried))
+    proof = _prove_logits(config, weights, context, ", ".join(tokenizer.carried))
     (out / CARD).write_text(model_card(config, record, tokenizer, theirs, proof), encoding="utf-8")
     context.progress(3, 3)
     return {
@@ -58,6 +59,7 @@ def run(config: ExportConfig, inputs: Mapping[str, Path], context: StageContext)
         "objective": record.objective,
         "block_size": record.block_size,
         "within_documents": record.within_documents,
+        "tokenizer": load_manifest(inputs["tokenizer"]).fingerprint if "tokenizer" in inputs else record.tokenizer,
         "lineage": to_json(record.lineage),
         **proof,
     }
@@ -84,33 +86,46 @@ def _prove_tensors(
     """CorruptionError unless the files hold what is ours, rounded, bit for bit, and an import would take them back."""
     check_round_trip(config.family, record.model, ours, theirs)
     back = read_config(read_json(out / CONFIG), read_json(out / GENERATION))
-    found = (back.family, back.model.vocab_size, back.model.mask_token_id, back.target_offset, back.seq_len)
-    model = record.model
-    is_shifted = record.target_offset if back.objective != "autoregressive_nll" else 0
-    wanted = (config.family, model.vocab_size, model.mask_token_id, is_shifted, record.seq_len)
-    if found != wanted:
-        raise CorruptionError(f"{out / CONFIG}, read again, says {found}; written was {wanted}")
-    differing = diff(_said(record.model.architecture), _said(back.model.architecture))
+    differing = diff(
+        {"family": config.family, **_told(_in_config(config.family, record))},
+        {"family": back.family, **_told(back.record())},
+    )
     if differing:
         name, (own, read) = next(iter(differing.items()))
         raise CorruptionError(f"{out / CONFIG}, read again, says that {name} is {read}; written was {own}")
     check_theirs(back.family, back.model, theirs)
 
 
-def _said(a: Architecture) -> dict[str, Any]:
-    """The fields of an architecture that every family keeps: not how weights were drawn, and not which tensors may be
-    zeros or the embedding once more."""
-    values = to_json(a) | {"head_dim": a.head_size, "num_kv_heads": a.kv_heads}
-    free = ("init", "init_std", "qkv_bias", "tied_head", "moe.selection_bias")
-    return {name: value for name, value in flatten(values).items() if name not in free}
+def _in_config(family: Family, record: ModelRecord) -> ModelRecord:
+    """What a family's config.json lets suppose of a model that it fits: the family says how it was trained."""
+    objective = "block_nelbo" if family in IN_BLOCKS else "masked_nelbo"
+    return replace(
+        record,
+        objective="autoregressive_nll" if family in AUTOREGRESSIVE else objective,
+        block_size=(record.block_size or record.seq_len) if family in IN_BLOCKS else 0,
+        target_offset=1 if family in SHIFTED else 0,
+        within_documents=False,
+        tokenizer="",
+        lineage=[],
+    )
 
 
-def _prove_logits(config: ExportConfig, weights: Path, out: Path, state: Path, carried: str) -> dict[str, Any]:
+def _told(record: ModelRecord) -> dict[str, Any]:
+    """The fields that every family keeps: not how weights were drawn, and not which tensors may be zeros or the
+    embedding once more."""
+    values = flatten(to_json(record))
+    a, prefix = record.model.architecture, "model.architecture."
+    values |= {f"{prefix}head_dim": a.head_size, f"{prefix}num_kv_heads": a.kv_heads}
+    free = {f"{prefix}{name}" for name in ("init", "init_std", "qkv_bias", "tied_head", "moe.selection_bias")}
+    return {name: value for name, value in values.items() if name not in free}
+
+
+def _prove_logits(config: ExportConfig, weights: Path, context: StageContext, carried: str) -> dict[str, Any]:
     """Which proof was made, and what it found."""
     if config.proof == "tensors":
         return {"proof": "tensors"}
-    with tempfile.TemporaryDirectory(prefix="export-", dir=state) as scratch:
+    with scratch(context) as beside:
         found = in_fresh_process(
-            "pipeline.export.prove:prove_logits", out, weights, config.family, config.dtype, scratch, carried
+            "pipeline.export.prove:prove_logits", context.out, weights, config.family, config.dtype, beside, carried
         )
     return {"proof": "logits", "logits_difference": found.pop("difference"), **found}

@@ -23,6 +23,9 @@ SETTINGS, SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
 _KINDS = ("bos", "eos", "pad", "mask")
 _ONLY_IN_5 = ("TokenizersBackend",)
 """What transformers 5 calls PreTrainedTokenizerFast in files, which 4 does not find under this name."""
+_PLAIN = {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+_TAKEN = {"model_input_names": ["input_ids", "attention_mask"]}
+"""What the models of all families take: version 4 gives token_type_ids besides where nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def write_tokenizer(source: TokenizerSource, seq_len: int, out: Path, *, pads_le
     """tokenizer.json, and settings that load it without any code; nothing where there is no tokenizer.
 
     Args:
-        pads_left: whether a shorter text of a batch gets its padding in front, behind which a model generates.
+        pads_left: whether a shorter text of a batch gets its padding in front, behind which a model generates, whatever
+            a checkpoint says; a tokenizer that is none of a checkpoint does it anyhow.
     """
     from tokenizers import Tokenizer
 
@@ -89,13 +93,18 @@ def write_tokenizer(source: TokenizerSource, seq_len: int, out: Path, *, pads_le
     if not source.carried:
         tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
         tokenizer.save(str(out / TOKENIZER_FILE))
-    tokens = _special_tokens(tokenizer, source.special)
-    if not (out / SPECIAL_MAP).exists():
-        write_json(out / SPECIAL_MAP, tokens)
-    found = settings = _settings(out / SETTINGS)
-    if settings is None or "auto_map" in settings or settings.get("tokenizer_class") in _ONLY_IN_5:
-        settings = _plain_settings(tokens, seq_len) | _kept(settings or {})
-    settings = _as_4_spells(settings) | ({"padding_side": "left"} if pads_left else {})
+    found = read_settings(out / SETTINGS)
+    plain = {**_PLAIN, "model_max_length": seq_len}
+    if is_code(found):  # whose class may know tokens that its settings do not name
+        settings = plain | _special_tokens(tokenizer, source.special) | _kept(found)
+    elif found.get("tokenizer_class") in _ONLY_IN_5:
+        settings = plain | _kept(found)
+    elif SETTINGS in source.carried:
+        settings = found
+    else:
+        settings = plain | ({} if SPECIAL_MAP in source.carried else _special_tokens(tokenizer, source.special))
+    in_front = pads_left or not source.carried
+    settings = _as_4_spells(settings) | _TAKEN | ({"padding_side": "left"} if in_front else {})
     if settings != found:
         write_json(out / SETTINGS, settings)
 
@@ -108,34 +117,33 @@ def _special_tokens(tokenizer: "Tokenizer", special: SpecialIds) -> dict[str, st
     return {name: token for name, token in tokens.items() if token is not None}
 
 
-def _settings(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    settings = read_json(path)
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a tokenizer_config.json says, nothing where there is none; CorruptionError if it holds no object."""
+    settings = read_json(path) if path.exists() else {}
     if not isinstance(settings, dict):
         raise CorruptionError(f"{path.name} of the checkpoint holds no JSON object")
     return settings
 
 
-def _plain_settings(tokens: Mapping[str, str], seq_len: int) -> dict[str, Any]:
-    return {
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": seq_len,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **tokens,
-    }
+def is_code(settings: Mapping[str, Any]) -> bool:
+    """Whether the class that these settings name is code beside them, which is never run."""
+    return "auto_map" in settings
 
 
 def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that hold for any class: which tokens are special, and how a conversation is written."""
-    tokens = (f"{kind}_token" for kind in (*_KINDS, "unk"))
-    wanted = ("additional_special_tokens", "chat_template", "extra_special_tokens", "model_max_length", *tokens)
-    return {name: settings[name] for name in wanted if settings.get(name) is not None}
+    lists = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+    kept = {name: settings[name] for name in (*lists, "chat_template", "model_max_length") if settings.get(name)}
+    for name, value in settings.items():
+        if name.endswith("_token") and not isinstance(value, bool):  # as add_bos_token is; null: that there is none
+            kept[name] = value
+    return kept
 
 
 def _as_4_spells(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A list of special tokens under the name that both versions read: the one of 5 holds a table by name in 4."""
     if not isinstance(extra := settings.get("extra_special_tokens"), list):
         return dict(settings)
+    listed = settings.get("additional_special_tokens") or []
     rest = {name: value for name, value in settings.items() if name != "extra_special_tokens"}
-    return {"additional_special_tokens": extra, **rest}
+    return {**rest, "additional_special_tokens": [*listed, *(token for token in extra if token not in listed)]}

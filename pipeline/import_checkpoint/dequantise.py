@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.gguf_header import read_gguf_header
 from pipeline.import_checkpoint.gguf_tokenizer import set_cut, why_no_tokenizer
 
+_SPECIAL_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 _MAX_TOLD = 20
 
 
@@ -44,15 +45,23 @@ def dequantise(file: str, target: str) -> str:
     check_loaded(file, told)
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)  # of a model that isn't quantised any more, and may be saved
+    keys = read_gguf_header(Path(file)).keys
+    set_special_ids((model.config, model.generation_config), keys)
     model._weight_conversions = None  # none, as of a GGUF file, would keep version 5 from splitting stacked experts
     model.save_pretrained(target)
-    keys = read_gguf_header(Path(file)).keys
     if not why_no_tokenizer(keys):
         set_cut(tokenizer.backend_tokenizer, keys)
         tokenizer.save_pretrained(target)
     config = Path(target, "config.json")
     config.write_text(json.dumps(as_meant(json.loads(config.read_text())), indent=1) + "\n")
     return transformers.__version__
+
+
+def set_special_ids(configs: Iterable[Any], keys: Mapping[str, Any]) -> None:
+    """Special token ids of the file alone: where it names none, transformers takes those of the first Llama."""
+    for config in configs:
+        for name, theirs in _SPECIAL_IDS.items():
+            setattr(config, name, keys.get(f"tokenizer.ggml.{theirs}"))
 
 
 def check_loaded(file: str, told: Mapping[str, Iterable[Any]]) -> None:

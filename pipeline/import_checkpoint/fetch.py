@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.artifact import MANIFEST
 from pipeline.errors import UserError
+from pipeline.gguf_header import INSTEAD
 from pipeline.import_checkpoint.config import ImportConfig, gguf_path
 from pipeline.import_checkpoint.gguf import check_gguf
 from pipeline.import_checkpoint.source import CONFIG, HUB_PREFIX, INDEX, PASSED_ON, SourceFiles, find_source
@@ -60,5 +61,10 @@ def _dequantised(gguf: Path, scratch: Path) -> Opened:
     need(("transformers", "gguf", "accelerate"), f"the GGUF file {gguf}")
     notices = check_gguf(gguf)
     target = scratch / "dequantised"
-    version = in_fresh_process("pipeline.import_checkpoint.dequantise:dequantise", gguf, target)
+    version = in_fresh_process(
+        "pipeline.import_checkpoint.dequantise:dequantise",
+        gguf,
+        target,
+        less_memory=f"transformers holds the whole model in float32. Give it more, or: {INSTEAD}",
+    )
     return Opened(find_source(target), gguf, f"transformers {version}", tuple(notices))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.gguf_header import read_gguf_header
-from pipeline.import_checkpoint.gguf_keys import INSTEAD, WITH_EXPERTS, check_keys
+from pipeline.gguf_header import INSTEAD, read_gguf_header
+from pipeline.import_checkpoint.gguf_keys import WITH_EXPERTS, check_keys
 from pipeline.import_checkpoint.gguf_tokenizer import why_no_tokenizer
 
 _ALWAYS = ("token_embd.weight", "output_norm.weight")

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.gguf_header import INSTEAD
 
 WITH_EXPERTS = "qwen3moe"
-INSTEAD = "Import the safetensors that it was made from"
-_COUNTS = ("block_count", "context_length", "embedding_length", "attention.head_count")
-_EXPERT_COUNTS = ("expert_count", "expert_used_count")
-_EPSILON = "attention.layer_norm_rms_epsilon"
-_READ = {
-    *_COUNTS, _EPSILON, "attention.head_count_kv", "attention.key_length", "attention.value_length",
-    "feed_forward_length", "vocab_size", "rope.dimension_count", "rope.freq_base",
-}  # fmt: skip
-"""Sizes among them need no check: the tensors have them too."""
+_COUNTS = ("block_count", "context_length", "embedding_length", "attention.head_count", "attention.head_count_kv")
+"""Where head_count_kv is missing, llama.cpp takes head_count.  transformers makes the same shapes, but leaves the rows
+of a Llama's queries and keys in the order of llama.cpp."""
+_DENSE_COUNTS, _EXPERT_COUNTS = ("feed_forward_length",), ("expert_count", "expert_used_count")
+_SIZES = ("attention.key_length", "attention.value_length", "vocab_size", "rope.dimension_count")
+"""May be missing: tensors have them too, and others than transformers supposes are found by their shapes."""
+_EPSILON, _ROPE_BASE = "attention.layer_norm_rms_epsilon", "rope.freq_base"
+_READ = {*_COUNTS, *_DENSE_COUNTS, *_SIZES, _EPSILON, _ROPE_BASE}
 _READ_OF_EXPERTS = {*_EXPERT_COUNTS, "expert_feed_forward_length"}
 _OF_A_STRETCH = {
     "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
@@ -60,10 +60,14 @@ def check_keys(path: Path, kind: str, header: Mapping[str, Any]) -> dict[str, An
     """The keys of an architecture, without its name; UserError for one that is missing or would be passed over."""
     keys = {key.removeprefix(f"{kind}."): value for key, value in header.items() if key.startswith(f"{kind}.")}
     has_experts = kind == WITH_EXPERTS
-    for name in (*_COUNTS, *(_EXPERT_COUNTS if has_experts else ())):
+    for name in (*_COUNTS, *(_EXPERT_COUNTS if has_experts else _DENSE_COUNTS)):
+        if name not in keys:
+            raise UserError(f"{path}: {kind}.{name} is missing; transformers would take a number of its own. {INSTEAD}")
+    for name in sorted(keys.keys() & {*_COUNTS, *_DENSE_COUNTS, *_SIZES, *(_READ_OF_EXPERTS if has_experts else ())}):
         _check_count(path, kind, keys, name)
-    if not isinstance(keys.get(_EPSILON), float):
-        raise UserError(f"{path}: {kind}.{_EPSILON} is {keys.get(_EPSILON)!r}; a number is wanted")
+    for name, default in ((_EPSILON, None), (_ROPE_BASE, 10_000.0)):
+        if not isinstance(value := keys.get(name, default), float):
+            raise UserError(f"{path}: {kind}.{name} is {value!r}; a number is wanted. {INSTEAD}")
     neutral = _NEUTRAL | (_LAYOUT if kind == "llama" else {})
     for name in sorted(keys.keys() - _READ - _OF_A_STRETCH - (_READ_OF_EXPERTS if has_experts else set())):
         if name not in neutral or keys[name] != neutral[name]:
@@ -95,7 +99,9 @@ def _check_rope(path: Path, kind: str, keys: Mapping[str, Any]) -> None:
 
 
 def _check_count(path: Path, kind: str, keys: Mapping[str, Any], name: str) -> None:
-    """UserError unless a key is there and a number of at least 1."""
-    value = keys.get(name)
+    """UserError unless a key is a number of at least 1, the same for every layer."""
+    value = keys[name]
     if type(value) is not int or value < 1:
-        raise UserError(f"{path}: {kind}.{name} is {value!r}; a number of at least 1 is wanted")
+        raise UserError(
+            f"{path}: {kind}.{name} is {value!r}; a number of at least 1, for all layers, is wanted. {INSTEAD}"
+        )

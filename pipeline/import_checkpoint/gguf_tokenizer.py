@@ -8,7 +8,7 @@ of github.com/ggml-org/llama.cpp.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.import_checkpoint.gguf_keys import INSTEAD
+from pipeline.gguf_header import INSTEAD
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -1,7 +1,6 @@
 """A checkpoint of another project to interchange weights, its tokenizer beside them; proved before it is committed."""
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from pipeline.hf_config import (
     write_config,
     write_generation_config,
 )
-from pipeline.hf_directory import ADD_TOKENIZER, read_directory
+from pipeline.hf_directory import read_directory
 from pipeline.hf_names import DITS, packed_tensors
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.import_checkpoint.fetch import Opened, need, open_checkpoint
@@ -36,26 +35,17 @@ from pipeline.import_checkpoint.source import (
     files_read,
     license_of,
 )
+from pipeline.import_checkpoint.unused import check_tied, unused
+from pipeline.lineage import tokenizer_remedy
 from pipeline.logits_proof import in_fresh_process
-from pipeline.repack import are_equal, check_round_trip, write_ours
-from pipeline.stage import StageContext, Stats
+from pipeline.repack import check_round_trip, dtypes_kept, write_ours
+from pipeline.stage import StageContext, Stats, scratch
 from pipeline.tensor_files import TensorFiles
 from pipeline.weights import WEIGHTS_FILE, ModelRecord, Origin, save_record
 
 SOURCE_CONFIG, REPORT = "source_config.json", "report.json"
 LOGITS_RTOL = 1e-4
 """Of float32 logits through two orders of summation, over the largest of them."""
-_WITHOUT_FUNCTION = {
-    ".rotary_emb.inv_freq": "frequencies that config.json tells",
-    ".rotary_emb.cos_cached": "angles that config.json tells",
-    ".rotary_emb.sin_cached": "angles that config.json tells",
-    ".attention.masked_bias": "a constant of masked attention",
-    ".attention.bias": "a constant mask",
-    ".position_ids": "the numbers from 0 on",
-    "sampling_eps_min": "a setting of its training",
-    "sampling_eps_max": "a setting of its training",
-}
-"""Ends of names of buffers that some versions keep beside the weights, and what they are."""
 _NOT_THE_PEERS = ("auto_map", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset")
 """Keys of a config.json that ask for code which is not run, or for kernels that may not be installed."""
 
@@ -63,8 +53,8 @@ _NOT_THE_PEERS = ("auto_map", "_attn_implementation", "attn_implementation", "_a
 def run(config: ImportConfig, inputs: Mapping[str, Path], context: StageContext) -> Stats:
     """Write model.safetensors, model.json, the files of the tokenizer and report.json."""
     context.progress(0, 3)
-    with tempfile.TemporaryDirectory(prefix="import-", dir=context.state) as scratch:
-        opened = open_checkpoint(config, Path(scratch))
+    with scratch(context) as beside:
+        opened = open_checkpoint(config, beside)
         source = opened.source
         check_files(source)
         described, notices = _described(opened)
@@ -72,18 +62,20 @@ def run(config: ImportConfig, inputs: Mapping[str, Path], context: StageContext)
             need(("transformers",), "the proof by logits", ", or set import_checkpoint.proof=tensors")
         theirs = TensorFiles(source.weights)
         check_index(source, theirs)
-        left_out = _left_out(described, theirs)
+        left_out = unused(described.family, described.model.architecture, theirs.names)
+        check_tied(described.family, described.model.architecture, theirs)
         used = [name for name in theirs.names if name not in left_out]
         theirs.check_usable(used)
         write_ours(described.family, described.model, theirs, context.out / WEIGHTS_FILE, left_out)
-        save_record(context.out, _record(config, opened, described, sorted({theirs.info(name).dtype for name in used})))
+        kept = dtypes_kept(described.family, described.model, {name: theirs.info(name).dtype for name in used})
+        save_record(context.out, _record(config, opened, described, kept))
         for path in source.passed_on:
             shutil.copyfile(path, context.out / path.name)
         shutil.copyfile(source.directory / CONFIG, context.out / SOURCE_CONFIG)
         context.progress(1, 3)
         check_round_trip(described.family, described.model, TensorFiles([context.out / WEIGHTS_FILE]), theirs)
         context.progress(2, 3)
-        proof = _prove(config, described, source, context.out, Path(scratch))
+        proof = _prove(config, described, source, context.out, beside)
     report = _report(described, left_out, notices)
     write_json(context.out / REPORT, report)
     context.progress(3, 3)
@@ -108,7 +100,8 @@ def _described(opened: Opened) -> tuple[Described, list[str]]:
         notices.append("*.py files beside the weights were not read")
     if not (source.directory / TOKENIZER).is_file():
         if opened.gguf is None:
-            notices.append(f"there is no {TOKENIZER}, which trainings and exports want. {ADD_TOKENIZER}")
+            remedy = tokenizer_remedy({} if source.manifest is None else {"export": source.manifest.fingerprint})
+            notices.append(f"there is no {TOKENIZER}, which trainings and exports want. {remedy}")
         return described, notices
     rows, size = described.model.vocab_size, _vocabulary_size(source.directory / TOKENIZER)
     if size > rows:
@@ -130,32 +123,6 @@ def _vocabulary_size(path: Path) -> int:
     except Exception as error:  # noqa: BLE001 - the Rust parser raises plain Exception
         raise CorruptionError(f"{path} is not a tokenizer.json: {error}") from None
     return max(vocabulary.values(), default=-1) + 1
-
-
-def _left_out(described: Described, theirs: TensorFiles) -> dict[str, str]:
-    """Tensors of theirs that no weight of ours is made of, and why."""
-    family, a = described.family, described.model.architecture
-    wanted = {name for packed in packed_tensors(family, a) for name in packed.theirs}
-    left_out = {
-        name: why
-        for name in theirs.names
-        for end, why in _WITHOUT_FUNCTION.items()
-        if name.endswith(end) and name not in wanted
-    }
-    if not a.tied_head:
-        return left_out
-    untied = packed_tensors(family, replace(a, tied_head=False))
-    theirs_of = {packed.ours: packed.theirs[0] for packed in untied if packed.role == "same"}
-    head, embedding = theirs_of["head.weight"], theirs_of["embedding.weight"]
-    if head in theirs.names and head not in wanted and embedding in theirs.names:
-        if not are_equal(theirs, head, embedding):
-            raise UserError(
-                f"config.json ties the head to the embedding, but {head} is not {embedding} once more: versions of "
-                "transformers disagree about which is meant. In a copy of config.json untie them to keep both, or take "
-                f"{head} out of the files"
-            )
-        left_out[head] = "the embedding once more"
-    return left_out
 
 
 def _record(config: ImportConfig, opened: Opened, described: Described, dtypes: list[str]) -> ModelRecord:
@@ -187,16 +154,16 @@ def _report(described: Described, left_out: Mapping[str, str], notices: list[str
 
 
 def _prove(
-    config: ImportConfig, described: Described, source: SourceFiles, written: Path, scratch: Path
+    config: ImportConfig, described: Described, source: SourceFiles, written: Path, beside: Path
 ) -> dict[str, Any]:
     """Which proof was made, the tensors having been compared already; CorruptionError if the logits differ."""
     if config.proof == "tensors":
         return {"proof": "tensors"}
     if described.family in DITS:
         return {"proof": "tensors", "why_no_logits": f"nobody's loader runs {described.family} without its own code"}
-    peer = _peer(described, source, scratch / "peer")
+    peer = _peer(described, source, beside / "peer")
     attention = "causal" if described.family in AUTOREGRESSIVE else "full"
-    difference = in_fresh_process("pipeline.import_checkpoint.prove:difference", written, peer, scratch, attention)
+    difference = in_fresh_process("pipeline.import_checkpoint.prove:difference", written, peer, beside, attention)
     if difference > LOGITS_RTOL:
         raise CorruptionError(
             f"the converted model is not the same function: its logits differ from those of {source.directory} by "

@@ -5,6 +5,7 @@ pickles (*.bin, *.pt, *.pth) are never opened.  Of an export of this project eve
 manifest.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ PASSED_ON = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", GENE
 _TEMPLATE_SUFFIXES = (".json", ".jinja")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_README_LINES = 100
-_LICENSE = re.compile(r"license:\s*['\"]?([\w.-]+)")
+_LICENSE = re.compile(r"""license:\s*("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[^\s'"#](?:[^#]|(?<!\s)#)*)\s*(?:#.*)?""")
+"""A line of YAML with a text in it: quoted as JSON is, in single quotes, or plain up to a comment."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,15 @@ def license_of(directory: Path) -> str | None:
     for line in lines[1:]:
         if line.strip() == "---":
             return None
-        if match := _LICENSE.match(line):
-            return match[1]
+        if match := _LICENSE.fullmatch(line.rstrip()):
+            return _unquoted(match[1])
     return None
+
+
+def _unquoted(text: str) -> str | None:
+    if text.startswith("'"):
+        return text[1:-1].replace("''", "'")
+    try:
+        return str(json.loads(text)) if text.startswith('"') else text.rstrip()
+    except ValueError:  # an escape that JSON hasn't
+        return None

@@ -1,6 +1,7 @@
 """Whether a training and the weights that it is given are of one architecture: as far as a plan can know, and later."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,11 @@ from pipeline.hf_directory import read_directory
 _SHOWN = 6
 
 
+def architecture_setting(architecture: Architecture, step: str = "pretrain") -> str:
+    """``pretrain.architecture={...}`` with every field, which replaces whatever a recipe has."""
+    return f"{step}.architecture={json.dumps(to_json(architecture), separators=(',', ':'))}"
+
+
 def check_same_architecture(wanted: Architecture, found: Architecture, name: str, step: str = "pretrain") -> None:
     """UserError naming every field that differs; how weights were once drawn may."""
     differing = diff(*(to_json(replace(a, head_dim=a.head_size, num_kv_heads=a.kv_heads)) for a in (found, wanted)))
@@ -26,10 +32,9 @@ def check_same_architecture(wanted: Architecture, found: Architecture, name: str
     ]
     if shown:
         more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        theirs = json.dumps(to_json(found), separators=(",", ":"))
         raise UserError(
             f"{step}.architecture is not that of the weights {name}: {'; '.join(shown[:_SHOWN])}{more}. Set it to "
-            f"theirs: --set '{step}.architecture={theirs}'"
+            f"theirs: --set {shlex.quote(architecture_setting(found, step))}"
         )
 
 

@@ -10,9 +10,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from pipeline.artifact import checked, load_manifest
 from pipeline.data.documents import Rows, read_rows, text_files
 from pipeline.data.special_tokens import SpecialTokens
-from pipeline.data.vocabulary import TOKENIZER_FILE, find_special_tokens, save_vocabulary, take_literally
+from pipeline.data.vocabulary import (
+    TOKENIZER_FILE,
+    find_special_tokens,
+    save_vocabulary,
+    special_token_id,
+    take_literally,
+)
 from pipeline.errors import UserError
-from pipeline.hf_directory import ADD_TOKENIZER
+from pipeline.lineage import tokenizer_remedy
 from pipeline.stage import StageContext, Stats
 from pipeline.tokenizer.config import TokenizerConfig, check_source
 from pipeline.tokenizer.mask import spelling, with_mask
@@ -83,17 +89,22 @@ def run(config: TokenizerConfig, inputs: Mapping[str, Path], context: StageConte
 def _adopt(config: TokenizerConfig, checkpoint: Path) -> tuple[Tokenizer, SpecialTokens, Stats]:
     """The tokenizer of an imported checkpoint with a mask token; rows of its embedding that no token has stay."""
     name = f"the tokenizer of {checkpoint}"
+    record = load_record(checkpoint)
+    model = record.model
     if not (checkpoint / TOKENIZER_FILE).is_file():
-        raise UserError(f"{checkpoint} was imported without a tokenizer. {ADD_TOKENIZER}")
-    model = load_record(checkpoint).model
+        remedy = tokenizer_remedy(record.lineage[-1].details if record.lineage else {})
+        raise UserError(f"{checkpoint} was imported without a tokenizer. {remedy}")
     tokenizer = _load(checked(checkpoint, TOKENIZER_FILE), name)
     own = {kind: _own_token(tokenizer, checkpoint, kind) for kind in ("mask", "eos", "pad")}
     mask, eos, _ = config.spellings()
     mask = mask if config.mask_token is not None else own["mask"] or mask
     eos = eos if config.eos_token is not None else own["eos"] or eos
     pad = config.pad_token or own["pad"] or eos
-    for kind, token in (("eos", eos), ("pad", pad)):
-        _check_token(tokenizer, kind, token, name)
+    for kind, token in (
+        ("eos", eos),
+        ("pad", pad),
+    ):  # before the mask, which would be told as one of its special tokens
+        special_token_id(tokenizer, kind, token, name)
     tokenizer, mask_from = with_mask(tokenizer, config.mask_from, mask, config.rare_token_id, model.vocab_size, name)
     special = find_special_tokens(tokenizer, mask, eos, pad, name)
     if model.mask_token_id not in (None, special.mask_token_id) and config.mask_token is None:
@@ -105,22 +116,6 @@ def _adopt(config: TokenizerConfig, checkpoint: Path) -> tuple[Tokenizer, Specia
     special = replace(special, vocab_size=max(special.vocab_size, model.vocab_size))
     stats = {"mask_from": mask_from, "mask_token_id": special.mask_token_id, "rows": model.vocab_size}
     return tokenizer, special, stats
-
-
-def _check_token(tokenizer: Tokenizer, kind: str, token: str, name: str) -> None:
-    """UserError unless the tokenizer of a checkpoint, which is not trained here, has the token."""
-    if tokenizer.token_to_id(token) is not None:
-        return
-    special = sorted(added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special)
-    if not special:
-        raise UserError(
-            f"{name} has no {kind} token {token!r}; it has no special tokens. Import it again with a {TOKENIZER_FILE} "
-            'that marks one ("added_tokens", "special": true)'
-        )
-    raise UserError(
-        f"{name} has no {kind} token {token!r}; its special tokens are {special[:12]}. Set tokenizer.{kind}_token to "
-        "one of them"
-    )
 
 
 def _own_token(tokenizer: Tokenizer, checkpoint: Path, kind: str) -> str | None:

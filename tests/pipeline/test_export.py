@@ -54,7 +54,9 @@ def check_answer(name: str, answer: Any, tokenizer: Path, version: str) -> None:
     assert answer["special"] == [special.mask_token_id, special.eos_token_id, special.pad_token_id]
     pair, mask = PAIRS[name], answer["second mask"]
     assert 0 in mask
-    assert mask == sorted(mask, reverse=pair.family not in DIFFUSION)
+    assert mask == sorted(mask)  # padding in front
+    assert answer["new in a batch"] == answer["new alone"]
+    assert len(answer["new alone"]) == 4
     if pair.family in DIFFUSION or pair.record.get("objective") == "autoregressive_nll":
         (prompt,), (out,) = answer["prompt"], answer["out"]
         assert out[: len(prompt)] == prompt

@@ -256,3 +256,18 @@ def test_weights_that_lie_on_the_disk_are_brought_in_where_they_are_used(name: s
     with torch.no_grad():
         found = theirs(xt).logits
     assert float((found[..., REAL] - _ours(name, xt)).abs().max()) <= LOGITS_ATOL
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_what_chooses_experts_is_none_of_the_matrices_that_quantisers_replace(name: str, xt: Tensor):
+    """They put a class of their own in the place of every nn.Linear: it computes in the dtype of its input."""
+    theirs = _theirs(name).bfloat16()
+    with torch.no_grad():
+        before = theirs(xt).logits
+        for place, module in [*theirs.named_modules()]:
+            if isinstance(module, torch.nn.Linear):
+                parent, _, own = place.rpartition(".")
+                plain = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None)
+                setattr(theirs.get_submodule(parent), own, plain.bfloat16())
+                plain.load_state_dict(module.state_dict())
+        assert torch.equal(theirs(xt).logits, before)

@@ -201,12 +201,14 @@ def test_the_tokenizer_that_an_import_brought_along_is_used(settings: str, token
     out = run_stage(STAGE, replace(TENSORS, family="llama"), {"weights": weights}, tmp_path / "out")
     assert (out / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    bos = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).id_to_token(5)
+    of_code = {"bos_token": bos, "eos_token": "<|endoftext|>"}  # which may know them without its settings
     assert export_run.read_json(out / "tokenizer_config.json") == {
         "clean_up_tokenization_spaces": False,
         "model_max_length": 32,
+        "model_input_names": ["input_ids", "attention_mask"],
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": Tokenizer.from_file(str(tokenizer / "tokenizer.json")).id_to_token(5),
-        "eos_token": "<|endoftext|>",
+        **(of_code if "auto_map" in settings else {}),
         "chat_template": "{{ m }}",
         "unk_token": "the",
     }
@@ -263,20 +265,27 @@ def _change(name: str, value: Any) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("name", "harm", "words"),
     [
-        (_flip_weights, "is not the same in both files"),
-        (_change("rope_theta", 7.0), "read again, says that rope_base is 7.0; written was 500.0"),
-        (_change("rms_norm_eps", 1e-5), "read again, says that norm_eps"),
-        (_change("mask_token_id", 3), r"read again, says \(.llada., \d+, 3, "),
-        (_change("n_kv_heads", 4), "read again, says that num_kv_heads is 4; written was 2"),
-        (_change("max_sequence_length", 5), r"read again, says \(.* 5\); written was"),
+        ("llama-llada", _flip_weights, "is not the same in both files"),
+        ("llama-llada", _change("rope_theta", 7.0), "model.architecture.rope_base is 7.0; written was 500.0"),
+        ("llama-llada", _change("rms_norm_eps", 1e-5), "model.architecture.norm_eps is 1e-05"),
+        ("llama-llada", _change("mask_token_id", 3), r"model.mask_token_id is 3; written was \d+"),
+        ("llama-llada", _change("n_kv_heads", 4), "model.architecture.num_kv_heads is 4; written was 2"),
+        ("llama-llada", _change("max_sequence_length", 5), "seq_len is 5; written was 32"),
+        ("own-llada2", _change("block_size", 5), "block_size is 5; written was 4"),
+        ("own-llada2-whole-rows", _change("block_size", 5), "block_size is 5; written was 32"),
     ],
 )
 def test_what_was_not_written_as_it_should_is_not_committed(
-    harm: Callable[[Path], None], words: str, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    harm: Callable[[Path], None],
+    words: str,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    weights = weights_of(Pair("llada", LLAMA), tokenizer, tmp_path / "weights")
+    weights = weights_of(PAIRS[name], tokenizer, tmp_path / "weights")
     write = export_run.write_theirs
 
     def write_and_harm(*arguments: Any) -> list[Path]:
@@ -285,8 +294,9 @@ def test_what_was_not_written_as_it_should_is_not_committed(
         return paths
 
     monkeypatch.setattr(export_run, "write_theirs", write_and_harm)
+    config = replace(TENSORS, family=PAIRS[name].family)
     with pytest.raises(CorruptionError, match=words):
-        run_stage(STAGE, TENSORS, {"weights": weights, "tokenizer": tokenizer}, tmp_path / "out")
+        run_stage(STAGE, config, {"weights": weights, "tokenizer": tokenizer}, tmp_path / "out")
     assert not (tmp_path / "out" / MANIFEST).exists()
 
 
@@ -308,6 +318,31 @@ def test_another_function_is_found_by_the_proof_and_not_committed(
     with pytest.raises(CorruptionError, match=r"is not the same function: the logits .* differ by .*above 0\.0001"):
         run_stage(STAGE, replace(TENSORS, proof="logits"), inputs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_proof_left_is_removed_by_the_next(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = weights_of(Pair("llada", LLAMA), tokenizer, tmp_path / "weights")
+    state, places, prove = tmp_path / "out.state", [], export_run.in_fresh_process
+
+    def look_and_prove(function: str, *arguments: Any) -> Any:
+        scratch = Path(arguments[-2])
+        places.append((scratch.relative_to(state), [*scratch.iterdir()]))
+        (scratch / "half").write_text("of a model")
+        if len(places) == 1:
+            raise KeyboardInterrupt
+        return prove(function, *arguments)
+
+    monkeypatch.setattr(export_run, "in_fresh_process", look_and_prove)
+    inputs = {"weights": weights, "tokenizer": tokenizer}
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(STAGE, ExportConfig(), inputs, tmp_path / "out")
+    (state / places[0][0]).mkdir()  # as after a kill
+    (state / places[0][0] / "half").write_text("of a model")
+    run_stage(STAGE, ExportConfig(), inputs, tmp_path / "out")
+    assert places == [places[0], (places[0][0], [])]
+    assert not (state / places[0][0]).exists()
 
 
 def test_the_whole_stage_says_what_it_proved(tokenizer: Path, tmp_path: Path) -> None:

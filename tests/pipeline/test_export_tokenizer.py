@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.artifact import load_manifest, read_json
 from pipeline.data.vocabulary import load_vocabulary
@@ -24,7 +25,7 @@ from pipeline.import_checkpoint.config import STAGE as IMPORT
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.tokenizer.config import STAGE as TOKENIZER
 from pipeline.tokenizer.config import TokenizerConfig
-from tests.support.exports import LLAMA, NEXT_TOKEN, QWEN2
+from tests.support.exports import LLAMA, NEXT_TOKEN, QWEN2, ROOT
 from tests.support.interchange import commit, random_model, save_model
 from tests.support.tiny_run import run_stage
 
@@ -88,6 +89,33 @@ def test_such_a_tokenizer_loads_in_transformers_4(name: str, tmp_path: Path, tra
     assert done.stdout.endswith(f" ['<|im_end|>'] {ids}\n")
 
 
+@pytest.mark.slow
+def test_a_class_that_transformers_4_does_not_know_is_told_and_no_failure(tmp_path: Path, transformers4: Path) -> None:
+    weights = imported(tmp_path, {"tokenizer_class": "FancyTokenizer"})
+    (tmp_path / "c.json").write_text('{"family": "llama", "dtype": "float32"}')
+    command = [sys.executable, "-m", "pipeline.export", "--config", str(tmp_path / "c.json")]
+    command += ["--input", f"weights={weights}", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": f"{transformers4}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    stats = load_manifest(tmp_path / "out").stats
+    assert stats["versions"]["transformers"].startswith("4.57.")
+    assert (stats["auto_tokenizer"], stats["auto_tokenizer_is_same"]) == (None, False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "**Not AutoTokenizer**: that of transformers 4.57." in card
+    assert " does not load what tokenizer_config.json names." in card
+
+
+def test_special_tokens_under_both_names_are_joined(tmp_path: Path) -> None:
+    settings = {**PLAIN, "extra_special_tokens": ["[MASK]", "<s>"], "additional_special_tokens": ["<|im_end|>", "<s>"]}
+    out = run_stage(
+        STAGE, ExportConfig("llama", "float32"), {"weights": imported(tmp_path, settings)}, tmp_path / "out"
+    )
+    written = read_json(out / "tokenizer_config.json")
+    assert written["additional_special_tokens"] == ["<|im_end|>", "<s>", "[MASK]"]
+    assert "extra_special_tokens" not in written
+
+
 def test_a_table_of_special_tokens_by_name_is_kept(tmp_path: Path) -> None:
     settings = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": {"turn_token": "<|im_end|>"}}
     out = run_stage(STAGE, TENSORS, {"weights": imported(tmp_path, settings)}, tmp_path / "out")
@@ -104,7 +132,72 @@ def test_a_next_token_model_has_no_mask_though_the_tokenizer_that_it_gave_has_on
     out = run_stage(STAGE, TENSORS, {"weights": weights, "tokenizer": tokenizer}, tmp_path / "out")
     assert read_json(out / "config.json")["mask_token_id"] is None
     assert "mask_token_id" not in read_json(out / "generation_config.json")
-    assert "mask_token" not in read_json(out / "special_tokens_map.json")
+    assert "mask_token" not in read_json(out / "tokenizer_config.json")
+
+
+OWN = {
+    "eos_token": "<|im_end|>",
+    "bos_token": None,
+    "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
+}
+"""Other tokens than config.json names, as chat models have them."""
+
+
+@pytest.mark.parametrize("proof", ["tensors", "logits"])
+@pytest.mark.parametrize(
+    "named",
+    [PLAIN, {"tokenizer_class": "TokenizersBackend"}, {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}],
+    ids=["a plain class", "a name of transformers 5", "code that is not here"],
+)
+def test_special_tokens_of_a_checkpoint_stay_its_own_whatever_config_json_names(
+    named: Mapping[str, Any], proof: Any, tmp_path: Path
+) -> None:
+    weights = imported(tmp_path, {**named, **OWN, "cls_token": "[MASK]"})
+    assert load_manifest(weights).stats["special_ids"]["eos"] == EOS
+    out = run_stage(STAGE, ExportConfig("llama", "float32", proof=proof), {"weights": weights}, tmp_path / "out")
+    loaded = PreTrainedTokenizerFast.from_pretrained(out)
+    assert loaded.special_tokens_map == {"eos_token": "<|im_end|>", "cls_token": "[MASK]"}
+    turn = [{"role": "user", "content": "hi"}]
+    assert loaded.apply_chat_template(turn, tokenize=False) == "hi<|im_end|>"
+    assert (read_json(out / "config.json")["bos_token_id"], read_json(out / "config.json")["eos_token_id"]) == (
+        256,
+        257,
+    )
+    if proof == "logits":
+        assert load_manifest(out).stats["auto_tokenizer_is_same"] is True
+
+
+def test_a_map_of_special_tokens_is_passed_on_and_none_is_made(tmp_path: Path) -> None:
+    weights = imported(tmp_path, PLAIN)
+    own = {"eos_token": "<|im_end|>"}
+    (weights / "tokenizer_config.json").unlink()
+    (weights / "special_tokens_map.json").write_text(json.dumps(own))
+    commit(weights, "import_checkpoint", load_manifest(weights).stats)
+    out = run_stage(STAGE, ExportConfig("llama", "float32"), {"weights": weights}, tmp_path / "out")
+    assert PreTrainedTokenizerFast.from_pretrained(out).special_tokens_map == own
+    (weights / "special_tokens_map.json").unlink()
+    commit(weights, "import_checkpoint", load_manifest(weights).stats)
+    out = run_stage(STAGE, ExportConfig("llama", "float32"), {"weights": weights}, tmp_path / "ids")
+    loaded = PreTrainedTokenizerFast.from_pretrained(out)
+    assert loaded.special_tokens_map == {"bos_token": "<s>", "eos_token": "<|endoftext|>"}  # those of config.json
+    assert not (out / "special_tokens_map.json").exists()
+
+
+def test_other_special_tokens_than_the_checkpoints_are_found_by_the_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prove = export_run.in_fresh_process
+
+    def harm_and_prove(function: str, out: Path, *arguments: Any) -> Any:
+        (out / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
+        return prove(function, out, *arguments)
+
+    monkeypatch.setattr(export_run, "in_fresh_process", harm_and_prove)
+    words = r"loads the special tokens .*<.endoftext.>.*; of the checkpoint's own .*<.im_end.>"
+    weights = imported(tmp_path, {**PLAIN, **OWN})
+    with pytest.raises(CorruptionError, match=words):
+        run_stage(STAGE, ExportConfig("llama", "float32"), {"weights": weights}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_generation_goes_on_ending_where_the_checkpoint_did(tmp_path: Path) -> None:

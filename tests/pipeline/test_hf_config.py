@@ -293,6 +293,12 @@ def test_a_model_without_a_mask_is_no_diffusion_family():
     assert read_config(config | {"mask_token_id": None}, {"mask_token_id": 6}).model.mask_token_id == 6
 
 
+@pytest.mark.parametrize("public", [LLAMA_3_1, LLADA2_MINI, DREAM_7B])
+def test_attention_that_is_said_to_be_full_everywhere_is_what_it_is_without_the_word(public):
+    words = {"layer_types": ["full_attention"] * 32, "use_sliding_window": False, "sliding_window": None}
+    assert read_config({**public, **words}) == read_config({**public, "use_sliding_window": False})
+
+
 # Refusals
 
 
@@ -316,6 +322,10 @@ def test_a_model_without_a_mask_is_no_diffusion_family():
         (LLAMA_3_1, {"hidden_size": "wide"}, "hidden_size is 'wide'; a number is wanted"),
         (LLAMA_3_1, {"num_hidden_layers": True}, "num_layers is True: a number is needed"),
         (LLAMA_3_1, {"rms_norm_eps": None}, "rms_norm_eps is None; a number is wanted"),
+        (LLAMA_3_1, {"tie_word_embeddings": None}, "tie_word_embeddings is None; true or false is wanted"),
+        (LLAMA_3_1, {"tie_word_embeddings": 1}, "tie_word_embeddings is 1; true or false is wanted"),
+        (LLAMA_3_1, {"use_sliding_window": True}, "use_sliding_window is True"),
+        (LLAMA_3_1, {"layer_types": ["sliding_attention"] * 32}, "layer_types is"),
         (LLAMA_3_1, {"eos_token_id": "</s>"}, "eos_token_id is '</s>'; a token id is wanted"),
         (QWEN3_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; it must be at least 1"),
         (LLADA_MOE, {"moe_layer_freq": 1}, "moe_layer_freq is 1; a list is wanted"),

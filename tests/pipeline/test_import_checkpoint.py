@@ -23,6 +23,7 @@ from pipeline.config import from_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.import_checkpoint import fetch, run
 from pipeline.import_checkpoint.config import STAGE, ImportConfig, external_data
+from pipeline.import_checkpoint.source import license_of
 from pipeline.weights import load_denoiser, load_record
 from tests.pipeline.conftest import damage, flip_bit, make_artifact
 from tests.support.hf_models import MODELS, VOCAB_SIZE, change_config, save_peer
@@ -182,6 +183,26 @@ def test_licence_of_the_model_card_is_in_the_lineage(tmp_path):
     (source / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\nlicense: other\n")
     details = load_record(_import(source, tmp_path / "out", name="somebody/model")).lineage[0].details
     assert (details["license"], details["name"]) == ("apache-2.0", "somebody/model")
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ('license: "LLAMA 3.1 Community"', "LLAMA 3.1 Community"),  # as an export of this project writes it
+        ('license: "a \\"b\\" # c"  # d', 'a "b" # c'),
+        ("license: 'it''s mine'", "it's mine"),
+        ("license: LLAMA 3.1 C# # as they say", "LLAMA 3.1 C#"),
+        ("license: apache-2.0\t", "apache-2.0"),
+        ("license:", None),
+        ("license: # none", None),
+        ('license: "a', None),
+        ('license: "\\x41"', None),
+        ("license_name: x", None),
+    ],
+)
+def test_a_licence_is_read_whole(line, wanted, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\n{line}\nlanguage: en\n---\n")
+    assert license_of(tmp_path) == wanted
 
 
 def test_buffers_without_function_are_left_out_and_listed(tmp_path):

@@ -15,15 +15,18 @@ from pipeline.export.config import ExportConfig
 from pipeline.import_checkpoint.config import STAGE, ImportConfig, external_data
 from pipeline.weights import load_record
 from tests.pipeline.conftest import damage, flip_bit, make_artifact
-from tests.support.exports import LLADA2, LLAMA, NEXT_TOKEN, QWEN2, SHIFTED, Pair
+from tests.support.exports import LLADA2, LLAMA, NEXT_TOKEN, QWEN2, SHIFTED, Pair, weights_of
 from tests.support.interchange import TRAINED, random_model, save_model
 from tests.support.tiny_run import run_stage
 
 WITHIN = {"within_documents": True}
+SPOKEN = "7" * 64
+"""Fingerprint of the tokenizer of the training."""
 
 
 def _exported(pair: Pair, root: Path, mask: int | None = 0, **settings: Any) -> Path:
-    weights = save_model(root / "weights", random_model(pair.architecture, mask=mask), **pair.record)
+    record = {"tokenizer": SPOKEN, **pair.record}
+    weights = save_model(root / "weights", random_model(pair.architecture, mask=mask), **record)
     config = ExportConfig(pair.family, "float32", proof="tensors", without_tokenizer=True, **settings)  # type: ignore[arg-type]
     return run_stage(EXPORT, config, {"weights": weights}, root / "exported")
 
@@ -58,6 +61,8 @@ def test_an_export_is_imported_as_what_it_was_whatever_its_family(
     notices = load_manifest(made).stats["notices"]
     assert any("those that its manifest tells" in notice for notice in notices)
     assert not any("taken as a next-token model" in notice for notice in notices)
+    assert any("Export the weights that it was made from again" in notice for notice in notices)
+    assert not any("beside the config.json" in notice for notice in notices)  # which the manifest would not let pass
 
 
 @pytest.mark.usefixtures("forked_proofs")
@@ -69,6 +74,7 @@ def test_a_shifted_diffusion_model_in_plain_tensors_proves_itself_against_the_ca
 def test_the_tokenizer_that_went_into_an_export_is_that_of_its_import(tmp_path: Path) -> None:
     exported = _exported(Pair("llada", LLAMA), tmp_path)
     manifest = json.loads((exported / MANIFEST).read_text())
+    assert manifest["stats"].pop("tokenizer") == SPOKEN  # an older version left it to the inputs
     manifest["inputs"]["tokenizer"] = "5" * 64
     (exported / MANIFEST).write_text(json.dumps(manifest))
     assert load_record(_import(exported, tmp_path / "out")).tokenizer == "5" * 64
@@ -104,13 +110,29 @@ def test_a_damaged_file_of_an_export_is_named(pattern: str, tmp_path: Path) -> N
         _import(exported, tmp_path / "out")
 
 
-def test_a_manifest_that_lacks_what_it_should_tell_is_told_as_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "said"), [("objective", "masked_nelbo"), ("within_documents", True)])
+def test_a_manifest_that_lacks_what_it_should_tell_is_told_as_damage_and_can_be_mended(
+    name: str, said: Any, tmp_path: Path
+) -> None:
     exported = _exported(Pair("llada", LLAMA), tmp_path)
     manifest = json.loads((exported / MANIFEST).read_text())
-    del manifest["stats"]["objective"]
+    del manifest["stats"][name]
     (exported / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CorruptionError, match=r"manifest\.json is not that of an export: stats: objective is missing"):
+    words = rf"manifest\.json is not that of an export, .*: stats: {name} is missing.*Export the weights again, or say"
+    with pytest.raises(CorruptionError, match=words):
         _import(exported, tmp_path / "out")
+    manifest["stats"][name] = said
+    (exported / MANIFEST).write_text(json.dumps(manifest))
+    assert getattr(load_record(_import(exported, tmp_path / "mended")), name) == said
+
+
+def test_the_tokenizer_of_a_training_goes_with_the_import_of_its_export(tokenizer: Path, tmp_path: Path) -> None:
+    weights = weights_of(Pair("llada", LLAMA), tokenizer, tmp_path / "weights")
+    bare = ExportConfig("llada", "float32", proof="tensors", without_tokenizer=True)
+    made = _import(run_stage(EXPORT, bare, {"weights": weights}, tmp_path / "exported"), tmp_path / "back")
+    whole = replace(bare, without_tokenizer=False)
+    again = run_stage(EXPORT, whole, {"weights": made, "tokenizer": tokenizer}, tmp_path / "again")
+    assert load_manifest(again).stats["tokenizer"] == load_manifest(tokenizer).fingerprint
 
 
 def test_the_manifest_of_an_export_is_among_what_identifies_it(tmp_path: Path) -> None:

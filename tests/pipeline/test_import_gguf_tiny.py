@@ -1,6 +1,8 @@
 """Small GGUF files become ours, and only if transformers makes the whole model of them."""
 
 import json
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ def test_a_gguf_file_is_dequantised_and_its_tokenizer_written(tmp_path):
     assert (a.d_model, a.num_heads, a.kv_heads, a.rope_base, a.tied_head) == (64, 4, 2, 500.0, True)
     assert torch.equal(found["embedding.weight"], torch.from_numpy(tensors["token_embd"]))
     assert torch.equal(found["blocks.1.feed_forward.down.weight"], torch.from_numpy(tensors["blk.1.ffn_down"]))
-    assert torch.equal(found["blocks.1.attention.qkv.weight"][96:], torch.from_numpy(tensors["blk.1.attn_v"]))
+    qkv = torch.cat([torch.from_numpy(tensors[f"blk.1.attn_{name}"]) for name in "qkv"])
+    assert torch.equal(found["blocks.1.attention.qkv.weight"], qkv)
     assert Tokenizer.from_file(str(made / "tokenizer.json")).get_vocab_size() == record.model.vocab_size == 261
     assert set(record.lineage[0].details["sha256"]) == {"tiny.gguf"}
     assert record.lineage[0].details["dequantised_from"] == "tiny.gguf"
@@ -76,6 +79,15 @@ def test_a_header_that_is_cut_is_told_as_damage(tmp_path):
         _import(tmp_path / "x.gguf", tmp_path / "out")
 
 
+def test_a_dequantisation_that_was_killed_says_what_took_the_memory(tmp_path, monkeypatch):
+    write_tiny(tmp_path / "x.gguf")
+    killed = subprocess.CompletedProcess("", -signal.SIGKILL, "", "")
+    monkeypatch.setattr("pipeline.logits_proof._call", lambda arguments: killed)
+    with pytest.raises(MemoryError, match=r"holds the whole model in float32\..*Import the safetensors") as raised:
+        _import(tmp_path / "x.gguf", tmp_path / "out")
+    assert "proof" not in str(raised.value)
+
+
 # What the file does not say
 
 
@@ -93,10 +105,13 @@ def test_chosen_experts_of_a_qwen3_moe_are_weighted_to_a_sum_of_1_and_a_notice_s
     assert any("norm_topk_prob" in notice for notice in load_manifest(made).stats["notices"])
 
 
-def test_an_import_without_a_tokenizer_says_so(tmp_path):
-    write_tiny(tmp_path / "x.gguf", keys={"tokenizer.ggml.pre": "default"})
+def test_an_import_without_a_tokenizer_says_so_and_ids_that_the_file_does_not_name_are_not_known(tmp_path):
+    without = {"tokenizer.ggml.pre": "default", "tokenizer.ggml.eos_token_id": None}
+    write_tiny(tmp_path / "x.gguf", keys=without)
     made = _import(tmp_path / "x.gguf", tmp_path / "out")
     assert not (made / "tokenizer.json").exists()
+    ids = load_manifest(made).stats["special_ids"]
+    assert (ids["bos"], ids["eos"], ids["pad"]) == (1, None, None)
     notices = load_manifest(made).stats["notices"]
     assert any("of which no cut of text is known here" in notice for notice in notices)
     assert any(notice.endswith("Import the safetensors that it was made from") for notice in notices)

@@ -26,13 +26,18 @@ def test_a_value_comes_back_from_another_process(tmp_path: Path):
         ("refuse", ["user"], UserError, "^about user$"),
         ("refuse", ["corruption"], CorruptionError, "^about corruption$"),
         ("refuse", ["other"], RuntimeError, "refuse failed in a process of its own:(.|\n)*KeyError: 'about other'"),
-        ("be_killed", [], MemoryError, "be_killed was killed in a process of its own"),
+        ("be_killed", [], MemoryError, "be_killed was killed in a process of its own.*set proof=tensors"),
         ("absent", [], RuntimeError, "has no attribute 'absent'"),
     ],
 )
 def test_an_error_there_is_an_error_here(function: str, given: list[str], kind: type[Exception], words: str):
     with pytest.raises(kind, match=words):
         in_fresh_process(f"{HERE}:{function}", *given)
+
+
+def test_who_needs_the_memory_says_what_else_would_do():
+    with pytest.raises(MemoryError, match=r"where memory is short: it held a planet\. Take a smaller one$"):
+        in_fresh_process(f"{HERE}:be_killed", less_memory="it held a planet. Take a smaller one")
 
 
 def test_tokens_are_the_same_at_every_call_and_all_over_the_vocabulary():

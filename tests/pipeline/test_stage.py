@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import platform
@@ -26,6 +27,7 @@ from pipeline.stage import (
     external_identity,
     list_shards,
     run_here,
+    scratch,
     shard_fingerprint,
     stage_fingerprint,
 )
@@ -427,3 +429,18 @@ def test_shard_fingerprint_follows_what_decides_its_files_and_not_its_name() -> 
         shard_fingerprint(dataclasses.replace(COPIES, name="copies"), config, shard),
     ]
     assert len({own, *others}) == 5
+
+
+def test_what_a_killed_attempt_left_goes_before_the_next_and_nothing_stays(tmp_path: Path) -> None:
+    context = StageContext(tmp_path / "out", tmp_path, "f")
+    killed = tmp_path / "scratch" / "model"
+    killed.mkdir(parents=True)
+    (killed / "weights").write_bytes(bytes(1000))
+    with scratch(context) as beside:
+        assert beside.is_dir()
+        assert not killed.exists()
+        (beside / "more").write_text("x")
+        assert (killed.parent / "more").exists()
+    with contextlib.suppress(OSError), scratch(context):
+        raise OSError("the disk is full")
+    assert list(tmp_path.iterdir()) == []

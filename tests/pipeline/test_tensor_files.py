@@ -6,9 +6,10 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -309,18 +310,71 @@ def test_files_are_closed_when_nobody_reads_them_any_more(sound: Path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("room", [20, 21])
-def test_more_files_than_may_be_open_at_first_are_read(tmp_path: Path, room: int):
+def test_a_file_that_is_replaced_while_it_is_opened_is_read_as_what_it_was(tmp_path: Path, monkeypatch):
+    path, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    save_file({"a": torch.zeros(4), "b": torch.ones(4)}, path)
+    save_file({"b": torch.full((4,), 3.0), "a": torch.full((8,), 2.0)}, other)
+    real = os.open
+
+    def replace_after(name: Any, *given: Any) -> int:
+        opened = real(name, *given)
+        if other.exists():
+            other.replace(path)
+        return opened
+
+    monkeypatch.setattr(tensor_files.os, "open", replace_after)
+    files = TensorFiles([path])
+    assert not other.exists()
+    assert {name: files.read(name).tolist() for name in files.names} == {"a": [0.0] * 4, "b": [1.0] * 4}
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Iterator[list[Path]]:
+    """40 files; limits that a test sets are taken back."""
     paths = [tmp_path / f"{number}.safetensors" for number in range(40)]
     for number, path in enumerate(paths):
         save_file({str(number): torch.full((2,), float(number))}, path)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + room, limits[1]))
-    try:
-        files = TensorFiles(paths)
-        assert [files.read(name)[1] for name in files.names] == [*range(40)]
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    yield paths
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def _leave_room(num_files: int) -> int:
+    """A limit below which so many numbers are free: those of open files need not follow each other."""
+    taken = set(map(int, os.listdir("/proc/self/fd")))
+    limit = [number for number in range(2000) if number not in taken][num_files]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return limit
+
+
+@pytest.mark.parametrize("room", [20, 21])
+def test_more_files_than_may_be_open_at_first_are_read(many: list[Path], room: int, monkeypatch):
+    limit = _leave_room(room)
+    monkeypatch.setattr(tensor_files, "_MORE_FILES", 15)
+    files = TensorFiles(many)
+    assert [files.read(name)[1] for name in files.names] == [*range(40)]
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == limit + 30  # no more than it takes
+
+
+def test_a_limit_without_an_end_is_raised_too(many: list[Path], monkeypatch):
+    limit = _leave_room(20)
+    hard, endless = resource.getrlimit(resource.RLIMIT_NOFILE)[1], resource.RLIM_INFINITY
+    get, put = resource.getrlimit, resource.setrlimit
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (get(kind)[0], endless))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: put(kind, (limits[0], hard)))
+    files = TensorFiles(many)
+    assert len(files.names) == 40
+    assert get(resource.RLIMIT_NOFILE)[0] == limit + tensor_files._MORE_FILES
+
+
+@pytest.mark.parametrize("refusal", [ValueError("not allowed to raise maximum limit"), None])
+def test_a_limit_that_cannot_be_raised_is_told_with_what_to_do(many: list[Path], refusal, monkeypatch):
+    limit = _leave_room(20)
+    if refusal is None:
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
+    monkeypatch.setattr(resource, "setrlimit", Mock(side_effect=refusal))
+    with pytest.raises(UserError, match=rf"cannot be opened: .* as many files open as it may, {limit}\. .*ulimit -Hn"):
+        TensorFiles(many)
 
 
 # Writing

@@ -224,7 +224,8 @@ _MERGED = QWEN.token_to_id(next(a for a, _ in merges_of(QWEN) if len(a) > 1))
 def test_a_token_that_cannot_be_given_up_is_refused_with_the_reason(
     tmp_path: Path, make: Callable[[], Tokenizer], token_id: int, words: str
 ) -> None:
-    source = checkpoint(tmp_path / "import", make(), end_of(make()), special_ids={"eos": 2})
+    eos = next(iter(make().get_added_tokens_decoder()))
+    source = checkpoint(tmp_path / "import", make(), end_of(make()), special_ids={"eos": eos})
     refused(tmp_path, source, r"tokenizer\.rare_token_id is .*" + words.removeprefix("rare_token_id is "),
             mask_from="rare_token", rare_token_id=token_id)  # fmt: skip
 
@@ -275,14 +276,31 @@ def test_a_checkpoint_without_an_end_says_what_to_set(tmp_path: Path) -> None:
 def test_a_tokenizer_without_special_tokens_says_where_they_are_marked(tmp_path: Path) -> None:
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     source = checkpoint(tmp_path / "import", words, 8)
-    refused(tmp_path, source, r"no eos token .*; it has no special tokens\. Import it "
-            r"again with a tokenizer\.json that marks one \(\"added_tokens\", \"special\": true\)$")  # fmt: skip
+    refused(tmp_path, source, r"no eos token .*; it has no special tokens\. Mark one in its tokenizer\.json "
+            r"\(\"added_tokens\", \"special\": true\); of a checkpoint, before its import$")  # fmt: skip
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "import", None, 300)
     refused(tmp_path, source, r"was imported without a tokenizer\. Put the tokenizer\.json of "
             r"its model beside the config\.json that it was imported with, and import it again$")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("details", "words"),
+    [
+        ({"dequantised_from": "x.gguf"}, r"without a tokenizer\. Import the safetensors that it was made from$"),
+        (
+            {"export": "f" * 64},
+            r"Export the weights that it was made from again, with their tokenizer, and import that$",
+        ),
+    ],
+)
+def test_a_tokenizer_is_not_asked_for_where_it_would_not_help(
+    tmp_path: Path, details: dict[str, str], words: str
+) -> None:
+    source = checkpoint(tmp_path / "import", None, 300, details=details)
+    refused(tmp_path, source, words)
 
 
 def test_a_tokenizer_with_holes_is_refused_where_a_new_token_would_fall_into_one(tmp_path: Path) -> None:

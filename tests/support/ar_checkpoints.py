@@ -93,13 +93,16 @@ def checkpoint(
     special_ids: Mapping[str, int | None] = NONE,
     mask_token_id: int | None = None,
     seed: int = 0,
+    details: Mapping[str, str] | None = None,
 ) -> Path:
-    """An imported checkpoint of so many rows; ``special_ids`` as its own configuration names them."""
+    """An imported checkpoint of so many rows; ``special_ids`` as its own configuration names them.
+
+    ``details`` of its import besides those of IMPORTED.
+    """
     directory.mkdir(parents=True)
     if tokenizer is not None:
         tokenizer.save(str(directory / "tokenizer.json"))
-    record = ModelRecord(
-        ModelConfig(architecture, num_rows, mask_token_id), 32, "autoregressive_nll", lineage=[IMPORTED]
-    )
+    lineage = [replace(IMPORTED, details={**IMPORTED.details, **(details or {})})]
+    record = ModelRecord(ModelConfig(architecture, num_rows, mask_token_id), 32, "autoregressive_nll", lineage=lineage)
     save_weights(directory, drawn(record.model, seed), record)
     return committed(directory, "import_checkpoint", {"special_ids": {**NONE, **special_ids}}, seed)

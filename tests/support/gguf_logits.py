@@ -40,8 +40,9 @@ def write_tiny(
 ) -> dict[str, Any]:
     """A model of 2 layers with a tied head and a byte-level tokenizer; what its tensors stand for, by their names.
 
-    Matrices of a Llama are Q8_0, everything else is F32: names and sizes as in llama.cpp's gguf-py.  ``keys`` are set
-    besides; ``tensors`` are given other shapes, or left out where they have none.
+    Matrices of a Llama are Q8_0, everything else is F32: names and sizes as in llama.cpp's gguf-py, as is the order in
+    which a Llama's rows of queries and keys lie there.  ``keys`` are set besides, or left out where they are None;
+    ``tensors`` are given other shapes, or left out where they have none.
     """
     import gguf
     import numpy as np
@@ -85,7 +86,11 @@ def write_tiny(
         layer |= {f"ffn_{name}_exps": (num_experts, d_expert, d_model) for name in ("gate", "up")}
         layer |= {"ffn_down_exps": (num_experts, d_model, d_expert)}
     for name, value in (keys or {}).items():
+        if value is None:
+            del writer.kv_data[0][name]
+            continue
         add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
+        add[list] = writer.add_array
         add[type(value)](name, value)
     shapes: dict[str, Sequence[int] | None]
     shapes = {f"blk.{i}.{name}.weight": shape for i in range(num_layers) for name, shape in layer.items()}
@@ -101,8 +106,11 @@ def write_tiny(
             found[name.removesuffix(".weight")] = values
         else:
             packed = quantize(values, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
             found[name.removesuffix(".weight")] = dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
+            if ".attn_q." in name or ".attn_k." in name:  # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
+                halves = packed.reshape(-1, 2, head_dim // 2, packed.shape[1])
+                packed = halves.swapaxes(1, 2).reshape(packed.shape)
+            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

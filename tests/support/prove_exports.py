@@ -25,10 +25,9 @@ def answer(job: dict[str, Any], scratch: str) -> dict[str, Any]:
     scope: dict[str, Any] = {}
     with contextlib.redirect_stdout(printed):
         exec(code, scope)
-    loaded = scope["tokenizer"]
-    batch = loaded(["the token learns", "the"], padding=True, return_tensors="pt", return_token_type_ids=False)
-    if loaded.padding_side == "left":  # the code that comes along refuses the other
-        scope["model"].generate(**batch, max_new_tokens=4)
+    loaded, model = scope["tokenizer"], scope["model"].float()  # in which a prompt gives the same beside another one
+    batch = loaded(["the token learns", "the"], padding=True, return_tensors="pt")
+    alone = loaded(["the"], padding=True, return_tensors="pt")
     ids = [loaded(text, add_special_tokens=False)["input_ids"] for text in job["texts"]]
     return {
         **found,
@@ -37,6 +36,8 @@ def answer(job: dict[str, Any], scratch: str) -> dict[str, Any]:
         "texts": [loaded.decode(one) for one in ids],
         "special": [loaded.mask_token_id, loaded.eos_token_id, loaded.pad_token_id],
         "second mask": batch.attention_mask[1].tolist(),
+        "new in a batch": model.generate(**batch, max_new_tokens=4)[1, batch.input_ids.shape[1] :].tolist(),
+        "new alone": model.generate(**alone, max_new_tokens=4)[0, alone.input_ids.shape[1] :].tolist(),
         "out": scope["out"].tolist(),
         "prompt": scope["prompt"].tolist(),
     }

@@ -1,5 +1,6 @@
 """``dlm convert``: from every layout to every other, by one command, without a store, Ray or DeepSpeed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,21 +8,34 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from pipeline.ar_init.config import ArInitConfig
 from pipeline.artifact import load_manifest, read_json
-from pipeline.export import run as export_run
 from pipeline.export.config import ExportConfig
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.repack import INDEX_FILE
-from pipeline.stage import environment, nobody_else
+from pipeline.stage import environment
 from pipeline.tensor_files import TensorFiles
 from pipeline.tokenizer.config import TokenizerConfig
-from pipeline.weights import WEIGHTS_FILE, load_record
+from pipeline.weights import Origin, load_record
 from tests.pipeline.conftest import flip_bit
 from tests.support.executors import Inline
-from tests.support.exports import BLOCKS, LLAMA, NEXT_TOKEN, QWEN2, QWEN3, QWEN3_MOE, SHIFTED, Pair, export, weights_of
+from tests.support.exports import (
+    BLOCKS,
+    LLADA2,
+    LLAMA,
+    NEXT_TOKEN,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    SHIFTED,
+    Pair,
+    export,
+    weights_of,
+)
 from tests.support.hf_models import VOCAB_SIZE, save_peer
 from tests.support.interchange import random_model, save_model
 from tests.support.tiny_families import EXPERTS
@@ -113,6 +127,43 @@ def test_a_checkpoint_keeps_its_dtype_and_rounding_is_told(
         assert f"written as llama in {written}: " in done.stdout
         assert done.stdout.splitlines()[-2].endswith(f"proved: every tensor read back, bit for bit{proof}")
         assert read_json(Path(out) / "config.json")["torch_dtype"] == written
+
+
+def _with_a_buffer(source: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_buffer_in_float32_and_what_always_is_leave_the_dtype_of_a_checkpoint_as_it_is(
+    dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    peer = save_peer("llama", tmp_path / "peer", dtype="float16")
+    _with_a_buffer(peer)
+    pair = Pair("llada2", LLADA2, BLOCKS, "float16")
+    _, llada2 = export(pair, tokenizer_artifact, tmp_path / "made")
+    for source, family in ((peer, "llama"), (llada2, "llada2")):
+        before = TensorFiles([source / "model.safetensors"])
+        assert {before.info(name).dtype for name in before.names} == {"F16", "F32"}
+        ours, once, twice = (tmp_path / f"{family} {name}" for name in ("ours", "once", "twice"))
+        assert dlm("convert", str(source), str(ours), "--to", "dlm", *QUICK_IMPORT).code == 0
+        for place, out, quick in ((source, once, QUICK), (ours, twice, QUICK_EXPORT)):
+            done = dlm("convert", str(place), str(out), "--to", family, *NO_TOKENIZER, *quick)
+            assert done.code == 0, done.stderr
+            after = TensorFiles([out / "model.safetensors"])
+            for name in after.names:
+                assert before.read_raw(name) == after.read_raw(name), name
+            assert "rounded" not in done.stdout
+
+
+def test_a_config_that_promises_far_more_tensors_than_there_are_is_refused_at_once(
+    dlm: Dlm, llama: Path, tmp_path: Path
+) -> None:
+    config = read_json(llama / "config.json") | {"num_hidden_layers": 9000}
+    (llama / "config.json").write_text(json.dumps(config))
+    refused = dlm("convert", str(llama), str(tmp_path / "out"), "--to", "llama")
+    assert refused.code == 2
+    assert "tensors, but the files have " in refused.stderr.replace("\n", " ")
 
 
 def test_weights_that_no_one_dtype_is_told_of_are_rounded_and_that_is_said(
@@ -232,8 +283,8 @@ def test_a_checkpoint_without_a_tokenizer_is_told_where_one_is_put(
     assert dlm("convert", str(trained), str(bare), "--to", "llada", *NO_TOKENIZER, *QUICK_EXPORT).code == 0
     again = (str(tmp_path / "llada"), "--to", "llada", *QUICK_EXPORT)
     refused = dlm("convert", str(bare), *again)
-    assert "Convert the weights that it was made from, with their tokenizer, or" in refused.stderr.replace("\n", " ")
-    done = dlm("convert", str(trained), *again, "--tokenizer", str(tokenizer_artifact))
+    assert "brings no tokenizer. Give that of its training (--tokenizer DIR, " in refused.stderr.replace("\n", " ")
+    done = dlm("convert", str(bare), *again, *QUICK_IMPORT, "--tokenizer", str(tokenizer_artifact))
     assert done.code == 0, done.stderr
     done = dlm("convert", str(llama), str(tmp_path / "out"), "--to", "llama", *QUICK)
     assert done.code == 0, done.stderr
@@ -344,67 +395,16 @@ def test_an_unknown_model_type_is_refused_by_name(dlm: Dlm, llama: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_destination_that_is_taken_is_refused_and_an_empty_one_is_used(
-    dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
-) -> None:
-    weights = weights_of(Pair("llama", LLAMA, NEXT_TOKEN), tokenizer_artifact, tmp_path / "weights")
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "mine").write_text("here")
-    command = ("convert", str(weights), str(target), "--to", "llama", "--tokenizer", str(tokenizer_artifact))
-    refused = dlm(*command, *QUICK_EXPORT)
-    assert refused.code == 2
-    assert f"{target} is there already; choose a new or an empty directory" in refused.stderr
-    assert [path.name for path in target.iterdir()] == ["mine"]
-    (target / "mine").unlink()
-    assert dlm(*command, *QUICK_EXPORT).code == 0
-    assert (target / "config.json").is_file()
-    again = dlm("convert", str(weights), str(tmp_path / "dlm"), "--to", "dlm")
-    assert again.code == 2
-    assert "has interchange weights already" in again.stderr
-    file = dlm("convert", str(weights / WEIGHTS_FILE), str(tmp_path / "x"), "--to", "llama")
-    assert file.code == 2
-    assert "its model is not known without the config.json beside it" in file.stderr
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError])
-def test_a_conversion_that_ends_early_leaves_nothing(
-    error: BaseException, dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = weights_of(Pair("llama", LLAMA, NEXT_TOKEN), tokenizer_artifact, tmp_path / "weights")
-    write = export_run.write_theirs
-
-    def break_off(*arguments: object) -> None:
-        write(*arguments)  # type: ignore[arg-type]
-        raise error
-
-    monkeypatch.setattr(export_run, "write_theirs", break_off)
-    command = ("convert", str(weights), str(tmp_path / "out"), "--to", "llama", *NO_TOKENIZER)
-    if error is RuntimeError:
-        with pytest.raises(RuntimeError):
-            dlm(*command)
-    else:
-        assert dlm(*command).code == (75 if error is KeyboardInterrupt else 3)
-    assert {path.name for path in tmp_path.iterdir()} - {"store"} == {"weights"}
-
-
-def test_what_a_killed_conversion_left_is_removed_by_the_next_but_not_what_a_living_one_makes(
-    dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
-) -> None:
-    weights = weights_of(Pair("llama", LLAMA, NEXT_TOKEN), tokenizer_artifact, tmp_path / "weights")
-    command = ("convert", str(weights), str(tmp_path / "out"), "--to", "llama", *NO_TOKENIZER, *QUICK_EXPORT)
-    work = tmp_path / ".out.converting"
-    (work / "export").mkdir(parents=True)
-    (work / "export" / "model.safetensors").write_text("half")
-    with nobody_else(tmp_path / "out", work):
-        refused = dlm(*command)
+def test_weights_of_a_gguf_file_or_an_export_are_told_where_a_tokenizer_comes_from(dlm: Dlm, tmp_path: Path) -> None:
+    for name, details, words in (
+        ("gguf", {"dequantised_from": "a.gguf"}, "Import the safetensors that it was made from, or --set"),
+        ("export", {"export": "5" * 64}, "Export the weights that it was made from again, with their tokenizer"),
+    ):
+        record = {**NEXT_TOKEN, "lineage": [Origin("imported", details), Origin("initialised", {})]}
+        weights = save_model(tmp_path / name, random_model(LLAMA), stage="import_checkpoint", **record)
+        refused = dlm("convert", str(weights), str(tmp_path / "out"), "--to", "llama", *QUICK_EXPORT)
         assert refused.code == 2
-        assert f"{tmp_path / 'out'} is being made by process {os.getpid()}" in refused.stderr
-        assert (work / "export" / "model.safetensors").read_text() == "half"
-    done = dlm(*command)
-    assert done.code == 0, done.stderr
-    assert TensorFiles([tmp_path / "out" / "model.safetensors"]).names
-    assert not work.exists()
+        assert words in refused.stderr.replace("\n", " ")
 
 
 def test_a_conversion_needs_neither_ray_nor_deepspeed_nor_torch_in_its_process(

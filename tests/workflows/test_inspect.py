@@ -6,7 +6,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from dlm_core.models.config import Architecture
 from pipeline.artifact import load_manifest
@@ -135,6 +135,41 @@ def test_an_export_tells_its_lineage_and_shift(dlm: Dlm, tokenizer_artifact: Pat
     assert found["objective"] == "masked_nelbo"
 
 
+def test_an_export_is_known_without_the_files_that_nobody_reads(
+    dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    _, exported = export(Pair("llada", LLAMA), tokenizer_artifact, tmp_path)
+    for code in exported.glob("*.py"):  # which a download of the hub leaves out
+        code.unlink()
+    with (exported / "README.md").open("a") as card:
+        card.write("Numbers were measured since.\n")
+    done = dlm("inspect", str(exported))
+    assert done.code == 0, done.stderr
+    assert facts(done.stdout)["kind"] == "export of this project, of the stage export"
+
+
+def test_what_others_wrote_is_printed_on_one_line_each_and_moves_no_cursor(
+    dlm: Dlm, tokenizer_artifact: Path, tmp_path: Path
+) -> None:
+    _, exported = export(Pair("llada", LLAMA), tokenizer_artifact, tmp_path)
+    manifest = json.loads((exported / "manifest.json").read_text())
+    manifest["stats"]["lineage"] = [
+        {
+            "kind": "trained",
+            "details": {"a\n# b": "x\x1b[2Jy", "sha256": {"f\r\x1b]0;t\x07": "\u202e1"}, "<i>": ["\x9by"]},
+        }
+    ]
+    (exported / "manifest.json").write_text(json.dumps(manifest))
+    assert facts(dlm("inspect", str(exported)).stdout)["lineage"] == "1. trained: a b x [2Jy; sha256 f ]0;t 1; i y"
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "config.json").write_text('{"model_type": "mamba", "sizes\\u001b": "\\u001b[2Jx\\ny"}')
+    save_file({"w\x1b[2J": np.zeros(1, np.float32)}, tmp_path / "strange" / "model.safetensors")
+    shown = dlm("inspect", str(tmp_path / "strange"), "--tensors").stdout
+    assert "\x1b" not in shown
+    assert "[2Jx y" in shown
+    assert "w [2J" in shown
+
+
 def test_of_an_unknown_family_it_says_what_is_known(dlm: Dlm, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -154,6 +189,53 @@ def test_of_an_unknown_family_it_says_what_is_known(dlm: Dlm, tmp_path: Path) ->
     assert facts(dlm("inspect", str(source)).stdout)["dtype"] == "BOOL, I8"
     shown = json.loads(dlm("inspect", str(source), "--json").stdout)
     assert shown["tensors"]["mask"] == {"dtype": "BOOL", "shape": [2]}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "config.json: model.norm.weight is missing\n"),
+        (lambda t: t.update(extra=np.zeros(3, np.int8)), "config.json: extra is unknown\n"),
+        (
+            lambda t: t.update({"model.norm.weight": np.zeros(5, np.float32)}),
+            "config.json: model.norm.weight has shape (5,), the model wants (16,)\n",
+        ),
+        (lambda t: t.update({str(n): np.zeros(1, np.float32) for n in range(9)}), "; 4 is unknown; and 4 more\n"),
+        (lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}), ""),
+    ],
+)
+def test_tensors_that_are_not_those_of_its_config_are_told(
+    change: Callable[[dict[str, Any]], Any], told: str, dlm: Dlm, tmp_path: Path
+) -> None:
+    source = save_peer("llama", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors")
+    done = dlm("inspect", str(source))
+    assert done.code == 0, done.stderr
+    assert ("note: its tensors are not those of its " in done.stdout.replace("\n", " ")) == bool(told)
+    assert told.strip() in " ".join(done.stdout.split())
+
+
+def test_a_config_that_promises_far_more_tensors_than_there_are_is_told(dlm: Dlm, tmp_path: Path) -> None:
+    source = save_peer("llama", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 9_999}))
+    done = dlm("inspect", str(source))
+    assert done.code == 0, done.stderr
+    assert "take both from one checkpoint" in " ".join(done.stdout.split())
+
+
+def test_a_file_in_the_hubs_cache_is_what_its_name_says(dlm: Dlm, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / "1f").write_bytes(EXAMPLE)
+    save_file({"a": np.zeros((3, 5), np.float16)}, blobs / "2e")
+    for name, blob in (("x.gguf", "1f"), ("x.safetensors", "2e")):
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    assert facts(dlm("inspect", str(snapshot / "x.gguf")).stdout)["kind"] == "GGUF file"
+    assert facts(dlm("inspect", str(snapshot / "x.safetensors")).stdout)["kind"] == "safetensors file"
 
 
 def test_a_file_of_weights_alone_is_its_tensors(dlm: Dlm, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import typer
 
 from dlm_core.models.config import Architecture
 from pipeline.config import flatten, to_json
-from pipeline.lineage import told
+from pipeline.lineage import on_one_line, told
+from pipeline.pretrain.given import architecture_setting
 from workflows import inspection
 from workflows.commands.common import (
     DEFAULT_STORE,
@@ -51,19 +52,22 @@ def inspect(
     if as_json:
         print_json(inspection.as_json(found))
         return
-    pairs = list(_pairs(found))
+    pairs = [(on_one_line(name), value) for name, value in _pairs(found)]
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
-        print_line(f"{name:{width}}  {value}")
+        print_line(f"{name:{width}}  {on_one_line(value)}")
     if found.record is not None:
         for number, origin in enumerate(found.record.lineage, 1):
             details = "; ".join(f"{name} {words}" for name, words in told(origin, hash_chars=12))
             print_line(f"{'lineage':{width}}  {number}. {origin.kind}: {details}")
-        print_line(f"\nas a setting: --set {shlex.quote(inspection.setting(found.record.model.architecture))}")
+        print_line(f"\nas a setting: --set {shlex.quote(architecture_setting(found.record.model.architecture))}")
     for notice in found.notices:
-        print_line(f"note: {notice}")
+        print_line(f"note: {on_one_line(notice)}")
     if tensors:
-        rows = [(name, dtype, " ".join(map(str, shape))) for name, (dtype, shape) in found.tensors.items()]
+        rows = [
+            (on_one_line(name), on_one_line(dtype), " ".join(map(str, shape)))
+            for name, (dtype, shape) in found.tensors.items()
+        ]
         for line in columns(("tensor", "dtype", "shape"), rows, page_width()):
             print_line(line)
 

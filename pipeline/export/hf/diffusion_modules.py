@@ -192,13 +192,25 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Router(nn.Linear):
-    """Logits of the experts, in float32 or more."""
+class Router(nn.Module):
+    """Logits of the experts, in float32 or more.
 
-    def forward(self, input: Tensor) -> Tensor:
+    It is no ``nn.Linear``: what makes 8 or 4 bits of a model's weights replaces those, and other experts would be
+    chosen.  So transformers does not draw it by itself either: ``draw`` does.
+    """
+
+    def __init__(self, size: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, size))
+
+    def draw(self, deviation: float) -> None:
+        """Draw the weight, of a model that is made without one."""
+        nn.init.normal_(self.weight, std=deviation)  # transformers 5 keeps this function off what was loaded
+
+    def forward(self, tokens: Tensor) -> Tensor:
         """Logits [N, E] of tokens [N, D]."""
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        return F.linear(input.to(dtype), self.weight.to(dtype))
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        return F.linear(tokens.to(dtype), self.weight.to(dtype))
 
 
 def mix_experts(experts: Iterable[nn.Module], tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:

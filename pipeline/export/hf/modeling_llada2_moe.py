@@ -38,14 +38,14 @@ class LLaDA2MoeGate(Router):
     expert_bias: Tensor
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config.hidden_size, config.num_experts, bias=False)
+        super().__init__(config.hidden_size, config.num_experts)
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
         self.top_k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
         self.num_groups, self.top_groups = config.n_group, config.topk_group
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Weights and ids [N, K] of each token's experts, which are those of its best groups."""
-        scores = super().forward(input).sigmoid()
+        scores = super().forward(tokens).sigmoid()
         choice = scores + self.expert_bias
         groups = choice.unflatten(1, (self.num_groups, -1))
         best = groups.topk(2, dim=-1).values.sum(dim=-1).topk(self.top_groups, dim=-1).indices
@@ -108,6 +108,11 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
         """Keep the bias of the choice in float32: rounded, it would choose other experts."""
         super().post_init()
         self._keep_in_fp32_modules_strict = {"expert_bias"}  # only now: 4.57 refuses names of buffers before
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Router):
+            module.draw(self.config.initializer_range)
 
 
 class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):

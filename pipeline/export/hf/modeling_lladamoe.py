@@ -17,7 +17,7 @@ class LLaDAMoESparseMoeBlock(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.gate = Router(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Router(config.hidden_size, config.num_experts)
         self.experts = nn.ModuleList(
             GatedMLP(config.hidden_size, config.expert_intermediate_size) for _ in range(config.num_experts)
         )
@@ -64,6 +64,11 @@ class LLaDAMoEModelLM(DiffusionGenerationMixin, PreTrainedModel):
         self.model = Trunk(config, (LLaDAMoEDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Router):
+            module.draw(self.config.initializer_range)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None

@@ -102,6 +102,10 @@ MODULES: dict[str, list[str]] = {
         "tests/pipeline/test_export_refusals.py::"
         "test_a_training_that_the_family_could_not_say_is_refused_when_it_is_planned"
     ],
+    "pipeline/export/tokenizer_files": [
+        "tests/pipeline/test_export_tokenizer.py::"
+        "test_special_tokens_of_a_checkpoint_stay_its_own_whatever_config_json_names"
+    ],
     "pipeline/export/hf/diffusion_modules": LOGITS_OF_EXPORTS,
     "pipeline/export/hf/modeling_llada": LOGITS_OF_EXPORTS,
     "pipeline/export/hf/modeling_dream": [
@@ -130,6 +134,7 @@ PLANTED_ONLY = {
     "pipeline/tensor_files",
     "pipeline/hf_config",
     "pipeline/export/fit",
+    "pipeline/export/tokenizer_files",
     "pipeline/export/hf/diffusion_modules",
     "pipeline/export/hf/modeling_llada",
     "pipeline/export/hf/modeling_dream",

@@ -16,6 +16,12 @@ CONVERSIONS: tuple[Planted, ...] = (
         "if model.block_size and family in IN_BLOCKS:",
     ),
     Planted(
+        "pipeline/export/tokenizer_files",
+        "tokens of config.json over those of a checkpoint's own settings",
+        "settings = found",
+        "settings = found | _special_tokens(tokenizer, source.special)",
+    ),
+    Planted(
         "pipeline/export/hf/modeling_llada",
         "gate and up in each other's place",
         "F.silu(self.ff_proj(normed)) * self.up_proj(normed)",
@@ -67,4 +73,10 @@ CONVERSIONS: tuple[Planted, ...] = (
         "to_json(special)",
     ),
     Planted("pipeline/tensor_files", "ties rounded up", "0x7FFF + (upper & 1)", "0x8000"),
+    Planted(
+        "pipeline/tensor_files",
+        "the size of the file that has the name by now",
+        "os.fstat(opened).st_size",
+        "os.stat(path).st_size",
+    ),
 )

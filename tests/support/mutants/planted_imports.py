@@ -12,8 +12,8 @@ IMPORTS: tuple[Planted, ...] = (
     Planted(
         "pipeline/hf_directory",
         "the tokenizer of an export forgotten",
-        'manifest.inputs.get("tokenizer", "")',
-        '""',
+        '{"tokenizer": manifest.inputs.get("tokenizer", ""), **manifest.stats}',
+        '{**manifest.stats, "tokenizer": manifest.inputs.get("tokenizer", "")}',
     ),
     Planted(
         "pipeline/import_checkpoint/source",
@@ -40,6 +40,12 @@ IMPORTS: tuple[Planted, ...] = (
         '"none"',
     ),
     Planted(
+        "pipeline/import_checkpoint/gguf_keys",
+        "rows of queries and keys as they lie in a file that does not count the keys' heads",
+        '"attention.head_count", "attention.head_count_kv")',
+        '"attention.head_count")',
+    ),
+    Planted(
         "pipeline/import_checkpoint/gguf_tokenizer",
         "numbers of Qwen2 cut as those of Llama 3",
         "if cut in _LLAMA3 else r",
@@ -60,7 +66,7 @@ IMPORTS: tuple[Planted, ...] = (
     Planted(
         "pipeline/repack",
         "files that may lack any number of tensors",
-        "len(theirs.names) + _MAX_MISSING",
+        "num_found + _MAX_MISSING",
         "num_promised + _MAX_MISSING",
     ),
 )
