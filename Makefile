@@ -15,9 +15,10 @@ RUN_STAMP := $(TORCH_STAMP:.installed=-run.installed)
 quickstart: $(RUN_STAMP)
 	$(BIN)/dlm run quickstart
 
-# Three processes for two cores: much of a test is waiting.
+# Four processes for two cores: much of a test is waiting.  The tests start hundreds of interpreters, which would each
+# compile the sources again where no compiled ones may be kept.
 test: .venv/dev.installed
-	$(BIN)/python -m pytest -q -n 3
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 4
 
 test-slow: .venv/dev.installed
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"
