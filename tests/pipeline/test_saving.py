@@ -1,10 +1,11 @@
 """Checkpoints of a gang, written while it trains: ranks are threads here, and what they hold is made by hand."""
 
 import errno
+import itertools
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -354,41 +355,73 @@ def test_retention_keeps_the_newest_and_the_pinned_and_forgives_what_it_cannot_d
         load_checkpoint_manifest(tmp_path / checkpoint_name(step))
 
 
+class Saves:
+    """How often a training may save, and how often it has."""
+
+    def __init__(self) -> None:
+        self._may, self._did, self._open = threading.Semaphore(0), threading.Semaphore(0), 0
+        self.is_over = False
+
+    def allow(self, number: int) -> None:
+        self._open += number
+        self._may.release(number)
+
+    def wait(self) -> None:
+        """Until it has saved as often as it may."""
+        while self._open:
+            assert self._did.acquire(timeout=20), "nothing is saved"
+            self._open -= 1
+
+    def end(self) -> None:
+        self.is_over = True
+        self._may.release()
+
+    def run(self, save: Callable[[], None], ranks: ThreadRanks) -> None:
+        while True:
+            if ranks.rank == 0:
+                self._may.acquire()
+            if ranks.any(self.is_over):
+                return
+            save()
+            if ranks.rank == 0:
+                self._did.release()
+
+
 @pytest.fixture
-def endless_saves(tmp_path: Path) -> Iterator[threading.Event]:
-    """A training that saves, and deletes old checkpoints, as fast as it can."""
-    stop = threading.Event()
+def saves(tmp_path: Path) -> Iterator[Saves]:
+    """A training that keeps two checkpoints, and saves when it may."""
+    saves = Saves()
 
     def work(ranks: ThreadRanks) -> None:
-        state, step = state_of(ranks, distinct()), 2
+        state, steps = state_of(ranks, distinct()), itertools.count(3)
         saver = checkpointer(tmp_path, state, ranks, keep_checkpoints=2)
-        while not ranks.any(stop.is_set()):
-            step += 1
-            saver.save(step, is_last=True)
+        saves.run(lambda: saver.save(next(steps), is_last=True), ranks)
 
     save_one(tmp_path, 1)
     save_one(tmp_path, 2)
     thread = threading.Thread(target=succeeded, args=(work,))
     thread.start()
-    yield stop
-    stop.set()
+    yield saves
+    saves.end()
     thread.join()
 
 
-def test_the_newest_checkpoint_can_be_read_while_older_ones_are_deleted(
-    tmp_path: Path, endless_saves: threading.Event
+def test_the_newest_checkpoint_can_be_opened_beside_a_save_and_read_once_it_is_deleted(
+    tmp_path: Path, saves: Saves
 ) -> None:
     seen: set[int] = set()
-    deadline_s = time.monotonic() + 20
-    while len(seen) < 20 and time.monotonic() < deadline_s:
+    for _ in range(20):
+        saves.allow(1)  # while it is opened; with two, the newest of a moment ago may be gone
         newest = list_checkpoints(tmp_path)[0]
         manifest = load_checkpoint_manifest(newest)
         files = StateFiles(newest, manifest)
-        time.sleep(0.002)
+        saves.allow(2)
+        saves.wait()
+        assert not newest.exists()
         for key, tensor in distinct().items():
             assert torch.equal(torch.from_numpy(files.whole(*key)).flatten(), tensor)
         seen.add(manifest.step)
-    assert len(seen) >= 20, "nothing was saved meanwhile: a weak test"
+    assert len(seen) == 20
 
 
 def test_the_state_is_released_only_when_it_was_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
