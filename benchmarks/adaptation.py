@@ -87,6 +87,7 @@ class Course:
     """The bound of the step's own batch, nats a token, by step."""
     tokens_per_s: float
     train_s: float
+    threads: int
 
     @property
     def end(self) -> Point:
@@ -159,6 +160,7 @@ def read_course(arm: Arm, seed: int, trained: Manifest, out: Path) -> Course:
         tuple(line["nelbo"] for line in lines),
         step_tokens * len(lines) / train_s,
         train_s,
+        trained.config["threads_per_worker"],
     )
 
 
@@ -216,7 +218,6 @@ def _measure(bench: Bench, seeds: Sequence[int]) -> Measured:
         "tokens": courses[0].end.tokens,
         "validation_rows": bench.pretrain.validation.num_rows,
         "seq_len": bench.packing.seq_len,
-        "threads": bench.pretrain.threads_per_worker,
         "findings": notes,
     }
     ratios = {f"{arm.slug}_bpb_over_shift": bpb[arm] / bpb[SHIFT] for arm in ARMS if arm != SHIFT}
@@ -241,6 +242,7 @@ def _by_seed(arm: Arm, courses: Sequence[Course]) -> dict[str, Any]:
             "trained": [round(nats, 3) for nats in course.trained],
             "tokens_per_s": round(course.tokens_per_s, 1),
             "train_s": round(course.train_s, 1),
+            "threads": course.threads,
         }
         for course in courses
         if course.arm == arm

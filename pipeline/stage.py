@@ -23,6 +23,7 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -402,14 +403,18 @@ def _is_complete(stage: Stage, out: Path, own: str) -> bool:
 
 @contextlib.contextmanager
 def scratch(context: StageContext) -> Iterator[Path]:
-    """An empty directory for what goes when the stage is done; what a killed attempt left in it goes first."""
-    directory = context.state / "scratch"
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
+    """An empty directory for what goes when the stage is done; what killed attempts left goes first.
+
+    Its name is new: a process that outlived its attempt writes nothing into it.
+    """
+    beside = context.state / "scratch"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(exist_ok=True)
+    directory = Path(tempfile.mkdtemp(dir=beside))
     try:
         yield directory
     finally:
-        shutil.rmtree(directory)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def plan_conversion(
 def _kept_in(found: Found) -> Dtype | None:
     record = found.record
     dtypes: list[str] = []
-    if record is not None and found.kind in _DIRECTORIES:
+    if record is not None and found.tensors and found.kind in _DIRECTORIES:
         stored = {name: dtype for name, (dtype, _) in found.tensors.items()}
         dtypes = dtypes_kept(cast("Family", found.family), record.model, stored)
     elif record is not None and record.lineage and found.kind == "interchange weights":
@@ -152,7 +152,8 @@ def _check_tokenizer(config: ExportConfig, found: Found, tokenizer: Path) -> Non
             f"one of the stage {TOKENIZERS.name}, that of a training. A checkpoint of another project has none: leave "
             f"--tokenizer out and put its {TOKENIZER} beside the {CONFIG} of the checkpoint"
         )
-    if found.kind in ("training", "interchange weights", _EXPORTED):  # others are artifacts only once they are imported
+    may_be_of_import = "checkpoint" in open_artifact(tokenizer).inputs  # which is there only once it is imported
+    if found.kind in ("training", "interchange weights") or (found.kind == _EXPORTED and not may_be_of_import):
         assert found.record is not None
         check_tokenizer(found.record, found.path, tokenizer)
 

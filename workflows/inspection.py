@@ -1,7 +1,6 @@
 """What weights at some place are: a model of ours, a training, a directory of transformers, a file.  Without torch."""
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.gguf_header import read_gguf_header
 from pipeline.hf_config import CONFIG, Described, read_object
 from pipeline.hf_directory import EXPORT_STAGE, export_manifest, read_directory
+from pipeline.import_checkpoint.config import place_of_file
 from pipeline.import_checkpoint.gguf_tokenizer import why_no_tokenizer
 from pipeline.import_checkpoint.source import TOKENIZER, find_source
 from pipeline.import_checkpoint.unused import unused
@@ -79,7 +79,7 @@ def place_of(source: str, store: Store) -> Place:
     """A path, or RUN or RUN:STEP of the store; UserError if there is neither."""
     path = Path(source).expanduser()
     if path.exists():
-        return Place(Path(os.path.abspath(path)))  # a file in the hub's cache is a link to one without a suffix
+        return Place(place_of_file(path))
     run_id, _, step = source.partition(":")
     if "/" in source or run_id not in {run.run_id for run in store.runs()}:
         raise UserError(f"there is no file or directory {source}, and no run of that name in {store.url}")

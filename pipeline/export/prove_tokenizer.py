@@ -83,11 +83,19 @@ def _check_special_tokens(folder: Path, came: Path, family: Family) -> None:
     names_class = bool(settings) and not is_code(settings)
     for kind in (PreTrainedTokenizerFast, *([AutoTokenizer] if names_class else [])):
         before, after = _loaded(kind, came, family), _loaded(kind, folder, family)
-        if before is not None and not _is_kept(before, after, exactly=not is_code(settings)):
+        if before is None:
+            continue
+        if not _is_kept(before, after, exactly=not is_code(settings)):
             found = "nothing" if after is None else f"the special tokens {_special(after)}"
             raise CorruptionError(
                 f"of the tokenizer in {folder} {kind.__name__} loads {found}; of the checkpoint's own files "
                 f"{_special(before)}. This is a defect of the export; report it with {SETTINGS}"
+            )
+        if family not in DIFFUSION and after.padding_side != before.padding_side:
+            raise CorruptionError(
+                f"the tokenizer in {folder}, loaded as {kind.__name__}, pads on the {after.padding_side}, the "
+                f"checkpoint's own on the {before.padding_side}. This is a defect of the export; report it with "
+                f"{SETTINGS}"
             )
 
 

@@ -24,6 +24,11 @@ _KINDS = ("bos", "eos", "pad", "mask")
 _ONLY_IN_5 = ("TokenizersBackend",)
 """What transformers 5 calls PreTrainedTokenizerFast in files, which 4 does not find under this name."""
 _PLAIN = {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+_OF_ANY_CLASS = (
+    "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens",
+    "chat_template", "model_max_length", "padding_side", "truncation_side", "split_special_tokens",
+    "clean_up_tokenization_spaces",
+)  # fmt: skip
 _TAKEN = {"model_input_names": ["input_ids", "attention_mask"]}
 """What the models of all families take: version 4 gives token_type_ids besides where nothing is said."""
 
@@ -131,9 +136,8 @@ def is_code(settings: Mapping[str, Any]) -> bool:
 
 
 def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that hold for any class: which tokens are special, and how a conversation is written."""
-    lists = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
-    kept = {name: settings[name] for name in (*lists, "chat_template", "model_max_length") if settings.get(name)}
+    """Settings that hold for any class: which tokens are special, how texts are cut, filled up and written."""
+    kept = {name: settings[name] for name in _OF_ANY_CLASS if settings.get(name) is not None}
     for name, value in settings.items():
         if name.endswith("_token") and not isinstance(value, bool):  # as add_bos_token is; null: that there is none
             kept[name] = value

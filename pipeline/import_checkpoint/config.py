@@ -1,6 +1,5 @@
 """Which checkpoint of another project is taken, and how its conversion is proved."""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,18 @@ def _place(value: Any) -> Any:
     if not isinstance(value, str) or not value:
         return value
     if not value.startswith(HUB_PREFIX):
-        return os.path.abspath(os.path.expanduser(value))
+        return str(place_of_file(Path(value).expanduser()))
     if not _HUB_NAME.fullmatch(value.removeprefix(HUB_PREFIX)):
         raise ValueError(
             f"{value!r} names no commit on the hub; write {HUB_PREFIX}OWNER/NAME@COMMIT with the 40 hexadecimal digits "
             "of the commit: a branch moves on, and the plan cannot see it"
         )
     return value
+
+
+def place_of_file(path: Path) -> Path:
+    """A path from anywhere, through every link but itself: in the hub's cache it is one to a file without suffix."""
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ STAGE = Stage(
     kind="task",
     config=ImportConfig,
     module="pipeline.import_checkpoint.run",
-    code_version=2,
+    code_version=3,
     external="pipeline.import_checkpoint.config:external_data",
     ready=check_ready,
 )

@@ -272,6 +272,35 @@ def test_a_sound_tokenizer_of_a_checkpoint_is_proved_beside_code_of_our_own(
     assert read_json(out / "tokenizer_config.json")["padding_side"] == "left"
 
 
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+@pytest.mark.parametrize(("family", "side"), [("llama", "left"), ("llama", "right"), ("llada", "right")])
+def test_what_a_checkpoint_says_of_padding_and_cutting_is_kept_where_a_family_takes_it(
+    family: Any, side: str, name: str, tmp_path: Path
+) -> None:
+    said = {"padding_side": side, "truncation_side": "left", "split_special_tokens": True}
+    settings = {"tokenizer_class": name, "eos_token": "<|im_end|>", **said}
+    weights = imported(tmp_path, settings, mask=MASK if family == "llada" else None)
+    out = run_stage(STAGE, ExportConfig(family, "float32"), {"weights": weights}, tmp_path / "out")
+    written = read_json(out / "tokenizer_config.json")
+    assert {key: written[key] for key in said} == {**said, "padding_side": "left" if family == "llada" else side}
+
+
+def test_another_side_of_padding_than_the_checkpoints_is_found_by_the_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = imported(tmp_path, {**PLAIN, "padding_side": "left"})
+    prove = export_run.in_fresh_process
+
+    def harm_and_prove(function: str, out: Path, *arguments: Any) -> Any:
+        written = read_json(out / "tokenizer_config.json")
+        (out / "tokenizer_config.json").write_text(json.dumps({**written, "padding_side": "right"}))
+        return prove(function, out, *arguments)
+
+    monkeypatch.setattr(export_run, "in_fresh_process", harm_and_prove)
+    with pytest.raises(CorruptionError, match="pads on the right, the checkpoint's own on the left"):
+        run_stage(STAGE, ExportConfig("llama", "float32"), {"weights": weights}, tmp_path / "out")
+
+
 def test_files_of_a_tokenizer_that_disagree_are_the_users_to_mend(tmp_path: Path) -> None:
     more = {"content": "quick", "special": False, "lstrip": False, "rstrip": False, "normalized": False}
     settings = {**PLAIN, "added_tokens_decoder": {"260": {**more, "single_word": False}}}

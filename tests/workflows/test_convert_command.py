@@ -15,10 +15,12 @@ from tokenizers import Tokenizer, models
 from pipeline.ar_init.config import ArInitConfig
 from pipeline.artifact import load_manifest, read_json
 from pipeline.export.config import ExportConfig
+from pipeline.import_checkpoint.config import STAGE as IMPORT
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.repack import INDEX_FILE
 from pipeline.stage import environment
 from pipeline.tensor_files import TensorFiles
+from pipeline.tokenizer.config import STAGE as TOKENIZER
 from pipeline.tokenizer.config import TokenizerConfig
 from pipeline.weights import Origin, load_record
 from tests.pipeline.conftest import flip_bit
@@ -39,7 +41,7 @@ from tests.support.exports import (
 from tests.support.hf_models import VOCAB_SIZE, save_peer
 from tests.support.interchange import random_model, save_model
 from tests.support.tiny_families import EXPERTS
-from tests.support.tiny_run import Artifacts
+from tests.support.tiny_run import Artifacts, run_stage
 from tests.support.toy_workflow import coordinate
 from tests.workflows.conftest import Dlm
 from workflows import runs
@@ -426,3 +428,29 @@ def test_a_conversion_needs_neither_ray_nor_deepspeed_nor_torch_in_its_process(
         done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=150)
         assert done.returncode == 0, done.stderr
     assert not (tmp_path / "no-store").exists()
+
+
+def test_an_unfinished_download_of_many_tensors_is_told_as_one(dlm: Dlm, tmp_path: Path) -> None:
+    source = save_peer("qwen3_moe", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 48, "num_experts": 128}))
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    done = dlm("convert", str(source), str(tmp_path / "out"), "--to", "qwen3_moe", *NO_TOKENIZER)
+    assert done.code in (2, 3)
+    assert "lacks model-00001-of-00002.safetensors" in " ".join(done.stderr.split())
+
+
+def test_a_tokenizer_made_of_an_exports_import_goes_with_the_export(dlm: Dlm, llama: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(llama / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[END]", "[MASK]"])
+    tokenizer.save(str(llama / "tokenizer.json"))
+    assert dlm("convert", str(llama), str(tmp_path / "export"), "--to", "llama", *QUICK).code == 0
+    weights = run_stage(IMPORT, ImportConfig(path=str(tmp_path / "export"), proof="tensors"), {}, tmp_path / "import")
+    own = TokenizerConfig(mask_token="[MASK]", mask_from="existing", eos_token="[END]", pad_token="[END]")
+    made = run_stage(TOKENIZER, own, {"checkpoint": weights}, tmp_path / "tokenizer")
+    command = ("convert", str(tmp_path / "export"), str(tmp_path / "again"), "--to", "llama", "--tokenizer", str(made))
+    done = dlm(*command, *QUICK)
+    assert done.code == 0, done.stderr

@@ -238,6 +238,14 @@ def test_a_file_in_the_hubs_cache_is_what_its_name_says(dlm: Dlm, tmp_path: Path
     assert facts(dlm("inspect", str(snapshot / "x.safetensors")).stdout)["kind"] == "safetensors file"
 
 
+def test_a_path_through_a_link_and_back_is_where_the_link_leads(dlm: Dlm, tmp_path: Path) -> None:
+    for folder, names in (("there/a", "a"), ("there/b", "b"), ("b", "c")):
+        (tmp_path / folder).mkdir(parents=True)
+        save_file({names: np.zeros(3, np.float32)}, tmp_path / folder / "x.safetensors")
+    (tmp_path / "latest").symlink_to("there/a")
+    assert "\nb " in dlm("inspect", str(tmp_path / "latest" / ".." / "b" / "x.safetensors"), "--tensors").stdout
+
+
 def test_a_file_of_weights_alone_is_its_tensors(dlm: Dlm, tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     save_file({"a": np.zeros((3, 5), np.float16), "b": np.zeros(2, np.float32)}, path)
