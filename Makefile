@@ -12,7 +12,7 @@ RUN_STAMP := $(TORCH_STAMP:.installed=-run.installed)
 
 .PHONY: quickstart test test-slow check format bench mutants soak figures clean
 
-IN_MEMORY = $(shell df --output=avail --block-size=1G /dev/shm 2>/dev/null | awk '$$1 >= 8 {print "/dev/shm"}')
+IN_MEMORY = $(shell df --output=avail --block-size=1G /dev/shm 2>/dev/null | awk 'NR > 1 && $$1 >= 8 {print "/dev/shm"}')
 
 quickstart: $(RUN_STAMP)
 	$(BIN)/dlm run quickstart
