@@ -29,7 +29,7 @@ def smollm2_to_diffusion() -> Workflow:
     )
     return adapted_chain(
         "smollm2_to_diffusion",
-        "SmolLM2 135M adapted to diffusion on 82 thousand tokens, in ten minutes on 2 CPU cores",
+        "SmolLM2 135M adapted to diffusion on 82 thousand tokens, in some 20 minutes on 2 CPU cores",
         pretrain,
         corpus=CorpusConfig(source={}),
         tokenizer=TokenizerConfig(eos_token="<|endoftext|>"),
