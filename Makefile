@@ -12,16 +12,13 @@ RUN_STAMP := $(TORCH_STAMP:.installed=-run.installed)
 
 .PHONY: quickstart test test-slow check format bench mutants soak figures clean
 
-IN_MEMORY = $(shell df --output=avail --block-size=1G /dev/shm 2>/dev/null | awk 'NR > 1 && $$1 >= 8 {print "/dev/shm"}')
-
 quickstart: $(RUN_STAMP)
 	$(BIN)/dlm run quickstart
 
-# Four processes for two cores: much of a test is waiting.  The tests start hundreds of interpreters, which would each
-# compile the sources again where no compiled ones may be kept, and force thousands of small files to the disk: where
-# there is room for them in memory, they are written there.
+# Three processes for two cores: much of a test is waiting.  The tests start hundreds of interpreters, which would each
+# compile the sources again where no compiled ones may be kept.
 test: .venv/dev.installed
-	TMPDIR=$(IN_MEMORY) PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 4
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 3
 
 test-slow: .venv/dev.installed
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"

@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,4 +97,5 @@ def come_late(monkeypatch: pytest.MonkeyPatch, path: Path, meanwhile: Path) -> N
         if waits[0] == 4:
             meanwhile.rename(path)
 
-    monkeypatch.setattr(training_state.time, "sleep", sleep)
+    own = SimpleNamespace(sleep=sleep)  # time.sleep itself is called by the threads of the test as well
+    monkeypatch.setattr(training_state, "time", own)
