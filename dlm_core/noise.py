@@ -40,6 +40,7 @@ class Stream(enum.IntEnum):
     WITHIN = 12
     ROW_STRATUM = 13
     ROW_COUNT = 14
+    REMASK = 15
 
 
 def _signed(word: int) -> int:
@@ -67,15 +68,26 @@ def hash_words(*words: int | Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     """
     h = torch.zeros((), dtype=torch.int64)
     for word in words:
-        value = torch.tensor(_signed(word)) if isinstance(word, int) else word.to(torch.int64)
-        device = value.device if value.device.type != "cpu" else h.device
-        h = mix((h.to(device) + _signed(_GOLDEN)) ^ value.to(device))
+        h = extend_hash(h, word)
     return h
+
+
+def extend_hash(h: Int[Tensor, "..."], word: int | Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """The hash of one word more: extend_hash(hash_words(a, b), c) = hash_words(a, b, c), and no integer is uploaded."""
+    if isinstance(word, int):
+        return mix((h + _signed(_GOLDEN)) ^ _signed(word))
+    device = word.device if word.device.type != "cpu" else h.device
+    return mix((h.to(device) + _signed(_GOLDEN)) ^ word.to(device, torch.int64))
+
+
+def as_uniform(hashes: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Uniform float64 in [0, 1) from the top 53 bits of hashes."""
+    return _shift_right(hashes, 11).to(torch.float64) * 2.0**-53
 
 
 def hash_uniform(*words: int | Int[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Uniform float64 in [0, 1) from the top 53 bits of ``hash_words``."""
-    return _shift_right(hash_words(*words), 11).to(torch.float64) * 2.0**-53
+    return as_uniform(hash_words(*words))
 
 
 def hash_event(prob: Float[Tensor, "..."], *words: int | Int[Tensor, "..."]) -> Bool[Tensor, "..."]:

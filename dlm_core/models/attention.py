@@ -381,7 +381,8 @@ class KVCache:
     """Rotated keys and values of the committed positions of every layer, in buffers of fixed size.
 
     A pass appends at the end of what is committed; only ``advance`` commits.  So clean tokens are appended and
-    advanced over, and a noisy block is appended, attended to and overwritten by the next pass.
+    advanced over, and a noisy block is appended, attended to and overwritten by the next pass.  After ``replace`` a
+    pass overwrites a window of a full cache instead.
     """
 
     def __init__(
@@ -402,6 +403,18 @@ class KVCache:
         self._k = torch.empty(shape, dtype=dtype, device=device)
         self._v = torch.empty(shape, dtype=dtype, device=device)
         self._ends = [0] * num_layers
+        self._window: slice | None = None
+
+    def replace(self, start: int, stop: int) -> None:
+        """From now on a pass writes the positions start..stop - 1 and sees all max_len, old ones beside them.
+
+        For models of full attention, to which the order of keys is nothing; their positions must be given.  All
+        positions have to be written before others are used.  Raises ValueError for a window outside the cache.
+        """
+        if not 0 <= start < stop <= self.max_len:
+            raise ValueError(f"the window is {start}..{stop}; it must lie in the {self.max_len} positions of the cache")
+        self._window = slice(start, stop)
+        self.length = self.max_len - (stop - start)
 
     def append(
         self, layer: int, k: Float[Tensor, "B G L C"], v: Float[Tensor, "B G L C"]
@@ -416,9 +429,10 @@ class KVCache:
         end = self.length + k.shape[2]
         if end > self.max_len:
             raise ValueError(f"the cache holds {self.length} of {self.max_len} positions; {k.shape[2]} more don't fit")
+        written = slice(self.length, end) if self._window is None else self._window
         all_k, all_v = self._k[layer, :, :, :end], self._v[layer, :, :, :end]
         for name, x, held in (("k", k, all_k), ("v", v, all_v)):
-            place = held[:, :, self.length :]
+            place = held[:, :, written]
             if x.shape != place.shape or x.dtype != place.dtype:
                 raise ValueError(
                     f"{name} is {x.dtype} {list(x.shape)}; the cache takes {place.dtype} {list(place.shape)} here"

@@ -1,1 +1,1 @@
-"""Samplers of masked diffusion models."""
+"""Samplers of masked diffusion models: one loop, and a file for each way to choose positions."""

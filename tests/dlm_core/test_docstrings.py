@@ -10,7 +10,11 @@ import dlm_core
 
 CORE = Path(dlm_core.__file__).parent
 MODULES = ["schedules", "kernels", "noise", "corruption", "blocks", "masks", "objectives", "cross_entropy", "variance"]
-MODULES += ["likelihood", "corpus_bound", "ar_init", "upcycling", "samplers/guidance", "samplers/ancestral"]
+MODULES += ["likelihood", "corpus_bound", "ar_init", "upcycling"]
+MODULES += [
+    f"samplers/{name}" for name in ("blocks", "confident", "contexts", "guidance", "loop", "planned", "proposal")
+]
+MODULES += [f"samplers/{name}" for name in ("quotas", "remask", "speculative")]
 MODULES += [f"models/{name}" for name in ("attention", "config", "feed_forward", "init", "moe", "presets", "rope")]
 MODULES += ["models/router_losses", "models/transformer"]
 
@@ -18,20 +22,22 @@ SOURCE = re.compile(r"(arXiv\s+|\()\d{4}\.\d{5}\b|Box and Muller, 1958|OOPSLA 20
 
 # Ours alone: bookkeeping around the formulas, with no paper to name.
 _OWN = """
-BoundEstimate BoundEstimate.ppl_bound ConfidenceLoss Corrupted Corrupted.is_masked
-GradientSums GradientSums.of GradientSums.variance HeadLoss LossOutput PiecewiseDensity
-PiecewiseDensity.bin_of PiecewiseDensity.sample RowEstimate RowEstimate.per_token Sampled Scoring
-Scoring.lengths Stream Targets WeightedTimes Weighting Weighting.is_bound Weighting.token_weight block_length
-check_tokens compute_dtype counts_at dense_mask estimate_bound exact_count_positions hash_event hash_integer
-hash_permutation hash_uniform hash_words logits_loss loss_output mask_noise_std moment_sums next_token_targets
-noise_positions num_blocks on_both_halves per_token shift_left stratified_counts token_cross_entropy
-unigram_entropy variance_of_sums t_bins
-Architecture Architecture.head_size Architecture.is_sparse Architecture.kv_heads Architecture.rotary_dim Attend
-Attend.narrowed Attend.noisy_half AttentionMask AttentionMask.predicate AttentionMask.to Condition Condition.modulate
-Experts Experts.forward Head KVCache
-KVCache.advance KVCache.append ModelConfig ModelConfig.num_active_params ModelConfig.num_params Preset RopeTables
-Router Router.forward RouterLoss RouterTap RouterTap.close RouterTap.selection_bias able_backends expected_initial_loss
-expert_scores experts_grouped experts_loop tiny tokens_per_expert tokens_per_expert_and_bin why_not_grouped
+able_backends Architecture Architecture.head_size Architecture.is_sparse Architecture.kv_heads Architecture.rotary_dim
+are_usable as_uniform Ask Attend Attend.narrowed Attend.noisy_half AttentionMask AttentionMask.predicate
+AttentionMask.to block_length BoundEstimate BoundEstimate.ppl_bound Canvas Canvas.ask Canvas.device Canvas.draws
+Canvas.place Canvas.uniforms Canvas.write check_tokens compute_dtype Condition Condition.modulate ConfidenceLoss
+Context Context.begin Context.finish Context.window Corrupted Corrupted.is_masked counts_at dense_mask Drawn
+estimate_bound exact_count_positions expected_initial_loss expert_scores Experts Experts.forward experts_grouped
+experts_loop extend_hash first_of flat_places GradientSums GradientSums.of GradientSums.variance hash_event
+hash_integer hash_permutation hash_uniform hash_words Head HeadLoss KVCache KVCache.advance KVCache.append
+KVCache.replace logits_loss loss_output LossOutput mask_noise_std ModelConfig ModelConfig.num_active_params
+ModelConfig.num_params moment_sums next_token_targets noise_positions num_blocks on_both_halves open_places Pass
+per_token PiecewiseDensity PiecewiseDensity.bin_of PiecewiseDensity.sample Preset RopeTables Router Router.forward
+RouterLoss RouterTap RouterTap.close RouterTap.selection_bias RowEstimate RowEstimate.per_token Rule Rule.turns sample
+Sampled Scoring Scoring.lengths shift_left stratified_counts Stream t_bins
+Targets tiny token_cross_entropy tokens_per_expert tokens_per_expert_and_bin unconditioned unigram_entropy
+variance_of_sums WeightedTimes Weighting Weighting.is_bound Weighting.token_weight Whole Whole.begin Whole.finish
+Whole.window why_not_grouped without_pass
 """
 OWN = set(_OWN.split())
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,37 @@ from typing import Any
 import pytest
 import torch
 
+from dlm_core.models.transformer import Denoiser
+from pipeline.artifact import load_manifest
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
 from pipeline.generate.config import STAGE, GenerateConfig
+from pipeline.generate.sampler import TAKES, SamplerConfig
 from pipeline.weights import load_record
+from tests.support.exports import LLAMA
+from tests.support.interchange import drawn, random_model, save_model
 from tests.support.tiny_run import Artifacts, make_artifacts, run_stage, sha256
 
 pytestmark = pytest.mark.timeout(120)
-SMALL = GenerateConfig(num_samples=3, length=32, num_steps=16, num_frames=6)
+SMALL = GenerateConfig(num_samples=3, length=32, sampler=SamplerConfig(num_steps=16), num_frames=6)
+KINDS = [
+    SamplerConfig(kind, **settings)
+    for kind, settings in {
+        "ancestral": {"num_steps": 8, "noise_removal": True},
+        "first_hitting": {"per_pass": 2},
+        "random": {"num_steps": 5},
+        "confidence": {"num_steps": 6, "quotas": "cosine"},
+        "margin": {"num_steps": 6, "order_temperature": 0.3},
+        "entropy": {"num_steps": 6, "quotas": "timed", "is_tempered": True},
+        "threshold": {"tau": 0.3},
+        "factor": {"factor": 2.0},
+        "entropy_bound": {"gamma": 1.0},
+        "remdm": {"num_steps": 12, "eta": 0.1, "remasking": "rescale"},
+        "path_planning": {"num_steps": 6},
+        "self_speculative": {"num_states": 3},
+    }.items()
+]
+"""One of each."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +55,11 @@ def generate(config: GenerateConfig, weights: Path, tokenizer: Path, out: Path) 
     """Samples of a run of the stage."""
     run_stage(STAGE, config, {"weights": weights, "tokenizer": tokenizer}, out)
     return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def of_kind(sampler: SamplerConfig, **changes: Any) -> GenerateConfig:
+    """At a temperature that the kind takes."""
+    return replace(SMALL, sampler=sampler, temperature=0.0 if sampler.kind == "self_speculative" else 0.9, **changes)
 
 
 def test_samples_are_the_same_every_time_and_others_for_another_seed(
@@ -64,15 +92,76 @@ def test_frames_lead_from_masks_to_the_pieces_of_the_text(
     weights: Path, made: Artifacts, tmp_path: Path, num_frames: int
 ) -> None:
     tokenizer = load_vocabulary(made.tokenizer).tokenizer
-    config = GenerateConfig(**{**vars(SMALL), "num_frames": num_frames})
-    for line in generate(config, weights, made.tokenizer, tmp_path / "out"):
+    for line in generate(replace(SMALL, num_frames=num_frames), weights, made.tokenizer, tmp_path / "out"):
         frames, steps = line["frames"], line["steps"]
-        assert len(frames) == len(steps) == len(set(steps)) == num_frames
-        assert (steps[0], steps[-1], steps) == (0, 16, sorted(steps))
+        num_passes = load_manifest(tmp_path / "out").stats["num_passes"]
+        assert 9 < num_passes <= 16
+        assert len(frames) == len(steps) == len(set(steps)) == min(num_frames, num_passes + 1)
+        assert (steps[0], steps[-1], steps) == (0, num_passes, sorted(steps))
         assert frames[0] == [None] * 32
         assert frames[-1] == [tokenizer.decode([i], skip_special_tokens=False) for i in line["ids"]]
         for earlier, later in pairwise(frames):
             assert all(a is None or a == b for a, b in zip(earlier, later, strict=True))
+
+
+@pytest.mark.parametrize("sampler", KINDS, ids=lambda sampler: sampler.kind)
+def test_every_kind_of_sampler_fills_rows_by_itself_and_in_windows(
+    sampler: SamplerConfig, weights: Path, made: Artifacts, tmp_path: Path
+) -> None:
+    mask = load_vocabulary(made.tokenizer).special.mask_token_id
+    tries: dict[str, dict[str, Any]] = {"row": {}, "windows": {"block_size": 8}}
+    if sampler.kind != "self_speculative":
+        tries["cached"] = {"block_size": 8, "cache": "dual"}
+        tries["exact"] = {"block_size": 8, "cache": "prefix", "refresh_every": 1}
+    drawn_by = {
+        name: generate(of_kind(sampler, **changes), weights, made.tokenizer, tmp_path / name)
+        for name, changes in tries.items()
+    }
+    for lines in drawn_by.values():
+        assert len(lines) == 3
+        assert all(mask not in line["ids"] and line["nfe"] > 0 for line in lines)
+    ids = {name: [line["ids"] for line in lines] for name, lines in drawn_by.items()}
+    assert ids["windows"] == ids.get("exact", ids["windows"])
+    assert (ids["row"] != ids["windows"]) == (sampler.kind != "self_speculative")  # the most likely of few steps' model
+
+
+@pytest.mark.parametrize("sampler", [k for k in KINDS if "entropy" not in k.kind], ids=lambda sampler: sampler.kind)
+def test_a_model_of_blocks_draws_the_same_with_and_without_its_cache(
+    sampler: SamplerConfig, made: Artifacts, tmp_path: Path
+) -> None:
+    """By entropy all masks of a first block are equal, and rounding says which is first."""
+    vocabulary = load_vocabulary(made.tokenizer)
+    model = random_model(drawn(LLAMA), vocabulary.special.vocab_size, vocabulary.special.mask_token_id)
+    weights = of_blocks(model, made, tmp_path / "weights")
+    both = [
+        generate(of_kind(sampler, cache=cache), weights, made.tokenizer, tmp_path / cache) for cache in ("auto", "none")
+    ]
+    assert [line["ids"] for line in both[0]] == [line["ids"] for line in both[1]]
+    taken_in = 0 if sampler.kind == "self_speculative" else 32 // 8 - 1  # which has no use for the cache
+    assert [line["nfe"] for line in both[0]] == [line["nfe"] + taken_in for line in both[1]]
+
+
+def of_blocks(model: Denoiser, made: Artifacts, root: Path) -> Path:
+    """Weights of a model that was trained on blocks of 8, with the tokenizer of ``made``."""
+    own = load_manifest(made.tokenizer).fingerprint
+    return save_model(root, model, objective="block_nelbo", block_size=8, tokenizer=own)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cache": "dual"}, 'generate.cache is "dual", an approximation for models of full attention'),
+        ({"block_size": 4}, "generate.block_size is 4, but the model was trained on blocks of 8; leave it 0"),
+        ({"length": 20}, "generate.length is 20, which windows of 8 tokens do not divide"),
+    ],
+)
+def test_what_does_not_go_with_blocks_is_refused(
+    changes: dict[str, Any], words: str, made: Artifacts, tmp_path: Path
+) -> None:
+    vocabulary = load_vocabulary(made.tokenizer)
+    model = random_model(LLAMA, vocabulary.special.vocab_size, vocabulary.special.mask_token_id)
+    with pytest.raises(UserError, match=words):
+        generate(replace(SMALL, **changes), of_blocks(model, made, tmp_path / "w"), made.tokenizer, tmp_path / "out")
 
 
 def test_a_sample_longer_than_the_rows_of_training_is_refused(weights: Path, made: Artifacts, tmp_path: Path) -> None:
@@ -94,7 +183,7 @@ def test_samples_of_a_shifted_model_begin_with_the_end_of_a_document_and_are_rea
         return 100.0 * torch.nn.functional.one_hot(seen + 1, special.vocab_size)
 
     monkeypatch.setattr("pipeline.generate.run.load_denoiser", lambda _: (next_number, record))
-    config = GenerateConfig(num_samples=2, length=8, num_steps=1, num_frames=2, temperature=0.0)
+    config = GenerateConfig(2, 8, SamplerConfig(num_steps=1), num_frames=2, temperature=0.0)
     lines = generate(config, weights, made.tokenizer, tmp_path / "out")
     for line in lines:
         assert line["ids"][0] == special.eos_token_id
@@ -114,12 +203,49 @@ def test_the_tokenizer_of_another_run_is_refused(weights: Path, tmp_path: Path) 
     [
         ({"num_samples": 0}, "num_samples is 0"),
         ({"length": -1}, "length is -1"),
-        ({"num_steps": 0}, "num_steps is 0"),
+        ({"block_size": -1}, "block_size is -1"),
+        ({"refresh_every": -1}, "refresh_every is -1"),
+        ({"refresh_every": 2}, 'refresh_every is 2, but cache is "auto"'),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 0.9, "temperature": 0.0}, "change nothing at temperature 0"),
+        ({"sampler": SamplerConfig("self_speculative")}, "takes the most likely tokens; set it to 0"),
+        (
+            {"sampler": SamplerConfig("self_speculative"), "temperature": 0.0, "cache": "dual"},
+            'cache is "dual", which holds one state of a row',
+        ),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"num_frames": 1}, "num_frames is 1"),
-        ({"num_steps": 4, "num_frames": 6}, "num_frames is 6"),
     ],
 )
 def test_a_setting_out_of_range_names_the_field_and_the_value(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         GenerateConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kind": "llada"}, "kind is 'llada'; it must be one of ancestral, "),
+        ({"num_steps": 0}, "num_steps is 0; it must be at least 1"),
+        ({"kind": "first_hitting", "num_steps": 4}, "num_steps is 4, but kind 'first_hitting' has no use for it"),
+        ({"kind": "first_hitting", "per_pass": 0}, "per_pass is 0"),
+        ({"kind": "threshold", "tau": 1.5}, r"tau is 1.5; it must be in \[0, 1\]"),
+        ({"kind": "factor", "factor": -1.0}, "factor is -1.0"),
+        ({"kind": "entropy_bound", "gamma": -1.0}, "gamma is -1.0"),
+        ({"kind": "remdm", "eta": 1.5}, r"eta is 1.5; it must be in \[0, 1\]"),
+        ({"kind": "path_planning", "eta": -1.5}, "eta is -1.5; it must be at least 0"),
+        ({"kind": "self_speculative", "num_states": 0}, "num_states is 0"),
+        ({"kind": "entropy", "order_temperature": -0.5}, "order_temperature is -0.5"),
+    ],
+)
+def test_a_setting_of_a_sampler_that_is_out_of_range_or_idle_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SamplerConfig(**settings)
+
+
+def test_every_setting_is_taken_by_some_kind_and_has_a_default() -> None:
+    own = {field.name for field in fields(SamplerConfig)} - {"kind"}
+    assert own == {name for names in TAKES.values() for name in names}
+    for kind, names in TAKES.items():
+        assert all(SamplerConfig(kind).value(name) is not None for name in names)

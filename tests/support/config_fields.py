@@ -1,5 +1,6 @@
 """Every field of every stage's configuration: what is identity, what is execution, and another valid value of it."""
 
+from dataclasses import replace
 from typing import Any
 
 from dlm_core.models.config import Architecture, MoE, RopeScaling
@@ -9,6 +10,7 @@ from pipeline.corpus.config import CorpusConfig, Source
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.export.config import ExportConfig
 from pipeline.generate.config import GenerateConfig
+from pipeline.generate.sampler import Kind, SamplerConfig
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.pretrain.adaptation import AdaptationConfig
 from pipeline.pretrain.averaging import AverageConfig
@@ -64,7 +66,9 @@ CHANGED: dict[type, dict[str, Any]] = {
     },
     EvaluateConfig: {"num_replicates": 9, "noise_seed": 1},
     GenerateConfig: {
-        "num_samples": 5, "length": 5, "num_steps": 50, "temperature": 0.5, "noise_seed": 1, "num_frames": 3,
+        "num_samples": 5, "length": 5, "temperature": 0.5, "noise_seed": 1, "num_frames": 3, "top_k": 5, "top_p": 0.5,
+        "block_size": 8, "cache": "none", "sampler.kind": "random", "sampler.num_steps": 50,
+        "sampler.noise_removal": True,
     },
 }  # fmt: skip
 """Another valid value for every field that changes the expected result."""
@@ -73,7 +77,22 @@ _HUB = {"text": Source(("hf:x",))}
 
 _EXPERTS = MoE(num_experts=4, top_k=2, d_ff_expert=8)
 
+_SAMPLERS: dict[str, tuple[Kind, Any]] = {
+    "per_pass": ("first_hitting", 2), "quotas": ("random", "timed"), "is_tempered": ("entropy", True),
+    "order_temperature": ("entropy", 0.5), "tau": ("threshold", 0.5), "factor": ("factor", 2.0),
+    "gamma": ("entropy_bound", 0.5), "remasking": ("remdm", "loop"), "eta": ("remdm", 0.5),
+    "num_states": ("self_speculative", 2),
+}  # fmt: skip
+"""Another value of a setting, and a kind of sampler that takes it."""
+
 NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
+    GenerateConfig: {
+        "refresh_every": (GenerateConfig(cache="dual"), GenerateConfig(cache="dual", refresh_every=2)),
+        **{
+            f"sampler.{name}": (SamplerConfig(kind), replace(SamplerConfig(kind), **{name: value}))
+            for name, (kind, value) in _SAMPLERS.items()
+        },
+    },
     TokenizerConfig: {
         "rare_token_id": (
             TokenizerConfig(mask_from="rare_token", rare_token_id=7),

@@ -107,7 +107,7 @@ def _others(kind: Any, value: Any) -> list[Any]:
     if isinstance(value, tuple | list):
         return [[*value, item] for item in ("more", 3, 0.5, "json:loads")] + [[item, item] for item in value]
     if value is None:
-        return [3, 2, 0.5, "other", {}, {"kind": "linear", "factor": 2.0}]
+        return [3, 2, 0.5, "other", {}, {"kind": "linear", "factor": 2.0}, True]
     return []
 
 
@@ -121,7 +121,10 @@ NOT_ALONE = {f"pretrain.architecture.{name}" for name in ("moe", "time_condition
     "pretrain.optimizer.lr_scale.experts", "pretrain.optimizer.muon_momentum",
     "pretrain.optimizer.muon_iterations", "pretrain.optimizer.lr_schedule.decay_share",
     "pretrain.optimizer.lr_schedule.decay", "pretrain.optimizer.lr_schedule.drop_share",
-    "pretrain.optimizer.lr_schedule.drop_scale",
+    "pretrain.optimizer.lr_schedule.drop_scale", "generate.refresh_every", "generate.sampler.per_pass",
+    "generate.sampler.is_tempered", "generate.sampler.order_temperature", "generate.sampler.tau",
+    "generate.sampler.factor", "generate.sampler.gamma", "generate.sampler.remasking", "generate.sampler.eta",
+    "generate.sampler.num_states", "generate.sampler.quotas",
 }  # fmt: skip
 """Settings that change only together with others, or that the stage refuses."""
 

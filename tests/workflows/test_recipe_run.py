@@ -48,7 +48,7 @@ OWN = {
         "ar_pretrain.track": "false",
     },
 }
-SAMPLES = {"generate.num_samples": 1, "generate.num_steps": 8}
+SAMPLES = {"generate.num_samples": 1, "generate.sampler.num_steps": 8}
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_a_checkpoint_goes_from_its_import_to_samples_of_the_diffusion_model(
         "pretrain.track": "false",
         "evaluate.num_shards": 1,
         "generate.length": 16,
-        "generate.num_steps": 8,
+        "generate.sampler.num_steps": 8,
     }
     words = [word for path, value in settings.items() for word in ("--set", f"{path}={value}")]
     done = dlm("run", "smollm2_to_diffusion", "--executor", "local", "--run-id", "r1", *words)

@@ -3,6 +3,7 @@
 from dlm_core.models.presets import PRESETS
 from pipeline.corpus.config import CorpusConfig
 from pipeline.generate.config import GenerateConfig
+from pipeline.generate.sampler import SamplerConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule
@@ -34,7 +35,7 @@ def smollm2_to_diffusion() -> Workflow:
         corpus=CorpusConfig(source={}),
         tokenizer=TokenizerConfig(eos_token="<|endoftext|>"),
         packing=PackingConfig(seq_len=256),
-        generate=GenerateConfig(num_samples=2, length=64, num_steps=32),
+        generate=GenerateConfig(num_samples=2, length=64, sampler=SamplerConfig(num_steps=32)),
         title="SmolLM2 135M as a diffusion model",
         deviations=(
             "neither the checkpoint nor the text comes with the recipe; import_checkpoint.path and "

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from tests.support.mutants.mutant import Mutant, Planted
 from tests.support.mutants.planted_conversions import CONVERSIONS
 from tests.support.mutants.planted_imports import IMPORTS
+from tests.support.mutants.planted_samplers import SAMPLERS
 
 
 def planted(sources: Mapping[str, str], faults: tuple[Planted, ...] | None = None) -> list[Mutant]:
@@ -472,4 +473,5 @@ PLANTED: tuple[Planted, ...] = (
     ),
     *IMPORTS,
     *CONVERSIONS,
+    *SAMPLERS,
 )

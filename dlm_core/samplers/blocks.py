@@ -1,0 +1,95 @@
+"""The outer loop: a row is filled window by window from left to right, each by the one loop of all samplers.
+
+LLaDA (arXiv 2502.09992) calls it semi-autoregressive; BD3-LM (2503.09573) is made for it.  With windows as long as the
+row it is the one loop.
+"""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dlm_core.samplers.contexts import Context
+from dlm_core.samplers.loop import Change, Rule, Sampled, sample
+from dlm_core.samplers.proposal import Proposal
+
+
+def sample_blocks(
+    context: Context,
+    xt: Int[Tensor, "B L"],
+    rule: Rule,
+    proposal: Proposal,
+    *,
+    block_size: int,
+    mask_token_id: int,
+    noise_seed: int,
+    start: int = 0,
+    sample_ids: Int[Tensor, " B"] | None = None,
+    eos_token_id: int | None = None,
+    change: Change | None = None,
+    keep_frames: bool = False,
+) -> Sampled:
+    """Fill the masks of xt behind ``start`` in windows of block_size, with the rule anew in each (arXiv 2502.09992).
+
+    With ``eos_token_id`` a row ends with the first window that has drawn it: what follows the end is filled with it,
+    and once all rows have ended no further pass is made.  Raises ValueError unless block_size divides what follows
+    start, for a mask before it, and for a rule that adds rows in a context with a cache.
+    """
+    seq_len = xt.shape[1]
+    if block_size < 1 or not 0 <= start <= seq_len or (seq_len - start) % block_size:
+        raise ValueError(
+            f"block_size is {block_size}; it must divide the {seq_len - start} tokens behind the first {start} of a row"
+        )
+    if rule.adds_rows and context.keeps_rows:
+        raise ValueError(f"{rule} adds rows to a pass, for which {type(context).__name__} has no place; take Whole")
+    xt = xt.clone(memory_format=torch.contiguous_format)
+    is_mask = xt == mask_token_id
+    if is_mask[:, :start].any():
+        raise ValueError(f"a mask stands before position {start}, where nothing is filled")
+    num_passes = context.begin(xt, start)
+    nfe = torch.full((len(xt),), num_passes, dtype=torch.int64, device=xt.device)
+    frames = [xt.clone()] if keep_frames else []
+    has_ended = torch.zeros(len(xt), dtype=torch.bool, device=xt.device)
+    for left in range(start, seq_len, block_size):
+        right = left + block_size
+        done = sample(
+            context.window(xt, left, right),
+            xt[:, left:right],
+            rule,
+            proposal,
+            mask_token_id=mask_token_id,
+            noise_seed=noise_seed,
+            sample_ids=sample_ids,
+            first_position=left,
+            keeps_rows=context.keeps_rows,
+            change=change,
+            keep_frames=keep_frames,
+        )
+        for frame in done.frames[1:]:
+            frames.append(torch.cat([xt[:, :left], frame, xt[:, right:]], dim=1))
+        xt[:, left:right] = done.x0
+        num_passes += done.num_passes
+        nfe += torch.where(has_ended, 0, done.nfe)
+        if eos_token_id is not None:
+            has_ended = _end(xt, is_mask, left, right, eos_token_id, has_ended)
+            if has_ended.all():
+                break
+        taken = context.finish(xt, left, right)
+        num_passes += taken
+        nfe += torch.where(has_ended, 0, taken)
+    return Sampled(xt, nfe, num_passes, frames)
+
+
+def _end(
+    xt: Int[Tensor, "B L"],
+    is_mask: Bool[Tensor, "B L"],
+    left: int,
+    right: int,
+    eos_token_id: int,
+    has_ended: Bool[Tensor, " B"],
+) -> Bool[Tensor, " B"]:
+    """Write ends behind the first drawn one of each row; which rows have ended."""
+    is_end = torch.zeros_like(is_mask)
+    is_end[:, left:right] = (xt[:, left:right] == eos_token_id) & is_mask[:, left:right]
+    is_behind = (is_end.cumsum(dim=1) > 0) & is_mask
+    xt.masked_fill_(is_behind, eos_token_id)
+    return has_ended | is_end.any(dim=1)

@@ -1,0 +1,224 @@
+"""How a window of a row meets the rest of it: computed anew, from exact keys and values, or from older ones.
+
+A context makes the ``Predict`` of a window and hears when the window is done.  W window, L seq_len; a window is
+[start, stop) of every row.
+
+    Whole        the whole row in every pass: any denoiser, no cache
+    ExactCache   block-causal models: what lies before the window is final, and its keys and values are kept
+    PrefixCache  models of full attention: keys and values of what lies before, from the last pass of the whole row
+    DualCache    the same for what lies before and behind: a pass computes the window alone
+
+The last two are approximations, since under full attention all keys and values change with every token: Fast-dLLM
+(arXiv 2505.22618).  With ``refresh_every`` 1 every pass is of the whole row, and nothing is approximate.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dlm_core.models.attention import AttentionMask, KVCache
+from dlm_core.models.transformer import Denoiser
+from dlm_core.samplers.loop import Pass, Predict
+
+NoiseLevel = Callable[[Tensor | None], Tensor | None]
+"""Times [R] of the rows of a pass -> noise_level [R, 1] of a model that is conditioned on it."""
+
+
+def unconditioned(t: Float[Tensor, " R"] | None) -> Float[Tensor, "R 1"] | None:
+    """No noise level, for models that take none."""
+    return None
+
+
+class Context(ABC):
+    """The rest of the rows, for one window after another, from left to right."""
+
+    keeps_rows: bool
+    """Whether every pass has to have every row."""
+
+    @abstractmethod
+    def begin(self, xt: Int[Tensor, "B L"], start: int) -> int:
+        """Take in what lies before the first window; the passes that this took."""
+
+    @abstractmethod
+    def window(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> Predict:
+        """The denoiser of the window [start, stop) of xt, whose positions count from its start."""
+
+    @abstractmethod
+    def finish(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> int:
+        """The window is filled; the passes that taking it in took."""
+
+
+@dataclass
+class Whole(Context):
+    """Every pass computes the whole row."""
+
+    predict: Predict
+    keeps_rows: bool = False
+
+    def begin(self, xt: Int[Tensor, "B L"], start: int) -> int:
+        """Nothing to do."""
+        return 0
+
+    def window(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> Predict:
+        """The denoiser of the row with the window in its place."""
+
+        def predict(window: Tensor, select: Tensor, which: Pass) -> Tensor:
+            rows = xt if len(which.rows) == len(xt) else xt[which.rows]
+            whole = torch.cat([rows[:, :start], window, rows[:, stop:]], dim=1)
+            return self.predict(whole, _in_row(select, stop - start, xt.shape[1], start), which)
+
+        return predict
+
+    def finish(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> int:
+        """Nothing to do."""
+        return 0
+
+
+@dataclass
+class ExactCache(Context):
+    """Keys and values of the clean blocks before the window: exact for block diffusion (BD3-LM, arXiv 2503.09573).
+
+    Windows are blocks of block_size tokens.  What lies before the first is taken in by one pass, each filled block by
+    one more.
+    """
+
+    model: Denoiser
+    block_size: int
+    noise_level: NoiseLevel = unconditioned
+    keeps_rows: bool = True
+    cache: KVCache = field(init=False)
+
+    def begin(self, xt: Int[Tensor, "B L"], start: int) -> int:
+        """One pass, if there is anything.  Raises ValueError for a start inside a block."""
+        if start % self.block_size:
+            raise ValueError(f"the first window begins at {start}, inside a block of {self.block_size}")
+        self.cache = self.model.make_cache(len(xt), xt.shape[1])
+        return self._take_in(xt[:, :start])
+
+    def window(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> Predict:
+        """The denoiser of one block behind the cache."""
+
+        def predict(window: Tensor, select: Tensor, which: Pass) -> Tensor:
+            return self._forward(window, select, which.t)
+
+        return predict
+
+    def finish(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> int:
+        """One pass, unless it was the last block."""
+        return 0 if stop == xt.shape[1] else self._take_in(xt[:, start:stop])
+
+    def _take_in(self, tokens: Int[Tensor, "B n"]) -> int:
+        if not tokens.shape[1]:
+            return 0
+        clean = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+        self._forward(tokens, torch.empty(0, dtype=torch.int64, device=tokens.device), clean)
+        self.cache.advance(tokens.shape[1])
+        return 1
+
+    def _forward(self, tokens: Tensor, select: Tensor, t: Tensor | None) -> Tensor:
+        mask = AttentionMask("block_causal", block_size=self.block_size)
+        logits = self.model(tokens, select, mask=mask, cache=self.cache, noise_level=self.noise_level(t))
+        assert isinstance(logits, Tensor)
+        return logits
+
+
+@dataclass
+class _Approximate(Context):
+    """What both approximate caches share: every so many passes, and in the first of a window, the whole row."""
+
+    model: Denoiser
+    refresh_every: int = 0
+    """Passes of a window from one of the whole row to the next; 0 for one at its start alone."""
+    target_offset: int = 0
+    noise_level: NoiseLevel = unconditioned
+    keeps_rows: bool = True
+
+    def __post_init__(self) -> None:
+        if self.refresh_every < 0:
+            raise ValueError(f"refresh_every is {self.refresh_every}; it must be 0 or more")
+
+    def begin(self, xt: Int[Tensor, "B L"], start: int) -> int:
+        """Nothing to do: the first pass of each window takes in all."""
+        if self.target_offset and (xt[:, 0] == self.model.config.mask_token_id).any():
+            raise ValueError("position 0 is to be filled, which a shifted model can't predict; give it")
+        return 0
+
+    def finish(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> int:
+        """Nothing to do."""
+        return 0
+
+    def _is_whole(self, number: int) -> bool:
+        return number == 0 or (self.refresh_every > 0 and number % self.refresh_every == 0)
+
+
+class PrefixCache(_Approximate):
+    """A pass computes the window and what follows it; what lies before has keys and values of the last whole pass.
+
+    Fast-dLLM (arXiv 2505.22618), prefix cache.
+    """
+
+    def window(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> Predict:
+        """The denoiser of the window; its passes are counted from 0."""
+        seq_len, base = xt.shape[1], start - self.target_offset  # where the answer for the window's first token is
+        first = max(base, 0)
+        cache = self.model.make_cache(len(xt), seq_len)
+        number = 0
+
+        def predict(window: Tensor, select: Tensor, which: Pass) -> Tensor:
+            nonlocal number, cache
+            whole = torch.cat([xt[:, :start], window, xt[:, stop:]], dim=1)
+            level = self.noise_level(which.t)
+            if self._is_whole(number):
+                cache = self.model.make_cache(len(xt), seq_len)
+                places = _in_row(select, stop - start, seq_len, base)
+                logits = self.model(whole, places, cache=cache, noise_level=level)
+                cache.advance(first)
+            else:
+                places = _in_row(select, stop - start, seq_len - first, base - first)
+                logits = self.model(whole[:, first:], places, cache=cache, noise_level=level)
+            number += 1
+            assert isinstance(logits, Tensor)
+            return logits
+
+        return predict
+
+
+class DualCache(_Approximate):
+    """A pass computes the window alone, among keys and values of the last pass of the whole row.
+
+    Fast-dLLM (arXiv 2505.22618), dual cache.
+    """
+
+    def window(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> Predict:
+        """The denoiser of the window; its passes are counted from 0."""
+        seq_len, base = xt.shape[1], start - self.target_offset  # where the answer for the window's first token is
+        first = max(base, 0)
+        cache = self.model.make_cache(len(xt), seq_len)
+        number = 0
+
+        def predict(window: Tensor, select: Tensor, which: Pass) -> Tensor:
+            nonlocal number
+            whole = torch.cat([xt[:, :start], window, xt[:, stop:]], dim=1)
+            level = self.noise_level(which.t)
+            if self._is_whole(number):
+                cache.replace(0, seq_len)
+                logits = self.model(whole, _in_row(select, stop - start, seq_len, base), cache=cache, noise_level=level)
+            else:
+                cache.replace(first, stop)
+                positions = torch.arange(first, stop, device=xt.device).expand(len(xt), -1)
+                places = _in_row(select, stop - start, stop - first, base - first)
+                logits = self.model(whole[:, first:stop], places, positions=positions, cache=cache, noise_level=level)
+            number += 1
+            assert isinstance(logits, Tensor)
+            return logits
+
+        return predict
+
+
+def _in_row(select: Int[Tensor, " M"], width: int, seq_len: int, start: int) -> Int[Tensor, " M"]:
+    """Flat positions of windows as flat positions of rows in which the window begins at ``start``."""
+    return select // width * seq_len + select % width + start

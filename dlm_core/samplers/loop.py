@@ -1,0 +1,233 @@
+"""The one loop of all samplers: a rule asks for positions, the denoiser predicts, tokens are drawn, the rule writes.
+
+A rule is a generator over a ``Canvas``: it yields an ``Ask`` (these positions of these rows) and is sent the ``Drawn``
+tokens, of which it writes those it takes, where it also puts masks back if it remasks.  So each published sampler reads
+like its pseudo-code, in a file of its own:
+
+    planned.py      ancestral, first-hitting, random order: which position comes when is known before the first pass
+    confident.py    low confidence, margin, entropy, with quotas, thresholds or a bound on entropy
+    remask.py       ReMDM and path planning, which take tokens back
+    speculative.py  several steps of a greedy sampler verified in one pass
+    blocks.py       the outer loop: windows of a row, one after another, and their caches
+
+Which positions a rule asks for never depends on a number on the device, unless its docstring says so: a step makes the
+host wait for nothing.  Shapes: B rows, L seq_len, R rows of one pass, M positions asked for in it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dlm_core.cross_entropy import Denoise, exclude_token
+from dlm_core.noise import Stream, as_uniform, extend_hash, hash_words
+from dlm_core.samplers.proposal import Drawn, Proposal, Score, are_usable, draw
+
+
+class Pass(NamedTuple):
+    """What a denoiser may want to know of the rows of one pass."""
+
+    rows: Int[Tensor, " R"]
+    """Which rows of the batch they are."""
+    t: Float[Tensor, " R"] | None
+    """Time of each, for models that are conditioned on it; None where the rule has no time."""
+
+
+Predict = Callable[[Tensor, Tensor, Pass], Tensor]
+"""(xt [R, L], select [M], pass) -> logits [M, V] of the tokens at the flat positions ``select`` of xt."""
+Change = Callable[[Tensor, Tensor], Tensor]
+"""(logits [M, V], flat positions [M] in the batch) -> other logits: a constraint, a bonus, a penalty."""
+
+
+class Ask(NamedTuple):
+    """One pass that a rule wants."""
+
+    select: Int[Tensor, " M"]
+    """Flat positions of ``xt``."""
+    xt: Int[Tensor, "R L"]
+    rows: Int[Tensor, " R"]
+    """Rows of the batch that those of xt are, or are states of."""
+    step: int | Int[Tensor, " M"]
+    """Addresses the draws, with the row and the position."""
+    t: Float[Tensor, " R"] | None = None
+    score: Score | None = None
+    is_tempered: bool = False
+    held: Int[Tensor, " M"] | None = None
+    """Tokens that are scored in place of the drawn ones, where they are no mask."""
+    is_greedy: bool = False
+    """Takes the most likely tokens, whatever the proposal says."""
+    is_busy: Bool[Tensor, " R"] | None = None
+    """Rows that still need the pass, where others go through it only because nobody looked; None for all."""
+
+
+class Rule(ABC):
+    """How a sampler goes about a row."""
+
+    adds_rows: ClassVar[bool] = False
+    """Whether a pass may have several states of a row, which a cache of keys and values has no place for."""
+
+    @abstractmethod
+    def turns(self, canvas: "Canvas") -> Generator[Ask, Drawn, None]:
+        """Ask, and write what was drawn, until no mask is left."""
+
+
+@dataclass
+class Canvas:
+    """The rows while they are filled; what is no mask at first is never changed."""
+
+    xt: Int[Tensor, "B L"]
+    mask_token_id: int
+    noise_seed: int
+    sample_ids: Int[Tensor, " B"]
+    """Address the noise of the rows; on the host."""
+    first_position: int = 0
+    """Of the window in its row: noise is addressed by places in the row."""
+    keeps_rows: bool = False
+    """Every pass has every row, as a cache of keys and values wants it."""
+    is_open: Bool[Tensor, "B L"] = field(init=False)
+    """What is to be filled, on the host: looked at once, before the first pass."""
+    rows: Int[Tensor, " B"] = field(init=False)
+    _hashes: dict[Stream, Int[Tensor, " BL"]] = field(init=False)
+    """By stream, of (noise_seed, stream, sample id, position), on the device."""
+
+    def __post_init__(self) -> None:
+        self.xt = self.xt.clone(memory_format=torch.contiguous_format)
+        self.is_open = (self.xt == self.mask_token_id).cpu()
+        self.rows = torch.arange(len(self.xt), device=self.xt.device)
+        self._hashes = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self.xt.device
+
+    def uniforms(self, stream: Stream, step: int | Int[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+        """One number for every position, on the host."""
+        return as_uniform(extend_hash(self._addresses(stream), step))
+
+    def draws(
+        self, places: Int[Tensor, " M"], step: int | Int[Tensor, " M"], stream: Stream = Stream.CATEGORICAL
+    ) -> Float[Tensor, " M"]:
+        """One number for each flat position of the batch, on the device."""
+        if stream not in self._hashes:
+            self._hashes[stream] = self._addresses(stream).to(self.device).flatten()
+        return as_uniform(extend_hash(self._hashes[stream][places], step))
+
+    def _addresses(self, stream: Stream) -> Int[Tensor, "B L"]:
+        positions = self.first_position + torch.arange(self.xt.shape[1])
+        return hash_words(self.noise_seed, stream, self.sample_ids[:, None], positions[None, :])
+
+    def ask(
+        self, select: Int[Tensor, " M"], rows: Int[Tensor, " R"], step: int, t: Float[Tensor, " R"] | None = None
+    ) -> Ask:
+        """A pass of some rows, ``select`` being flat positions of these; of all, where the canvas keeps its rows."""
+        if not self.keeps_rows or len(rows) == len(self.rows):
+            xt = self.xt if len(rows) == len(self.rows) else self.xt[rows]
+            return Ask(select, xt, rows, step, t)
+        seq_len = self.xt.shape[1]
+        places = rows[select // seq_len] * seq_len + select % seq_len
+        is_busy = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device).index_fill(0, rows, True)
+        times = None if t is None else torch.ones(len(self.rows), dtype=t.dtype, device=t.device).index_copy(0, rows, t)
+        return Ask(places, self.xt, self.rows, step, times, is_busy=is_busy)
+
+    def place(self, ask: Ask) -> Int[Tensor, " M"]:
+        """Flat positions in the batch of those that were asked for."""
+        seq_len = self.xt.shape[1]
+        return ask.rows[ask.select // seq_len] * seq_len + ask.select % seq_len
+
+    def write(self, places: Int[Tensor, " M"], tokens: Int[Tensor, " M"]) -> None:
+        """Put tokens, or the mask, at flat positions of the batch."""
+        self.xt.view(-1)[places] = tokens
+
+
+# Positions of rows without a wait for the device: W a row, the first ones with a meaning
+
+
+def flat_places(places: Int[Tensor, "B W"], seq_len: int) -> Int[Tensor, " BW"]:
+    """Flat positions in a batch of rows of seq_len."""
+    rows = torch.arange(len(places), device=places.device)
+    return (rows[:, None] * seq_len + places).flatten()
+
+
+def open_places(is_open: Bool[Tensor, "B L"], width: int) -> tuple[Int[Tensor, "B W"], Bool[Tensor, "B W"]]:
+    """The first ``width`` positions of each row, open ones first, and which are open."""
+    places = is_open.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    return places, is_open.gather(1, places)
+
+
+def first_of(order: Int[Tensor, "B W"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B W"]:
+    """Which are among the first ``count`` of ``order``, a permutation of 0..W - 1 in each row."""
+    ranks = torch.arange(order.shape[1], device=order.device)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, ranks < count[:, None])
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a sampler returns."""
+
+    x0: Int[Tensor, "B L"]
+    nfe: Int[Tensor, " B"]
+    """Forward passes that each row needed."""
+    num_passes: int
+    """Forward passes of the denoiser, each of some of the rows."""
+    frames: list[Int[Tensor, "B L"]]
+    """The rows before the first pass and after each, if they were to be kept."""
+
+
+def without_pass(denoise: Denoise) -> Predict:
+    """A denoiser to which all rows are alike."""
+    return lambda xt, select, which: denoise(xt, select)
+
+
+def sample(
+    predict: Predict,
+    xt: Int[Tensor, "B L"],
+    rule: Rule,
+    proposal: Proposal,
+    *,
+    mask_token_id: int,
+    noise_seed: int,
+    sample_ids: Int[Tensor, " B"] | None = None,
+    first_position: int = 0,
+    keeps_rows: bool = False,
+    change: Change | None = None,
+    keep_frames: bool = False,
+) -> Sampled:
+    """Fill the masks of xt by a rule.
+
+    ``sample_ids`` address the noise of the rows, 0.. by default: a row is the same in any batch.  ``first_position``
+    is that of xt in its row, where xt is a window.  ``keeps_rows`` puts every row into every pass.  ``change`` is
+    called with the logits of each pass.  Raises ValueError for logits that give no distribution, after the last pass.
+    """
+    ids = torch.arange(len(xt)) if sample_ids is None else sample_ids.cpu()
+    canvas = Canvas(xt, mask_token_id, noise_seed, ids, first_position, keeps_rows)
+    nfe = torch.zeros(len(xt), dtype=torch.int64, device=canvas.device)
+    is_usable = torch.ones((), dtype=torch.bool, device=canvas.device)
+    frames = [canvas.xt.clone()] if keep_frames else []
+    greedy, num_passes = Proposal(temperature=0.0, suppressed=proposal.suppressed), 0
+    turns = rule.turns(canvas)
+    ask = next(turns, None)
+    while ask is not None:
+        logits = exclude_token(predict(ask.xt, ask.select, Pass(ask.rows, ask.t)), mask_token_id)
+        places = canvas.place(ask)
+        logits = logits if change is None else change(logits, places)
+        is_usable &= are_usable(logits)
+        u = canvas.draws(places, ask.step)
+        chosen = greedy if ask.is_greedy else proposal
+        held = None if ask.held is None else torch.where(ask.held == mask_token_id, -1, ask.held)
+        drawn = draw(chosen, logits, u, ask.score, is_tempered=ask.is_tempered, held=held)
+        nfe.index_add_(0, ask.rows, torch.ones_like(ask.rows) if ask.is_busy is None else ask.is_busy.long())
+        num_passes += 1
+        try:
+            ask = turns.send(drawn)
+        except StopIteration:
+            ask = None
+        if keep_frames:
+            frames.append(canvas.xt.clone())
+    if not is_usable:
+        raise ValueError("the denoiser's logits hold nan or inf, or are -inf for every id; no id can be drawn")
+    return Sampled(canvas.xt, nfe, num_passes, frames)

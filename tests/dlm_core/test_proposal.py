@@ -1,0 +1,168 @@
+"""From logits to a token and its score, against naive computations over lists."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlm_core.samplers.proposal import Proposal, are_usable, draw
+from tests.support import reference
+
+EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
+WEIGHTS = st.lists(
+    st.lists(st.integers(0, 9), min_size=4, max_size=4).filter(lambda row: sum(w > 0 for w in row) > 1),
+    min_size=1,
+    max_size=6,
+)
+UNIFORM = st.floats(0, 1, exclude_max=True)
+
+
+def _drawn(weights: list[list[int]], u: float, proposal: Proposal) -> list[int]:
+    logits = torch.tensor(weights, dtype=torch.float64).log()
+    return draw(proposal, logits, torch.full((len(weights),), u, dtype=torch.float64)).x0.tolist()
+
+
+def _is_at(probs: list[float], u: float, index: int) -> bool:
+    """Whether an inverse of the cumulative distribution may give that index; nearer an edge rounding decides."""
+    edges = [math.fsum(probs[:i]) for i in range(len(probs) + 1)]
+    near = min(abs(u - edge) for edge in edges) <= 1e-12
+    return probs[index] > 0 and (near or index == reference.inverse_cdf(probs, u))
+
+
+def _normed(weights: list[float]) -> list[float]:
+    return [w / math.fsum(weights) for w in weights]
+
+
+@EXAMPLES
+@given(WEIGHTS, UNIFORM)
+def test_draw_of_any_row_is_the_naive_inverse_of_its_cdf(weights, u):
+    for row, index in zip(weights, _drawn(weights, u, Proposal()), strict=True):
+        assert _is_at(_normed(row), u, index)
+
+
+@EXAMPLES
+@given(WEIGHTS, UNIFORM, st.integers(1, 5))
+def test_top_k_draws_among_the_k_most_likely(weights, u, top_k):
+    for row, index in zip(weights, _drawn(weights, u, Proposal(top_k=top_k)), strict=True):
+        least = sorted(row, reverse=True)[min(top_k, 4) - 1]
+        assert row[index] >= least
+        if sorted(row, reverse=True).count(least) == 1 or top_k >= 4:  # which of equals are kept is no promise
+            assert _is_at(_normed([w if w >= least else 0 for w in row]), u, index)
+
+
+@EXAMPLES
+@given(WEIGHTS, UNIFORM, st.floats(0.05, 1.0))
+def test_top_p_draws_among_the_most_likely_that_reach_p(weights, u, top_p):
+    for row, index in zip(weights, _drawn(weights, u, Proposal(top_p=top_p)), strict=True):
+        probs = _normed(row)
+        order = sorted(range(4), key=lambda i: -probs[i])
+        sums = [math.fsum(probs[i] for i in order[:n]) for n in range(4)]
+        if len(set(row)) < 4 or min(abs(s - top_p) for s in sums) < 1e-9:
+            continue  # which of equals are kept is no promise
+        kept = {i for i, before in zip(order, sums, strict=True) if before < top_p}
+        assert _is_at(_normed([p if i in kept else 0.0 for i, p in enumerate(probs)]), u, index)
+
+
+def test_top_p_is_cut_before_top_k():
+    row = [[0.4, 0.3, 0.2, 0.1]]  # top_k first would make these 4/7 and 3/7, of which 0.5 keeps one
+    logits = torch.tensor(row, dtype=torch.float64).log()
+    u = torch.tensor([0.99], dtype=torch.float64)
+    assert draw(Proposal(top_k=2, top_p=0.5), logits, u).x0.tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draw_at_a_temperature_is_of_the_tempered_distribution(temperature):
+    weights = [0.5, 0.3, 0.15, 0.05]
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    drawn = draw(Proposal(temperature), torch.tensor(weights).log().expand(10_000, 4), u).x0
+    shares = (torch.bincount(drawn, minlength=4) / 10_000).tolist()
+    assert shares == pytest.approx(_normed([w ** (1 / temperature) for w in weights]), abs=2e-4)  # a cell of u
+
+
+def test_draw_reaches_tails_below_the_resolution_of_float32():
+    tail = 1 / (1 + math.exp(20.0))  # 2e-9, which float32 cannot subtract from 1
+    logits = torch.tensor([[0.0, -20.0]]).expand(2, 2)
+    u = torch.tensor([1 - 1.5 * tail, 1 - 0.5 * tail], dtype=torch.float64)
+    assert draw(Proposal(), logits, u).x0.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("column", [0, 2, 4])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+def test_an_impossible_or_suppressed_id_is_never_drawn(u, column, temperature):
+    logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    logits[:, column] = -torch.inf
+    suppressed = (column + 1) % 5
+    drawn = draw(Proposal(temperature, suppressed=(suppressed,)), logits, torch.full((200,), u, dtype=torch.float64)).x0
+    assert ((drawn >= 0) & (drawn < 5) & (drawn != column) & (drawn != suppressed)).all()
+
+
+# Scores
+
+
+def _entropy(probs: list[float]) -> float:
+    return -math.fsum(p * math.log(p) for p in probs if p > 0)
+
+
+@pytest.mark.parametrize("is_tempered", [False, True])
+@pytest.mark.parametrize("proposal", [Proposal(0.0), Proposal(1.0), Proposal(0.4), Proposal(0.7, top_k=3)])
+def test_scores_are_those_of_the_naive_formulas(proposal, is_tempered):
+    draws = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 6, generator=draws, dtype=torch.float64)
+    u = torch.rand(40, generator=draws, dtype=torch.float64)
+    held = torch.where(torch.rand(40, generator=draws) < 0.3, 2, -1)
+    found = {
+        score: draw(proposal, logits, u, score, is_tempered=is_tempered, held=held)
+        for score in ("probability", "margin", "entropy")
+    }
+    for row in range(40):
+        tempered = _normed([math.exp(z / (proposal.temperature or 1.0)) for z in logits[row].tolist()])
+        cut = sorted(tempered, reverse=True)[: proposal.top_k or 6]
+        of_draw = _normed([p if p >= cut[-1] else 0.0 for p in tempered])
+        probs = of_draw if is_tempered else _normed([math.exp(z) for z in logits[row].tolist()])
+        best = sorted(probs, reverse=True)
+        scored = int(held[row]) if held[row] >= 0 else int(found["probability"].x0[row])
+        assert float(found["probability"].score[row]) == pytest.approx(probs[scored], rel=1e-12)
+        assert float(found["margin"].score[row]) == pytest.approx(best[0] - best[1], rel=1e-12, abs=1e-15)
+        assert float(found["entropy"].score[row]) == pytest.approx(-_entropy(probs), rel=1e-12)
+        assert float(found["margin"].entropy[row]) == pytest.approx(_entropy(probs), rel=1e-12)
+
+
+def test_two_ids_are_ordered_alike_by_every_score():
+    logits = torch.tensor([[0.3, 0.0], [2.0, 0.0], [-1.0, 0.0], [0.0, 0.1]], dtype=torch.float64)
+    u = torch.full((4,), 0.5, dtype=torch.float64)
+    orders = {
+        tuple(draw(Proposal(0.0), logits, u, score).score.argsort().tolist())
+        for score in ("probability", "margin", "entropy")
+    }
+    assert len(orders) == 1
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("logits", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf]])
+def test_logits_that_give_no_distribution_are_told(logits):
+    assert not are_usable(torch.tensor([[0.0, 1.0], logits]))
+    assert are_usable(torch.tensor([[0.0, 1.0], [-math.inf, 3.0]]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.5}, "temperature is -0.5"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, r"top_p is 0.0; it must lie in \(0, 1\]"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"temperature": 0.0, "top_p": 0.9}, "change nothing at temperature 0"),
+        ({"temperature": 0.0, "top_k": 5}, "change nothing at temperature 0; leave"),
+        ({"suppressed": (3, -1)}, "suppressed has the id -1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Proposal(**settings)

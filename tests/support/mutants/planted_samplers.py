@@ -1,0 +1,108 @@
+"""Faults planted in the samplers: what their papers and peers warn of, one line each."""
+
+from tests.support.mutants.mutant import Planted
+
+SAMPLERS: tuple[Planted, ...] = (
+    Planted(
+        "samplers/proposal",
+        "the draw in float32, which cuts the tails off",
+        "probs = _truncated((logits.double() / proposal.temperature).softmax(dim=-1), proposal)",
+        "probs = _truncated((logits.float() / proposal.temperature).softmax(dim=-1), proposal)",
+    ),
+    Planted(
+        "samplers/proposal", "top_p without the token that reaches it", "- ordered < proposal.top_p", "< proposal.top_p"
+    ),
+    Planted("samplers/proposal", "entropy of the wrong sign", "return -entropy, entropy", "return entropy, entropy"),
+    Planted(
+        "samplers/planned",
+        "a pass for all rows wherever one reveals something",
+        "ask = canvas.ask(select, rows, 0, times)",
+        "ask = Ask(canvas.place(canvas.ask(select, rows, 0, times)), canvas.xt, canvas.rows, 0, None)",
+    ),
+    Planted(
+        "samplers/planned",
+        "reveals one step late",
+        "step = torch.searchsorted(-shares[1:]",
+        "step = torch.searchsorted(-shares",
+    ),
+    Planted(
+        "samplers/planned",
+        "first hitting in rising order of u",
+        "_ranks(canvas.is_open, -u)",
+        "_ranks(canvas.is_open, u)",
+    ),
+    Planted(
+        "samplers/quotas",
+        "the remainder of an even split in the last steps",
+        "(steps < num_masks[:, None] % self.num_steps)",
+        "(steps >= self.num_steps - num_masks[:, None] % self.num_steps)",
+    ),
+    Planted(
+        "samplers/quotas",
+        "s/t in place of 1 - s/t",
+        "share = 1.0 - times[step + 1] / times[step]",
+        "share = times[step + 1] / times[step]",
+    ),
+    Planted(
+        "samplers/confident",
+        "a threshold that may take none",
+        "((score > self.tau) & is_open).sum(dim=1).clamp(min=1)",
+        "((score > self.tau) & is_open).sum(dim=1)",
+    ),
+    Planted("samplers/confident", "the bound of n for n - 1", "self.factor / (n + 1)", "self.factor / n"),
+    Planted(
+        "samplers/confident",
+        "the largest entropy is lost too",
+        "entropy.cumsum(dim=1) - entropy.cummax(dim=1).values",
+        "entropy.cumsum(dim=1)",
+    ),
+    Planted(
+        "samplers/confident",
+        "places with a meaning and without in one order",
+        "order = score.masked_fill(~is_asked, -torch.inf).argsort",
+        "order = score.argsort",
+    ),
+    Planted(
+        "samplers/remask",
+        "reveals without what is taken back",
+        "(alpha_s - (1.0 - own) * alpha_t)",
+        "(alpha_s - alpha_t)",
+    ),
+    Planted(
+        "samplers/remask",
+        "confidence of the wrong sign",
+        "doubt = torch.where(is_token, -sureness, -torch.inf)",
+        "doubt = torch.where(is_token, sureness, -torch.inf)",
+    ),
+    Planted(
+        "samplers/remask",
+        "tokens scored as if drawn anew",
+        "is_tempered=self.is_tempered, held=held",
+        "is_tempered=self.is_tempered, held=None",
+    ),
+    Planted("samplers/speculative", "a chain followed where it was left", ".cumprod(dim=1).sum(dim=1)", ".sum(dim=1)"),
+    Planted(
+        "samplers/contexts",
+        "a prefix that never grows old",
+        "return number == 0 or (self.refresh_every > 0",
+        "return number == 0 or (self.refresh_every > 1",
+    ),
+    Planted(
+        "samplers/contexts",
+        "the window at the start of the row",
+        "return select // width * seq_len + select % width + start",
+        "return select // width * seq_len + select % width",
+    ),
+    Planted(
+        "samplers/blocks",
+        "ends of the prompt end a row",
+        "(xt[:, left:right] == eos_token_id) & is_mask[:, left:right]",
+        "xt[:, left:right] == eos_token_id",
+    ),
+    Planted(
+        "samplers/loop",
+        "noise of the place in the batch",
+        "self.sample_ids[:, None], positions",
+        "torch.arange(len(self.xt))[:, None], positions",
+    ),
+)
