@@ -9,28 +9,21 @@ A context makes the ``Predict`` of a window and hears when the window is done.  
     DualCache    the same for what lies before and behind: a pass computes the window alone
 
 The last two are approximations, since under full attention all keys and values change with every token: Fast-dLLM
-(arXiv 2505.22618).  With ``refresh_every`` 1 every pass is of the whole row, and nothing is approximate.
+(arXiv 2505.22618).  With ``refresh_every`` 1 every pass is of the whole row, and nothing is approximate.  Caches are
+for models that are not conditioned on the time.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from dlm_core.models.attention import AttentionMask, KVCache
 from dlm_core.models.transformer import Denoiser
 from dlm_core.samplers.loop import Pass, Predict
-
-NoiseLevel = Callable[[Tensor | None], Tensor | None]
-"""Times [R] of the rows of a pass -> noise_level [R, 1] of a model that is conditioned on it."""
-
-
-def unconditioned(t: Float[Tensor, " R"] | None) -> Float[Tensor, "R 1"] | None:
-    """No noise level, for models that take none."""
-    return None
 
 
 class Context(ABC):
@@ -88,7 +81,6 @@ class ExactCache(Context):
 
     model: Denoiser
     block_size: int
-    noise_level: NoiseLevel = unconditioned
     keeps_rows: bool = True
     cache: KVCache = field(init=False)
 
@@ -103,7 +95,7 @@ class ExactCache(Context):
         """The denoiser of one block behind the cache."""
 
         def predict(window: Tensor, select: Tensor, which: Pass) -> Tensor:
-            return self._forward(window, select, which.t)
+            return self._forward(window, select)
 
         return predict
 
@@ -114,45 +106,65 @@ class ExactCache(Context):
     def _take_in(self, tokens: Int[Tensor, "B n"]) -> int:
         if not tokens.shape[1]:
             return 0
-        clean = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-        self._forward(tokens, torch.empty(0, dtype=torch.int64, device=tokens.device), clean)
+        self._forward(tokens, torch.empty(0, dtype=torch.int64, device=tokens.device))
         self.cache.advance(tokens.shape[1])
         return 1
 
-    def _forward(self, tokens: Tensor, select: Tensor, t: Tensor | None) -> Tensor:
+    def _forward(self, tokens: Tensor, select: Tensor) -> Tensor:
         mask = AttentionMask("block_causal", block_size=self.block_size)
-        logits = self.model(tokens, select, mask=mask, cache=self.cache, noise_level=self.noise_level(t))
+        logits = self.model(tokens, select, mask=mask, cache=self.cache)
         assert isinstance(logits, Tensor)
         return logits
 
 
 @dataclass
 class _Approximate(Context):
-    """What both approximate caches share: every so many passes, and in the first of a window, the whole row."""
+    """Every so many passes, and in the first of a window, the whole row; in between a part of it among old keys."""
 
     model: Denoiser
     refresh_every: int = 0
     """Passes of a window from one of the whole row to the next; 0 for one at its start alone."""
     target_offset: int = 0
-    noise_level: NoiseLevel = unconditioned
     keeps_rows: bool = True
+    cache: KVCache = field(init=False)
+    reaches_end: ClassVar[bool]
+    """Whether a pass of a part computes what follows the window as well."""
 
     def __post_init__(self) -> None:
         if self.refresh_every < 0:
             raise ValueError(f"refresh_every is {self.refresh_every}; it must be 0 or more")
 
     def begin(self, xt: Int[Tensor, "B L"], start: int) -> int:
-        """Nothing to do: the first pass of each window takes in all."""
+        """No pass: the first one of each window takes in all."""
         if self.target_offset and (xt[:, 0] == self.model.config.mask_token_id).any():
             raise ValueError("position 0 is to be filled, which a shifted model can't predict; give it")
+        self.cache = self.model.make_cache(*xt.shape)
         return 0
+
+    def window(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> Predict:
+        """The denoiser of the window; its passes are counted from 0."""
+        seq_len, base = xt.shape[1], start - self.target_offset  # where the answer for the window's first token is
+        part = (max(base, 0), seq_len if self.reaches_end else stop)
+        number = 0
+
+        def predict(window: Tensor, select: Tensor, which: Pass) -> Tensor:
+            nonlocal number
+            is_whole = number == 0 or (self.refresh_every > 0 and number % self.refresh_every == 0)
+            number += 1
+            left, right = (0, seq_len) if is_whole else part
+            self.cache.replace(left, right)
+            row = torch.cat([xt[:, :start], window, xt[:, stop:]], dim=1)
+            positions = torch.arange(left, right, device=xt.device).expand(len(xt), -1)
+            places = _in_row(select, stop - start, right - left, base - left)
+            logits = self.model(row[:, left:right], places, positions=positions, cache=self.cache)
+            assert isinstance(logits, Tensor)
+            return logits
+
+        return predict
 
     def finish(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> int:
         """Nothing to do."""
         return 0
-
-    def _is_whole(self, number: int) -> bool:
-        return number == 0 or (self.refresh_every > 0 and number % self.refresh_every == 0)
 
 
 class PrefixCache(_Approximate):
@@ -161,30 +173,7 @@ class PrefixCache(_Approximate):
     Fast-dLLM (arXiv 2505.22618), prefix cache.
     """
 
-    def window(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> Predict:
-        """The denoiser of the window; its passes are counted from 0."""
-        seq_len, base = xt.shape[1], start - self.target_offset  # where the answer for the window's first token is
-        first = max(base, 0)
-        cache = self.model.make_cache(len(xt), seq_len)
-        number = 0
-
-        def predict(window: Tensor, select: Tensor, which: Pass) -> Tensor:
-            nonlocal number, cache
-            whole = torch.cat([xt[:, :start], window, xt[:, stop:]], dim=1)
-            level = self.noise_level(which.t)
-            if self._is_whole(number):
-                cache = self.model.make_cache(len(xt), seq_len)
-                places = _in_row(select, stop - start, seq_len, base)
-                logits = self.model(whole, places, cache=cache, noise_level=level)
-                cache.advance(first)
-            else:
-                places = _in_row(select, stop - start, seq_len - first, base - first)
-                logits = self.model(whole[:, first:], places, cache=cache, noise_level=level)
-            number += 1
-            assert isinstance(logits, Tensor)
-            return logits
-
-        return predict
+    reaches_end = True
 
 
 class DualCache(_Approximate):
@@ -193,30 +182,7 @@ class DualCache(_Approximate):
     Fast-dLLM (arXiv 2505.22618), dual cache.
     """
 
-    def window(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> Predict:
-        """The denoiser of the window; its passes are counted from 0."""
-        seq_len, base = xt.shape[1], start - self.target_offset  # where the answer for the window's first token is
-        first = max(base, 0)
-        cache = self.model.make_cache(len(xt), seq_len)
-        number = 0
-
-        def predict(window: Tensor, select: Tensor, which: Pass) -> Tensor:
-            nonlocal number
-            whole = torch.cat([xt[:, :start], window, xt[:, stop:]], dim=1)
-            level = self.noise_level(which.t)
-            if self._is_whole(number):
-                cache.replace(0, seq_len)
-                logits = self.model(whole, _in_row(select, stop - start, seq_len, base), cache=cache, noise_level=level)
-            else:
-                cache.replace(first, stop)
-                positions = torch.arange(first, stop, device=xt.device).expand(len(xt), -1)
-                places = _in_row(select, stop - start, stop - first, base - first)
-                logits = self.model(whole[:, first:stop], places, positions=positions, cache=cache, noise_level=level)
-            number += 1
-            assert isinstance(logits, Tensor)
-            return logits
-
-        return predict
+    reaches_end = False
 
 
 def _in_row(select: Int[Tensor, " M"], width: int, seq_len: int, start: int) -> Int[Tensor, " M"]:

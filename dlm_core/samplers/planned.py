@@ -10,6 +10,7 @@ hitting takes the positions in falling order of u, and ancestral sampling in T s
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,7 +42,7 @@ class Ancestral(Rule):
     num_steps: int
     schedule: Schedule = field(default_factory=LinearSchedule)
     t_end: float = 0.0
-    denoises_at_end: str = "no"
+    denoises_at_end: Literal["no", "argmax", "draw"] = "no"
     is_lazy: bool = True
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ ModelConfig.num_params moment_sums next_token_targets noise_positions num_blocks
 per_token PiecewiseDensity PiecewiseDensity.bin_of PiecewiseDensity.sample Preset RopeTables Router Router.forward
 RouterLoss RouterTap RouterTap.close RouterTap.selection_bias RowEstimate RowEstimate.per_token Rule Rule.turns sample
 Sampled Scoring Scoring.lengths shift_left stratified_counts Stream t_bins
-Targets tiny token_cross_entropy tokens_per_expert tokens_per_expert_and_bin unconditioned unigram_entropy
+Targets tiny token_cross_entropy tokens_per_expert tokens_per_expert_and_bin unigram_entropy
 variance_of_sums WeightedTimes Weighting Weighting.is_bound Weighting.token_weight Whole Whole.begin Whole.finish
 Whole.window why_not_grouped without_pass
 """

@@ -257,6 +257,7 @@ def test_frames_go_from_masks_to_the_text_and_change_nothing_that_stands():
     assert draw_rows(Ancestral(8)).frames == []
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -264,7 +265,10 @@ def test_frames_go_from_masks_to_the_text_and_change_nothing_that_stands():
         (lambda: Ancestral(4, t_end=1.0), "t_end is 1.0"),
         (lambda: Ancestral(4, t_end=0.1), "leaves masks at t_end 0.1"),
         (lambda: Ancestral(4, GeometricSchedule(1e-3, 20.0)), "leaves masks at t_end 0.0"),
-        (lambda: Ancestral(4, denoises_at_end="sample"), '"no", "argmax" or "draw"'),
+        (
+            lambda: Ancestral(4, denoises_at_end="sample"),  # pyright: ignore[reportArgumentType]
+            '"no", "argmax" or "draw"',
+        ),
         (lambda: FirstHitting(per_pass=0), "per_pass is 0"),
     ],
 )

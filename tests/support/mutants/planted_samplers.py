@@ -84,8 +84,8 @@ SAMPLERS: tuple[Planted, ...] = (
     Planted(
         "samplers/contexts",
         "a prefix that never grows old",
-        "return number == 0 or (self.refresh_every > 0",
-        "return number == 0 or (self.refresh_every > 1",
+        "is_whole = number == 0 or (self.refresh_every > 0",
+        "is_whole = number == 0 or (self.refresh_every > 1",
     ),
     Planted(
         "samplers/contexts",
