@@ -10,7 +10,7 @@ import dlm_core
 
 CORE = Path(dlm_core.__file__).parent
 MODULES = ["schedules", "kernels", "noise", "corruption", "blocks", "masks", "objectives", "cross_entropy", "variance"]
-MODULES += ["likelihood", "corpus_bound", "ar_init", "upcycling"]
+MODULES += ["likelihood", "answers", "answer_masks", "intervals", "corpus_bound", "ar_init", "upcycling"]
 MODULES += [
     f"samplers/{name}" for name in ("blocks", "confident", "contexts", "guidance", "loop", "planned", "proposal")
 ]

@@ -1,0 +1,262 @@
+"""How likely a model holds an answer to be, given what stands before (and behind) it.
+
+    masked diffusion    bound by exact counts of masks (dlm_core/answers.py); the context is never masked
+    block diffusion     bound by the chain over blocks, each given the clean ones before it
+    next tokens         exact
+
+A request's numbers depend on the request alone: neither the others, nor their order, nor batches change its masks.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import execution
+from pipeline.errors import UserError
+from pipeline.inference.model import OpenModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig:
+    """How answers are scored."""
+
+    num_masks: int = 64
+    """At most so many masked copies of a row; LLaDA (arXiv 2502.09992) takes 128, drawn one by one."""
+    guidance: float = 0.0
+    """w of classifier-free guidance, logits c + w (c - u) with u from the row with its context masked; 0: none."""
+    noise_seed: int = 2_000
+    batch_rows: int = execution(32)
+    """Copies that go through the model together; no effect on the masks."""
+
+    def __post_init__(self) -> None:
+        if self.num_masks < 8:
+            raise ValueError(f"num_masks is {self.num_masks}; a standard error needs at least 8")
+        if not 0.0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance is {self.guidance}; it must be 0 or more, and finite")
+        if self.batch_rows < 1:
+            raise ValueError(f"batch_rows is {self.batch_rows}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Request:
+    """An answer to be scored between two pieces of text, all as token ids."""
+
+    context: Sequence[int]
+    answer: Sequence[int]
+    mask_id: int
+    """Addresses the masks.  Choices of one question share it, so that their differences are less noisy."""
+    suffix: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Score:
+    """-log p of an answer, or a bound on it."""
+
+    nats: float
+    mc_se: float
+    """Noise of the drawn masks; 0 where nothing was drawn."""
+    dof: float
+    """Of mc_se; inf where it is 0."""
+    num_passes: int
+    num_cut: int
+    """Tokens at the beginning of the context for which there was no room."""
+
+
+def score(model: OpenModel, requests: Sequence[Request], config: LikelihoodConfig) -> list[Score]:
+    """The score of every request, in their order.
+
+    A context is cut from the left where a row would be longer than those that the model was trained on.  Raises
+    UserError for an answer and suffix that have no room by themselves, and for guidance that a model has no use for.
+    """
+    if not requests:
+        return []
+    rows = [_fitted(model, request) for request in requests]
+    if model.is_autoregressive:
+        _refuse_guidance(config, "predicts the next token")
+        return _next_tokens(model, rows, config.batch_rows)
+    if model.record.objective == "block_nelbo":
+        _refuse_guidance(config, "is of blocks, for which it is not built yet")
+        return _blocks(model, rows, config)
+    return _masked(model, rows, config)
+
+
+@dataclass(frozen=True)
+class _Row:
+    tokens: list[int]
+    start: int
+    size: int
+    mask_id: int
+    num_cut: int
+
+
+def _fitted(model: OpenModel, request: Request) -> _Row:
+    room = model.record.seq_len - len(request.answer) - len(request.suffix)
+    context = list(request.context)
+    if model.record.target_offset and not context:
+        context = [model.vocabulary.special.eos_token_id]  # nothing predicts the first token of a shifted model
+    needed = model.record.target_offset
+    if room < needed:
+        raise UserError(
+            f"an answer has {len(request.answer)} tokens and {len(request.suffix)} follow it, but rows of the model "
+            f"have {model.record.seq_len}{', of which the first must be given' if needed else ''}; shorten it"
+        )
+    kept = context[max(0, len(context) - room) :]
+    tokens = [*kept, *request.answer, *request.suffix]
+    return _Row(tokens, len(kept), len(request.answer), request.mask_id, len(context) - len(kept))
+
+
+def _refuse_guidance(config: LikelihoodConfig, reason: str) -> None:
+    if config.guidance:
+        raise UserError(f"guidance is {config.guidance}, but the model {reason}; set it to 0")
+
+
+# Masked diffusion
+
+
+def _masked(model: OpenModel, rows: Sequence[_Row], config: LikelihoodConfig) -> list[Score]:
+    import torch
+
+    from dlm_core.answers import Answers, answer_bound
+
+    answers = Answers(
+        torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int64),
+        torch.tensor([len(row.tokens) for row in rows]),
+        torch.tensor([row.start for row in rows]),
+        torch.tensor([row.size for row in rows]),
+        torch.tensor([row.mask_id for row in rows]),
+        model.mask_token_id,
+        config.noise_seed,
+    )
+    found = answer_bound(
+        _cross_entropy(model, answers, config.guidance),
+        answers,
+        num_masks=config.num_masks,
+        batch_rows=config.batch_rows,
+    )
+    columns = (found.nats, found.mc_se, found.dof, found.num_passes)
+    return [
+        Score(*figures, num_cut=row.num_cut)
+        for row, *figures in zip(rows, *(column.tolist() for column in columns), strict=True)
+    ]
+
+
+def _cross_entropy(model: OpenModel, answers: Any, guidance: float) -> "Callable[..., Tensor]":
+    import torch
+
+    from dlm_core.cross_entropy import HeadLoss, token_cross_entropy
+    from dlm_core.samplers.guidance import guided_logits
+
+    offset = model.record.target_offset
+
+    def cross_entropy(xt: "Tensor", rows: "Tensor", select: "Tensor", targets: "Tensor") -> "Tensor":
+        mask = _of_lengths(xt, answers.lengths[rows]).to(model.device)
+        asked, wanted = (select - offset).to(model.device), targets.to(model.device)
+        if not guidance:
+            ones = torch.ones(len(select), device=model.device)
+            return HeadLoss(*model.denoiser(xt.to(model.device), asked, wanted, ones, mask=mask)).cross_entropy
+        conditional = model.denoiser(xt.to(model.device), asked, mask=mask)
+        places = torch.arange(xt.shape[1])
+        is_context = (places >= offset) & (places < answers.starts[rows][:, None])
+        unguided = xt.masked_fill(is_context, model.mask_token_id).to(model.device)
+        unconditional = model.denoiser(unguided, asked, mask=mask)
+        return token_cross_entropy(guided_logits(conditional, unconditional, guidance), wanted)
+
+    return cross_entropy
+
+
+def _of_lengths(xt: "Tensor", lengths: "Tensor", family: Any = "full", **fields: Any) -> Any:
+    """A mask that parts rows from the padding behind them, where there is any."""
+    import torch
+
+    from dlm_core.models.attention import AttentionMask
+
+    is_padding = torch.arange(xt.shape[1]) >= lengths[:, None]
+    return AttentionMask(family, doc_ids=is_padding.long() if is_padding.any() else None, **fields)
+
+
+# Block diffusion
+
+
+def _blocks(model: OpenModel, rows: Sequence[_Row], config: LikelihoodConfig) -> list[Score]:
+    """Rows whose padded lengths agree go together."""
+    import torch
+
+    from dlm_core.likelihood import Scoring, block_bound
+
+    size = model.record.block_size
+    widths = [-(-len(row.tokens) // size) * size for row in rows]
+    found: dict[int, Score] = {}
+    for width in sorted(set(widths)):
+        some = [number for number, of_row in enumerate(widths) if of_row == width]
+        x0, scored = torch.full((len(some), width), _PADDING), torch.zeros(len(some), width, dtype=torch.bool)
+        for place, number in enumerate(some):
+            row = rows[number]
+            x0[place, : len(row.tokens)] = torch.tensor(row.tokens)
+            scored[place, row.start : row.start + row.size] = True
+        scoring = Scoring(
+            x0,
+            scored,
+            model.mask_token_id,
+            torch.tensor([rows[number].mask_id for number in some]),
+            config.noise_seed,
+            config.batch_rows,
+        )
+        bound = block_bound(_block_denoise(model), scoring, size, num_draws=config.num_masks)
+        for number, nats, mc_se in zip(some, bound.nats.tolist(), bound.mc_se.tolist(), strict=True):
+            passes = config.num_masks if rows[number].size else 0
+            found[number] = Score(
+                nats, mc_se, config.num_masks / 2 if mc_se else math.inf, passes, rows[number].num_cut
+            )
+    return [found[number] for number in range(len(rows))]
+
+
+_PADDING = -1
+"""No id: the places behind a row in whole blocks."""
+
+
+def _block_denoise(model: OpenModel) -> "Callable[[Tensor, Tensor, Tensor], Tensor]":
+    offset, size = model.record.target_offset, model.record.block_size
+
+    def denoise(xt: "Tensor", x0: "Tensor", select: "Tensor") -> "Tensor":
+        mask = _of_lengths(x0, (x0 != _PADDING).sum(dim=1), "block_diffusion", block_size=size).to(model.device)
+        halves = (half.clamp(min=0).to(model.device) for half in (xt, x0))
+        noised, clean = halves
+        return model.denoiser(noised, (select - offset).to(model.device), x0=clean, mask=mask)
+
+    return denoise
+
+
+# Next tokens
+
+
+def _next_tokens(model: OpenModel, rows: Sequence[_Row], batch_rows: int) -> list[Score]:
+    """Each token given those before it; the first of all given the end of a text."""
+    import torch
+
+    from dlm_core.cross_entropy import HeadLoss
+    from dlm_core.models.attention import AttentionMask
+
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number].tokens))
+    nats: dict[int, float] = {}
+    with torch.no_grad():
+        for first in range(0, len(order), batch_rows):
+            some = order[first : first + batch_rows]
+            width = max(len(rows[number].tokens) for number in some)
+            seen, targets = torch.zeros(2, len(some), width, dtype=torch.int64)
+            asked = torch.zeros(len(some), width, dtype=torch.bool)
+            for place, number in enumerate(some):
+                row = rows[number]
+                targets[place, : len(row.tokens)] = torch.tensor(row.tokens)
+                asked[place, row.start : row.start + row.size] = True
+            seen[:, 0], seen[:, 1:] = model.vocabulary.special.eos_token_id, targets[:, :-1]
+            select = asked.flatten().nonzero().squeeze(1)
+            columns = (seen, select, targets.flatten()[select], torch.ones(len(select)))
+            sent = (column.to(model.device) for column in columns)
+            losses = HeadLoss(*model.denoiser(*sent, mask=AttentionMask("causal"))).cross_entropy.double().cpu()
+            sums = torch.zeros(len(some), dtype=torch.float64).index_add_(0, select // width, losses)
+            nats.update(zip(some, sums.tolist(), strict=True))
+    return [Score(nats[number], 0.0, math.inf, 1 if row.size else 0, row.num_cut) for number, row in enumerate(rows)]

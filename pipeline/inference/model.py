@@ -1,0 +1,75 @@
+"""A trained model and its vocabulary, opened for questions: once a process, whatever asks."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.data.vocabulary import Vocabulary, load_vocabulary
+from pipeline.errors import UserError
+from pipeline.weights import ModelRecord, check_tokenizer, load_denoiser
+
+if TYPE_CHECKING:
+    import torch
+
+    from dlm_core.models.transformer import Denoiser
+
+
+@dataclass(frozen=True, eq=False)
+class OpenModel:
+    """What is needed to ask a model about text."""
+
+    denoiser: "Denoiser"
+    record: ModelRecord
+    vocabulary: Vocabulary
+    device: "torch.device"
+
+    @property
+    def mask_token_id(self) -> int:
+        """The id that stands for what is to be predicted."""
+        return self.vocabulary.special.mask_token_id
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether it predicts the next token, and is never shown a mask."""
+        return self.record.objective == "autoregressive_nll"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, taken literally."""
+        return self.vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def open_model(weights: Path, tokenizer: Path, device: str = "auto") -> OpenModel:
+    """Two committed artifacts as one model; "auto" is a GPU where there is one.
+
+    The last one stays open, so that a process reads its weights once.  Raises UserError for a tokenizer of other
+    weights, a device that is not there, and a model that is conditioned on the time, whose schedule weights don't tell.
+    """
+    return _open(weights, tokenizer, _device(device))
+
+
+@lru_cache(maxsize=1)
+def _open(weights: Path, tokenizer: Path, device: str) -> OpenModel:
+    import torch
+
+    model, record = load_denoiser(weights)
+    if record.model.architecture.time_conditioning:
+        raise UserError(
+            f"the model in {weights} is conditioned on the time of its noise, whose schedule its weights do not tell; "
+            "it can be neither sampled nor asked so far. Train with architecture.time_conditioning=false"
+        )
+    check_tokenizer(record, weights, tokenizer)
+    return OpenModel(model.to(device).requires_grad_(False), record, load_vocabulary(tokenizer), torch.device(device))
+
+
+def _device(name: str) -> str:
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if has_gpu else "cpu"
+    if name != "cpu" and not (has_gpu and name.startswith("cuda")):
+        raise UserError(
+            f'device is "{name}", which this machine lacks; it must be "auto", "cpu" or, with a GPU, "cuda"'
+        )
+    return name

@@ -1,0 +1,181 @@
+"""Scores of answers: what a naive loop over one row at a time says, whatever the batch, the order and the company."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dlm_core.models.attention import AttentionMask
+from pipeline.artifact import load_manifest
+from pipeline.data.vocabulary import load_vocabulary
+from pipeline.errors import UserError
+from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
+from pipeline.inference.model import OpenModel, open_model
+from tests.support.exports import LLAMA
+from tests.support.interchange import drawn, random_model, save_model
+from tests.support.tiny_run import Artifacts, make_artifacts
+
+pytestmark = pytest.mark.timeout(120)
+SEQ_LEN, BLOCK = 32, 4
+CONFIG = LikelihoodConfig(num_masks=16)
+SHORT = (Request((5, 9, 12), (7, 8, 30), 0), Request((), (11, 12, 13, 14), 1), Request((40,), (41,), 2, (42, 43)))
+"""Whose masks are all taken."""
+LONG = tuple(Request(range(20, 20 + 2 * i), range(50 + i, 56 + 2 * i), i // 2, range(90, 90 + i % 3)) for i in range(6))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    return make_artifacts(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def models(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, OpenModel]:
+    special = load_vocabulary(made.tokenizer).special
+    root = tmp_path_factory.mktemp("weights")
+    records = {
+        "masked": {},
+        "shifted": {"target_offset": 1},
+        "blocks": {"objective": "block_nelbo", "block_size": BLOCK},
+        "next": {"objective": "autoregressive_nll"},
+    }
+    opened = {}
+    for name, record in records.items():
+        model = random_model(drawn(LLAMA), special.vocab_size, special.mask_token_id)
+        weights = save_model(root / name, model, tokenizer=load_manifest(made.tokenizer).fingerprint, **record)
+        opened[name] = open_model(weights, made.tokenizer, "cpu")
+        opened[name].denoiser.double()
+    return opened
+
+
+def naive_loss(model: OpenModel, row: list[int], masked: Sequence[int]) -> float:
+    """Sum of -log p of the masked tokens of one row."""
+    xt = torch.tensor([row])
+    xt[0, list(masked)] = model.mask_token_id
+    offset = model.record.target_offset
+    logits = model.denoiser(xt)
+    log_probs = logits[[place - offset for place in masked]].log_softmax(-1)
+    return -float(log_probs[range(len(masked)), [row[place] for place in masked]].sum())
+
+
+def enumerated(model: OpenModel, request: Request) -> float:
+    """The bound of an answer by every subset of its tokens."""
+    context = list(request.context) or [model.vocabulary.special.eos_token_id] * model.record.target_offset
+    row = [*context, *request.answer, *request.suffix]
+    places, total = range(len(context), len(context) + len(request.answer)), 0.0
+    for k in range(1, len(places) + 1):
+        losses = [naive_loss(model, row, subset) for subset in itertools.combinations(places, k)]
+        total += math.fsum(losses) / len(losses) / k
+    return total
+
+
+@pytest.mark.parametrize("name", ["masked", "shifted"])
+def test_short_answers_are_scored_by_every_subset_of_their_tokens(models: dict[str, OpenModel], name: str) -> None:
+    scores = score(models[name], SHORT, CONFIG)
+    assert [s.nats for s in scores] == pytest.approx([enumerated(models[name], r) for r in SHORT], rel=1e-10)
+    assert [(s.mc_se, s.dof, s.num_passes) for s in scores] == [(0.0, math.inf, n) for n in (7, 15, 1)]
+
+
+def test_answers_of_a_next_token_model_are_scored_exactly(models: dict[str, OpenModel]) -> None:
+    model, requests = models["next"], [*SHORT, *LONG]
+    wanted = []
+    for request in requests:
+        row = [model.vocabulary.special.eos_token_id, *request.context, *request.answer]
+        log_probs = model.denoiser(torch.tensor([row]), mask=AttentionMask("causal")).log_softmax(-1)
+        places = range(1 + len(request.context), len(row))
+        wanted.append(-math.fsum(float(log_probs[place - 1, row[place]]) for place in places))
+    scores = score(model, requests, CONFIG)
+    assert [s.nats for s in scores] == pytest.approx(wanted, rel=1e-6)
+    assert all((s.mc_se, s.num_passes) == (0.0, 1) for s in scores)
+
+
+def test_answers_of_a_model_of_blocks_are_a_chain_over_blocks(models: dict[str, OpenModel]) -> None:
+    """Answers that have one token in each block, at most, are exact; each sees clean blocks before it alone."""
+    model = models["blocks"]
+    requests = [Request((5, 9, 12), (7,), 0), Request((5, 9, 12, 30), (8,), 1), Request(range(20, 31), (70, 71), 2)]
+    wanted = []
+    for request in requests:
+        row, nats = [*request.context, *request.answer], 0.0
+        for place in range(len(request.context), len(row)):
+            first = place // BLOCK * BLOCK
+            seen = [*row[:first], *(model.mask_token_id if i == place else row[i] for i in range(first, len(row)))]
+            shown = torch.tensor([seen[: min(len(row), first + BLOCK)]])
+            logits = model.denoiser(shown, mask=AttentionMask("block_causal", block_size=BLOCK))
+            nats -= float(logits[place].log_softmax(-1)[row[place]])
+        wanted.append(nats)
+    scores = score(model, requests, CONFIG)
+    assert [s.nats for s in scores] == pytest.approx(wanted, rel=1e-6)
+    assert [s.mc_se for s in scores] == pytest.approx([0.0] * 3, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["masked", "shifted", "blocks", "next"])
+def test_scores_depend_on_their_request_alone(models: dict[str, OpenModel], name: str) -> None:
+    requests = [*SHORT, *LONG]
+    whole = score(models[name], requests, CONFIG)
+    assert max(s.mc_se for s in whole) > 0 or name == "next"
+    for changed in (
+        [score(models[name], [request], CONFIG)[0] for request in requests],
+        score(models[name], requests[::-1], CONFIG)[::-1],
+        score(models[name], requests, replace(CONFIG, batch_rows=1)),
+        score(models[name], requests, replace(CONFIG, batch_rows=7)),
+    ):
+        for one, other in zip(whole, changed, strict=True):
+            assert one.nats == pytest.approx(other.nats, rel=1e-6 if name == "next" else 1e-9)
+            assert one.mc_se == pytest.approx(other.mc_se, rel=1e-6, abs=1e-9)
+            assert (one.num_passes, one.num_cut) == (other.num_passes, other.num_cut)
+    again = score(models[name], requests, CONFIG)
+    assert again == whole
+    if name != "next":
+        assert score(models[name], requests, replace(CONFIG, noise_seed=1)) != whole
+
+
+def test_guidance_masks_the_context_of_the_side_without_it(models: dict[str, OpenModel]) -> None:
+    model, request, w = models["masked"], Request((5, 9, 12), (7,), 0, (42,)), 1.5
+    row, mask = [*request.context, *request.answer, *request.suffix], model.mask_token_id
+    sides = [torch.tensor([[*context, mask, 42]]) for context in (row[:3], [mask] * 3)]
+    c, u = (model.denoiser(side, torch.tensor([3]))[0] for side in sides)
+    wanted = -float(torch.log_softmax((c + w * (c - u)).nan_to_num(nan=-torch.inf), -1)[7])
+    (found,) = score(model, [request], replace(CONFIG, guidance=w))
+    assert found.nats == pytest.approx(wanted, rel=1e-6)
+    for name in ("next", "blocks"):
+        with pytest.raises(UserError, match=r"guidance is 1\.5, but the model"):
+            score(models[name], [request], replace(CONFIG, guidance=w))
+
+
+@pytest.mark.parametrize("name", ["masked", "shifted", "blocks", "next"])
+def test_a_context_without_room_loses_its_beginning_and_says_how_much(models: dict[str, OpenModel], name: str) -> None:
+    context, answer, suffix = range(5, 55), (60, 61), (62, 63)
+    long, cut = score(
+        models[name], [Request(context, answer, 3, suffix), Request(context[22:], answer, 3, suffix)], CONFIG
+    )
+    assert (long.num_cut, cut.num_cut) == (22, 0)
+    assert (long.nats, long.mc_se) == (cut.nats, cut.mc_se)
+
+
+def test_an_answer_longer_than_a_row_is_refused(models: dict[str, OpenModel]) -> None:
+    with pytest.raises(UserError, match="an answer has 33 tokens and 0 follow it, but rows of the model have 32;"):
+        score(models["masked"], [Request((), range(5, 38), 0)], CONFIG)
+    with pytest.raises(UserError, match="of which the first must be given; shorten it"):
+        score(models["shifted"], [Request((), range(5, 37), 0)], CONFIG)
+
+
+def test_nothing_is_asked_of_empty_answers_and_no_requests(models: dict[str, OpenModel]) -> None:
+    assert score(models["masked"], [], CONFIG) == []
+    for name in models:
+        assert score(models[name], [Request((5,), (), 0)], CONFIG) == [Score(0.0, 0.0, math.inf, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("num_masks", 7, "num_masks is 7; a standard error needs at least 8"),
+        ("guidance", -0.1, r"guidance is -0\.1; it must be 0 or more"),
+        ("guidance", math.inf, "guidance is inf"),
+        ("batch_rows", 0, "batch_rows is 0; it must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(field: str, value: float, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(CONFIG, **{field: value})
