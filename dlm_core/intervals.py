@@ -15,7 +15,7 @@ _NUM_HALVINGS = 60
 def t_quantile(dof: float, level: float = 0.95) -> float:
     """Half-width in standard errors of an interval that holds the truth with probability ``level``.
 
-    Student's t (Biometrika 6, 1908) with ``dof`` degrees of freedom, of which inf is the normal law.  With
+    Student's t (Student, Biometrika 6, 1908) with ``dof`` degrees of freedom, of which inf is the normal law.  With
     t = sqrt(dof) tan(a) its density is cos(a)^(dof - 1), up to a factor.  Raises ValueError for less than one degree of
     freedom, and for a level outside (0, 1).
     """
