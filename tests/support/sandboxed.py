@@ -3,10 +3,17 @@
 import functools
 import os
 import secrets
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.sandbox.isolation import choose_isolation
+from pipeline.sandbox.isolation import Isolation, choose_isolation, run_code
+from pipeline.sandbox.limits import Limits, Outcome
+
+WALL_S = 30.0
+"""Far above what any of the programs takes on a busy machine."""
+_GONE_S = 20.0
 
 
 @functools.cache
@@ -40,3 +47,21 @@ def is_alive(marker: str) -> list[int]:
         except OSError:  # it has ended
             continue
     return found
+
+
+def run_limited(program: str, isolation: Isolation, wall_s: float = WALL_S, cpu_s: int = 5, **limits: int) -> Outcome:
+    """Run a program that is small."""
+    return run_code(program, isolation=isolation, limits=Limits(wall_s=wall_s, cpu_s=cpu_s, **limits))
+
+
+def verdict(outcome: Outcome) -> tuple[str, str]:
+    """What does not depend on the machine."""
+    return outcome.kind, outcome.detail
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Look again and again."""
+    deadline = time.monotonic() + _GONE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
