@@ -98,9 +98,12 @@ def become(uid: int, *, keeps_reading: bool) -> None:
     """From root to another user, who may be left reading all that root reads, though not writing it."""
     if keeps_reading:
         _prctl(_PR_SET_KEEPCAPS, 1)
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    except OSError as error:
+        raise OSError(error.errno, "root may not become another user here, and limits do not hold for root") from error
     if keeps_reading:
         bit = 1 << _CAP_DAC_READ_SEARCH
         header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)

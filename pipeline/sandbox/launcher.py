@@ -144,7 +144,7 @@ def _watch(
         os.close(writes[name])
     os.close(source)
     if trouble := os.read(reads["trouble"], 4096):
-        raise RuntimeError(trouble.decode(errors="replace"))
+        sys.exit(trouble.decode(errors="replace"))
     said = {"output": bytearray(), "answer": bytearray()}
     kept = {"output": limits["output_bytes"], "answer": _ANSWER_BYTES}
     names = {reads[name]: name for name in ("output", "answer")}

@@ -221,6 +221,26 @@ print(run_code("print(1 + 1)", isolation=isolation).output)
     assert output == "2"
 
 
+def test_root_that_cannot_become_another_user_is_refused_even_with_permission() -> None:
+    if os.geteuid():
+        pytest.skip("these tests are not run by root")
+    code = """
+import ctypes
+from pipeline.errors import UserError
+from pipeline.sandbox.isolation import choose_isolation
+
+for capability in (6, 7):  # CAP_SETGID, CAP_SETUID: out of the set that exec gives to root
+    assert ctypes.CDLL(None).prctl(24, capability, 0, 0, 0) == 0
+try:
+    choose_isolation(allow_unsandboxed=True)
+except UserError as error:
+    print(error)
+"""
+    refusal = python("-c", code).stdout
+    assert "cannot be run, not even with rlimits alone: PermissionError" in refusal
+    assert "root may not become another user here, and limits do not hold for root. Run as another user" in refusal
+
+
 def test_a_program_that_is_killed_from_outside_is_told_as_killed(isolation: Isolation) -> None:
     marker = new_marker()
     found: list[Outcome] = []
