@@ -24,7 +24,7 @@ SOURCE = re.compile(r"(arXiv\s+|\()\d{4}\.\d{5}\b|Box and Muller, 1958|OOPSLA 20
 # Ours alone: bookkeeping around the formulas, with no paper to name.
 _OWN = """
 able_backends AnswerEstimate AnswerMasks Answers Answers.offsets Answers.padded Architecture Architecture.head_size
-Architecture.is_sparse Architecture.kv_heads Architecture.rotary_dim are_usable as_uniform Ask Attend Attend.narrowed
+Architecture.is_sparse Architecture.kv_heads Architecture.rotary_dim as_uniform Ask Attend Attend.narrowed
 Attend.noisy_half AttentionMask AttentionMask.predicate AttentionMask.to block_length BoundEstimate
 BoundEstimate.ppl_bound Canvas Canvas.ask Canvas.device Canvas.draws Canvas.place Canvas.uniforms Canvas.write
 check_tokens compute_dtype Condition Condition.modulate ConfidenceLoss Context Context.begin Context.finish
