@@ -45,7 +45,7 @@ def open_model(weights: Path, tokenizer: Path, device: str = "auto") -> OpenMode
     The last one stays open, so that a process reads its weights once.  Raises UserError for a tokenizer of other
     weights, a device that is not there, and a model that is conditioned on the time, whose schedule weights don't tell.
     """
-    return _open(weights, tokenizer, _device(device))
+    return _open(weights, tokenizer, find_device(device))
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +62,8 @@ def _open(weights: Path, tokenizer: Path, device: str) -> OpenModel:
     return OpenModel(model.to(device).requires_grad_(False), record, load_vocabulary(tokenizer), torch.device(device))
 
 
-def _device(name: str) -> str:
+def find_device(name: str) -> str:
+    """What torch calls a device; "auto" is a GPU where there is one.  UserError for one that is not there."""
     import torch
 
     has_gpu = torch.cuda.is_available()

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator
 from pipeline.config import execution
 from pipeline.errors import UserError
 from pipeline.inference.likelihood import LikelihoodConfig
+from pipeline.inference.places import check_places
 from pipeline.stage import Stage
 
 Kind = Literal["multiple_choice", "text"]
@@ -82,12 +83,7 @@ class TasksConfig:
             )
         if self.num_shards < 1:
             raise ValueError(f"num_shards is {self.num_shards}; it must be at least 1")
-        if not 0.0 <= self.gpus <= 1.0:
-            raise ValueError(f"gpus is {self.gpus}; it must lie in [0, 1]: a model is on one GPU")
-        if self.gpus and self.device == "cpu":
-            raise ValueError(f'gpus is {self.gpus}, but device is "cpu", which leaves them idle; leave one of them out')
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f'device is {self.device!r}; it must be "auto", "cpu" or "cuda"')
+        check_places(self.device, self.gpus)
         _refuse_idle_likelihood(self)
 
 
