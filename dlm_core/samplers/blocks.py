@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dlm_core.samplers.contexts import Context
-from dlm_core.samplers.loop import Change, Rule, Sampled, sample
+from dlm_core.samplers.loop import Change, OnPass, Rule, Sampled, sample
 from dlm_core.samplers.proposal import Proposal
 
 
@@ -26,12 +26,14 @@ def sample_blocks(
     sample_ids: Int[Tensor, " B"] | None = None,
     eos_token_id: int | None = None,
     change: Change | None = None,
+    on_pass: OnPass | None = None,
     keep_frames: bool = False,
 ) -> Sampled:
     """Fill the masks of xt behind ``start`` in windows of block_size, with the rule anew in each (arXiv 2502.09992).
 
     With ``eos_token_id`` a row ends with the first window that has drawn it: what follows the end is filled with it,
-    and once all rows have ended no further pass is made.  Raises ValueError unless block_size divides what follows
+    and once all rows have ended no further pass is made.  ``on_pass`` hears of the passes that fill, not of those that
+    take in what is filled.  Raises ValueError unless block_size divides what follows
     start, for a mask before it, and for a rule that adds rows in a context with a cache.
     """
     seq_len = xt.shape[1]
@@ -48,6 +50,7 @@ def sample_blocks(
     num_passes = context.begin(xt, start)
     nfe = torch.full((len(xt),), num_passes, dtype=torch.int64, device=xt.device)
     frames = [xt.clone()] if keep_frames else []
+    is_busy: list[Tensor] = []
     has_ended = torch.zeros(len(xt), dtype=torch.bool, device=xt.device)
     for left in range(start, seq_len, block_size):
         right = left + block_size
@@ -61,22 +64,39 @@ def sample_blocks(
             sample_ids=sample_ids,
             first_position=left,
             keeps_rows=context.keeps_rows,
-            change=change,
+            change=None if change is None else _in_row(change, left, block_size, seq_len),
+            on_pass=None if on_pass is None else _of_row(on_pass, xt, left, right, num_passes),
             keep_frames=keep_frames,
         )
-        for frame in done.frames[1:]:
-            frames.append(torch.cat([xt[:, :left], frame, xt[:, right:]], dim=1))
+        frames += [torch.cat([xt[:, :left], frame, xt[:, right:]], dim=1) for frame in done.frames[1:]]
+        is_busy += [busy & ~has_ended for busy in done.is_busy]
         xt[:, left:right] = done.x0
         num_passes += done.num_passes
-        nfe += torch.where(has_ended, 0, done.nfe)
+        nfe += torch.where(has_ended, 0, done.nfe * context.branches)
         if eos_token_id is not None:
             has_ended = _end(xt, is_mask, left, right, eos_token_id, has_ended)
+            if keep_frames:
+                frames[-1] = xt.clone()
             if has_ended.all():
                 break
         taken = context.finish(xt, left, right)
         num_passes += taken
         nfe += torch.where(has_ended, 0, taken)
-    return Sampled(xt, nfe, num_passes, frames)
+    return Sampled(xt, nfe, num_passes, frames, is_busy)
+
+
+def _in_row(change: Change, left: int, width: int, seq_len: int) -> Change:
+    """A change of logits that is told places of the rows, for a loop that knows those of the window."""
+    return lambda logits, places: change(logits, places // width * seq_len + places % width + left)
+
+
+def _of_row(on_pass: OnPass, xt: Int[Tensor, "B L"], left: int, right: int, passed: int) -> OnPass:
+    """The same for one that looks at whole rows, and counts all passes."""
+
+    def look(number: int, window: Tensor) -> None:
+        on_pass(passed + number, torch.cat([xt[:, :left], window, xt[:, right:]], dim=1))
+
+    return look
 
 
 def _end(

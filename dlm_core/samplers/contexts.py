@@ -4,6 +4,7 @@ A context makes the ``Predict`` of a window and hears when the window is done.  
 [start, stop) of every row.
 
     Whole        the whole row in every pass: any denoiser, no cache
+    Guided       the same, beside the row with its prompt masked (guidance.py)
     ExactCache   block-causal models: what lies before the window is final, and its keys and values are kept
     PrefixCache  models of full attention: keys and values of what lies before, from the last pass of the whole row
     DualCache    the same for what lies before and behind: a pass computes the window alone
@@ -31,6 +32,8 @@ class Context(ABC):
 
     keeps_rows: bool
     """Whether every pass has to have every row."""
+    branches: ClassVar[int] = 1
+    """Forward passes that one of a row counts for."""
 
     @abstractmethod
     def begin(self, xt: Int[Tensor, "B L"], start: int) -> int:

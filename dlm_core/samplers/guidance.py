@@ -1,8 +1,15 @@
 """Classifier-free guidance of a denoiser."""
 
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from dlm_core.samplers.contexts import Context
+from dlm_core.samplers.loop import Pass, Predict
 
 
 def guided_logits(
@@ -16,3 +23,49 @@ def guided_logits(
     """
     excluded = (conditional == -torch.inf) | (unconditional == -torch.inf)
     return (conditional + w * (conditional - unconditional)).masked_fill(excluded, -torch.inf)
+
+
+@dataclass
+class Guided(Context):
+    """``Whole`` under guidance: each pass has every row of it twice, as it is and with its prompt masked.
+
+    What is no mask when the rows begin is the prompt (LLaDA, arXiv 2502.09992), but for its first ``num_given`` tokens,
+    which stay in both.  Counts two forward passes for each.  Raises ValueError for a w that is negative or infinite.
+    """
+
+    predict: Predict
+    w: float
+    mask_token_id: int
+    num_given: int = 0
+    keeps_rows: bool = False
+    branches: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.w < math.inf:
+            raise ValueError(f"w is {self.w}; it must be 0 or more, and finite")
+
+    def begin(self, xt: Int[Tensor, "B L"], start: int) -> int:
+        """Remember the prompts."""
+        self._is_prompt: Bool[Tensor, "B L"] = xt != self.mask_token_id
+        self._is_prompt[:, : self.num_given] = False
+        return 0
+
+    def window(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> Predict:
+        """Both branches in one pass."""
+        width, seq_len = stop - start, xt.shape[1]
+
+        def predict(window: Tensor, select: Tensor, which: Pass) -> Tensor:
+            rows = xt if len(which.rows) == len(xt) else xt[which.rows]
+            whole = torch.cat([rows[:, :start], window, rows[:, stop:]], dim=1)
+            bare = whole.masked_fill(self._is_prompt[which.rows], self.mask_token_id)
+            asked = select // width * seq_len + select % width + start
+            both = Pass(which.rows.repeat(2), None if which.t is None else which.t.repeat(2))
+            logits = self.predict(torch.cat([whole, bare]), torch.cat([asked, asked + whole.numel()]), both)
+            conditional, unconditional = logits.chunk(2)
+            return guided_logits(conditional, unconditional, self.w)
+
+        return predict
+
+    def finish(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> int:
+        """Nothing to do."""
+        return 0

@@ -41,6 +41,8 @@ Predict = Callable[[Tensor, Tensor, Pass], Tensor]
 """(xt [R, L], select [M], pass) -> logits [M, V] of the tokens at the flat positions ``select`` of xt."""
 Change = Callable[[Tensor, Tensor], Tensor]
 """(logits [M, V], flat positions [M] in the batch) -> other logits: a constraint, a bonus, a penalty."""
+OnPass = Callable[[int, Tensor], None]
+"""(passes so far, the rows [B, L] after the last of them), to look at and not to change."""
 
 
 class Ask(NamedTuple):
@@ -176,6 +178,8 @@ class Sampled:
     """Forward passes of the denoiser, each of some of the rows."""
     frames: list[Int[Tensor, "B L"]]
     """The rows before the first pass and after each, if they were to be kept."""
+    is_busy: list[Bool[Tensor, " B"]]
+    """Rows that needed each pass, kept with the frames: what such a row was before it is the same in any batch."""
 
 
 def without_pass(denoise: Denoise) -> Predict:
@@ -195,19 +199,22 @@ def sample(
     first_position: int = 0,
     keeps_rows: bool = False,
     change: Change | None = None,
+    on_pass: OnPass | None = None,
     keep_frames: bool = False,
 ) -> Sampled:
     """Fill the masks of xt by a rule.
 
     ``sample_ids`` address the noise of the rows, 0.. by default: a row is the same in any batch.  ``first_position``
     is that of xt in its row, where xt is a window.  ``keeps_rows`` puts every row into every pass.  ``change`` is
-    called with the logits of each pass.  Raises ValueError for logits that give no distribution, after the last pass.
+    called with the logits of each pass, and ``on_pass`` after it.  Raises ValueError for logits that give no
+    distribution, after the last pass.
     """
     ids = torch.arange(len(xt)) if sample_ids is None else sample_ids.cpu()
     canvas = Canvas(xt, mask_token_id, noise_seed, ids, first_position, keeps_rows)
     nfe = torch.zeros(len(xt), dtype=torch.int64, device=canvas.device)
     is_usable = torch.ones((), dtype=torch.bool, device=canvas.device)
     frames = [canvas.xt.clone()] if keep_frames else []
+    is_busy: list[Tensor] = []
     greedy, num_passes = Proposal(temperature=0.0, suppressed=proposal.suppressed), 0
     turns = rule.turns(canvas)
     ask = next(turns, None)
@@ -220,6 +227,7 @@ def sample(
         chosen = greedy if ask.is_greedy else proposal
         held = None if ask.held is None else torch.where(ask.held == mask_token_id, -1, ask.held)
         drawn = draw(chosen, logits, u, ask.score, is_tempered=ask.is_tempered, held=held)
+        before = nfe.clone() if keep_frames else nfe
         nfe.index_add_(0, ask.rows, torch.ones_like(ask.rows) if ask.is_busy is None else ask.is_busy.long())
         num_passes += 1
         try:
@@ -228,6 +236,9 @@ def sample(
             ask = None
         if keep_frames:
             frames.append(canvas.xt.clone())
+            is_busy.append(nfe > before)
+        if on_pass is not None:
+            on_pass(num_passes, canvas.xt)
     if not is_usable:
         raise ValueError("the denoiser's logits hold nan or inf, or are -inf for every id; no id can be drawn")
-    return Sampled(canvas.xt, nfe, num_passes, frames)
+    return Sampled(canvas.xt, nfe, num_passes, frames, is_busy)

@@ -3,12 +3,15 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
 from pipeline.generate.config import GenerateConfig
 from pipeline.stage import StageContext, Stats
-from pipeline.weights import check_tokenizer, load_denoiser
+
+if TYPE_CHECKING:
+    from pipeline.inference.filling import Canvas, Filled
+    from pipeline.inference.model import OpenModel
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -17,64 +20,64 @@ def run(config: GenerateConfig, inputs: Mapping[str, Path], context: StageContex
     """Write samples.jsonl: the text, and frames of pieces (null where still masked) after so many passes."""
     import torch
 
-    from dlm_core.samplers.blocks import sample_blocks
-    from pipeline.generate.rules import make_context, make_proposal, make_rule, window_of
+    from pipeline.inference.filling import fill
+    from pipeline.inference.model import open_model
 
     torch.set_num_threads(1)
-    model, record = load_denoiser(inputs["weights"])
-    if record.objective == "autoregressive_nll":
+    model = open_model(inputs["weights"], inputs["tokenizer"], config.device)
+    canvases = _canvases(model, config)
+    found: dict[int, Filled] = {}
+    context.progress(0, len(canvases))
+    for number, filled in fill(model, canvases, config, keep_frames=True):
+        found[number] = filled
+        context.progress(len(found), len(canvases))
+    with (context.out / SAMPLES_FILE).open("w") as handle:
+        for number in range(len(canvases)):
+            prompt = config.prompts[number // config.num_samples] if config.prompts else None
+            handle.write(json.dumps(_line(model, found[number], config.num_frames, prompt)) + "\n")
+    nfe = sum(filled.nfe for filled in found.values()) / len(found)
+    return {"nfe": nfe, "num_samples": len(found), "num_cut": sum(filled.num_cut for filled in found.values())}
+
+
+def _canvases(model: "OpenModel", config: GenerateConfig) -> "list[Canvas]":
+    from pipeline.inference.filling import prompted
+
+    seq_len, given = model.record.seq_len, model.record.target_offset
+    if config.length > seq_len:
         raise UserError(
-            "the model was trained for autoregressive_nll; samples are drawn from models of masked diffusion so far. "
-            "Leave this stage out"
-        )
-    if config.length > record.seq_len:
-        raise UserError(
-            f"generate.length is {config.length}, the model was trained on rows of {record.seq_len} tokens; "
+            f"generate.length is {config.length}, the model was trained on rows of {seq_len} tokens; "
             "longer samples need a model trained on longer rows"
         )
-    check_tokenizer(record, inputs["weights"], inputs["tokenizer"])
-    vocabulary = load_vocabulary(inputs["tokenizer"])
-    mask_token_id = vocabulary.special.mask_token_id
-    context.progress(0, 1)
-    length = config.length or record.seq_len
-    start = torch.full((config.num_samples, length), mask_token_id)
-    if record.target_offset:
-        start[:, 0] = vocabulary.special.eos_token_id  # nothing predicts the first token of a shifted model
-    with torch.inference_mode():
-        sampled = sample_blocks(
-            make_context(config, model, record),
-            start,
-            make_rule(config.sampler),
-            make_proposal(config),
-            block_size=window_of(config, record, length),
-            mask_token_id=mask_token_id,
-            noise_seed=config.noise_seed,
-            keep_frames=True,
-        )
-    last = len(sampled.frames) - 1
-    passes = sorted({round(i * last / (config.num_frames - 1)) for i in range(config.num_frames)})
-    decoder = vocabulary.tokenizer
-    with (context.out / SAMPLES_FILE).open("w") as handle:
-        for row in range(config.num_samples):
-            ids = sampled.x0[row].tolist()
-            pieces = {i: decoder.decode([i], skip_special_tokens=False) for i in ids}
-            shown = [
-                [
-                    pieces.get(i) or decoder.decode([i], skip_special_tokens=False) if i != mask_token_id else None
-                    for i in sampled.frames[number][row].tolist()
-                ]
-                for number in passes
-            ]
-            line = {
-                "text": vocabulary.decode(ids),
-                "ids": ids,
-                "nfe": int(sampled.nfe[row]),
-                "steps": passes,
-                "frames": shown,
-            }
-            handle.write(json.dumps(line) + "\n")
+    if not config.prompts:
+        length = (config.length or seq_len) - given
+        return [prompted(model, (), length, number) for number in range(config.num_samples)]
+    canvases: list[Canvas] = []
+    for prompt in config.prompts:
+        ids = model.encode(prompt)
+        left = seq_len - max(len(ids), given)
+        if not config.length and left < 1:
+            raise UserError(
+                f"generate.prompts has one of {len(ids)} tokens, which leaves nothing to draw of rows of {seq_len}; "
+                "set generate.length, and it is cut from the left"
+            )
+        for _ in range(config.num_samples):
+            canvases.append(prompted(model, ids, config.length or left, len(canvases)))
+    return canvases
+
+
+def _line(model: "OpenModel", filled: "Filled", num_frames: int, prompt: str | None) -> dict[str, Any]:
+    mask_token_id, decoder = model.mask_token_id, model.vocabulary.tokenizer
+    last = len(filled.frames) - 1
+    passes = sorted({round(i * last / (num_frames - 1)) for i in range(num_frames)})
+
+    def piece(token_id: int) -> str | None:
+        return None if token_id == mask_token_id else decoder.decode([token_id], skip_special_tokens=False)
+
     return {
-        "nfe": float(sampled.nfe.double().mean()),
-        "num_passes": sampled.num_passes,
-        "num_samples": config.num_samples,
+        **({} if prompt is None else {"prompt": prompt}),
+        "text": model.vocabulary.decode(filled.ids),
+        "ids": filled.ids,
+        "nfe": filled.nfe,
+        "steps": passes,
+        "frames": [[piece(token_id) for token_id in filled.frames[number]] for number in passes],
     }

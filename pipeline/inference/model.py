@@ -62,6 +62,11 @@ def _open(weights: Path, tokenizer: Path, device: str) -> OpenModel:
     return OpenModel(model.to(device).requires_grad_(False), record, load_vocabulary(tokenizer), torch.device(device))
 
 
+def forget_models() -> None:
+    """Let go of the model that is open."""
+    _open.cache_clear()
+
+
 def _device(name: str) -> str:
     import torch
 

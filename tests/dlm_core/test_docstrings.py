@@ -12,7 +12,8 @@ CORE = Path(dlm_core.__file__).parent
 MODULES = ["schedules", "kernels", "noise", "corruption", "blocks", "masks", "objectives", "cross_entropy", "variance"]
 MODULES += ["likelihood", "answers", "answer_masks", "intervals", "corpus_bound", "ar_init", "upcycling"]
 MODULES += [
-    f"samplers/{name}" for name in ("blocks", "confident", "contexts", "guidance", "loop", "planned", "proposal")
+    f"samplers/{name}"
+    for name in ("blocks", "confident", "contexts", "guidance", "loop", "next_tokens", "planned", "proposal")
 ]
 MODULES += [f"samplers/{name}" for name in ("quotas", "remask", "speculative")]
 MODULES += [f"models/{name}" for name in ("attention", "config", "feed_forward", "init", "moe", "presets", "rope")]
@@ -34,7 +35,8 @@ hash_words Head HeadLoss KVCache KVCache.advance KVCache.append KVCache.replace 
 mask_noise_std ModelConfig ModelConfig.num_active_params ModelConfig.num_params moment_sums next_token_targets
 noise_positions num_blocks on_both_halves open_places Pass per_token PiecewiseDensity PiecewiseDensity.bin_of
 PiecewiseDensity.sample Preset RopeTables Router Router.forward RouterLoss RouterTap RouterTap.close
-RouterTap.selection_bias RowEstimate RowEstimate.per_token Rule Rule.turns sample Sampled Scoring Scoring.lengths
+RouterTap.selection_bias RowEstimate RowEstimate.per_token Rule Rule.turns sample sample_next_tokens Sampled
+Scoring Scoring.lengths
 shift_left stratified_counts Stream t_bins Targets tiny token_cross_entropy tokens_per_expert
 tokens_per_expert_and_bin unigram_entropy variance_of_sums WeightedTimes Weighting Weighting.is_bound
 Weighting.token_weight Whole Whole.begin Whole.finish Whole.window why_not_grouped without_pass

@@ -1,6 +1,7 @@
 """Samples: the same every time, without a mask, and with frames that lead from masks to the text."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -15,7 +16,8 @@ from pipeline.artifact import load_manifest
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
 from pipeline.generate.config import STAGE, GenerateConfig
-from pipeline.generate.sampler import TAKES, SamplerConfig
+from pipeline.inference.model import forget_models
+from pipeline.inference.sampler import TAKES, SamplerConfig
 from pipeline.weights import load_record
 from tests.support.exports import LLAMA
 from tests.support.interchange import drawn, random_model, save_model
@@ -94,7 +96,7 @@ def test_frames_lead_from_masks_to_the_pieces_of_the_text(
     tokenizer = load_vocabulary(made.tokenizer).tokenizer
     for line in generate(replace(SMALL, num_frames=num_frames), weights, made.tokenizer, tmp_path / "out"):
         frames, steps = line["frames"], line["steps"]
-        num_passes = load_manifest(tmp_path / "out").stats["num_passes"]
+        num_passes = line["nfe"]
         assert 9 < num_passes <= 16
         assert len(frames) == len(steps) == len(set(steps)) == min(num_frames, num_passes + 1)
         assert (steps[0], steps[-1], steps) == (0, num_passes, sorted(steps))
@@ -150,9 +152,9 @@ def of_blocks(model: Denoiser, made: Artifacts, root: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"cache": "dual"}, 'generate.cache is "dual", an approximation for models of full attention'),
-        ({"block_size": 4}, "generate.block_size is 4, but the model was trained on blocks of 8; leave it 0"),
-        ({"length": 20}, "generate.length is 20, which windows of 8 tokens do not divide"),
+        ({"cache": "dual"}, 'cache is "dual", an approximation for models of full attention'),
+        ({"block_size": 4}, "block_size is 4, but the model was trained on blocks of 8; leave it 0"),
+        ({"guidance": 0.5}, r"guidance is 0\.5, but the model is of blocks"),
     ],
 )
 def test_what_does_not_go_with_blocks_is_refused(
@@ -176,15 +178,19 @@ def test_samples_of_a_shifted_model_begin_with_the_end_of_a_document_and_are_rea
     record = replace(load_record(weights), target_offset=1)
     asked: list[torch.Tensor] = []
 
-    def next_number(xt: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
+    class NextNumber(torch.nn.Module):
         """After token n comes n + 1; asked at the place of n, whatever stands behind it."""
-        asked.append(select)
-        seen = xt.flatten()[select].clamp(max=special.vocab_size - 2)
-        return 100.0 * torch.nn.functional.one_hot(seen + 1, special.vocab_size)
 
-    monkeypatch.setattr("pipeline.generate.run.load_denoiser", lambda _: (next_number, record))
-    config = GenerateConfig(2, 8, SamplerConfig(num_steps=1), num_frames=2, temperature=0.0)
+        def forward(self, xt: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
+            asked.append(select)
+            seen = xt.flatten()[select].clamp(max=special.vocab_size - 2)
+            return 100.0 * torch.nn.functional.one_hot(seen + 1, special.vocab_size)
+
+    monkeypatch.setattr("pipeline.inference.model.load_denoiser", lambda _: (NextNumber(), record))
+    forget_models()
+    config = GenerateConfig(num_samples=2, length=8, sampler=SamplerConfig(num_steps=1), num_frames=2, temperature=0.0)
     lines = generate(config, weights, made.tokenizer, tmp_path / "out")
+    forget_models()
     for line in lines:
         assert line["ids"][0] == special.eos_token_id
         assert line["ids"][1] == special.eos_token_id + 1
@@ -216,6 +222,12 @@ def test_the_tokenizer_of_another_run_is_refused(weights: Path, tmp_path: Path) 
         ),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"num_frames": 1}, "num_frames is 1"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"batch_rows": 0}, "batch_rows is 0"),
+        ({"guidance": -1.0}, r"guidance is -1\.0"),
+        ({"guidance": 1.0, "cache": "dual"}, r'guidance is 1\.0, but cache is "dual"'),
+        ({"suppressed": (-1,)}, "suppressed has the id -1"),
+        ({"suppresses_eos": True, "ends_at_eos": True}, "ends_at_eos is true, but suppresses_eos"),
     ],
 )
 def test_a_setting_out_of_range_names_the_field_and_the_value(change: dict[str, Any], words: str) -> None:

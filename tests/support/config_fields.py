@@ -10,8 +10,8 @@ from pipeline.corpus.config import CorpusConfig, Source
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.export.config import ExportConfig
 from pipeline.generate.config import GenerateConfig
-from pipeline.generate.sampler import Kind, SamplerConfig
 from pipeline.import_checkpoint.config import ImportConfig
+from pipeline.inference.sampler import Kind, SamplerConfig
 from pipeline.pretrain.adaptation import AdaptationConfig
 from pipeline.pretrain.averaging import AverageConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
@@ -68,7 +68,8 @@ CHANGED: dict[type, dict[str, Any]] = {
     GenerateConfig: {
         "num_samples": 5, "length": 5, "temperature": 0.5, "noise_seed": 1, "num_frames": 3, "top_k": 5, "top_p": 0.5,
         "block_size": 8, "cache": "none", "sampler.kind": "random", "sampler.num_steps": 50,
-        "sampler.noise_removal": True,
+        "sampler.noise_removal": True, "guidance": 0.5, "suppressed": [7], "suppresses_eos": True,
+        "ends_at_eos": True, "prompts": ["a text"],
     },
 }  # fmt: skip
 """Another valid value for every field that changes the expected result."""
@@ -181,6 +182,7 @@ EXECUTION: dict[type, dict[str, Any]] = {
     ConvertConfig: {"proof": "tensors"},
     ImportConfig: {"path": "/m", "gguf_file": "x.gguf", "proof": "tensors"},
     EvaluateConfig: {"num_shards": 9, "batch_rows": 3},
+    GenerateConfig: {"batch_rows": 3, "device": "cpu"},
 }  # fmt: skip
 """Another valid value for every field that may change in a resume."""
 

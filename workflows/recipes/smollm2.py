@@ -3,7 +3,7 @@
 from dlm_core.models.presets import PRESETS
 from pipeline.corpus.config import CorpusConfig
 from pipeline.generate.config import GenerateConfig
-from pipeline.generate.sampler import SamplerConfig
+from pipeline.inference.sampler import SamplerConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig, ValidationConfig
 from pipeline.pretrain.lr_schedule import LRSchedule

@@ -1,14 +1,12 @@
 """From settings to the parts of a sampler: its rule, what tokens are drawn from, what a window sees of its row."""
 
 from functools import partial
-from typing import TYPE_CHECKING, cast
 
 from dlm_core.ar_init import shifted
-from dlm_core.cross_entropy import Denoise
 from dlm_core.models.attention import AttentionMask
-from dlm_core.models.transformer import Denoiser
 from dlm_core.samplers.confident import Confident, Count, EntropyBound, Factor, Threshold
 from dlm_core.samplers.contexts import Context, DualCache, ExactCache, PrefixCache, Whole
+from dlm_core.samplers.guidance import Guided
 from dlm_core.samplers.loop import Rule, without_pass
 from dlm_core.samplers.planned import Ancestral, FirstHitting, RandomOrder
 from dlm_core.samplers.proposal import Proposal
@@ -16,11 +14,9 @@ from dlm_core.samplers.quotas import EvenQuotas, Quotas, ScheduleQuotas, TimedQu
 from dlm_core.samplers.remask import PathPlanning, ReMDM
 from dlm_core.samplers.speculative import SelfSpeculative
 from pipeline.errors import UserError
-from pipeline.generate.config import GenerateConfig
-from pipeline.generate.sampler import SamplerConfig
-
-if TYPE_CHECKING:
-    from pipeline.weights import ModelRecord
+from pipeline.inference.model import OpenModel
+from pipeline.inference.sampler import SamplerConfig
+from pipeline.inference.sampling import SamplingConfig
 
 _MDLM_T_END = 1e-5
 """Where MDLM (arXiv 2406.07524) stops, and fills what is left with the most likely tokens."""
@@ -66,24 +62,31 @@ def _quotas(sampler: SamplerConfig) -> Quotas:
     return TimedQuotas(num_steps) if kind == "timed" else ScheduleQuotas(num_steps, kind)
 
 
-def make_proposal(config: GenerateConfig) -> Proposal:
-    """What tokens are drawn from."""
-    return Proposal(config.temperature, config.top_k, config.top_p)
+def make_proposal(config: SamplingConfig, model: OpenModel) -> Proposal:
+    """What tokens are drawn from; UserError for suppressed ids that the model lacks, or that leave none."""
+    vocab_size = model.record.model.vocab_size
+    for token_id in config.suppressed:
+        if token_id >= vocab_size:
+            raise UserError(f"suppressed has the id {token_id}; the model has the ids 0..{vocab_size - 1}")
+    ends = {model.vocabulary.special.eos_token_id} if config.suppresses_eos else set[int]()
+    suppressed = set(config.suppressed) | ends
+    if not set(range(vocab_size)) - suppressed - {model.mask_token_id}:
+        raise UserError(f"suppressed has {len(config.suppressed)} ids and leaves no token to draw; take some out")
+    return Proposal(config.temperature, config.top_k, config.top_p, tuple(sorted(suppressed)))
 
 
-def make_context(config: GenerateConfig, model: Denoise, record: "ModelRecord") -> Context:
-    """What a window sees of its row; UserError for a cache or a model that has no use here."""
-    if record.model.architecture.time_conditioning:
-        raise UserError(
-            "the model is conditioned on the time of its noise, whose schedule its weights do not tell; samples are "
-            "drawn from models without time_conditioning so far. Leave this stage out"
-        )
-    is_approximate, denoiser = config.cache in ("prefix", "dual"), cast("Denoiser", model)
+def make_context(config: SamplingConfig, model: OpenModel) -> Context:
+    """What a window sees of its row; UserError for settings that a model has no use for."""
+    record, denoiser, is_approximate = model.record, model.denoiser, config.cache in ("prefix", "dual")
     if record.objective == "block_nelbo":
         if is_approximate:
             raise UserError(
-                f'generate.cache is "{config.cache}", an approximation for models of full attention; this one is of '
-                'blocks, for which "auto" keeps exact keys and values'
+                f'cache is "{config.cache}", an approximation for models of full attention; this one is of blocks, for '
+                'which "auto" keeps exact keys and values'
+            )
+        if config.guidance:
+            raise UserError(
+                f"guidance is {config.guidance}, but the model is of blocks, for which it is not built; set it to 0"
             )
         if config.cache == "auto" and not make_rule(config.sampler).adds_rows:
             return ExactCache(denoiser, record.block_size)
@@ -92,18 +95,37 @@ def make_context(config: GenerateConfig, model: Denoise, record: "ModelRecord") 
     if is_approximate:
         kind = PrefixCache if config.cache == "prefix" else DualCache
         return kind(denoiser, config.refresh_every, record.target_offset)
-    return Whole(without_pass(shifted(model) if record.target_offset else model))
+    predict = without_pass(shifted(denoiser) if record.target_offset else denoiser)
+    if config.guidance:
+        return Guided(predict, config.guidance, model.mask_token_id, num_given=record.target_offset)
+    return Whole(predict)
 
 
-def window_of(config: GenerateConfig, record: "ModelRecord", length: int) -> int:
-    """Size of the windows; UserError unless they are the blocks of the model, if it has some, and divide a row."""
-    size = config.block_size or record.block_size or length
-    if record.block_size and size != record.block_size:
-        raise UserError(
-            f"generate.block_size is {size}, but the model was trained on blocks of {record.block_size}; leave it 0"
-        )
+def window_of(config: SamplingConfig, model: OpenModel, length: int) -> int:
+    """Size of the windows of ``length`` tokens; UserError unless they are the model's blocks, if any, and divide it."""
+    own = model.record.block_size
+    size = config.block_size or own or length
+    if own and size != own:
+        raise UserError(f"block_size is {size}, but the model was trained on blocks of {own}; leave it 0")
     if length % size:
         raise UserError(
-            f"generate.length is {length}, which windows of {size} tokens do not divide; change one of them"
+            f"a row has {length} tokens from its first mask on, which windows of {size} tokens do not divide; change "
+            "block_size or the length"
         )
     return size
+
+
+def refuse_idle(config: SamplingConfig) -> None:
+    """UserError for what a model of next tokens would ignore."""
+    idle: dict[str, object] = {
+        "sampler": config.sampler.kind if config.sampler != SamplerConfig() else None,
+        "block_size": config.block_size,
+        "cache": config.cache if config.cache != "auto" else None,
+        "guidance": config.guidance,
+    }
+    for name, value in idle.items():
+        if value:
+            raise UserError(
+                f"{name} is {value!r}, but the model predicts the next token and is sampled from left to right; leave "
+                "it out"
+            )

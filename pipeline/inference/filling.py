@@ -1,0 +1,219 @@
+"""Masks become text: canvases of any lengths, filled together by a model of any kind.
+
+A canvas is a row of token ids, of which those that are masks are drawn and all others stay: a prompt, a suffix, text
+between several gaps.  What a canvas becomes depends on the canvas alone: noise is addressed by its sample id, and
+neither the others, nor their order, nor batches change it.
+
+    masked diffusion    by the sampler of the settings; every token of the row is seen
+    block diffusion     block by block; what stands behind the block of the last mask is not seen, and refused
+    next tokens         from left to right; what stands behind a mask is not seen, and refused
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlm_core.samplers.blocks import sample_blocks
+from dlm_core.samplers.loop import Sampled
+from dlm_core.samplers.next_tokens import sample_next_tokens
+from dlm_core.samplers.proposal import Proposal
+from pipeline.errors import UserError
+from pipeline.inference.model import OpenModel
+from pipeline.inference.rules import make_context, make_proposal, make_rule, refuse_idle, window_of
+from pipeline.inference.sampling import SamplingConfig
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A row whose masks are to be filled."""
+
+    ids: Sequence[int]
+    sample_id: int
+    """Addresses the noise."""
+    num_cut: int = 0
+    """Tokens at the beginning of its prompt for which there was no room."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A canvas without masks."""
+
+    ids: list[int]
+    nfe: int
+    """Forward passes of the row; those under guidance count twice."""
+    num_cut: int
+    frames: list[list[int]]
+    """The row before each pass that it needed, and at the end; empty unless they were to be kept."""
+
+
+OnPass = Callable[[int, Mapping[int, list[int]]], None]
+"""(passes so far, {place in the list of canvases: ids}) of those that are being filled together."""
+Change = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits [M, V], sample ids [M], positions in their rows [M]) -> other logits: a constraint, a bonus, a penalty."""
+
+
+def prompted(model: OpenModel, prompt: Sequence[int], length: int, sample_id: int) -> Canvas:
+    """A prompt and ``length`` masks behind it, cut from the left where it leaves no room for them.
+
+    A shifted model's empty prompt gets the end of a text, as nothing predicts its first token.  Raises UserError for a
+    length that leaves none for what must be given.
+    """
+    needed = model.record.target_offset
+    room = model.record.seq_len - length
+    if length < 0 or room < needed:
+        raise UserError(
+            f"{length} tokens are to be drawn, but rows of the model have {model.record.seq_len}"
+            f"{', of which the first must be given' if needed else ''}; ask for fewer"
+        )
+    given = list(prompt) or [model.vocabulary.special.eos_token_id] * needed
+    kept = given[max(0, len(given) - room) :]
+    return Canvas([*kept, *[model.mask_token_id] * length], sample_id, len(given) - len(kept))
+
+
+def continuation(model: OpenModel, canvas: Canvas, filled: Filled, *, ends_at_eos: bool = False) -> str:
+    """Text of what was drawn from the first mask on, up to the first drawn end if rows end with it."""
+    drawn = [i for i, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id]
+    eos = model.vocabulary.special.eos_token_id
+    if ends_at_eos and eos in drawn:
+        drawn = drawn[: drawn.index(eos)]
+    return model.vocabulary.decode(drawn)
+
+
+def fill(
+    model: OpenModel,
+    canvases: Sequence[Canvas],
+    config: SamplingConfig,
+    *,
+    keep_frames: bool = False,
+    on_pass: OnPass | None = None,
+    change: Change | None = None,
+) -> Iterator[tuple[int, Filled]]:
+    """Fill all canvases, each told by its place in the list as it is done; one without a mask costs no pass.
+
+    Rows of one length whose first masks stand at one place go together, the shortest first.  Raises UserError, before
+    the first pass, for settings that the model has no use for, and for a canvas that it cannot fill.
+    """
+    if model.is_autoregressive:
+        refuse_idle(config)
+    else:
+        make_context(config, model)
+    proposal = make_proposal(config, model)
+    rows = [_row(model, canvas, config) for canvas in canvases]
+    for number, canvas in enumerate(canvases):
+        if rows[number] is None:
+            ids = list(canvas.ids)
+            yield number, Filled(ids, 0, canvas.num_cut, [ids] if keep_frames else [])
+    batches: dict[tuple[int, int], list[int]] = {}
+    for number, row in enumerate(rows):
+        if row is not None:
+            batches.setdefault((len(row.ids), row.start), []).append(number)
+    for _, alike in sorted(batches.items()):
+        for first in range(0, len(alike), config.batch_rows):
+            some = {number: row for number in alike[first : first + config.batch_rows] if (row := rows[number])}
+            sampled = _draw(model, some, config, proposal, keep_frames, on_pass, change)
+            yield from _told(canvases, list(some), sampled)
+
+
+# Rows as the samplers of the core want them
+
+
+@dataclass(frozen=True)
+class _Row:
+    ids: list[int]
+    """Up to the end of what is drawn: a model of blocks fills whole ones, and what is too much is cut off again."""
+    start: int
+    """Where the first window begins."""
+    length: int
+    """Of the canvas."""
+    sample_id: int
+
+
+def _row(model: OpenModel, canvas: Canvas, config: SamplingConfig) -> _Row | None:
+    """None for a canvas without a mask; UserError for one that the model cannot fill."""
+    ids, mask, record = list(canvas.ids), model.mask_token_id, model.record
+    if len(ids) > record.seq_len:
+        raise UserError(f"a row has {len(ids)} tokens, those of the model have {record.seq_len}; shorten it")
+    if mask not in ids:
+        return None
+    start, end = ids.index(mask), len(ids) - ids[::-1].index(mask)
+    if start < record.target_offset:
+        raise UserError("the first token of a row is masked, which a shifted model cannot predict; give it")
+    if model.is_autoregressive:
+        if start + ids.count(mask) < len(ids):
+            raise UserError(
+                "text stands behind a mask, which a model that predicts the next token does not see: it can go on "
+                "with a prompt, but not fill a gap. Use a model of masked diffusion"
+            )
+        return _Row(ids, start, len(ids), canvas.sample_id)
+    if config.guidance and start == record.target_offset and ids.count(mask) == len(ids) - start:
+        raise UserError(
+            f"guidance is {config.guidance}, but nothing is given that it could strengthen; set it to 0, or give a "
+            "prompt"
+        )
+    if not (size := record.block_size):
+        window_of(config, model, len(ids) - start)
+        return _Row(ids, start, len(ids), canvas.sample_id)
+    window_of(config, model, size)
+    stop = -(-end // size) * size
+    if len(ids) > stop:
+        raise UserError(
+            f"{len(ids) - stop} tokens stand behind the block of the last mask, which a model of blocks does not see; "
+            "leave them out, or use a model of full attention"
+        )
+    return _Row([*ids, *[mask] * (stop - len(ids))], start // size * size, len(ids), canvas.sample_id)
+
+
+def _draw(
+    model: OpenModel,
+    rows: Mapping[int, _Row],
+    config: SamplingConfig,
+    proposal: Proposal,
+    keep_frames: bool,
+    on_pass: OnPass | None,
+    change: Change | None,
+) -> Sampled:
+    """Rows of one length and one start, together."""
+    one, special = next(iter(rows.values())), model.vocabulary.special
+    xt = torch.tensor([row.ids for row in rows.values()], device=model.device)
+    sample_ids = torch.tensor([row.sample_id for row in rows.values()])
+    seq_len = xt.shape[1]
+
+    def look(num_passes: int, now: Tensor) -> None:
+        assert on_pass is not None
+        on_pass(num_passes, {n: ids[: rows[n].length] for n, ids in zip(rows, now.tolist(), strict=True)})
+
+    def changed(logits: Tensor, places: Tensor) -> Tensor:
+        assert change is not None
+        return change(logits, sample_ids.to(places.device)[places // seq_len], places % seq_len)
+
+    common: dict[str, Any] = {
+        "start": one.start,
+        "mask_token_id": special.mask_token_id,
+        "noise_seed": config.noise_seed,
+        "sample_ids": sample_ids,
+        "eos_token_id": special.eos_token_id if config.ends_at_eos else None,
+        "change": None if change is None else changed,
+        "on_pass": None if on_pass is None else look,
+        "keep_frames": keep_frames,
+    }
+    with torch.inference_mode():
+        if model.is_autoregressive:
+            return sample_next_tokens(model.denoiser, xt, proposal, first_token_id=special.eos_token_id, **common)
+        size = window_of(config, model, model.record.block_size or seq_len - one.start)
+        return sample_blocks(
+            make_context(config, model), xt, make_rule(config.sampler), proposal, block_size=size, **common
+        )
+
+
+def _told(canvases: Sequence[Canvas], numbers: Sequence[int], sampled: Sampled) -> Iterator[tuple[int, Filled]]:
+    """Each row with the frames that are its own: those of the passes that it needed."""
+    frames = [frame.tolist() for frame in sampled.frames[:-1]]
+    busy = [needed.tolist() for needed in sampled.is_busy]
+    for place, (number, ids, nfe) in enumerate(zip(numbers, sampled.x0.tolist(), sampled.nfe.tolist(), strict=True)):
+        length = len(canvases[number].ids)
+        own = [frame[place][:length] for frame, needed in zip(frames, busy, strict=True) if needed[place]]
+        kept = [*own, ids[:length]] if sampled.frames else []
+        yield number, Filled(ids[:length], nfe, canvases[number].num_cut, kept)
