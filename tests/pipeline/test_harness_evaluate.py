@@ -1,6 +1,8 @@
 """Tasks through lm-evaluation-harness without a network: one and two workers, same digits, in its own format."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +165,28 @@ def test_a_task_that_wants_several_answers_gets_different_ones_and_the_same_agai
     answers = lm.generate_until([instance] * 4, disable_tqdm=True)
     assert len(set(answers)) == 4
     assert lm.generate_until([instance] * 4, disable_tqdm=True) == answers
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_command_line_knows_the_model_and_the_tasks(
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DLM_TASK_DATA", str(write_task_data(tmp_path / "data")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        start = [sys.executable, "-m", "pipeline.harness", "--model", "dlm", "--tasks", "dlm_choices", "--model_args"]
+        places = [f"weights={saved['masked']}", f"tokenizer={made.tokenizer}", "num_masks=8"]
+        return subprocess.run([*start, *places, *words], capture_output=True, text=True)
+
+    done = run("workers=2", "batch_rows=2", "--output_path", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "|dlm_choices|" in done.stdout
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results.read_text())["config"]["accounts"]["loglikelihood"]["dlm_choices"]["num_requests"] == 15
+    wrong = run("worker=2")
+    assert (wrong.returncode, wrong.stderr.splitlines()[-1]) == (
+        2,
+        "error: unknown setting worker of the model dlm; did you mean workers?",
+    )
