@@ -38,6 +38,10 @@ class OpenModel:
         """Token ids of a text, taken literally."""
         return self.vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def literal(self, ids: list[int]) -> str:
+        """Text of ids, the special ones spelled out."""
+        return self.vocabulary.tokenizer.decode(ids, skip_special_tokens=False)
+
 
 def open_model(weights: Path, tokenizer: Path, device: str = "auto") -> OpenModel:
     """Two committed artifacts as one model; "auto" is a GPU where there is one.
