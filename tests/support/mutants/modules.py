@@ -47,6 +47,9 @@ MODULES: dict[str, list[str]] = {
         "tests/dlm_core/test_likelihood_rows.py",
     ],
     "corpus_bound": ["tests/dlm_core/test_corpus_bound.py"],
+    "answer_masks": ["tests/dlm_core/test_answer_masks.py"],
+    "answers": ["tests/dlm_core/test_answers.py"],
+    "intervals": ["tests/dlm_core/test_intervals.py"],
     "ar_init": ["tests/dlm_core/test_ar_init.py"],
     "upcycling": ["tests/dlm_core/test_upcycling.py"],
     "samplers/proposal": ["tests/dlm_core/test_proposal.py"],
@@ -158,7 +161,17 @@ shows, 10 s a mutant."""
 
 DRAWN_FROM: dict[tuple[str, ...], int] = {
     ("schedules", "corruption", "masks", "objectives", "likelihood"): 200,
-    ("noise", "blocks", "kernels", "cross_entropy", "variance", "corpus_bound"): 65,
+    (
+        "noise",
+        "blocks",
+        "kernels",
+        "cross_entropy",
+        "variance",
+        "corpus_bound",
+        "answer_masks",
+        "answers",
+        "intervals",
+    ): 95,
     (
         "models/config",
         "models/rope",
