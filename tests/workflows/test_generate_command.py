@@ -32,6 +32,7 @@ from workflows import runs
 from workflows.emerging import MASK, Emerging
 from workflows.emerging import runs as runs_of
 from workflows.plan import make_plan
+from workflows.report.text import visible
 from workflows.requests import parse_pattern, read_requests
 from workflows.step import Step, Workflow
 from workflows.store import Store
@@ -282,7 +283,7 @@ def test_a_film_is_one_page_with_the_path_of_each_sample(write, tmp_path: Path) 
         for change in data["changes"]:
             for place, piece in change:
                 pieces[place] = piece
-        assert "".join(pieces) == record["text"]
+        assert "".join(pieces) == visible(record["text"])
 
 
 # Bad input
