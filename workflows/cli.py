@@ -19,6 +19,7 @@ from workflows.commands import (
     data,
     doctor,
     explaining,
+    generating,
     inspecting,
     logs,
     looking,
@@ -62,6 +63,7 @@ app.command("gc")(upkeep.gc)
 app.command("unlock")(upkeep.unlock)
 app.command("report")(looking.report)
 app.command("doctor")(doctor.doctor)
+app.command("generate")(generating.generate)
 app.command("convert")(converting.convert)
 app.command("inspect")(inspecting.inspect)
 data_app.command("show")(data.show)

@@ -157,7 +157,14 @@ class Confident(Rule):
     def _ask(self, canvas: Canvas, places: Int[Tensor, "B W"], step: int, is_busy: Bool[Tensor, " B"]) -> Ask:
         select = flat_places(places, canvas.xt.shape[1])
         return Ask(
-            select, canvas.xt, canvas.rows, step, score=self.score, is_tempered=self.is_tempered, is_busy=is_busy
+            select,
+            canvas.xt,
+            canvas.rows,
+            step,
+            score=self.score,
+            is_tempered=self.is_tempered,
+            with_entropy=isinstance(self.num, EntropyBound),
+            is_busy=is_busy,
         )
 
     def _perturbed(

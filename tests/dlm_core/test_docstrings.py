@@ -19,12 +19,14 @@ MODULES += [f"samplers/{name}" for name in ("quotas", "remask", "speculative")]
 MODULES += [f"models/{name}" for name in ("attention", "config", "feed_forward", "init", "moe", "presets", "rope")]
 MODULES += ["models/router_losses", "models/transformer"]
 
-SOURCE = re.compile(r"(arXiv\s+|\()\d{4}\.\d{5}\b|Box and Muller, 1958|OOPSLA 2014|Biometrika \d+, \d{4}")
+SOURCE = re.compile(
+    r"(arXiv\s+|\()\d{4}\.\d{5}\b|Box and Muller, 1958|OOPSLA 2014|Biometrika \d+, \d{4}|Stat\. Assoc\. \d+, \d{4}"
+)
 
 # Ours alone: bookkeeping around the formulas, with no paper to name.
 _OWN = """
 able_backends AnswerEstimate AnswerMasks Answers Answers.offsets Answers.padded Architecture Architecture.head_size
-Architecture.is_sparse Architecture.kv_heads Architecture.rotary_dim are_usable as_uniform Ask Attend Attend.narrowed
+Architecture.is_sparse Architecture.kv_heads Architecture.rotary_dim as_uniform Ask Attend Attend.narrowed
 Attend.noisy_half AttentionMask AttentionMask.predicate AttentionMask.to block_length BoundEstimate
 BoundEstimate.ppl_bound Canvas Canvas.ask Canvas.device Canvas.draws Canvas.place Canvas.uniforms Canvas.write
 check_tokens compute_dtype Condition Condition.modulate ConfidenceLoss Context Context.begin Context.finish
