@@ -1,5 +1,6 @@
 """The model of lm-evaluation-harness: likelihoods and rolling likelihoods, beside ``score`` and naive loops."""
 
+import itertools
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ from dlm_core.models.attention import AttentionMask
 from pipeline.errors import UserError
 from pipeline.harness.addresses import address_of
 from pipeline.harness.model import DenoiserLM
+from pipeline.harness.pieces import cut_requests
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
 from pipeline.inference.model import OpenModel, open_model
 from tests.support.harness import ARTICLES, KINDS, asked, questions, save_models
@@ -73,6 +75,19 @@ def test_choices_of_a_document_share_masks_wherever_it_stands(dlm: Any) -> None:
         instance.doc_id = 7
     assert dlm().loglikelihood(requests, disable_tqdm=True)[3][0] == other
     assert address_of(requests[3]) != address_of(requests[0]) != address_of(questions(("ba", ["be"]), task="b")[0])
+
+
+def test_pieces_of_work_hold_every_request_once_whatever_the_order() -> None:
+    requests = [Request(range(i % 7), range(1 + i % 5), mask_id) for i in range(40) for mask_id in (i % 3, i % 3, 5)]
+    requests = [Request(tuple(one.context), tuple(one.answer), one.mask_id) for one in requests]
+    pieces = cut_requests(requests, 8, 2)
+    assert sorted(map(repr, itertools.chain(*pieces))) == sorted({repr(one) for one in requests})
+    assert len(pieces) > 3
+    assert all(len({len(one.answer) for one in piece}) <= 2 for piece in pieces)
+    assert cut_requests(requests[::-1], 8, 2) == cut_requests(requests[7:] + requests[:7], 8, 2) == pieces
+    costs = [sum((len(r.context) + len(r.answer)) * min(8, 2 ** len(r.answer) - 1) for r in piece) for piece in pieces]
+    assert costs == sorted(costs, reverse=True)
+    assert cut_requests([], 8, 2) == []
 
 
 @pytest.mark.parametrize("kind", ["masked", "next"])

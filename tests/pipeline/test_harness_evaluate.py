@@ -149,6 +149,22 @@ def test_text_is_that_of_fill_whatever_the_order(kind: str, saved: dict[str, Pat
     assert (told["num_requests"], told["num_cut_requests"]) == (12, 2)
 
 
+def test_text_ends_with_the_first_end_that_is_drawn(saved: dict[str, Path], made: Artifacts) -> None:
+    model = open_model(saved["masked"], made.tokenizer, "cpu")
+    special, requests = model.vocabulary.special, prompts(6, do_sample=True)
+    suppressed = tuple({*range(special.vocab_size)} - {special.eos_token_id, special.mask_token_id, 70, 71})
+    lm = DenoiserLM(weights=str(saved["masked"]), tokenizer=str(made.tokenizer), suppressed=suppressed)
+    found, num_ended = lm.generate_until(requests, disable_tqdm=True), 0
+    for instance, text in zip(requests, found, strict=True):
+        canvas = prompted(model, model.encode(instance.args[0]), 6, address_of(instance).number(0))
+        ((_, filled),) = fill(model, [canvas], SamplingConfig(temperature=1.0, suppressed=suppressed))
+        drawn = filled.ids[-6:]
+        stop = drawn.index(special.eos_token_id) if special.eos_token_id in drawn else 6
+        num_ended += 0 < stop < 5
+        assert text == model.vocabulary.decode(drawn[:stop])
+    assert num_ended > 0
+
+
 def test_text_stops_where_the_task_says(saved: dict[str, Path], made: Artifacts) -> None:
     lm = DenoiserLM(weights=str(saved["masked"]), tokenizer=str(made.tokenizer))
     (whole,) = lm.generate_until(prompts(1, do_sample=True), disable_tqdm=True)
