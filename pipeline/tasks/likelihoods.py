@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.errors import NumericsError
@@ -105,7 +105,3 @@ def _finite(found: Score, number: int) -> Score:
     if not math.isfinite(found.nats):
         raise NumericsError(f"question {number} costs {found.nats} nats: the weights give no finite loss")
     return found
-
-
-ASK: Mapping[str, Any] = {"multiple_choice": choose, "text": roll}
-"""Kind of task -> (model, [(number, question)], LikelihoodConfig) -> a record of each, in their order."""

@@ -12,6 +12,10 @@ _BYTES_PER_TOKEN = 4
 """Costs are compared with each other only: it need not be that of the tokenizer."""
 
 
+_A_ROW = 1024
+"""Tokens of a sample as long as there is room for."""
+
+
 def cost_of(question: Question, task: TaskConfig, passes: int) -> float:
     """About how many tokens go through a model that takes at most ``passes`` masked copies of a row."""
     match task.kind:
@@ -20,6 +24,17 @@ def cost_of(question: Question, task: TaskConfig, passes: int) -> float:
             return sum((context + n) * _copies(n, passes) for n in map(_tokens, question["choices"]))
         case "text":
             return _tokens(question["text"]) * passes
+        case "infill":
+            middle = _tokens(question["middle"])
+            return (_tokens(question["prefix"]) + middle + _tokens(question["suffix"])) * _steps(middle, task)
+        case "match" | "code" | "samples":
+            length = task.value("length") or _A_ROW
+            num_samples = task.value("num_samples") if task.kind == "code" else 1
+            return (_tokens(question.get("prompt", "")) + length) * _steps(length, task) * num_samples
+
+
+def _steps(length: int, task: TaskConfig) -> int:
+    return min(length, task.value("sampling").sampler.value("num_steps"))
 
 
 def _tokens(text: str) -> int:

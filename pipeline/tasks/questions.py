@@ -4,7 +4,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.artifact import file_sha256
 from pipeline.config import parse_json
 from pipeline.errors import UserError
+from pipeline.sandbox.humaneval import read_problems
 from pipeline.tasks.config import Kind, TasksConfig
 
 _MAX_LINE_BYTES = 64_000_000
@@ -41,6 +42,8 @@ def external_data(config: TasksConfig) -> Any:
 def read_task(name: str, config: TasksConfig) -> TaskFile:
     """The questions of a task, up to its limit; UserError as ``external_data``."""
     task, where = config.tasks[name], f"tasks.{name}.file"
+    if task.kind == "samples":
+        return TaskFile("", ({},) * task.value("num_samples"))
     path = Path(task.file)
     try:
         state = path.stat()
@@ -55,6 +58,11 @@ def read_task(name: str, config: TasksConfig) -> TaskFile:
 @lru_cache(maxsize=32)
 def _read(where: str, kind: Kind, path: Path, state: tuple[int, ...]) -> TaskFile:
     """The state of the file is there for the cache."""
+    if kind == "code":
+        try:
+            return TaskFile(file_sha256(path), tuple(asdict(problem) for problem in read_problems(path)))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     questions = tuple(_parsed(kind, line, f"{where}: {path}, line {number}") for number, line in _lines(where, path))
     if not questions:
         raise UserError(f"{where}: {path} has no question; give one a line")
@@ -137,6 +145,8 @@ def _place(value: Mapping[str, Any], name: str, where: str) -> int:
 _FIELDS: Mapping[Kind, Mapping[str, Callable[[Mapping[str, Any], str, str], Any]]] = {
     "multiple_choice": {"context": _text_or_nothing, "choices": _choices, "answer": _place},
     "text": {"text": _text},
+    "match": {"prompt": _text_or_nothing, "answer": _text},
+    "infill": {"prefix": _text_or_nothing, "middle": _text, "suffix": _text_or_nothing},
 }
 """What is read of a line; other fields it may have are left alone."""
 

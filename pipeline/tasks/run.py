@@ -11,12 +11,13 @@ from typing import Any
 
 from pipeline.artifact import load_manifest, write_json
 from pipeline.errors import UserError
+from pipeline.sandbox.isolation import choose_isolation
 from pipeline.stage import Shard, StageContext, Stats
-from pipeline.tasks.config import TasksConfig
+from pipeline.tasks.config import TAKES, TaskConfig, TasksConfig, check_scorer, not_exact
 from pipeline.tasks.pieces import cut
-from pipeline.tasks.questions import read_task
+from pipeline.tasks.questions import Question, read_task
 from pipeline.tasks.tables import Table, table_of
-from pipeline.weights import check_tokenizer, load_record
+from pipeline.weights import ModelRecord, check_tokenizer, load_record
 
 RESULTS_FILE = "results.json"
 _RECORDS = "records.jsonl"
@@ -26,17 +27,35 @@ def list_shards(config: TasksConfig, inputs: Mapping[str, Path], context: StageC
     """Pieces of like cost, the costliest first."""
     record = load_record(inputs["weights"])
     check_tokenizer(record, inputs["weights"], inputs["tokenizer"])
+    _check_lengths(config, record)
+    _check_scorer(config, inputs)
     files = {name: read_task(name, config) for name in config.tasks}
     passes = 1 if record.objective == "autoregressive_nll" else config.likelihood.num_masks
     return cut(files, config, passes)
 
 
+def _check_lengths(config: TasksConfig, record: ModelRecord) -> None:
+    room = record.seq_len - record.target_offset
+    for name, task in config.tasks.items():
+        if "length" in TAKES[task.kind] and (length := task.value("length")) is not None and length > room:
+            raise UserError(
+                f"tasks.{name}.length is {length}, but rows of the model have room for {room} tokens; set it lower"
+            )
+
+
+def _check_scorer(config: TasksConfig, inputs: Mapping[str, Path]) -> None:
+    check_scorer(config, dict.fromkeys(inputs), "tasks")
+    if "scorer" not in inputs:
+        return
+    record = load_record(inputs["scorer"])
+    if record.objective != "autoregressive_nll":
+        raise UserError(not_exact("tasks", record.objective))
+    check_tokenizer(record, inputs["scorer"], inputs.get("scorer_tokenizer", inputs["tokenizer"]))
+
+
 def run_shard(config: TasksConfig, inputs: Mapping[str, Path], shard: Shard, context: StageContext) -> Stats | None:
     """One record for each question of a shard, in their order."""
     import torch
-
-    from pipeline.inference.model import open_model
-    from pipeline.tasks.likelihoods import ASK
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -44,18 +63,52 @@ def run_shard(config: TasksConfig, inputs: Mapping[str, Path], shard: Shard, con
     file = read_task(name, config)
     if file.sha256 != shard["sha256"]:
         raise UserError(f"tasks.{name}.file: {config.tasks[name].file} has changed since the run was planned")
-    model = open_model(inputs["weights"], inputs["tokenizer"], config.device)
     numbered = [(number, file.questions[number]) for number in range(shard["start"], shard["stop"])]
-    records = ASK[config.tasks[name].kind](model, numbered, config.likelihood)
+    records, isolation = _ask(config, config.tasks[name], inputs, numbered)
     write_records(context.out / _RECORDS, records)
-    return {"questions": len(records)}
+    return {"questions": len(records), **({"isolation": isolation} if isolation else {})}
+
+
+def _ask(
+    config: TasksConfig, task: TaskConfig, inputs: Mapping[str, Path], numbered: Sequence[tuple[int, Question]]
+) -> tuple[list[dict[str, Any]], str]:
+    """A record of each question, and how programs were kept apart, if any were run."""
+    from pipeline.inference.model import open_model
+    from pipeline.tasks import generations, likelihoods
+
+    isolation = choose_isolation(allow_unsandboxed=task.allow_unsandboxed) if task.kind == "code" else None
+    model = open_model(inputs["weights"], inputs["tokenizer"], config.device)
+    match task.kind:
+        case "multiple_choice":
+            return likelihoods.choose(model, numbered, config.likelihood), ""
+        case "text":
+            return likelihoods.roll(model, numbered, config.likelihood), ""
+        case "match":
+            return generations.match(model, numbered, task), ""
+        case "infill":
+            return generations.infill(model, numbered, task), ""
+        case "code":
+            assert isolation is not None
+            return generations.code(model, numbered, task, isolation), isolation.words
+        case "samples":
+            records = generations.samples(model, numbered, task)
+            if "scorer" in inputs:
+                tokenizer = inputs.get("scorer_tokenizer", inputs["tokenizer"])
+                scorer = open_model(inputs["scorer"], tokenizer, config.device)
+                is_same = load_manifest(tokenizer).fingerprint == load_manifest(inputs["tokenizer"]).fingerprint
+                generations.add_scores(records, scorer, is_same, config.likelihood.batch_rows)
+            return records, ""
 
 
 def finish(config: TasksConfig, inputs: Mapping[str, Path], shard_dirs: Sequence[Path], context: StageContext) -> Stats:
     """The records of each task in the order of its file, and a table of them."""
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in sorted(config.tasks)}
+    isolations: dict[str, set[str]] = {name: set() for name in records}
     for directory in shard_dirs:
-        records[load_manifest(directory).shard["task"]] += read_records(directory / _RECORDS)
+        manifest = load_manifest(directory)
+        name = manifest.shard["task"]
+        records[name] += read_records(directory / _RECORDS)
+        isolations[name] |= {words for words in [manifest.stats.get("isolation")] if words}
     model = load_record(inputs["weights"])
     tables: dict[str, Table] = {}
     for name, found in records.items():
@@ -63,6 +116,9 @@ def finish(config: TasksConfig, inputs: Mapping[str, Path], shard_dirs: Sequence
         assert [record["number"] for record in found] == list(range(len(found))), f"questions of {name} are missing"
         write_records(context.out / f"{name}.jsonl", found)
         tables[name] = table_of(config.tasks[name], found, model, config.likelihood)
+        tables[name]["settings"] |= {"isolation": sorted(words)} if (words := isolations[name]) else {}
+        if config.tasks[name].kind == "samples" and "scorer" in inputs:
+            tables[name]["settings"]["scorer"] = load_manifest(inputs["scorer"]).fingerprint
     results = {
         name: {"kind": config.tasks[name].kind, "sha256": read_task(name, config).sha256, **table}
         for name, table in tables.items()

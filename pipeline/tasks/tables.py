@@ -8,13 +8,16 @@ Sums are exact (math.fsum), of records in the order of their file: no bit depend
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, TypedDict
 
 from dlm_core.intervals import t_quantile, wilson_interval
+from pipeline.config import identity
 from pipeline.inference.likelihood import LikelihoodConfig
-from pipeline.tasks.config import TaskConfig
+from pipeline.sandbox.pass_at_k import pass_at_k
+from pipeline.tasks.config import BY_LIKELIHOOD, TAKES, TaskConfig
 from pipeline.weights import ModelRecord
 
 Record = Mapping[str, Any]
@@ -55,9 +58,15 @@ def table_of(task: TaskConfig, records: Sequence[Record], model: ModelRecord, co
         "num_failed": len(failed),
         "failed": failed[:_LISTED],
         "num_cut": sum(record.get("cut", 0) > 0 for record in counted),
-        "settings": _settings(model, config),
-        "metrics": METRICS[task.kind](counted, model.objective == "autoregressive_nll") if counted else {},
+        "settings": _settings(task, model, config),
+        "metrics": _metrics(task, counted, model) if counted else {},
     }
+
+
+def _metrics(task: TaskConfig, records: Sequence[Record], model: ModelRecord) -> dict[str, Row]:
+    if task.kind == "code":
+        return programs_table(records, task.value("ks"))
+    return METRICS[task.kind](records, model.objective == "autoregressive_nll")
 
 
 _ESTIMATORS = {
@@ -67,7 +76,10 @@ _ESTIMATORS = {
 }
 
 
-def _settings(model: ModelRecord, config: LikelihoodConfig) -> dict[str, Any]:
+def _settings(task: TaskConfig, model: ModelRecord, config: LikelihoodConfig) -> dict[str, Any]:
+    if task.kind not in BY_LIKELIHOOD:
+        given = {name: task.value(name) for name in TAKES[task.kind] if name not in ("file", "allow_unsandboxed")}
+        return {"seq_len": model.seq_len, **identity(given)}
     drawn = {"num_masks": config.num_masks, "noise_seed": config.noise_seed, "guidance": config.guidance}
     is_exact = model.objective == "autoregressive_nll"
     return {"estimator": _ESTIMATORS[model.objective], "seq_len": model.seq_len, **({} if is_exact else drawn)}
@@ -141,9 +153,72 @@ def texts_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
     }
 
 
+# What was written
+
+
+def answers_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
+    """How often the answer is the right one."""
+    return {
+        "exact_match": _share([r["hit"] for r in records], None),
+        "no_answer": _share([r["found"] is None for r in records], None),
+        "nfe": _mean([r["nfe"] for r in records], "passes", None),
+    }
+
+
+def gaps_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
+    """How often a gap is filled as it was, and how many of its tokens are."""
+    return {
+        "exact_match": _share([r["hit"] for r in records], None),
+        "token_acc": _ratio([r["right"] for r in records], [r["tokens"] for r in records], "share", None),
+        "nfe": _mean([r["nfe"] for r in records], "passes", None),
+    }
+
+
+def programs_table(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Row]:
+    """pass@k, the unbiased estimate; of one program a problem it is a share."""
+    num_samples = len(records[0]["completions"])
+    rows: dict[str, Row] = {}
+    for k in ks:
+        if num_samples == 1:
+            rows["pass@1"] = _share([r["passed"] == 1 for r in records], None)
+        else:
+            rows[f"pass@{k}"] = _mean([pass_at_k(num_samples, r["passed"], k) for r in records], "share", None)
+    return rows | {"nfe": _mean([r["nfe"] for r in records], "passes", None)}
+
+
+def samples_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
+    """How varied texts are, and what they cost a model of next tokens: repetition is cheap, so neither goes alone."""
+    all_ids = [r["ids"] for r in records]
+    rows = {
+        "entropy": _mean([_entropy(Counter(ids)) for ids in all_ids], "nats/token", None),
+        "unigram_entropy": _plain(_entropy(Counter(i for ids in all_ids for i in ids)), "nats/token"),
+        **{f"distinct_{n}": _plain(_distinct(all_ids, n), "share") for n in (1, 2, 3)},
+        "nfe": _mean([r["nfe"] for r in records], "passes", None),
+    }
+    if "scored_nats" not in records[0]:
+        return rows
+    scored = _ratio([r["scored_nats"] for r in records], [r["scored_tokens"] for r in records], "nats/token", None)
+    return {"gen_nll": scored, "gen_ppl": _exponential(scored, "per token"), **rows}
+
+
+def _entropy(counts: Counter[int]) -> float:
+    """In nats; of a text of one token it is 0."""
+    total = counts.total()
+    return -math.fsum(n / total * math.log(n / total) for n in counts.values()) + 0.0
+
+
+def _distinct(all_ids: Sequence[Sequence[int]], n: int) -> float:
+    """Different runs of n tokens over all runs of n tokens; 0 where there is none."""
+    runs = [tuple(ids[start : start + n]) for ids in all_ids for start in range(len(ids) - n + 1)]
+    return len(set(runs)) / max(1, len(runs))
+
+
 METRICS: Mapping[str, Callable[[Sequence[Record], bool], dict[str, Row]]] = {
     "multiple_choice": choices_table,
     "text": texts_table,
+    "match": answers_table,
+    "infill": gaps_table,
+    "samples": samples_table,
 }
 """Kind of task -> (records that count, whether they are exact) -> figures by name."""
 
@@ -155,7 +230,7 @@ def _plain(value: float, unit: str) -> Row:
     return {"value": value, "unit": unit, "doc_se": None, "mc_se": None, "interval": None}
 
 
-def _share(hits: Sequence[bool], mc_se: float) -> Row:
+def _share(hits: Sequence[bool], mc_se: float | None) -> Row:
     n = len(hits)
     share = sum(hits) / n
     low, high = wilson_interval(share, n)

@@ -1,11 +1,9 @@
 """Tasks by likelihood: what a naive loop over one question at a time says, however the questions are worked on."""
 
 import gzip
-import json
 import math
-import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
@@ -15,8 +13,6 @@ import pytest
 import torch
 
 from dlm_core.intervals import t_quantile
-from pipeline.artifact import load_manifest
-from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
 from pipeline.inference.model import OpenModel, open_model
@@ -24,18 +20,11 @@ from pipeline.tasks.config import STAGE, TaskConfig, TasksConfig
 from pipeline.tasks.likelihoods import mask_id
 from pipeline.tasks.questions import external_data
 from pipeline.tasks.run import read_records
-from tests.support.exports import LLAMA
-from tests.support.interchange import drawn, random_model, save_model
+from tests.support.questions import CONFIG, RECORDS, ask, both, choices, make_weights, numbers, texts, write
 from tests.support.tiny_run import Artifacts, make_artifacts, run_stage
 
 pytestmark = pytest.mark.timeout(120)
 SEQ_LEN = 32
-CONFIG = TasksConfig(likelihood=LikelihoodConfig(num_masks=16), device="cpu", track=False, num_shards=4)
-RECORDS: Mapping[str, dict[str, Any]] = {
-    "masked": {},
-    "shifted": {"target_offset": 1},
-    "next": {"objective": "autoregressive_nll"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 
 @pytest.fixture(scope="module")
 def weights(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    special = load_vocabulary(made.tokenizer).special
-    root = tmp_path_factory.mktemp("weights")
-    model = random_model(drawn(LLAMA), special.vocab_size, special.mask_token_id)
-    made_with = load_manifest(made.tokenizer).fingerprint
-    return {name: save_model(root / name, model, tokenizer=made_with, **record) for name, record in RECORDS.items()}
+    return make_weights(tmp_path_factory.mktemp("weights"), made)
 
 
 @pytest.fixture(autouse=True)
@@ -61,56 +46,9 @@ def torch_settings() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def words(chance: random.Random, few: int, many: int) -> str:
-    return " ".join(
-        "".join(chance.choices("abdegiklmnorstu", k=chance.randint(1, 5))) for _ in range(chance.randint(few, many))
-    )
-
-
-def write(path: Path, questions: Sequence[Any]) -> Path:
-    text = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
-    return path
-
-
-def choices(count: int = 14, seed: int = 0) -> list[dict[str, Any]]:
-    chance = random.Random(seed)
-    return [
-        {
-            "id": number,
-            "context": words(chance, 0, 6) + " " * (number % 3 == 0),
-            "choices": [" " * (number % 3 > 0) + words(chance, 1, 2) for _ in range(chance.randint(2, 4))],
-            "answer": chance.randint(0, 1),
-        }
-        for number in range(count)
-    ]
-
-
-def texts(count: int = 9, seed: int = 1) -> list[dict[str, Any]]:
-    chance = random.Random(seed)
-    return [{"text": words(chance, 1, 25) + " é\n"} for _ in range(count)]
-
-
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("files")
-    return {"choices": write(root / "choices.jsonl", choices()), "texts": write(root / "texts.jsonl.gz", texts())}
-
-
-def both(files: Mapping[str, Path], config: TasksConfig = CONFIG, **changes: Any) -> TasksConfig:
-    tasks = {
-        "which": TaskConfig("multiple_choice", str(files["choices"])),
-        "how": TaskConfig("text", str(files["texts"])),
-    }
-    return replace(config, tasks=tasks, **changes)
-
-
-def ask(config: TasksConfig, weights: Path, made: Artifacts, out: Path) -> dict[str, Any]:
-    run_stage(STAGE, config, {"weights": weights, "tokenizer": made.tokenizer}, out)
-    results = json.loads((out / "results.json").read_text())["tasks"]
-    stats = {name: {m: row["value"] for m, row in found["metrics"].items()} for name, found in results.items()}
-    assert stats == load_manifest(out).stats
-    return results
+def config(tmp_path_factory: pytest.TempPathFactory) -> TasksConfig:
+    return both(tmp_path_factory.mktemp("files"))
 
 
 def naive_nats(
@@ -124,10 +62,9 @@ def naive_nats(
 
 @pytest.mark.parametrize("name", list(RECORDS))
 def test_choices_are_those_of_a_loop_over_one_question_at_a_time(
-    name: str, weights: dict[str, Path], made: Artifacts, files: dict[str, Path], tmp_path: Path
+    name: str, weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
 ) -> None:
-    config = both(files)
-    found = ask(config, weights[name], made, tmp_path / "out")["which"]
+    found = ask(config, weights[name], made.tokenizer, tmp_path / "out")["which"]
     model = open_model(weights[name], made.tokenizer, "cpu")
     right, right_norm, nats, noise, margins, turning = [], [], [], [], [], []
     for number, question in enumerate(choices()):
@@ -174,10 +111,9 @@ def test_choices_are_those_of_a_loop_over_one_question_at_a_time(
 
 @pytest.mark.parametrize("name", list(RECORDS))
 def test_texts_are_those_of_a_loop_over_one_row_at_a_time(
-    name: str, weights: dict[str, Path], made: Artifacts, files: dict[str, Path], tmp_path: Path
+    name: str, weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
 ) -> None:
-    config = both(files)
-    found = ask(config, weights[name], made, tmp_path / "out")["how"]["metrics"]
+    found = ask(config, weights[name], made.tokenizer, tmp_path / "out")["how"]["metrics"]
     model = open_model(weights[name], made.tokenizer, "cpu")
     size = SEQ_LEN - RECORDS[name].get("target_offset", 0)
     nats, noise, tokens, num_bytes, num_words, most_rows = [], 0.0, [], 0, 0, 0
@@ -211,27 +147,21 @@ def test_texts_are_those_of_a_loop_over_one_row_at_a_time(
     assert found[f"ppl{suffix}"]["interval"] == pytest.approx(ends, rel=1e-3)
 
 
-def numbers(value: Any) -> list[float]:
-    """All numbers of a JSON value, in order."""
-    if isinstance(value, dict | list):
-        return [n for one in (value.values() if isinstance(value, dict) else value) for n in numbers(one)]
-    return [] if value is None or isinstance(value, str) else [float(value)]
-
-
 @pytest.mark.parametrize("batch_rows", [1, 7])
 @pytest.mark.parametrize("name", ["masked", "next"])
 def test_batches_and_shards_change_no_printed_digit_in_float64(
-    name: str, batch_rows: int, weights: dict[str, Path], made: Artifacts, files: dict[str, Path], tmp_path: Path
+    name: str, batch_rows: int, weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
 ) -> None:
-    config = both(files)
     assert config.likelihood.batch_rows == 32
-    single = ask(config, weights[name], made, tmp_path / "single")
+    single = ask(config, weights[name], made.tokenizer, tmp_path / "single")
     model = open_model(weights[name], made.tokenizer, "cpu")
     model.denoiser.double()
     try:
-        whole = ask(config, weights[name], made, tmp_path / "whole")
+        whole = ask(config, weights[name], made.tokenizer, tmp_path / "whole")
         likelihood = replace(config.likelihood, batch_rows=batch_rows)
-        other = ask(replace(config, likelihood=likelihood, num_shards=1), weights[name], made, tmp_path / "other")
+        other = ask(
+            replace(config, likelihood=likelihood, num_shards=1), weights[name], made.tokenizer, tmp_path / "other"
+        )
     finally:
         model.denoiser.float()
     rel = 1e-6 if name == "next" else 1e-9
@@ -240,10 +170,10 @@ def test_batches_and_shards_change_no_printed_digit_in_float64(
 
 
 def test_records_tell_each_question_and_are_the_same_bytes_again(
-    weights: dict[str, Path], made: Artifacts, files: dict[str, Path], tmp_path: Path
+    weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
 ) -> None:
-    ask(both(files), weights["masked"], made, tmp_path / "one")
-    ask(both(files), weights["masked"], made, tmp_path / "two")
+    ask(config, weights["masked"], made.tokenizer, tmp_path / "one")
+    ask(config, weights["masked"], made.tokenizer, tmp_path / "two")
     for file in ("results.json", "which.jsonl", "how.jsonl"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     records = read_records(tmp_path / "one" / "which.jsonl")
@@ -252,11 +182,11 @@ def test_records_tell_each_question_and_are_the_same_bytes_again(
 
 
 def test_a_limit_takes_the_first_questions_with_the_same_masks(
-    weights: dict[str, Path], made: Artifacts, files: dict[str, Path], tmp_path: Path
+    weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
 ) -> None:
-    few = {"which": TaskConfig("multiple_choice", str(files["choices"]), limit=5)}
-    ask(replace(CONFIG, tasks=few, num_shards=1), weights["masked"], made, tmp_path / "few")
-    ask(both(files), weights["masked"], made, tmp_path / "all")
+    few = {"which": replace(config.tasks["which"], limit=5)}
+    ask(replace(CONFIG, tasks=few, num_shards=1), weights["masked"], made.tokenizer, tmp_path / "few")
+    ask(config, weights["masked"], made.tokenizer, tmp_path / "all")
     some, every = (read_records(tmp_path / name / "which.jsonl") for name in ("few", "all"))
     assert len(some) == 5
     assert numbers(some) == pytest.approx(numbers(every[:5]), rel=1e-5)
@@ -274,7 +204,7 @@ def test_what_does_not_fit_is_counted_and_listed(weights: dict[str, Path], made:
     ]
     file = write(tmp_path / "q.jsonl", questions)
     config = replace(CONFIG, tasks={"q": TaskConfig("multiple_choice", str(file))})
-    found = ask(config, weights["masked"], made, tmp_path / "out")["q"]
+    found = ask(config, weights["masked"], made.tokenizer, tmp_path / "out")["q"]
     assert (found["n"], found["num_failed"], found["num_cut"]) == (2, 1, 1)
     (failed,) = found["failed"]
     assert failed["number"] == 1
@@ -350,10 +280,31 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], words:
         replace(CONFIG, **changes)
 
 
+def test_settings_of_a_likelihood_that_no_task_has_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"likelihood\.num_masks is 8, but no task is scored by likelihood"):
+        replace(CONFIG, tasks={"s": TaskConfig("samples")})
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"kind": "essay"}, "kind is 'essay'; it must be one of multiple_choice, text"),
+        ({"kind": "essay"}, "kind is 'essay'; it must be one of multiple_choice, text, match"),
+        (
+            {"kind": "text", "file": "t.jsonl", "length": 3},
+            "length is 3, but kind 'text' has no use for it; it takes file",
+        ),
+        ({"kind": "samples", "file": "t.jsonl"}, "but kind 'samples' has no use for it; it takes num_samples, length"),
+        ({"kind": "samples", "num_samples": 0}, "num_samples is 0; it must be at least 1"),
+        (
+            {"kind": "match", "file": "t.jsonl", "pattern": "("},
+            r"pattern is '\(', which is no regular expression: missing",
+        ),
+        (
+            {"kind": "match", "file": "t.jsonl", "stop": ("a", "")},
+            "stop has an empty text, at which everything would end",
+        ),
+        ({"kind": "code", "file": "t.jsonl", "ks": ()}, "ks is empty; give at least one k"),
+        ({"kind": "code", "file": "t.jsonl", "ks": (1, 5)}, "ks has 5, but num_samples is 1; k must lie in"),
         ({"kind": "text"}, r"file is ''; kind 'text' needs a file of \.jsonl or \.jsonl\.gz"),
         ({"kind": "text", "file": "t.txt"}, r"file is 't\.txt'; kind 'text' needs a file of"),
         ({"kind": "text", "file": "t.jsonl", "limit": 0}, "limit is 0; it must be at least 1"),
