@@ -8,7 +8,7 @@ Everything is computed in float64: float32 Gumbel noise cuts the tails off and s
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,12 @@ from torch import Tensor
 
 Score = Literal["probability", "margin", "entropy"]
 """How sure a prediction is: p of the drawn token, the lead of the best token over the second, or minus the entropy."""
+
+
+def check_score(score: str) -> None:
+    """Raises ValueError for a score that there is not."""
+    if score not in get_args(Score):
+        raise ValueError(f'score is "{score}"; it must be one of {", ".join(get_args(Score))}')
 
 
 @dataclass(frozen=True)
