@@ -13,7 +13,8 @@ from dlm_core.noise import Stream, hash_uniform
 from dlm_core.samplers.proposal import Proposal, draw
 from pipeline.artifact import load_manifest
 from pipeline.data.vocabulary import load_vocabulary
-from pipeline.inference.filling import Canvas, Filled, fill, prompted
+from pipeline.errors import UserError
+from pipeline.inference.filling import Canvas, Filled, continuation, fill, prompted
 from pipeline.inference.model import OpenModel, open_model
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
@@ -222,3 +223,148 @@ def test_a_change_of_logits_knows_sample_and_position(models: dict[str, OpenMode
         for place, (old, new) in enumerate(zip(canvas.ids, filled.ids, strict=True)):
             base = 30 if canvas.sample_id % 2 else 60
             assert new == (base + place if old == model.mask_token_id else old)
+
+
+# Guidance
+
+
+def _naive_guided(model: OpenModel, canvas: Canvas, w: float) -> list[int]:
+    """One token a pass in falling order of u, under c + w (c - u)."""
+    mask, offset, ids = model.mask_token_id, model.record.target_offset, list(canvas.ids)
+    is_prompt = [token != mask and place >= offset for place, token in enumerate(ids)]
+    uniform = [float(hash_uniform(3, Stream.REVEAL, canvas.sample_id, place, 0)) for place in range(len(ids))]
+    for place in sorted((p for p in range(len(ids)) if ids[p] == mask), key=lambda p: -uniform[p]):
+        bare = [mask if given else token for given, token in zip(is_prompt, ids, strict=True)]
+        c, u = (model.denoiser(torch.tensor([row]))[place - offset] for row in (ids, bare))
+        logits = c + w * (c - u)
+        logits[mask] = -torch.inf
+        ids[place] = int(
+            draw(Proposal(), logits[None], hash_uniform(3, Stream.CATEGORICAL, canvas.sample_id, place, 0)[None]).x0
+        )
+    return ids
+
+
+@pytest.mark.parametrize("name", ["masked", "shifted"])
+def test_guidance_follows_a_naive_loop_and_counts_two_passes_for_one(models: dict[str, OpenModel], name: str) -> None:
+    model, calls = models[name], []
+    canvases = [*_prompts(model)[1:4], *_gaps(model)]
+    with torch.no_grad():
+        wanted = [_naive_guided(model, canvas, 1.5) for canvas in canvases]
+    assert [one.ids for one in _all(model, canvases, replace(STEPWISE, guidance=1.5))] == wanted
+    assert [one.ids for one in _all(model, canvases, STEPWISE)] != wanted
+    handle = model.denoiser.embedding.register_forward_hook(lambda _, args, out: calls.append(len(args[0])))
+    try:
+        (filled,) = _all(model, canvases[:1], replace(STEPWISE, guidance=1.5))
+    finally:
+        handle.remove()
+    assert calls == [2] * 8  # both branches are one pass of two rows
+    assert filled.nfe == 16
+
+
+def test_windows_have_the_same_prompt_under_guidance(models: dict[str, OpenModel]) -> None:
+    """What a window has filled is no prompt of the next."""
+    model, config = models["masked"], replace(STEPWISE, guidance=1.0, block_size=1, temperature=0.0)
+    (canvas,) = [prompted(model, (20, 21, 22), 4, 0)]
+    ids = list(canvas.ids)
+    for place in range(3, 7):
+        bare = [model.mask_token_id] * 3 + ids[3:]
+        c, u = (model.denoiser(torch.tensor([row]))[place] for row in (ids, bare))
+        logits = 2 * c - u
+        logits[model.mask_token_id] = -torch.inf
+        ids[place] = int(logits.argmax())
+    assert _all(model, [canvas], config)[0].ids == ids
+
+
+@pytest.mark.parametrize("name", ["masked", "shifted"])
+def test_no_guidance_is_the_plain_sampler_bit_for_bit(models: dict[str, OpenModel], name: str) -> None:
+    """Its context with w 0 gives the same logits, and w 0 takes no second branch."""
+    model, seen = models[name], []
+
+    def look(logits: torch.Tensor, sample_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.clone())
+        return logits
+
+    (canvas,) = _prompts(model)[1:2]
+    plain = _all(model, [canvas], STEPWISE, change=look)
+    zero = _all(model, [canvas], replace(STEPWISE, guidance=0.0), change=look)
+    assert plain == zero
+    assert all(torch.equal(a, b) for a, b in zip(seen[:8], seen[8:], strict=True))
+
+
+# Ends of texts
+
+
+@pytest.mark.parametrize("name", ["masked", "blocks", "next"])
+def test_a_row_ends_with_its_first_end_and_its_text_before_it(models: dict[str, OpenModel], name: str) -> None:
+    model = models[name]
+    eos = model.vocabulary.special.eos_token_id
+    windows = {"block_size": BLOCK} if name == "masked" else {}
+    config = replace(_config(name), ends_at_eos=True, **windows)
+
+    def ends_at_nine(logits: torch.Tensor, sample_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        wanted = torch.where(positions == 9, eos, 40 + positions)
+        return torch.nn.functional.one_hot(wanted, logits.shape[1]) * 1e4
+
+    canvas = prompted(model, (eos, 20, 21, 22), 16, 0)
+    (filled,) = _all(model, [canvas], config, change=ends_at_nine, keep_frames=True)
+    drawn = [44, 45, 46, 47, 48]
+    assert filled.ids == [eos, 20, 21, 22, *drawn, *[eos] * 11] if name == "next" else filled.ids[9:] == [eos] * 11
+    assert filled.frames[-1] == filled.ids
+    assert continuation(model, canvas, filled, ends_at_eos=True) == model.vocabulary.decode(drawn)
+    assert filled.nfe == {"masked": 8, "blocks": 8 + 2, "next": 6}[name]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_suppressed_tokens_are_never_drawn(models: dict[str, OpenModel], name: str) -> None:
+    model, special = models[name], models[name].vocabulary.special
+    allowed = {30, 31, 32}
+    suppressed = tuple(i for i in range(special.vocab_size) if i not in {*allowed, special.eos_token_id})
+    config = replace(_config(name), suppressed=suppressed, suppresses_eos=True)
+    (filled,) = _all(model, [prompted(model, (5, 6), 20, 0)], config)
+    assert set(filled.ids[2:]) == allowed
+
+
+# Prompts
+
+
+def test_a_prompt_is_cut_from_the_left_where_it_leaves_no_room(models: dict[str, OpenModel]) -> None:
+    for name, model in models.items():
+        mask, eos = model.mask_token_id, model.vocabulary.special.eos_token_id
+        assert prompted(model, range(20, 60), 12, 5) == Canvas([*range(40, 60), *[mask] * 12], 5, num_cut=20), name
+        assert prompted(model, range(20, 25), 12, 5) == Canvas([*range(20, 25), *[mask] * 12], 5)
+        assert prompted(model, (), 3, 5).ids == ([eos] if name == "shifted" else []) + [mask] * 3
+        with pytest.raises(UserError, match="33 tokens are to be drawn, but rows of the model have 32"):
+            prompted(model, (5,), 33, 0)
+    with pytest.raises(UserError, match=r"32 tokens are to be drawn, .* of which the first must be given; ask for"):
+        prompted(models["shifted"], (5,), 32, 0)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "ids", "changes", "words"),
+    [
+        ("masked", [0] * 33, {}, "a row has 33 tokens, those of the model have 32"),
+        ("shifted", [0, 5], {}, "the first token of a row is masked, which a shifted model cannot predict"),
+        ("next", [5, 0, 6], {}, "text stands behind a mask, which a model that predicts the next token does not see"),
+        ("blocks", [5, 0, 6, 7, 8], {}, "1 tokens stand behind the block of the last mask"),
+        ("masked", [0, 0], {"guidance": 1.0}, "guidance is 1.0, but nothing is given"),
+        ("shifted", [1, 0], {"guidance": 1.0}, "guidance is 1.0, but nothing is given"),
+        ("blocks", [5, 0], {"guidance": 1.0}, "guidance is 1.0, but the model is of blocks"),
+        ("next", [5, 0], {"guidance": 1.0}, "guidance is 1.0, but the model predicts the next token"),
+        ("next", [5, 0], {"block_size": 4}, "block_size is 4, but the model predicts the next token"),
+        ("next", [5, 0], {"cache": "none"}, "cache is 'none', but the model predicts the next token"),
+        ("next", [5, 0], {"sampler": SamplerConfig("random")}, "sampler is 'random', but the model predicts"),
+        ("blocks", [5, 0], {"block_size": 8}, "block_size is 8, but the model was trained on blocks of 4"),
+        ("blocks", [5, 0], {"cache": "dual"}, 'cache is "dual", an approximation for models of full attention'),
+        ("masked", [5, 0, 0, 0], {"block_size": 2}, "a row has 3 tokens from its first mask on, which windows of 2"),
+        ("masked", [5, 0], {"suppressed": (300,)}, r"suppressed has the id 300; the model has the ids 0\.\.299"),
+        ("masked", [5, 0], {"suppressed": tuple(range(300))}, "leaves no token to draw"),
+    ],
+)
+def test_what_a_model_cannot_fill_or_use_is_refused_before_any_pass(
+    models: dict[str, OpenModel], name: str, ids: list[int], changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        next(fill(models[name], [Canvas([5, 6], 0), Canvas(ids, 1)], replace(PLAIN, **changes)))
