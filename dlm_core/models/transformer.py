@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dlm_core.blocks import block_length
-from dlm_core.cross_entropy import HeadLoss, compute_dtype, exclude_token, masked_cross_entropy
+from dlm_core.cross_entropy import HeadLoss, compute_dtype, masked_cross_entropy
 from dlm_core.models.attention import Attend, AttentionMask, Backend, KVCache, plan_attention
 from dlm_core.models.config import NUM_TIME_FREQUENCIES, Architecture, ModelConfig
 from dlm_core.models.feed_forward import FeedForward
@@ -217,7 +217,9 @@ class Denoiser(nn.Module):
         head, mask_token_id = self._head(), self.config.mask_token_id
         if targets is None or weight is None:
             logits = F.linear(rows, head.weight, head.bias)
-            return logits if mask_token_id is None else exclude_token(logits, mask_token_id)
+            if mask_token_id is not None:
+                logits[:, mask_token_id] = -torch.inf  # in place: nothing that a model makes is wider
+            return logits
         return masked_cross_entropy(
             rows, head.weight, targets, weight, head_bias=head.bias, mask_token_id=mask_token_id
         )

@@ -159,7 +159,9 @@ class Confident(Rule):
             left = is_open.sum(dim=1).cpu()
 
     def _ask(self, canvas: Canvas, places: Int[Tensor, " M"], rows: Int[Tensor, " R"], step: int) -> Ask:
-        return canvas.ask(places, rows, step, step)._replace(score=self.score, is_tempered=self.is_tempered)
+        return canvas.ask(places, rows, step, step)._replace(
+            score=self.score, is_tempered=self.is_tempered, with_entropy=isinstance(self.num, EntropyBound)
+        )
 
     def _perturbed(
         self, canvas: Canvas, places: Int[Tensor, " M"], score: Float[Tensor, " M"], step: int

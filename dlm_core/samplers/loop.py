@@ -16,7 +16,7 @@ host wait for nothing.  Shapes: B rows, L seq_len, R rows of one pass, M positio
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dlm_core.cross_entropy import Denoise, exclude_token
 from dlm_core.noise import Stream, as_uniform, extend_hash, hash_words
-from dlm_core.samplers.proposal import Drawn, Proposal, Score, are_usable, draw
+from dlm_core.samplers.proposal import Drawn, Proposal, Score, draw
 
 
 class Pass(NamedTuple):
@@ -65,6 +65,8 @@ class Ask(NamedTuple):
     t: Float[Tensor, " R"] | None = None
     score: Score | None = None
     is_tempered: bool = False
+    with_entropy: bool = False
+    """Whether the rule wants the entropy beside another score."""
     held: Int[Tensor, " M"] | None = None
     """Tokens that are scored in place of the drawn ones, where they are no mask."""
     is_greedy: bool = False
@@ -256,18 +258,24 @@ def sample(
     is_usable = torch.ones((), dtype=torch.bool, device=canvas.device)
     frames = [canvas.xt.clone()] if keep_frames else []
     is_busy: list[Tensor] = []
+    proposal = replace(proposal, suppressed=(mask_token_id, *proposal.suppressed))
     greedy, num_passes = Proposal(temperature=0.0, suppressed=proposal.suppressed), 0
     turns = rule.turns(canvas)
     ask = next(turns, None)
     while ask is not None:
-        logits = exclude_token(predict(ask.xt, ask.select, Pass(ask.rows, ask.t, ask.turn)), mask_token_id)
+        logits = predict(ask.xt, ask.select, Pass(ask.rows, ask.t, ask.turn))
         places = canvas.place(ask)
-        logits = logits if change is None else change(logits, places)
-        is_usable &= are_usable(logits)
-        u = canvas.draws(places, ask.step)
-        chosen = greedy if ask.is_greedy else proposal
-        held = None if ask.held is None else torch.where(ask.held == mask_token_id, -1, ask.held)
-        drawn = draw(chosen, logits, u, ask.score, is_tempered=ask.is_tempered, held=held)
+        logits = logits if change is None else change(exclude_token(logits, mask_token_id), places)
+        drawn = draw(
+            greedy if ask.is_greedy else proposal,
+            logits,
+            canvas.draws(places, ask.step),
+            ask.score,
+            is_tempered=ask.is_tempered,
+            held=None if ask.held is None else torch.where(ask.held == mask_token_id, -1, ask.held),
+            with_entropy=ask.with_entropy,
+        )
+        is_usable &= drawn.is_usable.all()
         before = nfe.clone() if keep_frames else nfe
         nfe.index_add_(0, ask.rows, torch.ones_like(ask.rows) if ask.is_busy is None else ask.is_busy.long())
         num_passes += 1

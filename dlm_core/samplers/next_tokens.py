@@ -13,7 +13,7 @@ from dlm_core.models.attention import AttentionMask
 from dlm_core.models.transformer import Denoiser
 from dlm_core.noise import Stream
 from dlm_core.samplers.loop import Canvas, Change, OnPass, Sampled
-from dlm_core.samplers.proposal import Proposal, are_usable, draw
+from dlm_core.samplers.proposal import Proposal, draw
 
 
 def sample_next_tokens(
@@ -57,8 +57,9 @@ def sample_next_tokens(
         if mask_token_id < logits.shape[1]:  # a model that is never shown a mask may lack it
             logits = exclude_token(logits, mask_token_id)
         logits = logits if change is None else change(logits, places + position)
-        is_usable &= are_usable(logits)
-        drawn = draw(proposal, logits, canvas.draws(places + position, 0, Stream.CATEGORICAL)).x0
+        found = draw(proposal, logits, canvas.draws(places + position, 0, Stream.CATEGORICAL))
+        is_usable &= found.is_usable.all()
+        drawn = found.x0
         if eos_token_id is not None:
             drawn = torch.where(has_ended, eos_token_id, drawn)
         canvas.xt[:, position] = drawn

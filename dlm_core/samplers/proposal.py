@@ -6,6 +6,7 @@ Everything is computed in float64: float32 Gumbel noise cuts the tails off and s
 2409.02908).  M positions, V vocab_size.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -59,7 +60,9 @@ class Drawn(NamedTuple):
     score: Float[Tensor, " M"]
     """The higher, the surer; of no meaning where no score was asked for."""
     entropy: Float[Tensor, " M"]
-    """Of the distribution of the score, in nats; of no meaning where no score was asked for."""
+    """Of the distribution of the score, in nats; of no meaning where it was not asked for."""
+    is_usable: Bool[Tensor, " M"]
+    """Whether the logits give a distribution: no nan, no inf, and not -inf for every id that may be drawn."""
 
 
 def draw(
@@ -70,36 +73,74 @@ def draw(
     *,
     is_tempered: bool = False,
     held: Int[Tensor, " M"] | None = None,
+    with_entropy: bool = False,
 ) -> Drawn:
     """Draw one id a row by inverting the cumulative distribution at u, and score it.
 
     The score is of softmax(logits), as LLaDA (arXiv 2502.09992) has it, or, ``is_tempered``, of the distribution that
-    is drawn from, as Dream (2508.15487) has it; at temperature 0 both are softmax(logits).  Logits that give no
-    distribution (nan, inf, or -inf for every id) make a score and a token without meaning: ``are_usable`` tells.
-    ``held`` are ids that are scored in place of the drawn ones, where they are not negative.
+    is drawn from, as Dream (2508.15487) has it; at temperature 0 both are softmax(logits).  Rows that give no
+    distribution get a score and a token without meaning: ``is_usable`` tells.  ``held`` are ids that are scored in
+    place of the drawn ones, where they are not negative.  The entropy comes with the score "entropy", and with any
+    other if ``with_entropy``.  Raises ValueError for a suppressed id that the logits lack.
     """
-    if proposal.suppressed:
-        ids = torch.tensor(proposal.suppressed, device=logits.device)
-        logits = logits.index_fill(1, ids, -torch.inf)
-    if proposal.temperature == 0.0:
-        x0 = logits.argmax(dim=-1)
-        return Drawn(x0, *_scores(logits.double().softmax(dim=-1), x0, held, score)) if score else _unscored(x0)
-    probs = _truncated((logits.double() / proposal.temperature).softmax(dim=-1), proposal)
-    x0 = _inverse_cdf(probs, u)
+    vocab_size = logits.shape[1]
+    if lacking := [i for i in proposal.suppressed if i >= vocab_size]:
+        raise ValueError(f"the id {lacking[0]} is to be suppressed; the logits have the ids 0..{vocab_size - 1}")
+    size = max(1, _chunk_bytes(logits.device) // (torch.float64.itemsize * vocab_size))
+    parts = [
+        _draw_rows(proposal, *rows, score, is_tempered, with_entropy)
+        for rows in zip(
+            logits.detach().split(size),
+            u.split(size),
+            itertools.repeat(None) if held is None else held.split(size),
+            strict=False,
+        )
+    ]
+    return parts[0] if len(parts) == 1 else Drawn(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    """Room for one float64 copy of a chunk of rows: on a CPU what its caches keep from one pass to the next."""
+    return 2 << 20 if device.type == "cpu" else 1 << 30
+
+
+def _draw_rows(
+    proposal: Proposal,
+    logits: Float[Tensor, "M V"],
+    u: Float[Tensor, " M"],
+    held: Int[Tensor, " M"] | None,
+    score: Score | None,
+    is_tempered: bool,
+    with_entropy: bool,
+) -> Drawn:
+    is_greedy = proposal.temperature == 0.0
+    allowed = logits.to(logits.dtype if is_greedy and score is None else torch.float64, copy=True)
+    for token_id in proposal.suppressed:
+        allowed[:, token_id] = -torch.inf
+    if is_greedy:
+        best, x0 = allowed.max(dim=-1)
+        is_usable = best.isfinite()
+        if score is None:
+            return _unscored(x0, is_usable)
+        return Drawn(x0, *_scores(allowed.softmax(dim=-1), x0, held, score, with_entropy), is_usable)
+    plain = None
+    if proposal.temperature != 1.0:
+        plain = allowed.softmax(dim=-1) if score is not None and not is_tempered else None
+        allowed /= proposal.temperature
+    probs = allowed.softmax(dim=-1)
+    is_usable = probs[:, 0].isfinite()  # nan for all ids if for one
+    weights = _truncated(probs, proposal)
+    x0 = _inverse_cdf(weights, u)
     if score is None:
-        return _unscored(x0)
-    scored = probs / probs.sum(dim=-1, keepdim=True) if is_tempered else logits.double().softmax(dim=-1)
-    return Drawn(x0, *_scores(scored, x0, held, score))
+        return _unscored(x0, is_usable)
+    untempered = probs if plain is None else plain
+    scored = weights / weights.sum(dim=-1, keepdim=True) if is_tempered else untempered
+    return Drawn(x0, *_scores(scored, x0, held, score, with_entropy), is_usable)
 
 
-def are_usable(logits: Float[Tensor, "M V"]) -> Bool[Tensor, ""]:
-    """Whether every row is a distribution, as a scalar on the device of the logits."""
-    return logits.amax(dim=-1).isfinite().all()
-
-
-def _unscored(x0: Tensor) -> Drawn:
+def _unscored(x0: Int[Tensor, " M"], is_usable: Bool[Tensor, " M"]) -> Drawn:
     none = torch.zeros_like(x0, dtype=torch.float64)
-    return Drawn(x0, none, none)
+    return Drawn(x0, none, none, is_usable)
 
 
 def _truncated(probs: Float[Tensor, "M V"], proposal: Proposal) -> Float[Tensor, "M V"]:
@@ -121,13 +162,21 @@ def _inverse_cdf(weights: Float[Tensor, "M V"], u: Float[Tensor, " M"]) -> Int[T
 
 
 def _scores(
-    probs: Float[Tensor, "M V"], x0: Int[Tensor, " M"], held: Int[Tensor, " M"] | None, score: Score
+    probs: Float[Tensor, "M V"],
+    x0: Int[Tensor, " M"],
+    held: Int[Tensor, " M"] | None,
+    score: Score,
+    with_entropy: bool,
 ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
-    entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
+    """Score and entropy; ``probs`` are used up."""
+    if score == "entropy" or with_entropy:
+        entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
+    else:
+        entropy = torch.zeros_like(x0, dtype=torch.float64)
     if score == "probability":
         token = x0 if held is None else torch.where(held < 0, x0, held)
         return probs.gather(-1, token[:, None]).squeeze(1), entropy
     if score == "margin":
-        best = probs.topk(2, dim=-1).values
-        return best[:, 0] - best[:, 1], entropy
+        best, place = probs.max(dim=-1)
+        return best - probs.scatter_(1, place[:, None], 0.0).amax(dim=-1), entropy  # topk sorts whole rows
     return -entropy, entropy

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm_core.samplers.proposal import Proposal, are_usable, draw
+from dlm_core.samplers import proposal as proposal_module
+from dlm_core.samplers.proposal import Proposal, draw
 from tests.support import reference
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
@@ -99,6 +100,27 @@ def test_an_impossible_or_suppressed_id_is_never_drawn(u, column, temperature):
     assert ((drawn >= 0) & (drawn < 5) & (drawn != column) & (drawn != suppressed)).all()
 
 
+@pytest.mark.parametrize("score", [None, "probability", "margin", "entropy"])
+@pytest.mark.parametrize("proposal", [Proposal(), Proposal(0.0), Proposal(0.7, top_p=0.8, suppressed=(2,))])
+def test_rows_in_chunks_are_drawn_and_scored_bit_for_bit_as_at_once(monkeypatch, proposal, score):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(23, 50, generator=generator)
+    u = torch.rand(23, generator=generator, dtype=torch.float64)
+    held = torch.where(torch.rand(23, generator=generator) < 0.3, 7, -1)
+    before, found = logits.clone(), []
+    for rows in (1, 5, 23, 100):
+        monkeypatch.setattr(proposal_module, "_chunk_bytes", lambda device, rows=rows: rows * 50 * 8)
+        found.append(draw(proposal, logits, u, score, held=held, with_entropy=True))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("proposal", [Proposal(), Proposal(0.0)])
+def test_no_rows_are_drawn_for_no_positions(proposal):
+    found = draw(proposal, torch.zeros(0, 5), torch.zeros(0, dtype=torch.float64), "margin")
+    assert [len(column) for column in found] == [0, 0, 0, 0]
+
+
 # Scores
 
 
@@ -114,7 +136,7 @@ def test_scores_are_those_of_the_naive_formulas(proposal, is_tempered):
     u = torch.rand(40, generator=draws, dtype=torch.float64)
     held = torch.where(torch.rand(40, generator=draws) < 0.3, 2, -1)
     found = {
-        score: draw(proposal, logits, u, score, is_tempered=is_tempered, held=held)
+        score: draw(proposal, logits, u, score, is_tempered=is_tempered, held=held, with_entropy=True)
         for score in ("probability", "margin", "entropy")
     }
     for row in range(40):
@@ -143,10 +165,22 @@ def test_two_ids_are_ordered_alike_by_every_score():
 # Bad input
 
 
-@pytest.mark.parametrize("logits", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf]])
-def test_logits_that_give_no_distribution_are_told(logits):
-    assert not are_usable(torch.tensor([[0.0, 1.0], logits]))
-    assert are_usable(torch.tensor([[0.0, 1.0], [-math.inf, 3.0]]))
+@pytest.mark.parametrize("proposal", [Proposal(), Proposal(0.5, top_p=0.9), Proposal(top_k=1), Proposal(0.0)])
+@pytest.mark.parametrize("score", [None, "probability"])
+@pytest.mark.parametrize("row", [[math.nan, 0.0], [0.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf]])
+def test_logits_that_give_no_distribution_are_told(row, score, proposal):
+    logits = torch.tensor([[0.0, 1.0], row, [-math.inf, 3.0]])
+    assert draw(proposal, logits, torch.full((3,), 0.5, dtype=torch.float64), score).is_usable.tolist() == [1, 0, 1]
+
+
+def test_logits_whose_every_id_is_suppressed_are_told():
+    found = draw(Proposal(0.0, suppressed=(1,)), torch.tensor([[-math.inf, 3.0], [0.0, 3.0]]), torch.zeros(2))
+    assert found.is_usable.tolist() == [False, True]
+
+
+def test_a_suppressed_id_beyond_the_logits_is_refused():
+    with pytest.raises(ValueError, match=r"the id 4 is to be suppressed; the logits have the ids 0\.\.3"):
+        draw(Proposal(suppressed=(1, 4)), torch.zeros(2, 4), torch.zeros(2))
 
 
 @pytest.mark.parametrize(

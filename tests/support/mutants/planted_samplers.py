@@ -6,8 +6,8 @@ SAMPLERS: tuple[Planted, ...] = (
     Planted(
         "samplers/proposal",
         "the draw in float32, which cuts the tails off",
-        "probs = _truncated((logits.double() / proposal.temperature).softmax(dim=-1), proposal)",
-        "probs = _truncated((logits.float() / proposal.temperature).softmax(dim=-1), proposal)",
+        "    probs = allowed.softmax(dim=-1)",
+        "    probs = allowed.float().softmax(dim=-1)",
     ),
     Planted(
         "samplers/proposal", "top_p without the token that reaches it", "- ordered < proposal.top_p", "< proposal.top_p"
