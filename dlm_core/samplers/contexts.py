@@ -147,12 +147,12 @@ class _Approximate(Context):
             raise ValueError(f"refresh_every is {self.refresh_every}; it must be 0 or more")
 
     def check(self, rule: Rule) -> None:
-        """Raises ValueError for a rule that adds rows, or whose rows would depend on when others have the cache renewed."""
+        """Raises ValueError for a rule that adds rows, or whose rows would depend on when others renew the cache."""
         super().check(rule)
         if rule.changes_between and self.refresh_every > 1:
             raise ValueError(
                 f"refresh_every is {self.refresh_every}, but rows of {rule} change between their passes, and would "
-                "depend on when others have the cache renewed; take 0 or 1"
+                "depend on when others renew the cache; take 0 or 1"
             )
 
     def begin(self, xt: Int[Tensor, "B L"], start: int) -> int:

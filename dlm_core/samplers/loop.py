@@ -10,8 +10,12 @@ like its pseudo-code, in a file of its own:
     speculative.py  several steps of a greedy sampler verified in one pass
     blocks.py       the outer loop: windows of a row, one after another, and their caches
 
-Which positions a rule asks for never depends on a number on the device, unless its docstring says so: a step makes the
-host wait for nothing.  Shapes: B rows, L seq_len, R rows of one pass, M positions asked for in it.
+What a rule asks for depends on no number on the device, and all that it sends there goes before its first pass: from
+then to the last one the host waits for nothing.  Three rules wait by nature, as how many they take is known there
+alone: ``Confident`` with a ``Count`` (every look_every passes), ``SelfSpeculative`` (once a pass) and ``ReMDM`` of the
+kind "confidence" (in each pass).  Windows (blocks.py) wait once each, at their start, and where texts end.
+
+Shapes: B rows, L seq_len, R rows of one pass, M positions asked for in it.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +40,7 @@ class Pass(NamedTuple):
     t: Float[Tensor, " R"] | None
     """Time of each, for models that are conditioned on it; None where the rule has no time."""
     turn: int | None = None
-    """Step of the rule, which is that of a row in any batch: by it a cache is renewed.  None: it is renewed for this."""
+    """Step of the rule, the same for a row in any batch: by it a cache is renewed.  None: it is renewed for this one."""
 
 
 Predict = Callable[[Tensor, Tensor, Pass], Tensor]
@@ -142,7 +146,7 @@ class Canvas:
         turn: int | None,
         t: Float[Tensor, " R"] | None = None,
     ) -> Ask:
-        """A pass of some rows, for flat positions of the batch that lie in them; of all, where the canvas keeps them."""
+        """A pass of some rows, for flat positions of the batch that lie in them; of all, where a canvas keeps them."""
         if len(rows) == len(self.rows):
             return Ask(places, self.xt, self.rows, step, turn, t)
         if not self.keeps_rows:
@@ -179,9 +183,7 @@ def within(places: Int[Tensor, " M"], rows: Int[Tensor, " R"], grid: Shaped[Tens
     return rank[places // grid.shape[1]] * grid.shape[1] + places % grid.shape[1]
 
 
-def put(
-    grid: Shaped[Tensor, "B L"], places: Int[Tensor, " M"], values: Shaped[Tensor, " M"]
-) -> Shaped[Tensor, "B L"]:
+def put(grid: Shaped[Tensor, "B L"], places: Int[Tensor, " M"], values: Shaped[Tensor, " M"]) -> Shaped[Tensor, "B L"]:
     """The grid with values at flat positions; one for the position B L is dropped."""
     return torch.cat([grid.flatten(), values.new_zeros(1)]).scatter(0, places, values)[:-1].view_as(grid)
 
@@ -189,7 +191,7 @@ def put(
 def by_score(
     shape: torch.Size, places: Int[Tensor, " M"], score: Float[Tensor, " M"]
 ) -> tuple[Float[Tensor, "B L"], Int[Tensor, "B L"]]:
-    """The scores of each row of a grid, falling, and where they stand: of equal ones the left first, places without last.
+    """The scores of each row of a grid, falling, and where they stand: of equal ones the left first, what has none last.
 
     A score of -inf counts as the lowest number, so that no place without a score comes before it.
     """
@@ -249,8 +251,8 @@ def sample(
 
     ``sample_ids`` address the noise of the rows, 0.. by default: a row is the same in any batch.  ``first_position``
     is that of xt in its row, where xt is a window.  ``keeps_rows`` puts every row into every pass.  ``change`` is
-    called with the logits of each pass, and ``on_pass`` after it.  Raises ValueError for logits that give no
-    distribution, after the last pass.
+    called with the logits of each pass, and ``on_pass`` after it.  Raises ValueError for suppressed ids that the logits
+    lack or that leave none, and for logits that give no distribution, after the last pass.
     """
     ids = torch.arange(len(xt)) if sample_ids is None else sample_ids.cpu()
     canvas = Canvas(xt, mask_token_id, noise_seed, ids, first_position, keeps_rows)
@@ -289,5 +291,7 @@ def sample(
         if on_pass is not None:
             on_pass(num_passes, canvas.xt)
     if not is_usable:
-        raise ValueError("the denoiser's logits hold nan or inf, or are -inf for every id; no id can be drawn")
+        raise ValueError(
+            "the denoiser's logits hold nan or inf, or are -inf for every id that is not suppressed; no id can be drawn"
+        )
     return Sampled(canvas.xt, nfe, num_passes, frames, is_busy)

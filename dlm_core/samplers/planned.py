@@ -62,7 +62,7 @@ class Ancestral(Rule):
 
     @classmethod
     def origin(cls, num_steps: int, eps: float = 1e-3) -> "Ancestral":
-        """"origin" of Dream (arXiv 2508.15487): num_steps passes at the first num_steps times of 1, ..., eps.
+        """ "origin" of Dream (arXiv 2508.15487): num_steps passes at the first num_steps times of 1, ..., eps.
 
         A mask is revealed with 1 - s/t, and in the last pass all that are left are drawn.  Raises ValueError for no
         step, and for an eps outside [0, 1).
@@ -113,8 +113,8 @@ class FirstHitting(Rule):
     arXiv 2409.02908: the next of n masks goes at mask_prob u^(1/n) of what it was, and each is as likely to be it.
     Which is to take the positions in falling order of one uniform number each.  The law is that of ancestral sampling
     with T to infinity; a row of n masks makes n passes, or ceil(n / per_pass), with an error, for more than one token a
-    pass, which is shown the time of the first of its tokens.  Where a schedule leaves masks at t = 0, those come last, at
-    that time.  Raises ValueError for less than one token a pass.
+    pass, which is shown the time of the first of its tokens.  What a schedule leaves masked at t = 0 comes last, at that
+    time.  Raises ValueError for less than one token a pass.
     """
 
     schedule: Schedule = field(default_factory=LinearSchedule)

@@ -145,14 +145,6 @@ class ReMDM(Rule):
         doubt = torch.where(is_token, -sureness, -torch.inf)
         return sigma * doubt.softmax(dim=1).nan_to_num(0.0)  # a row without tokens has none to take back
 
-    def _ask(self, canvas: Canvas, is_revealed: Bool[Tensor, "B L"], visit: Int[Tensor, "B L"], t: float) -> Ask:
-        rows = is_revealed.any(dim=1).nonzero().squeeze(1)
-        flat = is_revealed[rows].flatten().nonzero().squeeze(1)
-        step = visit[rows].flatten()[flat].to(canvas.device)
-        times = torch.full((len(rows),), t, dtype=torch.float64)
-        ask = canvas.ask(flat.to(canvas.device), rows.to(canvas.device), 0, times.to(canvas.device))
-        return ask._replace(step=step, score="probability" if self.kind == "confidence" else None)
-
 
 class _Step(NamedTuple):
     turn: int
