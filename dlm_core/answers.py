@@ -10,14 +10,14 @@ What lives here: rows of any lengths through a denoiser, and their estimates.  W
 Shapes: B rows, b those of a batch, L the greatest length among them, M masked tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dlm_core.answer_masks import AnswerMasks, draw_masks, variance_of_sum
+from dlm_core.answer_masks import AnswerMasks, bound_of_losses, draw_masks
 
 CrossEntropy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(xt [b, L], rows [b], select [M], targets [M]) -> -log p [M] of the targets at the flat positions of xt.
@@ -91,7 +91,7 @@ class AnswerEstimate:
     mc_se: Float[Tensor, " B"]
     """Standard error of nats from the drawn masks; 0 where every mask was taken."""
     dof: Float[Tensor, " B"]
-    """Degrees of freedom of mc_se; inf where it is 0."""
+    """Degrees of freedom of mc_se, its strata; inf where nothing was drawn."""
     num_passes: Int[Tensor, " B"]
     """Masked copies of the row that went through the denoiser."""
 
@@ -114,21 +114,20 @@ def answer_bound(cross_entropy: CrossEntropy, a: Answers, *, num_masks: int, bat
         rows = rows[a.lengths[rows].argsort(stable=True)]
         for some in rows.split(max(1, _MAX_CELLS // (size * num_masks))):
             masks = draw_masks(size, num_masks, a.mask_ids[some], a.noise_seed)
-            terms = torch.zeros(len(some), len(masks.group), dtype=torch.float64)
-            for row, subset, losses in _losses(cross_entropy, a, some, masks, batch_rows):
-                terms.view(-1).index_add_(0, row * terms.shape[1] + masks.term[subset], losses)
-            nats[some] = terms.sum(dim=1)
-            variance, dof[some] = variance_of_sum(terms, masks.group)
-            mc_se[some], num_passes[some] = variance.sqrt(), len(masks.term)
+            nats[some], variance = bound_of_losses(masks, _losses(cross_entropy, a, some, masks, batch_rows))
+            mc_se[some], num_passes[some] = variance.sqrt(), masks.is_masked.shape[1]
+            if masks.num_strata:
+                dof[some] = masks.num_strata
     return AnswerEstimate(nats, mc_se, dof, num_passes)
 
 
 @torch.no_grad()
 def _losses(
     cross_entropy: CrossEntropy, a: Answers, rows: Int[Tensor, " B"], masks: AnswerMasks, batch_rows: int
-) -> Iterator[tuple[Int[Tensor, " M"], Int[Tensor, " M"], Float[Tensor, " M"]]]:
-    """(place of the row, subset, weighted loss) of each masked token, a batch of copies at a time."""
-    num_subsets = masks.is_masked.shape[1]
+) -> Float[Tensor, "B J n"]:
+    """The loss of every masked token of every subset, 0 elsewhere."""
+    found = torch.zeros(masks.is_masked.shape, dtype=torch.float64)
+    num_subsets = found.shape[1]
     for copies in torch.arange(len(rows) * num_subsets).split(batch_rows):
         row, subset = copies // num_subsets, copies % num_subsets
         xt = a.padded(rows[row])
@@ -139,4 +138,5 @@ def _losses(
         losses = cross_entropy(xt, rows[row], select, targets).double().cpu()
         if losses.isnan().any():
             raise ValueError("the denoiser's logits hold nan, or no id of finite logit; a likelihood needs numbers")
-        yield row[copy], subset[copy], losses * masks.weight[row, subset][copy, place]
+        found[row[copy], subset[copy], place] = losses
+    return found

@@ -41,9 +41,8 @@ class Stream(enum.IntEnum):
     ROW_STRATUM = 13
     ROW_COUNT = 14
     REMASK = 15
-    ANSWER_ORDER = 16
-    ANSWER_COUNT = 17
-    ANSWER_SUBSET = 18
+    ANSWER_COUNT = 16
+    ANSWER_SUBSET = 17
 
 
 def _signed(word: int) -> int:

@@ -40,7 +40,7 @@ class Pass(NamedTuple):
     t: Float[Tensor, " R"] | None
     """Time of each, for models that are conditioned on it; None where the rule has no time."""
     turn: int | None = None
-    """Step of the rule, the same for a row in any batch: by it a cache is renewed.  None: it is renewed for this one."""
+    """Step of the rule, the same for a row in any batch: by it caches are renewed.  None: they are renewed for this."""
 
 
 Predict = Callable[[Tensor, Tensor, Pass], Tensor]
@@ -191,7 +191,7 @@ def put(grid: Shaped[Tensor, "B L"], places: Int[Tensor, " M"], values: Shaped[T
 def by_score(
     shape: torch.Size, places: Int[Tensor, " M"], score: Float[Tensor, " M"]
 ) -> tuple[Float[Tensor, "B L"], Int[Tensor, "B L"]]:
-    """The scores of each row of a grid, falling, and where they stand: of equal ones the left first, what has none last.
+    """The scores of each row of a grid, falling, and where they stand: the left one of equals first, no score last.
 
     A score of -inf counts as the lowest number, so that no place without a score comes before it.
     """

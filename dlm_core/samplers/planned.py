@@ -113,8 +113,8 @@ class FirstHitting(Rule):
     arXiv 2409.02908: the next of n masks goes at mask_prob u^(1/n) of what it was, and each is as likely to be it.
     Which is to take the positions in falling order of one uniform number each.  The law is that of ancestral sampling
     with T to infinity; a row of n masks makes n passes, or ceil(n / per_pass), with an error, for more than one token a
-    pass, which is shown the time of the first of its tokens.  What a schedule leaves masked at t = 0 comes last, at that
-    time.  Raises ValueError for less than one token a pass.
+    pass, which is shown the time of the first of its tokens.  What a schedule leaves masked at t = 0 comes last, at
+    t = 0.  Raises ValueError for less than one token a pass.
     """
 
     schedule: Schedule = field(default_factory=LinearSchedule)

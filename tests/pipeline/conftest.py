@@ -13,11 +13,13 @@ import pytest
 from pipeline.artifact import MANIFEST, open_artifact, write_json
 from pipeline.corpus.config import STAGE as CORPUS
 from pipeline.corpus.config import CorpusConfig, Source
+from pipeline.sandbox.isolation import NAMESPACES, Isolation
 from pipeline.stage import Stage, StageContext, build_manifest, external_identity, run_here, stage_fingerprint
 from pipeline.tokenization.config import STAGE as TOKENIZATION
 from pipeline.tokenization.config import TokenizationConfig
 from pipeline.tokenizer.config import STAGE as TOKENIZER
 from pipeline.tokenizer.config import TokenizerConfig
+from tests.support.sandboxed import are_namespaces_allowed
 
 AWKWARD = (
     "a [MASK] and <|endoftext|> and [PAD] inside the text",
@@ -89,6 +91,14 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     """One {"text": ...} a line."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+@pytest.fixture(params=["namespaces", "rlimits alone"])
+def isolation(request: pytest.FixtureRequest) -> Isolation:
+    """Each isolation of code under test that this machine allows."""
+    if request.param == NAMESPACES and not are_namespaces_allowed():
+        pytest.skip("namespaces are not allowed here")
+    return Isolation(request.param, request.param)
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,12 @@ def _section(begin: str, end: str) -> str:
 
 def test_every_file_of_data_is_in_the_table() -> None:
     files = {path.name for path in (Path(pipeline.__file__ or "").parent / "data").glob("[!_]*.py")}
-    assert files == set(re.findall(r"`(\w+\.py)`", _section("| file of `data/`", "## What bad input gets")))
+    assert files == set(re.findall(r"`(\w+\.py)`", _section("| file of `data/`", "## Code under test")))
+
+
+def test_every_file_of_sandbox_is_in_the_table() -> None:
+    files = {path.name for path in (Path(pipeline.__file__ or "").parent / "sandbox").glob("[!_]*.py")}
+    assert files == set(re.findall(r"`(\w+\.py)`", _section("| file of `sandbox/`", "## What bad input gets")))
 
 
 def _tests_cited(rows: list[str]) -> None:
@@ -57,7 +62,7 @@ def _tests_cited(rows: list[str]) -> None:
 def test_every_test_of_bad_input_exists() -> None:
     rows = _section("## What bad input gets", "## To add a stage").splitlines()[4:-1]
     _tests_cited(rows)
-    assert len(rows) == 11
+    assert len(rows) == 13
 
 
 def test_every_test_of_what_goes_wrong_in_training_exists() -> None:

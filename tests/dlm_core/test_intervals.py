@@ -1,0 +1,41 @@
+"""Quantiles of Student's t against tables, closed forms and draws."""
+
+import math
+
+import pytest
+import torch
+
+from dlm_core.intervals import t_quantile
+
+TABLE = {1.0: 12.7062, 2.0: 4.3027, 3.0: 3.1824, 7.0: 2.3646, 30.0: 2.0423, 1000.0: 1.9623, math.inf: 1.9600}
+"""Two-sided, 95 %: as printed in textbooks."""
+
+
+@pytest.mark.parametrize("dof", TABLE)
+def test_quantiles_are_those_of_the_tables(dof: float) -> None:
+    assert t_quantile(dof) == pytest.approx(TABLE[dof], abs=6e-5)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.99])
+def test_quantiles_of_one_and_two_degrees_have_closed_forms(level: float) -> None:
+    assert t_quantile(1.0, level) == pytest.approx(math.tan(math.pi * level / 2), rel=1e-6)
+    assert t_quantile(2.0, level) == pytest.approx(math.sqrt(2 * level**2 / (1 - level**2)), rel=1e-6)
+
+
+def test_intervals_of_means_of_few_hold_the_truth_as_often_as_they_say() -> None:
+    draws = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    half_width = t_quantile(7.0) * draws.std(dim=1) / math.sqrt(8)
+    covered = float((draws.mean(dim=1).abs() < half_width).double().mean())
+    assert covered == pytest.approx(0.95, abs=5 * math.sqrt(0.95 * 0.05 / 20_000))
+
+
+@pytest.mark.parametrize(("dof", "level", "words"), [(0.5, 0.95, r"dof is 0\.5"), (math.nan, 0.95, "dof is nan")])
+def test_less_than_one_degree_of_freedom_is_refused(dof: float, level: float, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        t_quantile(dof, level)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, -1.0, math.nan])
+def test_a_level_that_is_no_probability_is_refused(level: float) -> None:
+    with pytest.raises(ValueError, match="level is"):
+        t_quantile(3.0, level)
