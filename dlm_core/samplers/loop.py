@@ -115,7 +115,8 @@ class Canvas:
         self.xt = self.xt.clone(memory_format=torch.contiguous_format)
         self.is_open = (self.xt == self.mask_token_id).cpu()
         self.rows = torch.arange(len(self.xt), device=self.xt.device)
-        self._hashes = {}
+        streams = (Stream.CATEGORICAL, Stream.ORDER)  # of what is drawn on the device, sent before the first pass
+        self._hashes = {stream: self._addresses(stream).to(self.device).flatten() for stream in streams}
 
     @property
     def device(self) -> torch.device:
@@ -130,8 +131,6 @@ class Canvas:
         self, places: Int[Tensor, " M"], step: int | Int[Tensor, " M"], stream: Stream = Stream.CATEGORICAL
     ) -> Float[Tensor, " M"]:
         """One number for each flat position of the batch, on the device."""
-        if stream not in self._hashes:
-            self._hashes[stream] = self._addresses(stream).to(self.device).flatten()
         return as_uniform(extend_hash(self._hashes[stream][places], step))
 
     def _addresses(self, stream: Stream) -> Int[Tensor, "B L"]:
