@@ -32,12 +32,18 @@ def shift_left(logits: Float[Tensor, "B L V"]) -> Float[Tensor, "B L V"]:
 def shifted(denoise: Denoise) -> Denoise:
     """A denoiser of target_offset 1 as one of offset 0, for samplers and estimators: token l is asked for at l - 1.
 
-    Dream (arXiv 2508.15487).  The result raises ValueError when asked for position 0, which nothing predicts.
+    Dream (arXiv 2508.15487).  The result raises ValueError when asked for position 0, which nothing predicts; on a
+    device it is the device that stops, since the host does not wait to look.
     """
+    message = "position 0 of a row is asked for, which a shifted model can't predict; give it"
 
     def ask(xt: Tensor, select: Tensor) -> Tensor:
-        if (select % xt.shape[1] == 0).any():
-            raise ValueError("position 0 of a row is asked for, which a shifted model can't predict; give it")
+        is_first = (select % xt.shape[1] == 0).any()
+        if select.device.type == "cpu":
+            if is_first:
+                raise ValueError(message)
+        else:
+            torch.ops.aten._assert_async.msg(~is_first, message)
         return denoise(xt, select - 1)
 
     return ask

@@ -32,27 +32,29 @@ def sample_blocks(
     """Fill the masks of xt behind ``start`` in windows of block_size, with the rule anew in each (arXiv 2502.09992).
 
     With ``eos_token_id`` a row ends with the first window that has drawn it: what follows the end is filled with it,
-    and once all rows have ended no further pass is made.  ``on_pass`` hears of the passes that fill, not of those that
-    take in what is filled.  Raises ValueError unless block_size divides what follows
-    start, for a mask before it, and for a rule that adds rows in a context with a cache.
+    and once all rows have ended no further pass is made.  A row counts passes up to its last window with a mask or its
+    end, whatever others need.  ``on_pass`` hears of the passes that fill, not of those that take in what is filled.
+    Raises ValueError unless block_size divides what follows start, for a mask before it, and for a rule that the
+    context refuses.
     """
     seq_len = xt.shape[1]
     if block_size < 1 or not 0 <= start <= seq_len or (seq_len - start) % block_size:
         raise ValueError(
             f"block_size is {block_size}; it must divide the {seq_len - start} tokens behind the first {start} of a row"
         )
-    if rule.adds_rows and context.keeps_rows:
-        raise ValueError(f"{rule} adds rows to a pass, for which {type(context).__name__} has no place; take Whole")
+    context.check(rule)
     xt = xt.clone(memory_format=torch.contiguous_format)
     is_mask = xt == mask_token_id
     if is_mask[:, :start].any():
         raise ValueError(f"a mask stands before position {start}, where nothing is filled")
-    num_passes = context.begin(xt, start)
-    nfe = torch.full((len(xt),), num_passes, dtype=torch.int64, device=xt.device)
+    behind = torch.where(is_mask.cpu(), torch.arange(1, seq_len + 1), 0).sort(dim=1).values[:, -1:].sum(dim=1)
+    stop, ends = max(behind.tolist(), default=0), behind.to(xt.device)  # behind the last mask
+    is_over = ends == 0
+    num_passes = context.begin(xt, start) if stop else 0
+    nfe = torch.where(is_over, 0, num_passes)
     frames = [xt.clone()] if keep_frames else []
     is_busy: list[Tensor] = []
-    has_ended = torch.zeros(len(xt), dtype=torch.bool, device=xt.device)
-    for left in range(start, seq_len, block_size):
+    for left in range(start, stop, block_size):
         right = left + block_size
         done = sample(
             context.window(xt, left, right),
@@ -69,19 +71,21 @@ def sample_blocks(
             keep_frames=keep_frames,
         )
         frames += [torch.cat([xt[:, :left], frame, xt[:, right:]], dim=1) for frame in done.frames[1:]]
-        is_busy += [busy & ~has_ended for busy in done.is_busy]
+        is_busy += [busy & ~is_over for busy in done.is_busy]
         xt[:, left:right] = done.x0
         num_passes += done.num_passes
-        nfe += torch.where(has_ended, 0, done.nfe * context.branches)
+        nfe += torch.where(is_over, 0, done.nfe * context.branches)
+        is_over |= ends <= right
         if eos_token_id is not None:
-            has_ended = _end(xt, is_mask, left, right, eos_token_id, has_ended)
+            is_over |= _end(xt, is_mask, left, right, eos_token_id)
             if keep_frames:
                 frames[-1] = xt.clone()
-            if has_ended.all():
+            if is_over.all():
                 break
-        taken = context.finish(xt, left, right)
-        num_passes += taken
-        nfe += torch.where(has_ended, 0, taken)
+        if right < stop:
+            taken = context.finish(xt, left, right)
+            num_passes += taken
+            nfe += torch.where(is_over, 0, taken)
     return Sampled(xt, nfe, num_passes, frames, is_busy)
 
 
@@ -105,11 +109,10 @@ def _end(
     left: int,
     right: int,
     eos_token_id: int,
-    has_ended: Bool[Tensor, " B"],
 ) -> Bool[Tensor, " B"]:
-    """Write ends behind the first drawn one of each row; which rows have ended."""
+    """Write ends behind the first drawn one of each row; which rows end in this window."""
     is_end = torch.zeros_like(is_mask)
     is_end[:, left:right] = (xt[:, left:right] == eos_token_id) & is_mask[:, left:right]
     is_behind = (is_end.cumsum(dim=1) > 0) & is_mask
     xt.masked_fill_(is_behind, eos_token_id)
-    return has_ended | is_end.any(dim=1)
+    return is_end.any(dim=1)

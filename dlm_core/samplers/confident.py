@@ -3,7 +3,7 @@
 Of the masked positions the n with the highest scores are taken, the rest stay masked.  The score and n are the two
 choices; each sampler of LLaDA, Dream, MaskGIT, Fast-dLLM and the entropy bound is a pair of them (presets.py).
 
-B rows, W positions that a row can still fill.  A row with fewer has places without meaning behind them.
+B rows of L positions; what is not asked for has no score, and comes last in every order.
 """
 
 import math
@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dlm_core.noise import Stream
-from dlm_core.samplers.loop import Ask, Canvas, Rule, first_of, flat_places, open_places
-from dlm_core.samplers.proposal import Drawn, Score
+from dlm_core.samplers.loop import Ask, Canvas, Rule, by_score, first_of, open_places, put, sent_together
+from dlm_core.samplers.proposal import Drawn, Score, check_score
 from dlm_core.samplers.quotas import EvenQuotas, Quotas
 
 
@@ -34,7 +34,7 @@ class Threshold:
             raise ValueError(f"tau is {self.tau}; it must lie in [0, 1]")
 
     def count(
-        self, score: Float[Tensor, "B W"], entropy: Float[Tensor, "B W"], is_open: Bool[Tensor, "B W"]
+        self, score: Float[Tensor, "B L"], entropy: Float[Tensor, "B L"], is_open: Bool[Tensor, "B L"]
     ) -> Int[Tensor, " B"]:
         """Of a score that is a probability."""
         return ((score > self.tau) & is_open).sum(dim=1).clamp(min=1)
@@ -54,7 +54,7 @@ class Factor:
             raise ValueError(f"factor is {self.factor}; it must be 0 or more")
 
     def count(
-        self, score: Float[Tensor, "B W"], entropy: Float[Tensor, "B W"], is_open: Bool[Tensor, "B W"]
+        self, score: Float[Tensor, "B L"], entropy: Float[Tensor, "B L"], is_open: Bool[Tensor, "B L"]
     ) -> Int[Tensor, " B"]:
         """The scores fall and the bound rises with n, so what holds is a prefix."""
         n = 1 + torch.arange(score.shape[1], device=score.device)
@@ -76,7 +76,7 @@ class EntropyBound:
             raise ValueError(f"gamma is {self.gamma}; it must be 0 or more")
 
     def count(
-        self, score: Float[Tensor, "B W"], entropy: Float[Tensor, "B W"], is_open: Bool[Tensor, "B W"]
+        self, score: Float[Tensor, "B L"], entropy: Float[Tensor, "B L"], is_open: Bool[Tensor, "B L"]
     ) -> Int[Tensor, " B"]:
         """The sum less the largest never falls with the length of the prefix."""
         lost = entropy.cumsum(dim=1) - entropy.cummax(dim=1).values
@@ -96,10 +96,10 @@ class Confident(Rule):
     ``order_temperature`` takes positions at random in place of the surest, without replacement and in proportion to
     exp(score / order_temperature): alg_temp of Dream.
 
-    With quotas nothing waits for the device.  With a ``Count`` a row is done after a number of steps that the host does
-    not know: it looks every ``look_every`` steps, and till then rows that are done go through passes as well, which
-    ``nfe`` does not count and ``num_passes`` does.  Raises ValueError for a negative temperature, one beside a
-    ``Count``, and a look_every below 1.
+    With quotas nothing waits for the device, and a row makes a pass for each step with a quota.  With a ``Count`` a row
+    is done after a number of steps that the host does not know: it looks every ``look_every`` steps, and till then rows
+    that are done go through passes as well, which ``nfe`` does not count and ``num_passes`` does.  Raises ValueError
+    for an unknown score, a negative temperature, one beside a ``Count``, and a look_every below 1.
     """
 
     score: Score = "probability"
@@ -109,6 +109,7 @@ class Confident(Rule):
     look_every: int = 1
 
     def __post_init__(self) -> None:
+        check_score(self.score)
         if not 0.0 <= self.order_temperature < math.inf:
             raise ValueError(f"order_temperature is {self.order_temperature}; it must be 0 or more, and finite")
         if self.order_temperature and isinstance(self.num, Count):
@@ -129,64 +130,57 @@ class Confident(Rule):
             return
         left = canvas.is_open.sum(dim=1)
         quotas = self.num.split(left)
-        sent = quotas.to(canvas.device)
-        for step in range(quotas.shape[1]):
-            if quotas[:, step].any():
-                places, is_asked = open_places(is_open, int(left.max()))
-                drawn = yield self._ask(canvas, places, step, sent[:, step] > 0)
-                score = self._perturbed(canvas, places, drawn.score.view(places.shape), step)
-                order = score.masked_fill(~is_asked, -torch.inf).argsort(dim=1, descending=True, stable=True)
-                _take(canvas, is_open, places, order, sent[:, step], drawn.x0)
-            left -= quotas[:, step]
+        sizes = (left[:, None] - quotas.cumsum(dim=1) + quotas).where(quotas > 0, 0).sum(dim=0).tolist()
+        rows = sent_together([quota.nonzero().squeeze(1) for quota in quotas.T], canvas.device)
+        counts = quotas.to(canvas.device)
+        for step, (size, asked) in enumerate(zip(sizes, rows, strict=True)):
+            if not size:
+                continue
+            places = open_places(is_open & (counts[:, step] > 0)[:, None], size)
+            drawn = yield self._ask(canvas, places, asked, step)
+            _, order = by_score(is_open.shape, places, self._perturbed(canvas, places, drawn.score, step))
+            _take(canvas, is_open, first_of(order, counts[:, step]), places, drawn.x0)
 
     def _until_done(self, canvas: Canvas, is_open: Bool[Tensor, "B L"], num: Count) -> Generator[Ask, Drawn, None]:
-        step, width = 0, int(canvas.is_open.sum(dim=1).max())
-        while width:
-            for _ in range(min(self.look_every, width)):
-                places, is_asked = open_places(is_open, width)
-                drawn = yield self._ask(canvas, places, step, is_asked[:, 0])
-                score = drawn.score.view(places.shape).masked_fill(~is_asked, -torch.inf)
-                entropy = drawn.entropy.view(places.shape).masked_fill(~is_asked, 0.0)
-                score, order = score.sort(dim=1, descending=True, stable=True)
-                is_asked = is_asked.gather(1, order)
-                count = num.count(score, entropy.gather(1, order), is_asked)
-                _take(canvas, is_open, places, order, count * is_asked[:, 0], drawn.x0)
+        step, left = 0, canvas.is_open.sum(dim=1)
+        while left.any():
+            rows, size = left.nonzero().squeeze(1).to(canvas.device), int(left.sum())
+            first = open_places(is_open, 1)
+            for _ in range(min(self.look_every, int(left.max()))):
+                places = open_places(is_open, size)
+                # rows that go on unseen leave places over: they ask for one that may be asked for, in vain
+                ask = self._ask(canvas, torch.where(places < is_open.numel(), places, first), rows, step)
+                drawn = yield ask._replace(is_busy=is_open.any(dim=1)[ask.rows])
+                score, order = by_score(is_open.shape, places, drawn.score)
+                entropy = put(torch.zeros_like(score), places, drawn.entropy).gather(1, order)
+                count = num.count(score, entropy, is_open.gather(1, order))
+                _take(canvas, is_open, first_of(order, count), places, drawn.x0)
                 step += 1
-            width = int(is_open.sum(dim=1).max())
+            left = is_open.sum(dim=1).cpu()
 
-    def _ask(self, canvas: Canvas, places: Int[Tensor, "B W"], step: int, is_busy: Bool[Tensor, " B"]) -> Ask:
-        select = flat_places(places, canvas.xt.shape[1])
-        return Ask(
-            select,
-            canvas.xt,
-            canvas.rows,
-            step,
-            score=self.score,
-            is_tempered=self.is_tempered,
-            with_entropy=isinstance(self.num, EntropyBound),
-            is_busy=is_busy,
+    def _ask(self, canvas: Canvas, places: Int[Tensor, " M"], rows: Int[Tensor, " R"], step: int) -> Ask:
+        return canvas.ask(places, rows, step, step)._replace(
+            score=self.score, is_tempered=self.is_tempered, with_entropy=isinstance(self.num, EntropyBound)
         )
 
     def _perturbed(
-        self, canvas: Canvas, places: Int[Tensor, "B W"], score: Float[Tensor, "B W"], step: int
-    ) -> Float[Tensor, "B W"]:
+        self, canvas: Canvas, places: Int[Tensor, " M"], score: Float[Tensor, " M"], step: int
+    ) -> Float[Tensor, " M"]:
         """The highest of score / temperature + Gumbel are a draw without replacement."""
         if not self.order_temperature:
             return score
-        u = canvas.draws(flat_places(places, canvas.xt.shape[1]), step, Stream.ORDER).view(places.shape)
+        u = canvas.draws(places, step, Stream.ORDER)
         return score / self.order_temperature - torch.log(-torch.log1p(-u))
 
 
 def _take(
     canvas: Canvas,
     is_open: Bool[Tensor, "B L"],
-    places: Int[Tensor, "B W"],
-    order: Int[Tensor, "B W"],
-    count: Int[Tensor, " B"],
-    x0: Int[Tensor, " BW"],
+    is_taken: Bool[Tensor, "B L"],
+    places: Int[Tensor, " M"],
+    x0: Int[Tensor, " M"],
 ) -> None:
-    """Write the first ``count`` of each row, in the order of ``order``; open positions come first in it."""
-    is_taken = first_of(order, count)
-    select = flat_places(places, canvas.xt.shape[1])
-    canvas.write(select, torch.where(is_taken.flatten(), x0, canvas.xt.view(-1)[select]))
-    is_open.scatter_(1, places, is_open.gather(1, places) & ~is_taken)
+    """Write what was drawn where it is taken, and close it."""
+    is_new = is_taken & is_open
+    canvas.xt.copy_(torch.where(is_new, put(canvas.xt, places, x0), canvas.xt))
+    is_open &= ~is_new

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dlm_core.models.attention import AttentionMask, KVCache
 from dlm_core.models.transformer import Denoiser
-from dlm_core.samplers.loop import Pass, Predict
+from dlm_core.samplers.loop import Pass, Predict, Rule
 
 
 class Context(ABC):
@@ -34,6 +34,11 @@ class Context(ABC):
     """Whether every pass has to have every row."""
     branches: ClassVar[int] = 1
     """Forward passes that one of a row counts for."""
+
+    def check(self, rule: Rule) -> None:
+        """Raises ValueError for a rule that adds rows where every pass has to have every row, once."""
+        if rule.adds_rows and self.keeps_rows:
+            raise ValueError(f"{rule} adds rows to a pass, for which {type(self).__name__} has no place; take Whole")
 
     @abstractmethod
     def begin(self, xt: Int[Tensor, "B L"], start: int) -> int:
@@ -45,7 +50,7 @@ class Context(ABC):
 
     @abstractmethod
     def finish(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> int:
-        """The window is filled; the passes that taking it in took."""
+        """The window is filled and another follows; the passes that taking it in took."""
 
 
 @dataclass
@@ -63,7 +68,7 @@ class Whole(Context):
         """The denoiser of the row with the window in its place."""
 
         def predict(window: Tensor, select: Tensor, which: Pass) -> Tensor:
-            rows = xt if len(which.rows) == len(xt) else xt[which.rows]
+            rows = xt[which.rows]
             whole = torch.cat([rows[:, :start], window, rows[:, stop:]], dim=1)
             return self.predict(whole, _in_row(select, stop - start, xt.shape[1], start), which)
 
@@ -79,7 +84,7 @@ class ExactCache(Context):
     """Keys and values of the clean blocks before the window: exact for block diffusion (BD3-LM, arXiv 2503.09573).
 
     Windows are blocks of block_size tokens.  What lies before the first is taken in by one pass, each filled block by
-    one more.
+    one more while there is something to fill behind it: without a prompt, steps + blocks - 1 passes.
     """
 
     model: Denoiser
@@ -103,8 +108,8 @@ class ExactCache(Context):
         return predict
 
     def finish(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> int:
-        """One pass, unless it was the last block."""
-        return 0 if stop == xt.shape[1] else self._take_in(xt[:, start:stop])
+        """One pass."""
+        return self._take_in(xt[:, start:stop])
 
     def _take_in(self, tokens: Int[Tensor, "B n"]) -> int:
         if not tokens.shape[1]:
@@ -122,11 +127,15 @@ class ExactCache(Context):
 
 @dataclass
 class _Approximate(Context):
-    """Every so many passes, and in the first of a window, the whole row; in between a part of it among old keys."""
+    """The whole row in the first pass of a window and of every so many steps; else a part of it among old keys.
+
+    Of the steps of the rule, which are the same for a row in any batch, and not of the passes, of which others may need
+    more.  A row is then what it is alone, but for rounding, unless it changes between its passes.
+    """
 
     model: Denoiser
     refresh_every: int = 0
-    """Passes of a window from one of the whole row to the next; 0 for one at its start alone."""
+    """Steps of the rule in a window from one pass of the whole row to the next; 0 for one at its start alone."""
     target_offset: int = 0
     keeps_rows: bool = True
     cache: KVCache = field(init=False)
@@ -137,6 +146,15 @@ class _Approximate(Context):
         if self.refresh_every < 0:
             raise ValueError(f"refresh_every is {self.refresh_every}; it must be 0 or more")
 
+    def check(self, rule: Rule) -> None:
+        """Raises ValueError for a rule that adds rows, or whose rows would depend on when others renew the cache."""
+        super().check(rule)
+        if rule.changes_between and self.refresh_every > 1:
+            raise ValueError(
+                f"refresh_every is {self.refresh_every}, but rows of {rule} change between their passes, and would "
+                "depend on when others renew the cache; take 0 or 1"
+            )
+
     def begin(self, xt: Int[Tensor, "B L"], start: int) -> int:
         """No pass: the first one of each window takes in all."""
         if self.target_offset and (xt[:, 0] == self.model.config.mask_token_id).any():
@@ -145,15 +163,15 @@ class _Approximate(Context):
         return 0
 
     def window(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> Predict:
-        """The denoiser of the window; its passes are counted from 0."""
+        """The denoiser of the window, which remembers when it last computed the whole row."""
         seq_len, base = xt.shape[1], start - self.target_offset  # where the answer for the window's first token is
         part = (max(base, 0), seq_len if self.reaches_end else stop)
-        number = 0
+        last: int | None = None
 
         def predict(window: Tensor, select: Tensor, which: Pass) -> Tensor:
-            nonlocal number
-            is_whole = number == 0 or (self.refresh_every > 0 and number % self.refresh_every == 0)
-            number += 1
+            nonlocal last
+            is_whole = last is None or which.turn is None or self._period(which.turn) > self._period(last)
+            last = which.turn
             left, right = (0, seq_len) if is_whole else part
             self.cache.replace(left, right)
             row = torch.cat([xt[:, :start], window, xt[:, stop:]], dim=1)
@@ -164,6 +182,9 @@ class _Approximate(Context):
             return logits
 
         return predict
+
+    def _period(self, turn: int) -> int:
+        return turn // self.refresh_every if self.refresh_every else 0
 
     def finish(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> int:
         """Nothing to do."""

@@ -55,11 +55,11 @@ class Guided(Context):
         width, seq_len = stop - start, xt.shape[1]
 
         def predict(window: Tensor, select: Tensor, which: Pass) -> Tensor:
-            rows = xt if len(which.rows) == len(xt) else xt[which.rows]
+            rows = xt[which.rows]
             whole = torch.cat([rows[:, :start], window, rows[:, stop:]], dim=1)
             bare = whole.masked_fill(self._is_prompt[which.rows], self.mask_token_id)
             asked = select // width * seq_len + select % width + start
-            both = Pass(which.rows.repeat(2), None if which.t is None else which.t.repeat(2))
+            both = Pass(which.rows.repeat(2), None if which.t is None else which.t.repeat(2), which.turn)
             logits = self.predict(torch.cat([whole, bare]), torch.cat([asked, asked + whole.numel()]), both)
             conditional, unconditional = logits.chunk(2)
             return guided_logits(conditional, unconditional, self.w)

@@ -10,17 +10,21 @@ like its pseudo-code, in a file of its own:
     speculative.py  several steps of a greedy sampler verified in one pass
     blocks.py       the outer loop: windows of a row, one after another, and their caches
 
-Which positions a rule asks for never depends on a number on the device, unless its docstring says so: a step makes the
-host wait for nothing.  Shapes: B rows, L seq_len, R rows of one pass, M positions asked for in it.
+What a rule asks for depends on no number on the device, and all that it sends there goes before its first pass: from
+then to the last one the host waits for nothing.  Three rules wait by nature, as how many they take is known there
+alone: ``Confident`` with a ``Count`` (every look_every passes), ``SelfSpeculative`` (once a pass) and ``ReMDM`` of the
+kind "confidence" (in each pass).  Windows (blocks.py) wait once each, at their start, and where texts end.
+
+Shapes: B rows, L seq_len, R rows of one pass, M positions asked for in it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dlm_core.cross_entropy import Denoise, exclude_token
@@ -35,12 +39,17 @@ class Pass(NamedTuple):
     """Which rows of the batch they are."""
     t: Float[Tensor, " R"] | None
     """Time of each, for models that are conditioned on it; None where the rule has no time."""
+    turn: int | None = None
+    """Step of the rule, the same for a row in any batch: by it caches are renewed.  None: they are renewed for this."""
 
 
 Predict = Callable[[Tensor, Tensor, Pass], Tensor]
 """(xt [R, L], select [M], pass) -> logits [M, V] of the tokens at the flat positions ``select`` of xt."""
 Change = Callable[[Tensor, Tensor], Tensor]
-"""(logits [M, V], flat positions [M] in the batch) -> other logits: a constraint, a bonus, a penalty."""
+"""(logits [M, V], flat positions [M] in the batch) -> other logits: a constraint, a bonus, a penalty.
+
+A rule that adds rows asks for a position several times in a pass, once for each state of its row.
+"""
 OnPass = Callable[[int, Tensor], None]
 """(passes so far, the rows [B, L] after the last of them), to look at and not to change."""
 
@@ -55,6 +64,8 @@ class Ask(NamedTuple):
     """Rows of the batch that those of xt are, or are states of."""
     step: int | Int[Tensor, " M"]
     """Addresses the draws, with the row and the position."""
+    turn: int | None
+    """Number of the step, for ``Pass``."""
     t: Float[Tensor, " R"] | None = None
     score: Score | None = None
     is_tempered: bool = False
@@ -73,6 +84,8 @@ class Rule(ABC):
 
     adds_rows: ClassVar[bool] = False
     """Whether a pass may have several states of a row, which a cache of keys and values has no place for."""
+    changes_between: ClassVar[bool] = False
+    """Whether a row may change between its passes, which a cache that is renewed now and then would miss."""
 
     @abstractmethod
     def turns(self, canvas: "Canvas") -> Generator[Ask, Drawn, None]:
@@ -102,7 +115,8 @@ class Canvas:
         self.xt = self.xt.clone(memory_format=torch.contiguous_format)
         self.is_open = (self.xt == self.mask_token_id).cpu()
         self.rows = torch.arange(len(self.xt), device=self.xt.device)
-        self._hashes = {}
+        streams = (Stream.CATEGORICAL, Stream.ORDER)  # of what is drawn on the device, sent before the first pass
+        self._hashes = {stream: self._addresses(stream).to(self.device).flatten() for stream in streams}
 
     @property
     def device(self) -> torch.device:
@@ -117,8 +131,6 @@ class Canvas:
         self, places: Int[Tensor, " M"], step: int | Int[Tensor, " M"], stream: Stream = Stream.CATEGORICAL
     ) -> Float[Tensor, " M"]:
         """One number for each flat position of the batch, on the device."""
-        if stream not in self._hashes:
-            self._hashes[stream] = self._addresses(stream).to(self.device).flatten()
         return as_uniform(extend_hash(self._hashes[stream][places], step))
 
     def _addresses(self, stream: Stream) -> Int[Tensor, "B L"]:
@@ -126,17 +138,21 @@ class Canvas:
         return hash_words(self.noise_seed, stream, self.sample_ids[:, None], positions[None, :])
 
     def ask(
-        self, select: Int[Tensor, " M"], rows: Int[Tensor, " R"], step: int, t: Float[Tensor, " R"] | None = None
+        self,
+        places: Int[Tensor, " M"],
+        rows: Int[Tensor, " R"],
+        step: int,
+        turn: int | None,
+        t: Float[Tensor, " R"] | None = None,
     ) -> Ask:
-        """A pass of some rows, ``select`` being flat positions of these; of all, where the canvas keeps its rows."""
-        if not self.keeps_rows or len(rows) == len(self.rows):
-            xt = self.xt if len(rows) == len(self.rows) else self.xt[rows]
-            return Ask(select, xt, rows, step, t)
-        seq_len = self.xt.shape[1]
-        places = rows[select // seq_len] * seq_len + select % seq_len
+        """A pass of some rows, for flat positions of the batch that lie in them; of all, where a canvas keeps them."""
+        if len(rows) == len(self.rows):
+            return Ask(places, self.xt, self.rows, step, turn, t)
+        if not self.keeps_rows:
+            return Ask(within(places, rows, self.xt), self.xt[rows], rows, step, turn, t)
         is_busy = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device).index_fill(0, rows, True)
         times = None if t is None else torch.ones(len(self.rows), dtype=t.dtype, device=t.device).index_copy(0, rows, t)
-        return Ask(places, self.xt, self.rows, step, times, is_busy=is_busy)
+        return Ask(places, self.xt, self.rows, step, turn, times, is_busy=is_busy)
 
     def place(self, ask: Ask) -> Int[Tensor, " M"]:
         """Flat positions in the batch of those that were asked for."""
@@ -148,25 +164,51 @@ class Canvas:
         self.xt.view(-1)[places] = tokens
 
 
-# Positions of rows without a wait for the device: W a row, the first ones with a meaning
+# Positions of rows without a wait for the device: how many there are is known on the host
 
 
-def flat_places(places: Int[Tensor, "B W"], seq_len: int) -> Int[Tensor, " BW"]:
-    """Flat positions in a batch of rows of seq_len."""
-    rows = torch.arange(len(places), device=places.device)
-    return (rows[:, None] * seq_len + places).flatten()
+def open_places(is_open: Bool[Tensor, "B L"], size: int) -> Int[Tensor, " size"]:
+    """Flat positions of what is open, row by row: the first ``size``; B L, which is no place, where there are fewer."""
+    flat = is_open.flatten()
+    slots = torch.where(flat, flat.cumsum(dim=0) - 1, size).clamp(max=size)
+    places = torch.full((size + 1,), len(flat), device=flat.device)
+    return places.scatter_(0, slots, torch.arange(len(flat), device=flat.device))[:-1]
 
 
-def open_places(is_open: Bool[Tensor, "B L"], width: int) -> tuple[Int[Tensor, "B W"], Bool[Tensor, "B W"]]:
-    """The first ``width`` positions of each row, open ones first, and which are open."""
-    places = is_open.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    return places, is_open.gather(1, places)
+def within(places: Int[Tensor, " M"], rows: Int[Tensor, " R"], grid: Shaped[Tensor, "B L"]) -> Int[Tensor, " M"]:
+    """Flat positions of a grid as those of some of its rows, in which they lie."""
+    rank = torch.zeros(len(grid), dtype=torch.int64, device=rows.device)
+    rank = rank.index_copy(0, rows, torch.arange(len(rows), device=rows.device))
+    return rank[places // grid.shape[1]] * grid.shape[1] + places % grid.shape[1]
 
 
-def first_of(order: Int[Tensor, "B W"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B W"]:
-    """Which are among the first ``count`` of ``order``, a permutation of 0..W - 1 in each row."""
+def put(grid: Shaped[Tensor, "B L"], places: Int[Tensor, " M"], values: Shaped[Tensor, " M"]) -> Shaped[Tensor, "B L"]:
+    """The grid with values at flat positions; one for the position B L is dropped."""
+    return torch.cat([grid.flatten(), values.new_zeros(1)]).scatter(0, places, values)[:-1].view_as(grid)
+
+
+def by_score(
+    shape: torch.Size, places: Int[Tensor, " M"], score: Float[Tensor, " M"]
+) -> tuple[Float[Tensor, "B L"], Int[Tensor, "B L"]]:
+    """The scores of each row of a grid, falling, and where they stand: the left one of equals first, no score last.
+
+    A score of -inf counts as the lowest number, so that no place without a score comes before it.
+    """
+    lowest = torch.finfo(score.dtype).min
+    grid = torch.full(shape, -torch.inf, dtype=score.dtype, device=score.device)
+    ordered, order = put(grid, places, score.clamp(min=lowest)).sort(dim=1, descending=True, stable=True)
+    return ordered, order
+
+
+def first_of(order: Int[Tensor, "B L"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B L"]:
+    """Which are among the first ``count`` of ``order``, a permutation of 0..L - 1 in each row."""
     ranks = torch.arange(order.shape[1], device=order.device)
     return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, ranks < count[:, None])
+
+
+def sent_together(parts: Sequence[Shaped[Tensor, " _"]], device: torch.device) -> tuple[Shaped[Tensor, " _"], ...]:
+    """Tensors of any lengths on the device, for one wait."""
+    return torch.cat(list(parts)).to(device).split([len(part) for part in parts]) if parts else ()
 
 
 @dataclass(frozen=True)
@@ -208,8 +250,8 @@ def sample(
 
     ``sample_ids`` address the noise of the rows, 0.. by default: a row is the same in any batch.  ``first_position``
     is that of xt in its row, where xt is a window.  ``keeps_rows`` puts every row into every pass.  ``change`` is
-    called with the logits of each pass, and ``on_pass`` after it.  Raises ValueError for logits that give no
-    distribution, after the last pass.
+    called with the logits of each pass, and ``on_pass`` after it.  Raises ValueError for suppressed ids that the logits
+    lack or that leave none, and for logits that give no distribution, after the last pass.
     """
     ids = torch.arange(len(xt)) if sample_ids is None else sample_ids.cpu()
     canvas = Canvas(xt, mask_token_id, noise_seed, ids, first_position, keeps_rows)
@@ -222,7 +264,7 @@ def sample(
     turns = rule.turns(canvas)
     ask = next(turns, None)
     while ask is not None:
-        logits = predict(ask.xt, ask.select, Pass(ask.rows, ask.t))
+        logits = predict(ask.xt, ask.select, Pass(ask.rows, ask.t, ask.turn))
         places = canvas.place(ask)
         logits = logits if change is None else change(exclude_token(logits, mask_token_id), places)
         drawn = draw(
@@ -248,5 +290,7 @@ def sample(
         if on_pass is not None:
             on_pass(num_passes, canvas.xt)
     if not is_usable:
-        raise ValueError("the denoiser's logits hold nan or inf, or are -inf for every id; no id can be drawn")
+        raise ValueError(
+            "the denoiser's logits hold nan or inf, or are -inf for every id that is not suppressed; no id can be drawn"
+        )
     return Sampled(canvas.xt, nfe, num_passes, frames, is_busy)

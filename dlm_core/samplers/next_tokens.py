@@ -77,5 +77,7 @@ def sample_next_tokens(
             break
         seen = drawn[:, None]
     if not is_usable:
-        raise ValueError("the denoiser's logits hold nan or inf, or are -inf for every id; no id can be drawn")
+        raise ValueError(
+            "the denoiser's logits hold nan or inf, or are -inf for every id that is not suppressed; no id can be drawn"
+        )
     return Sampled(canvas.xt, nfe, len(is_busy), frames, is_busy if keep_frames else [])

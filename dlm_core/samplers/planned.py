@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dlm_core.noise import Stream
-from dlm_core.samplers.loop import Ask, Canvas, Rule
+from dlm_core.samplers.loop import Ask, Canvas, Rule, sent_together
 from dlm_core.samplers.proposal import Drawn
 from dlm_core.samplers.quotas import EvenQuotas, Quotas
 from dlm_core.schedules import LinearSchedule, Schedule
@@ -36,7 +36,9 @@ class Ancestral(Rule):
 
     Not ``is_lazy``, every step makes a pass of every row, and the same tokens come of it: T passes, or T + 1.  Lazy, a
     row makes one for each step that reveals something in it: at most min(T, L), on average T (1 - (1 - 1/T)^L) for the
-    linear schedule; or 1 more.  Raises ValueError for no step, a t_end outside [0, 1), and for masks left at the end.
+    linear schedule; or 1 more, which a row without masks does not make.  Discrete time of T steps (D3PM, arXiv
+    2107.03006) is this rule with t_end 0.  Raises ValueError for no step, a t_end outside [0, 1), and for masks left at
+    the end.
     """
 
     num_steps: int
@@ -58,6 +60,29 @@ class Ancestral(Rule):
                 'there, or denoises_at_end="argmax"'
             )
 
+    @classmethod
+    def origin(cls, num_steps: int, eps: float = 1e-3) -> "Ancestral":
+        """ "origin" of Dream (arXiv 2508.15487): num_steps passes at the first num_steps times of 1, ..., eps.
+
+        A mask is revealed with 1 - s/t, and in the last pass all that are left are drawn.  Raises ValueError for no
+        step, and for an eps outside [0, 1).
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
+        if not 0.0 <= eps < 1.0:
+            raise ValueError(f"eps is {eps}; it must lie in [0, 1)")
+        if num_steps == 1:
+            return cls(1)
+        return cls(num_steps - 1, t_end=1.0 - (num_steps - 1) / num_steps * (1.0 - eps), denoises_at_end="draw")
+
+    @classmethod
+    def analytic(cls, num_steps: int, schedule: Schedule, t_end: float = 1e-5) -> "Ancestral":
+        """The analytic sampler of SEDD (arXiv 2310.16834) for the absorbing kernel: num_steps passes, and one more.
+
+        Raises ValueError for no step, and for a t_end outside [0, 1).
+        """
+        return cls(num_steps, schedule, t_end, denoises_at_end="draw")
+
     def _left(self) -> float:
         return float(self.schedule.mask_prob(torch.tensor(self.t_end, dtype=torch.float64)))
 
@@ -67,16 +92,17 @@ class Ancestral(Rule):
         shares = self.schedule.mask_prob(times) / self.schedule.mask_prob(times[:1])
         u = canvas.uniforms(Stream.REVEAL, 0)
         step = torch.searchsorted(-shares[1:].contiguous(), -u)  # the first with share_s <= u; num_steps for none
+        left = (canvas.is_open & (step == self.num_steps)).flatten().nonzero().squeeze(1).to(canvas.device)
+        at_end = (canvas.is_open.any(dim=1) | (not self.is_lazy)).nonzero().squeeze(1).to(canvas.device)
         if not self.is_lazy:
             yield from _every_step(canvas, step, times)
         else:
             has_pass = canvas.is_open & (step < self.num_steps)
             yield from _in_order(canvas, torch.where(has_pass, step, _NEVER), times[step])
-        if self.denoises_at_end != "no":
-            left = (canvas.is_open & (step == self.num_steps)).flatten().nonzero().squeeze(1).to(canvas.device)
-            ends = times[-1:].expand(len(canvas.rows)).to(canvas.device)
-            is_greedy = self.denoises_at_end == "argmax"
-            drawn = yield Ask(left, canvas.xt, canvas.rows, 0, ends, is_greedy=is_greedy)
+        if self.denoises_at_end != "no" and len(at_end):
+            ends = torch.full((len(at_end),), self.t_end, dtype=times.dtype, device=canvas.device)
+            ask = canvas.ask(left, at_end, 0, None, ends)  # comes when the other rows are done: no step of its own
+            drawn = yield ask._replace(is_greedy=self.denoises_at_end == "argmax")
             canvas.write(left, drawn.x0)
 
 
@@ -87,7 +113,8 @@ class FirstHitting(Rule):
     arXiv 2409.02908: the next of n masks goes at mask_prob u^(1/n) of what it was, and each is as likely to be it.
     Which is to take the positions in falling order of one uniform number each.  The law is that of ancestral sampling
     with T to infinity; a row of n masks makes n passes, or ceil(n / per_pass), with an error, for more than one token a
-    pass.  Raises ValueError for less than one.
+    pass, which is shown the time of the first of its tokens.  What a schedule leaves masked at t = 0 comes last, at
+    t = 0.  Raises ValueError for less than one token a pass.
     """
 
     schedule: Schedule = field(default_factory=LinearSchedule)
@@ -100,11 +127,10 @@ class FirstHitting(Rule):
     def turns(self, canvas: Canvas) -> Generator[Ask, Drawn, None]:
         """One pass a token."""
         u = canvas.uniforms(Stream.REVEAL, 0)
-        first = self.schedule.mask_prob(torch.ones((), dtype=torch.float64))
+        last, first = self.schedule.mask_prob(torch.tensor([0.0, 1.0], dtype=torch.float64))
         rank = _ranks(canvas.is_open, -u)
-        yield from _in_order(
-            canvas, rank.where(rank == _NEVER, rank // self.per_pass), self.schedule.time_of(u * first)
-        )
+        times = self.schedule.time_of((u * first).clamp(min=last))
+        yield from _in_order(canvas, rank.where(rank == _NEVER, rank // self.per_pass), times)
 
 
 @dataclass(frozen=True)
@@ -132,45 +158,39 @@ def _ranks(is_open: Bool[Tensor, "B L"], key: Float[Tensor, "B L"]) -> Int[Tenso
 
 def _in_order(canvas: Canvas, step: Int[Tensor, "B L"], t: Float[Tensor, "B L"] | None) -> Generator[Ask, Drawn, None]:
     """A pass for each step of a row.  Rows go on at once, whatever their step: the j-th pass has the j-th of each."""
-    for select, rows, times in _passes(step, t, canvas.device):
-        ask = canvas.ask(select, rows, 0, times)
+    for turn, (places, rows, times) in enumerate(_passes(step, t, canvas.device)):
+        ask = canvas.ask(places, rows, 0, turn, times)
         drawn = yield ask
-        canvas.write(canvas.place(ask), drawn.x0)
+        canvas.write(places, drawn.x0)
 
 
 def _passes(
     step: Int[Tensor, "B L"], t: Float[Tensor, "B L"] | None, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """(select, rows, t) of each pass, sent to the device at once."""
+    """(places, rows, t) of each pass, sent to the device at once.  Of several times of a row it is the largest."""
     seq_len = step.shape[1]
     ordered, order = step.sort(dim=1)
     is_first = torch.cat([torch.zeros_like(ordered[:, :1]), (ordered.diff(dim=1) != 0).long()], dim=1)
     number = torch.empty_like(step).scatter_(1, order, is_first.cumsum(dim=1))
     flat = (step != _NEVER).flatten().nonzero().squeeze(1)
-    if len(flat) == 0:
-        return
     flat = flat[number.flatten()[flat].argsort(stable=True)]
-    sizes = torch.bincount(number.flatten()[flat])
-    selects: list[Tensor] = []
-    rows: list[Tensor] = []
-    times: list[Tensor] = []
-    for places in flat.split(sizes.tolist()):
-        present, local = torch.unique(places // seq_len, return_inverse=True)
-        rows.append(present)
-        selects.append(local * seq_len + places % seq_len)
-        if t is not None:
-            times.append(torch.empty(len(present), dtype=t.dtype).scatter_(0, local, t.flatten()[places]))
-    sent = [torch.cat(parts).to(device) if parts else None for parts in (selects, rows, times)]
-    row_sizes = [len(part) for part in rows]
-    assert sent[0] is not None
-    assert sent[1] is not None
-    each_t = [None] * len(rows) if sent[2] is None else sent[2].split(row_sizes)
-    yield from zip(sent[0].split(sizes.tolist()), sent[1].split(row_sizes), each_t, strict=True)
+    places = flat.split(torch.bincount(number.flatten()[flat]).tolist())
+    found = [torch.unique(some // seq_len, return_inverse=True) for some in places]
+    sent = sent_together(places, device), sent_together([rows for rows, _ in found], device)
+    if t is None:
+        yield from zip(*sent, [None] * len(places), strict=True)
+        return
+    times = [
+        torch.zeros(len(rows), dtype=t.dtype).scatter_reduce_(0, local, t.flatten()[some], "amax")
+        for some, (rows, local) in zip(places, found, strict=True)
+    ]
+    yield from zip(*sent, sent_together(times, device), strict=True)
 
 
 def _every_step(canvas: Canvas, step: Int[Tensor, "B L"], times: Float[Tensor, " T1"]) -> Generator[Ask, Drawn, None]:
-    sent = times.to(canvas.device)
-    for number in range(len(times) - 1):
-        select = (canvas.is_open & (step == number)).flatten().nonzero().squeeze(1).to(canvas.device)
-        drawn = yield Ask(select, canvas.xt, canvas.rows, 0, sent[number].expand(len(canvas.rows)))
-        canvas.write(select, drawn.x0)
+    revealed = [(canvas.is_open & (step == number)).flatten().nonzero().squeeze(1) for number in range(len(times) - 1)]
+    for turn, (places, t) in enumerate(
+        zip(sent_together(revealed, canvas.device), times[:-1].to(canvas.device), strict=True)
+    ):
+        drawn = yield canvas.ask(places, canvas.rows, 0, turn, t.expand(len(canvas.rows)))
+        canvas.write(places, drawn.x0)

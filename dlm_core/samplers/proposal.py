@@ -9,7 +9,7 @@ Everything is computed in float64: float32 Gumbel noise cuts the tails off and s
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,14 +19,21 @@ Score = Literal["probability", "margin", "entropy"]
 """How sure a prediction is: p of the drawn token, the lead of the best token over the second, or minus the entropy."""
 
 
+def check_score(score: str) -> None:
+    """Raises ValueError for a score that there is not."""
+    if score not in get_args(Score):
+        raise ValueError(f'score is "{score}"; it must be one of {", ".join(get_args(Score))}')
+
+
 @dataclass(frozen=True)
 class Proposal:
     """The distribution that tokens are drawn from:  softmax(logits / temperature), cut to top_p, then to top_k.
 
     The order of Dream (arXiv 2508.15487).  Temperature 0 takes the most likely token and cuts nothing else.  top_p
-    keeps the most likely tokens up to and with the one that brings their sum to top_p or beyond.  ``suppressed`` ids
-    are never drawn.  Raises ValueError for a value out of range, and for top_k or top_p at temperature 0, which they
-    cannot change.
+    keeps the most likely tokens up to and with the one that brings their sum to top_p or beyond.  What is as likely as
+    the last one that is kept is kept too: which of these a sort has first depends on the device and the batch.
+    ``suppressed`` ids are never drawn.  Raises ValueError for a value out of range, and for top_k or top_p at
+    temperature 0, which they cannot change.
     """
 
     temperature: float = 1.0
@@ -75,11 +82,14 @@ def draw(
     is drawn from, as Dream (2508.15487) has it; at temperature 0 both are softmax(logits).  Rows that give no
     distribution get a score and a token without meaning: ``is_usable`` tells.  ``held`` are ids that are scored in
     place of the drawn ones, where they are not negative.  The entropy comes with the score "entropy", and with any
-    other if ``with_entropy``.  Raises ValueError for a suppressed id that the logits lack.
+    other if ``with_entropy``.  Raises ValueError for a suppressed id that the logits lack, and if
+    none is left.
     """
     vocab_size = logits.shape[1]
     if lacking := [i for i in proposal.suppressed if i >= vocab_size]:
         raise ValueError(f"the id {lacking[0]} is to be suppressed; the logits have the ids 0..{vocab_size - 1}")
+    if len(set(proposal.suppressed)) == vocab_size:
+        raise ValueError(f"all ids 0..{vocab_size - 1} are suppressed or the mask; none is left to be drawn")
     size = max(1, _chunk_bytes(logits.device) // (torch.float64.itemsize * vocab_size))
     parts = [
         _draw_rows(proposal, *rows, score, is_tempered, with_entropy)
@@ -120,6 +130,7 @@ def _draw_rows(
     plain = None
     if proposal.temperature != 1.0:
         plain = allowed.softmax(dim=-1) if score is not None and not is_tempered else None
+        allowed -= allowed.amax(dim=-1, keepdim=True)  # no temperature is so low that a quotient is inf
         allowed /= proposal.temperature
     probs = allowed.softmax(dim=-1)
     is_usable = probs[:, 0].isfinite()  # nan for all ids if for one
@@ -140,12 +151,13 @@ def _unscored(x0: Int[Tensor, " M"], is_usable: Bool[Tensor, " M"]) -> Drawn:
 def _truncated(probs: Float[Tensor, "M V"], proposal: Proposal) -> Float[Tensor, "M V"]:
     """Weights with 0 for what is cut off; they need not add up to 1."""
     if proposal.top_p < 1.0:
-        ordered, ids = probs.sort(dim=-1, descending=True)
+        ordered = probs.sort(dim=-1, descending=True).values
         is_kept = ordered.cumsum(dim=-1) - ordered < proposal.top_p
-        probs = torch.zeros_like(probs).scatter(-1, ids, torch.where(is_kept, ordered, 0.0))
+        least = ordered.masked_fill(~is_kept, torch.inf).amin(dim=-1, keepdim=True)
+        probs = probs.masked_fill(probs < least, 0.0)
     if proposal.top_k is not None and proposal.top_k < probs.shape[-1]:
-        kept, ids = probs.topk(proposal.top_k, dim=-1)
-        probs = torch.zeros_like(probs).scatter(-1, ids, kept)
+        least = probs.topk(proposal.top_k, dim=-1).values[:, -1:]
+        probs = probs.masked_fill(probs < least, 0.0)
     return probs
 
 

@@ -40,7 +40,8 @@ class TimedQuotas:
     """floor(left (1 - s/t)) from t to s, all that is left in the last step: Dream (arXiv 2508.15487).
 
     t goes from 1 to t_end in equal steps.  Dream takes the mean of left over the rows of a batch; here a row knows of
-    no other.  Raises ValueError for no step, and for a t_end outside [0, 1).
+    no other.  Its float32 gives other numbers only where a product lies at an integer, as for few of the usual sizes;
+    for t_end > 0 and T = n the first step takes none.  Raises ValueError for no step, and for a t_end outside [0, 1).
     """
 
     num_steps: int
@@ -68,7 +69,7 @@ class ScheduleQuotas:
     """So many positions stay masked after k steps:  floor(n cos(pi k / 2T)), or floor(n (1 - k/T)).
 
     MaskGIT (arXiv 2202.04200) finds the cosine, few at first, the best of its schedules.  Raises ValueError for no
-    step.
+    step, and for another shape.
     """
 
     num_steps: int
@@ -76,6 +77,8 @@ class ScheduleQuotas:
 
     def __post_init__(self) -> None:
         _check_steps(self.num_steps)
+        if self.shape not in ("cosine", "linear"):
+            raise ValueError(f'shape is "{self.shape}"; it must be "cosine" or "linear"')
 
     def split(self, num_masks: Int[Tensor, " B"]) -> Int[Tensor, "B T"]:
         """The differences of what stays."""

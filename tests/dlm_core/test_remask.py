@@ -187,8 +187,8 @@ def test_rows_without_a_mask_make_no_pass(rule):
     [
         (lambda: ReMDM(0, 0.1), "num_steps is 0; it"),
         (lambda: ReMDM(8, 1.5), "eta is 1.5"),
-        (lambda: ReMDM(8, 0.1, t_on=0.05, t_off=0.5), "t_off is 0.5 and t_on 0.05"),
-        (lambda: ReMDM(8, 0.1, alpha_loop=1.0), "alpha_loop is 1.0"),
+        (lambda: ReMDM(8, 0.1, "loop", t_on=0.05, t_off=0.5), "t_off is 0.5 and t_on 0.05"),
+        (lambda: ReMDM(8, 0.1, "loop", alpha_loop=1.0), "alpha_loop is 1.0"),
         (lambda: PathPlanning(0), "num_steps is 0; .* at least 1"),
         (lambda: PathPlanning(4, -0.5), "eta is -0.5"),
     ],

@@ -16,8 +16,8 @@ SAMPLERS: tuple[Planted, ...] = (
     Planted(
         "samplers/planned",
         "a pass for all rows wherever one reveals something",
-        "ask = canvas.ask(select, rows, 0, times)",
-        "ask = Ask(canvas.place(canvas.ask(select, rows, 0, times)), canvas.xt, canvas.rows, 0, None)",
+        "ask = canvas.ask(places, rows, 0, turn, times)",
+        "ask = Ask(places, canvas.xt, canvas.rows, 0, turn, None)",
     ),
     Planted(
         "samplers/planned",
@@ -57,10 +57,10 @@ SAMPLERS: tuple[Planted, ...] = (
         "entropy.cumsum(dim=1)",
     ),
     Planted(
-        "samplers/confident",
-        "places with a meaning and without in one order",
-        "order = score.masked_fill(~is_asked, -torch.inf).argsort",
-        "order = score.argsort",
+        "samplers/loop",
+        "what has no score is scored as well",
+        "grid = torch.full(shape, -torch.inf,",
+        "grid = torch.full(shape, 0.0,",
     ),
     Planted(
         "samplers/remask",
@@ -84,8 +84,8 @@ SAMPLERS: tuple[Planted, ...] = (
     Planted(
         "samplers/contexts",
         "a prefix that never grows old",
-        "is_whole = number == 0 or (self.refresh_every > 0",
-        "is_whole = number == 0 or (self.refresh_every > 1",
+        "turn // self.refresh_every if self.refresh_every else 0",
+        "turn // self.refresh_every if self.refresh_every > 1 else 0",
     ),
     Planted(
         "samplers/contexts",

@@ -1,0 +1,179 @@
+"""Caches of keys and values: approximate ones against a naive model of both states at once, rows alone and together."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from dlm_core.models.attention import AttentionMask, plan_attention
+from dlm_core.samplers.blocks import sample_blocks
+from dlm_core.samplers.confident import Confident, Threshold
+from dlm_core.samplers.contexts import Context, DualCache, ExactCache, PrefixCache
+from dlm_core.samplers.loop import Pass, Predict
+from dlm_core.samplers.planned import Ancestral, FirstHitting, RandomOrder
+from dlm_core.samplers.proposal import Proposal
+from dlm_core.samplers.quotas import EvenQuotas, ScheduleQuotas, TimedQuotas
+from dlm_core.samplers.remask import PathPlanning, ReMDM
+from tests.support.sampling import tiny_model
+
+BLOCK, START, SEQ_LEN = 8, 8, 32
+MASK = tiny_model().config.mask_token_id
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def _rows(num_rows: int = 3) -> torch.Tensor:
+    """A prompt and masks."""
+    xt = torch.randint(MASK, (num_rows, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    xt[:, START:] = MASK
+    return xt
+
+
+def _fill(context, rule, xt, ids=None, **options):
+    settings = {"block_size": BLOCK, "mask_token_id": MASK, "noise_seed": 3, "start": START, "sample_ids": ids}
+    return sample_blocks(context, xt, rule, Proposal(), **(settings | options))
+
+
+# What approximate caches compute
+
+
+@dataclass
+class _Naive(Context):
+    """The row as it was at the last whole pass, beside the row as it is; the first sees itself alone.
+
+    What a pass computes sees the old row but where it stands itself, and itself.  No cache, no positions in a window.
+    """
+
+    refresh_every: int
+    offset: int
+    reaches_end: bool
+    keeps_rows: bool = True
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    def begin(self, xt: torch.Tensor, start: int) -> int:
+        return 0
+
+    def finish(self, xt: torch.Tensor, start: int, stop: int) -> int:
+        return 0
+
+    def window(self, xt: torch.Tensor, start: int, stop: int) -> Predict:
+        num_passes, old = 0, xt
+
+        def predict(window: torch.Tensor, select: torch.Tensor, which: Pass) -> torch.Tensor:
+            nonlocal num_passes, old
+            row = torch.cat([xt[:, :start], window, xt[:, stop:]], dim=1)
+            if num_passes == 0 or (self.refresh_every and num_passes % self.refresh_every == 0):
+                old = row
+            num_passes += 1
+            part = slice(start - self.offset, SEQ_LEN if self.reaches_end else stop)
+            sees = torch.zeros(2 * SEQ_LEN, 2 * SEQ_LEN, dtype=torch.bool)
+            sees[:SEQ_LEN, :SEQ_LEN] = True
+            sees[SEQ_LEN:, :SEQ_LEN] = True
+            sees[SEQ_LEN:, part] = False
+            sees[SEQ_LEN:, SEQ_LEN:][:, part] = True
+            plan = plan_attention(AttentionMask(), len(row), 2 * SEQ_LEN, device="cpu", backend="dense")
+            logits = tiny_model()(
+                torch.cat([old, row], dim=1),
+                mask=replace(plan, tables=(sees[None],)),
+                positions=torch.arange(SEQ_LEN).repeat(2).expand(len(row), -1),
+            ).view(len(row), 2 * SEQ_LEN, -1)
+            at = SEQ_LEN + start + select % BLOCK - self.offset
+            self.logits.append(logits[select // BLOCK, at])
+            return self.logits[-1]
+
+        return predict
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("refresh_every", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("kind", [PrefixCache, DualCache])
+def test_an_approximate_cache_computes_what_the_naive_one_does(kind, refresh_every, offset):
+    heard: list[torch.Tensor] = []
+    cached = _fill(
+        kind(tiny_model(), refresh_every, offset), FirstHitting(), _rows(),
+        change=lambda logits, places: heard.append(logits) or logits,
+    )  # fmt: skip
+    naive = _Naive(refresh_every, offset, kind.reaches_end)
+    expected = _fill(naive, FirstHitting(), _rows())
+    assert len(heard) == len(naive.logits) == SEQ_LEN - START
+    for ours, theirs in zip(heard, naive.logits, strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+    assert torch.equal(cached.x0, expected.x0)
+
+
+# Rows of unlike pace
+
+
+def _ragged() -> torch.Tensor:
+    """Two of three rows have tokens given, in several windows."""
+    xt = _rows()
+    xt[::2, 10:14], xt[::2, 17:23], xt[2, 24:] = 3, 5, 7
+    return xt
+
+
+RAGGED = [
+    Ancestral(6, t_end=0.2, denoises_at_end="draw"),
+    RandomOrder(ScheduleQuotas(6)),
+    Confident("probability", EvenQuotas(6)),
+    Confident("probability", TimedQuotas(6)),
+    Confident("probability", ScheduleQuotas(6)),
+    Confident("probability", Threshold(0.5)),
+    PathPlanning(6),
+]
+
+
+@pytest.mark.parametrize(("kind", "refresh_every"), [(PrefixCache, 2), (DualCache, 0), (DualCache, 2), (DualCache, 3)])
+@pytest.mark.parametrize("rule", RAGGED, ids=repr)
+def test_a_row_does_not_depend_on_when_others_need_a_pass(kind, rule, refresh_every):
+    ids = torch.arange(3)
+    together = _fill(kind(tiny_model(), refresh_every), rule, _ragged(), ids)
+    for row in range(3):
+        alone = _fill(kind(tiny_model(), refresh_every), rule, _ragged()[row : row + 1], ids[row : row + 1])
+        assert torch.equal(alone.x0[0], together.x0[row])
+        assert int(alone.nfe) == int(together.nfe[row])
+
+
+@pytest.mark.parametrize("refresh_every", [0, 1])
+def test_rows_that_change_between_their_passes_are_the_same_in_any_batch_where_they_may(refresh_every):
+    ids, rule = torch.arange(3), ReMDM(16, 0.3)
+    together = _fill(DualCache(tiny_model(), refresh_every), rule, _ragged(), ids)
+    for row in range(3):
+        alone = _fill(DualCache(tiny_model(), refresh_every), rule, _ragged()[row : row + 1], ids[row : row + 1])
+        assert torch.equal(alone.x0[0], together.x0[row])
+    with pytest.raises(ValueError, match="refresh_every is 2, but rows of ReMDM.* depend on when others renew"):
+        _fill(DualCache(tiny_model(), refresh_every=2), rule, _ragged())
+
+
+# What exact caches cost
+
+
+def test_a_pass_a_block_takes_in_what_something_is_to_be_filled_behind():
+    none, first = _rows(3), _rows(3)
+    none[:, START:] = 1
+    first[:, START + BLOCK :] = 2
+    cases = [(none, START, 0), (first, START, BLOCK + 1), (_rows(3), START, 3 * BLOCK + 3)]
+    cases.append((torch.full((3, SEQ_LEN), MASK), 0, SEQ_LEN + 4 - 1))
+    for xt, start, passes in cases:
+        filled = _fill(ExactCache(tiny_model(), BLOCK), FirstHitting(), xt, start=start)
+        assert filled.num_passes == passes
+        assert filled.nfe.tolist() == [passes] * 3
+
+
+@pytest.mark.parametrize("rule", [FirstHitting(), Ancestral(4, t_end=0.1, denoises_at_end="draw")], ids=repr)
+def test_a_row_counts_what_it_needs_alone(rule):
+    xt = _rows(4)
+    xt[0, START:], xt[1, START + BLOCK :], xt[2, START : START + BLOCK] = 1, 2, 3
+    ids = torch.arange(4)
+    for eos in (None, 5):
+        together = _fill(ExactCache(tiny_model(), BLOCK), rule, xt, ids, eos_token_id=eos)
+        alone = [
+            _fill(ExactCache(tiny_model(), BLOCK), rule, xt[i : i + 1], ids[i : i + 1], eos_token_id=eos)
+            for i in range(4)
+        ]
+        assert together.nfe.tolist() == [int(one.nfe) for one in alone]
+        assert torch.equal(together.x0, torch.cat([one.x0 for one in alone]))
+        assert together.nfe[0] == 0
