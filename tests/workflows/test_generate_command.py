@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -138,6 +139,25 @@ def test_a_checkpoint_of_transformers_a_run_and_a_training_are_sources(
     assert of_run["ids"] == first["ids"]
     line = ("generate", str(alone), "--tokenizer", str(made.tokenizer), "--json", *QUICK)
     assert len(json.loads(ok(dlm(*line)))[0]["ids"]) == 32
+
+
+def test_the_commands_of_the_readme_write_what_they_say(
+    dlm: Dlm, made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("### Generate") : readme.index("### From a next-token checkpoint")]
+    commands = re.findall(r"^    dlm (generate first .*)$", section, re.MULTILINE)
+    assert len(commands) == 4
+    special, own = load_vocabulary(made.tokenizer).special, load_manifest(made.tokenizer).fingerprint
+    model = random_model(LLAMA, special.vocab_size, special.mask_token_id)
+    weights = save_model(tmp_path / "weights", model, tokenizer=own, seq_len=64)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ba"}\n{"infill": "a[MASK:3]b"}\n')
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        words = shlex.split(command)
+        ok(dlm(words[0], str(weights), *words[2:], "--tokenizer", str(made.tokenizer)))
+    assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 8
+    assert "</html>" in (tmp_path / "film.html").read_text(encoding="utf-8")
 
 
 # A file of samples

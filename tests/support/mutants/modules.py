@@ -60,7 +60,13 @@ MODULES: dict[str, list[str]] = {
     "samplers/speculative": ["tests/dlm_core/test_speculative.py"],
     "samplers/contexts": ["tests/dlm_core/test_sample_blocks.py"],
     "samplers/blocks": ["tests/dlm_core/test_sample_blocks.py"],
-    "samplers/loop": ["tests/dlm_core/test_planned.py", "tests/dlm_core/test_confident.py"],
+    "samplers/guidance": ["tests/dlm_core/test_guidance.py"],
+    "samplers/next_tokens": ["tests/dlm_core/test_next_tokens.py"],
+    "samplers/loop": [
+        "tests/dlm_core/test_planned.py",
+        "tests/dlm_core/test_confident.py",
+        "tests/dlm_core/test_sample_blocks.py",
+    ],
     "models/config": ["tests/dlm_core/test_model_config.py"],
     "models/rope": ["tests/dlm_core/test_rope.py"],
     "models/attention": [
@@ -133,6 +139,8 @@ PLANTED_ONLY = {
     "ar_init",
     "upcycling",
     *(f"samplers/{name}" for name in ("blocks", "confident", "contexts", "loop", "planned", "proposal", "quotas")),
+    "samplers/guidance",
+    "samplers/next_tokens",
     "samplers/remask",
     "samplers/speculative",
     "pipeline/tokenizer/mask",

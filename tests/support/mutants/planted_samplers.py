@@ -105,4 +105,35 @@ SAMPLERS: tuple[Planted, ...] = (
         "self.sample_ids[:, None], positions",
         "torch.arange(len(self.xt))[:, None], positions",
     ),
+    Planted(
+        "samplers/loop",
+        "frames of passes that a row did not need",
+        "is_busy.append(nfe > before)",
+        "is_busy.append(nfe >= before)",
+    ),
+    Planted(
+        "samplers/guidance",
+        "what must be given is masked with the prompt",
+        "self._is_prompt[:, : self.num_given] = False",
+        "self._is_prompt[:, :0] = False",
+    ),
+    Planted(
+        "samplers/blocks",
+        "places of the window told as those of the row",
+        "change(logits, places // width * seq_len + places % width + left)",
+        "change(logits, places)",
+    ),
+    Planted("samplers/next_tokens", "a row that has ended goes on to cost", "nfe += ~has_ended", "nfe += 1"),
+    Planted(
+        "samplers/next_tokens",
+        "noise of the place in the batch",
+        "torch.arange(num_rows) if sample_ids is None else sample_ids.cpu()",
+        "torch.arange(num_rows)",
+    ),
+    Planted(
+        "samplers/next_tokens",
+        "the prompt without its first token",
+        "last = (canvas.rows + 1) * seen.shape[1] - 1",
+        "last = canvas.rows * seen.shape[1]",
+    ),
 )
