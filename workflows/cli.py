@@ -14,6 +14,7 @@ from pipeline.errors import CorruptionError, LeaseLostError, UserError, classify
 from workflows import runs
 from workflows.commands import (
     choosing,
+    comparing,
     converting,
     costs,
     data,
@@ -66,6 +67,7 @@ app.command("doctor")(doctor.doctor)
 app.command("generate")(generating.generate)
 app.command("convert")(converting.convert)
 app.command("inspect")(inspecting.inspect)
+app.command("compare")(comparing.compare)
 data_app.command("show")(data.show)
 data_app.command("verify")(data.verify)
 

@@ -5,11 +5,13 @@ that neither the number of workers nor the order in which they end changes a bit
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import load_manifest, write_json
+from pipeline.config import to_json
 from pipeline.errors import UserError
 from pipeline.sandbox.isolation import choose_isolation
 from pipeline.stage import Shard, StageContext, Stats
@@ -17,6 +19,7 @@ from pipeline.tasks.config import TAKES, TaskConfig, TasksConfig, check_scorer, 
 from pipeline.tasks.pieces import cut
 from pipeline.tasks.questions import Question, read_task
 from pipeline.tasks.tables import Table, table_of
+from pipeline.tracking import WandbRun
 from pipeline.weights import ModelRecord, check_tokenizer, load_record
 
 RESULTS_FILE = "results.json"
@@ -124,7 +127,34 @@ def finish(config: TasksConfig, inputs: Mapping[str, Path], shard_dirs: Sequence
         for name, table in tables.items()
     }
     write_json(context.out / RESULTS_FILE, {"tasks": results})
+    if config.track:
+        _track(config, context, tables)
     return {name: {metric: row["value"] for metric, row in table["metrics"].items()} for name, table in tables.items()}
+
+
+def _track(config: TasksConfig, context: StageContext, tables: Mapping[str, Table]) -> None:
+    """Figures with their errors and intervals, as values of a Weights & Biases run of their own."""
+    group = context.labels.get("run_id", "alone")
+    run = WandbRun(context.state / "wandb", context.fingerprint[:12], group, to_json(config), _warn)
+    run.summarise(
+        {
+            f"tasks/{name}/{metric}{suffix}": value
+            for name, table in tables.items()
+            for metric, row in table["metrics"].items()
+            for suffix, value in (
+                ("", row["value"]),
+                ("_doc_se", row["doc_se"]),
+                ("_mc_se", row["mc_se"]),
+                *zip(("_low", "_high"), row["interval"] or (), strict=False),
+            )
+            if value is not None
+        }
+    )
+    run.finish()
+
+
+def _warn(words: str) -> None:
+    print(f"warning: {words}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

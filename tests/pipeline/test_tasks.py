@@ -4,7 +4,7 @@ import gzip
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -20,6 +20,7 @@ from pipeline.tasks.config import STAGE, TaskConfig, TasksConfig
 from pipeline.tasks.likelihoods import mask_id
 from pipeline.tasks.questions import external_data
 from pipeline.tasks.run import read_records
+from pipeline.tracking import WandbRun
 from tests.support.questions import CONFIG, RECORDS, ask, both, choices, make_weights, numbers, texts, write
 from tests.support.tiny_run import Artifacts, make_artifacts, run_stage
 
@@ -339,3 +340,45 @@ def test_a_file_that_changes_meanwhile_is_refused(
     config = replace(CONFIG, tasks={"q": TaskConfig("multiple_choice", str(file))})
     with pytest.raises(UserError, match=r"tasks\.q\.file: .*q\.jsonl has changed since the run was planned"):
         run_stage(STAGE, config, {"weights": weights["masked"], "tokenizer": made.tokenizer}, tmp_path / "out")
+
+
+@dataclass
+class FakeWandbRun:
+    """What wandb.init gives."""
+
+    summary: dict[str, float] = field(default_factory=dict)
+    offline: bool = True
+    is_finished: bool = False
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
+def test_results_go_to_wandb_as_values_of_a_run(
+    weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandbRun()
+    monkeypatch.setattr(WandbRun, "_start", lambda *_: fake)
+    found = ask(replace(config, track=True), weights["masked"], made.tokenizer, tmp_path / "out")
+    assert fake.is_finished
+    acc = found["which"]["metrics"]["acc"]
+    prefix = "tasks/which/acc"
+    wanted = {"": acc["value"], "_doc_se": acc["doc_se"], "_mc_se": acc["mc_se"]}
+    wanted |= {"_low": acc["interval"][0], "_high": acc["interval"][1]}
+    assert {prefix + suffix: value for suffix, value in wanted.items()}.items() <= fake.summary.items()
+    assert fake.summary["tasks/how/nelbo"] == found["how"]["metrics"]["nelbo"]["value"]
+    assert None not in fake.summary.values()
+
+
+def test_results_are_there_though_wandb_is_broken(
+    weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(WandbRun, "_start", fail)
+    assert ask(replace(config, track=True), weights["next"], made.tokenizer, tmp_path / "out")["which"]["n"] == 14
+    assert "warning: Weights & Biases is off for the rest of this stage: RuntimeError: out of order" in (
+        capsys.readouterr().err
+    )
