@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from pipeline.generate.rules import make_context, make_proposal, make_rule, window_of
+from pipeline.generate.sampler import Kind, SamplerConfig
 from torch import Tensor
 
 from benchmarks import command
@@ -25,8 +27,6 @@ from dlm_core.models.transformer import Denoiser
 from dlm_core.samplers.blocks import sample_blocks
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.generate.config import GenerateConfig
-from pipeline.generate.rules import make_context, make_proposal, make_rule, window_of
-from pipeline.generate.sampler import Kind, SamplerConfig
 from pipeline.held_out import HeldOutRows, open_held_out
 from pipeline.weights import ModelRecord, check_tokenizer, load_denoiser
 
