@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pipeline.generate.rules import make_context, make_proposal, make_rule, window_of
-from pipeline.generate.sampler import Kind, SamplerConfig
 from torch import Tensor
 
 from benchmarks import command
@@ -28,6 +26,8 @@ from dlm_core.samplers.blocks import sample_blocks
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.generate.config import GenerateConfig
 from pipeline.held_out import HeldOutRows, open_held_out
+from pipeline.inference.rules import make_context, make_proposal, make_rule, window_of
+from pipeline.inference.sampler import Kind, SamplerConfig
 from pipeline.weights import ModelRecord, check_tokenizer, load_denoiser
 
 WORK = ROOT / "build" / "sampling_quality"
