@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dlm_core.intervals import t_quantile
+from dlm_core.intervals import t_quantile, wilson_interval
 
 TABLE = {1.0: 12.7062, 2.0: 4.3027, 3.0: 3.1824, 7.0: 2.3646, 30.0: 2.0423, 1000.0: 1.9623, math.inf: 1.9600}
 """Two-sided, 95 %: as printed in textbooks."""
@@ -39,3 +39,31 @@ def test_less_than_one_degree_of_freedom_is_refused(dof: float, level: float, wo
 def test_a_level_that_is_no_probability_is_refused(level: float) -> None:
     with pytest.raises(ValueError, match="level is"):
         t_quantile(3.0, level)
+
+
+@pytest.mark.parametrize(("share", "num_trials"), [(0.3, 10), (0.5, 7), (0.95, 400), (0.0, 5), (1.0, 5), (0.0, 1)])
+def test_ends_of_a_share_are_where_the_normal_test_just_accepts(share: float, num_trials: int) -> None:
+    for end in wilson_interval(share, num_trials):
+        assert 0.0 <= end <= 1.0
+        z = t_quantile(math.inf)
+        assert (share - end) ** 2 == pytest.approx(z**2 * end * (1 - end) / num_trials, rel=1e-9, abs=1e-15)
+    low, high = wilson_interval(share, num_trials)
+    assert low <= share <= high
+    assert low < high
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
+def test_intervals_of_shares_hold_the_probability(p: float) -> None:
+    """Summed over all outcomes; of a few trials coverage goes up and down around the level."""
+    n, held = 60, 0.0
+    for hits in range(n + 1):
+        low, high = wilson_interval(hits / n, n)
+        held += math.comb(n, hits) * p**hits * (1 - p) ** (n - hits) * (low <= p <= high)
+    assert 0.93 < held < 0.97
+
+
+def test_shares_and_trials_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_trials is 0; an interval needs at least 1"):
+        wilson_interval(0.5, 0)
+    with pytest.raises(ValueError, match=r"share is 1\.5; it must lie in \[0, 1\]"):
+        wilson_interval(1.5, 9)
