@@ -61,6 +61,11 @@ class SamplingConfig:
             raise ValueError(
                 f'refresh_every is {self.refresh_every}, but cache is "{self.cache}"; it goes with prefix and dual'
             )
+        if self.sampler.kind == "remdm" and self.refresh_every > 1:
+            raise ValueError(
+                f"refresh_every is {self.refresh_every}, but the sampler remdm changes rows between their passes; take "
+                "0 or 1"
+            )
         if self.guidance and self.cache in ("prefix", "dual"):
             raise ValueError(
                 f'guidance is {self.guidance}, but cache is "{self.cache}", which holds no rows without their prompt; '

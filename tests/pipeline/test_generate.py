@@ -230,6 +230,10 @@ def test_the_tokenizer_of_another_run_is_refused(weights: Path, tmp_path: Path) 
         ({"block_size": -1}, "block_size is -1"),
         ({"refresh_every": -1}, "refresh_every is -1"),
         ({"refresh_every": 2}, 'refresh_every is 2, but cache is "auto"'),
+        (
+            {"sampler": SamplerConfig("remdm"), "cache": "dual", "refresh_every": 2},
+            "refresh_every is 2, but the sampler remdm changes rows between their passes; take 0 or 1",
+        ),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 0.9, "temperature": 0.0}, "change nothing at temperature 0"),
