@@ -10,9 +10,9 @@ DEVICE = torch.device("meta")
 
 
 class Waits(TorchDispatchMode):
-    """While it is entered, ``found`` gets a line of our code for each number read and each tensor sent or fetched.
+    """While it is entered, ``found`` gets a line of our code for each number read and tensor sent or fetched.
 
-    What is read is ``number``, or True.  What depends on more than that (``nonzero``, a boolean index) raises by itself.
+    What is read is ``number``, or True.  What depends on more (``nonzero``, a boolean index) raises by itself.
     """
 
     def __init__(self, number: int = 1) -> None:
@@ -23,10 +23,10 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first, of_device = args[0] if args else None, [a.device == DEVICE for a in args if isinstance(a, torch.Tensor)]
-        if func is torch.ops.aten._local_scalar_dense.default and of_device == [True]:  # noqa: SLF001
+        if func is torch.ops.aten._local_scalar_dense.default and of_device == [True]:
             self._write_down()
             return True if first.dtype == torch.bool else self.number
-        if func is torch.ops.aten._to_copy.default:  # noqa: SLF001
+        if func is torch.ops.aten._to_copy.default:
             to = torch.device(kwargs.get("device") or first.device)
             if (to == DEVICE) != of_device[0]:
                 self._write_down()
