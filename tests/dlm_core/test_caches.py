@@ -144,7 +144,7 @@ def test_rows_that_change_between_their_passes_are_the_same_in_any_batch_where_t
     for row in range(3):
         alone = _fill(DualCache(tiny_model(), refresh_every), rule, _ragged()[row : row + 1], ids[row : row + 1])
         assert torch.equal(alone.x0[0], together.x0[row])
-    with pytest.raises(ValueError, match="refresh_every is 2, but rows of ReMDM.* depend on when others renew"):
+    with pytest.raises(ValueError, match=r"refresh_every is 2, but rows of ReMDM.* depend on when others renew"):
         _fill(DualCache(tiny_model(), refresh_every=2), rule, _ragged())
 
 

@@ -129,6 +129,39 @@ def test_order_temperature_draws_positions_without_replacement_in_proportion():
     assert reference.chi_square(observed, expected) < reference.chi_square_bound(2)
 
 
+@pytest.mark.parametrize(("num_steps", "order_temperature"), [(2, 0.0), (2, 0.3), (3, 0.2)])
+def test_drawn_tokens_in_a_drawn_order_follow_the_enumerated_law(num_steps, order_temperature):
+    """Which tokens are drawn and which positions they are drawn for are independent but for the scores."""
+    rule = Confident("probability", EvenQuotas(num_steps), order_temperature=order_temperature)
+    law: dict[reference.Tokens, float] = {(MASK,) * LENGTH: 1.0}
+    for num in EvenQuotas(num_steps).split(torch.tensor([LENGTH]))[0].tolist():
+        after: Counter[reference.Tokens] = Counter()
+        for xt, p in law.items():
+            masks = [place for place in range(LENGTH) if xt[place] == MASK]
+            probs = {place: world()[0].conditional(xt, place) for place in masks}
+            for tokens in itertools.product(range(MASK), repeat=len(masks)):
+                drawn = dict(zip(masks, tokens, strict=True))
+                scores = {place: probs[place][token] for place, token in drawn.items()}
+                for taken, q in _orders(scores, num, order_temperature).items():
+                    filled = tuple(drawn[i] if i in taken else x for i, x in enumerate(xt))
+                    after[filled] += p * math.prod(scores.values()) * q
+        law = dict(after)
+    assert follows(draw_rows(rule, NUM_SAMPLES).x0, law)
+
+
+def _orders(scores: dict[int, float], num: int, temperature: float) -> dict[tuple[int, ...], float]:
+    if not temperature:
+        return {tuple(sorted(scores, key=lambda place: (-scores[place], place))[:num]): 1.0}
+    law = {}
+    for order in itertools.permutations(scores, num):
+        rest, law[order] = dict(scores), 1.0
+        for place in order:
+            weights = {i: math.exp(score / temperature) for i, score in rest.items()}
+            law[order] *= weights[place] / math.fsum(weights.values())
+            del rest[place]
+    return law
+
+
 # How many at a time
 
 
@@ -195,6 +228,7 @@ def test_rows_without_a_mask_make_no_pass(rule):
     assert draw_rows(rule, xt=torch.tensor([[0, 1, 2]])).num_passes == 0
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -205,6 +239,8 @@ def test_rows_without_a_mask_make_no_pass(rule):
         (lambda: Confident(num=Threshold(), order_temperature=1.0), "it goes with quotas"),
         (lambda: Confident("entropy", Threshold()), "a bound on the probability"),
         (lambda: Confident(look_every=0), "look_every is 0"),
+        (lambda: Confident("probabilty"), 'score is "probabilty"; it must be one of probability, margin, entropy'),  # pyright: ignore[reportArgumentType]
+        (lambda: ScheduleQuotas(4, "cosin"), 'shape is "cosin"'),  # pyright: ignore[reportArgumentType]
         (lambda: EvenQuotas(0), "num_steps is 0; it"),
         (lambda: TimedQuotas(0), "num_steps is 0; .* at least 1"),
         (lambda: TimedQuotas(4, t_end=1.0), "t_end is 1.0"),

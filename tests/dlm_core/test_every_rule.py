@@ -1,4 +1,4 @@
-"""What holds of every rule: for rows of unlike numbers of masks, shifted models, suppressed ids, rows without a mask."""
+"""What holds of every rule: rows of unlike numbers of masks, shifted models, suppressed ids, rows without a mask."""
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_what_leaves_nothing_to_draw_raises_and_ends(rule, temperature, mask):
 
     with pytest.raises(ValueError, match=r"all ids 0\.\.4 are suppressed or the mask"):
         fill(Proposal(temperature, suppressed=tuple(real)))
-    with pytest.raises(ValueError, match="the id 7 is to be suppressed; the logits have the ids 0..4"):
+    with pytest.raises(ValueError, match=r"the id 7 is to be suppressed; the logits have the ids 0\.\.4"):
         fill(Proposal(temperature, suppressed=(7,)))
     with pytest.raises(ValueError, match="-inf for every id that is not suppressed"):
         fill(Proposal(temperature), -torch.inf)

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from dlm_core.samplers.loop import sample
 from dlm_core.samplers.planned import Ancestral, FirstHitting, RandomOrder
 from dlm_core.samplers.proposal import Proposal
 from dlm_core.samplers.quotas import EvenQuotas
-from dlm_core.schedules import CosineSchedule, GeometricSchedule, LinearSchedule
+from dlm_core.schedules import ClippedSchedule, CosineSchedule, GeometricSchedule, LinearSchedule
 from tests.support import reference
 from tests.support.sampling import LENGTH, MASK, draw_rows, follows, world
 from tests.support.toy_world import ExactDenoiser
@@ -47,6 +48,53 @@ def test_samples_of_one_pass_follow_the_marginals_and_not_the_joint(rule):
     assert follows(drawn.x0, world()[0].product_of_marginals())
     assert not follows(drawn.x0, world()[0].prob)
     assert drawn.num_passes == 1
+
+
+@pytest.mark.parametrize("schedule", [GeometricSchedule(1e-2, 3.0), LinearSchedule()])
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_the_analytic_sampler_follows_the_chain_of_its_scores(num_steps, schedule):
+    """SEDD: a mask becomes x with s_x (e^(sigma_t - sigma_s) - 1), where s_x is p_x / (e^sigma_t - 1)."""
+    t = torch.linspace(1.0, 1e-3, num_steps + 1, dtype=torch.float64)
+    total = -schedule.alpha(t.clamp(max=1 - 1e-9)).log()
+    rates = [float(torch.expm1(a - b) / torch.expm1(a)) for a, b in itertools.pairwise(total)]
+    drawn = draw_rows(Ancestral.analytic(num_steps, schedule, 1e-3), NUM_SAMPLES, noise_seed=num_steps)
+    assert follows(drawn.x0, _chain([*rates, 1.0]))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_origin_follows_the_chain_of_dream(num_steps):
+    """Of times from 1 to eps, each mask with 1 - s/t, and all that are left in the last of T passes."""
+    times = [1 - k / num_steps * (1 - 0.1) for k in range(num_steps + 1)]
+    rates = [1 - s / t for t, s in itertools.pairwise(times)]
+    rule = Ancestral.origin(num_steps, eps=0.1)
+    assert follows(draw_rows(rule, NUM_SAMPLES, noise_seed=num_steps).x0, _chain([*rates[:-1], 1.0]))
+    shown = []
+
+    def predict(xt, select, which):
+        shown.append(float(which.t[0]))
+        return torch.zeros(len(select), 4)
+
+    xt = torch.full((500, LENGTH), MASK)
+    sample(predict, xt, replace(rule, is_lazy=False), Proposal(), mask_token_id=MASK, noise_seed=0)
+    assert shown == pytest.approx(times[:-1])
+
+
+def _chain(rates: list[float]) -> dict[reference.Tokens, float]:
+    """The law of rows of masks, each of which is drawn with these probabilities, step by step and by itself."""
+    law: dict[reference.Tokens, float] = {(MASK,) * LENGTH: 1.0}
+    for rate in rates:
+        after: dict[reference.Tokens, float] = {}
+        for xt, p in law.items():
+            each = [
+                [(x, 1.0)] if x != MASK
+                else [(MASK, 1 - rate), *((v, rate * q) for v, q in enumerate(world()[0].conditional(xt, place)))]
+                for place, x in enumerate(xt)
+            ]  # fmt: skip
+            for combination in itertools.product(*each):
+                key, weight = tuple(v for v, _ in combination), math.prod(q for _, q in combination)
+                after[key] = after.get(key, 0.0) + p * weight
+        law = {x: p for x, p in after.items() if p > 0}
+    return law
 
 
 @pytest.mark.parametrize("rule", [Ancestral(100), FirstHitting()], ids=["ancestral", "first hitting"])
@@ -134,7 +182,11 @@ def test_rows_that_need_no_more_passes_are_left_out_of_them():
 # Times
 
 
-def test_first_hitting_times_are_those_of_the_largest_of_uniform_numbers():
+@pytest.mark.parametrize(
+    "schedule", [LinearSchedule(), CosineSchedule(), GeometricSchedule(1e-2, 3.0), GeometricSchedule(1e-3, 20.0)]
+)
+def test_first_hitting_times_are_those_of_the_largest_of_uniform_numbers(schedule):
+    """Of the share of masks that is left of what t = 1 has."""
     times = []
 
     def predict(xt, select, which):
@@ -143,15 +195,51 @@ def test_first_hitting_times_are_those_of_the_largest_of_uniform_numbers():
 
     num_rows, length = 4_000, 5
     xt = torch.full((num_rows, length), MASK)
-    sample(predict, xt, FirstHitting(), Proposal(), mask_token_id=MASK, noise_seed=0)
+    sample(predict, xt, FirstHitting(schedule), Proposal(), mask_token_id=MASK, noise_seed=0)
+    most = schedule.mask_prob(torch.ones((), dtype=torch.float64))
     for number, t in enumerate(times):
+        share = schedule.mask_prob(t) / most
         expected = (length - number) / (length + 1)  # mean of the order statistic
         spread = math.sqrt(expected * (1 - expected) / (length + 2) / num_rows)
-        assert abs(float(t.mean()) - expected) < 5 * spread
+        assert abs(float(share.mean()) - expected) < 5 * spread
     assert all((later <= earlier).all() for earlier, later in itertools.pairwise(times))
 
 
-@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineSchedule(), GeometricSchedule(1e-3, 20.0)])
+@pytest.mark.parametrize("schedule", [ClippedSchedule(0.3, 1.0), GeometricSchedule(1e-2, 3.0)])
+def test_what_a_schedule_never_reveals_comes_last_at_time_0(schedule):
+    times = []
+
+    def predict(xt, select, which):
+        times.append(which.t)
+        return torch.zeros(len(select), 4)
+
+    xt = torch.full((50, 64), MASK)
+    drawn = sample(predict, xt, FirstHitting(schedule), Proposal(), mask_token_id=MASK, noise_seed=0)
+    assert (drawn.nfe == 64).all()
+    least, most = schedule.mask_prob(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    at_end = (torch.stack(times) == 0).sum(dim=0)
+    assert abs(float(at_end.double().mean()) - 64 * least / most) < 5 * math.sqrt(64 * least / most / 50)
+    assert all((later <= earlier).all() for earlier, later in itertools.pairwise(times))
+
+
+def test_several_tokens_of_a_pass_are_shown_the_time_of_the_first():
+    by_size = {}
+    for per_pass in (1, 3):
+        times = by_size[per_pass] = []
+
+        def predict(xt, select, which, times=times):
+            times.append(which.t)
+            return torch.zeros(len(select), 4)
+
+        xt = torch.full((20, 9), MASK)
+        sample(predict, xt, FirstHitting(per_pass=per_pass), Proposal(), mask_token_id=MASK, noise_seed=0)
+    assert torch.equal(torch.stack(by_size[1][::3]), torch.stack(by_size[3]))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [LinearSchedule(), CosineSchedule(), GeometricSchedule(1e-3, 20.0), GeometricSchedule(1e-2, 3.0)],
+)
 def test_a_step_is_shown_the_time_at_its_start_and_masks_as_often_as_the_schedule_says(schedule):
     num_steps, shown = 6, []
 
@@ -270,6 +358,8 @@ def test_frames_go_from_masks_to_the_text_and_change_nothing_that_stands():
             '"no", "argmax" or "draw"',
         ),
         (lambda: FirstHitting(per_pass=0), "per_pass is 0"),
+        (lambda: Ancestral.origin(0), "num_steps is 0; it must be at least 1"),
+        (lambda: Ancestral.origin(4, eps=1.0), "eps is 1.0"),
     ],
 )
 def test_rules_out_of_range_are_refused(make, message):

@@ -49,8 +49,7 @@ def test_top_k_draws_among_the_k_most_likely(weights, u, top_k):
     for row, index in zip(weights, _drawn(weights, u, Proposal(top_k=top_k)), strict=True):
         least = sorted(row, reverse=True)[min(top_k, 4) - 1]
         assert row[index] >= least
-        if sorted(row, reverse=True).count(least) == 1 or top_k >= 4:  # which of equals are kept is no promise
-            assert _is_at(_normed([w if w >= least else 0 for w in row]), u, index)
+        assert _is_at(_normed([w if w >= least else 0 for w in row]), u, index)  # all equals of the last are kept
 
 
 @EXAMPLES
@@ -60,9 +59,10 @@ def test_top_p_draws_among_the_most_likely_that_reach_p(weights, u, top_p):
         probs = _normed(row)
         order = sorted(range(4), key=lambda i: -probs[i])
         sums = [math.fsum(probs[i] for i in order[:n]) for n in range(4)]
-        if len(set(row)) < 4 or min(abs(s - top_p) for s in sums) < 1e-9:
-            continue  # which of equals are kept is no promise
-        kept = {i for i, before in zip(order, sums, strict=True) if before < top_p}
+        if min(abs(s - top_p) for s in sums) < 1e-9:
+            continue  # rounding decides
+        least = min(probs[i] for i, before in zip(order, sums, strict=True) if before < top_p)
+        kept = {i for i in range(4) if probs[i] >= least}  # all equals of the last
         assert _is_at(_normed([p if i in kept else 0.0 for i, p in enumerate(probs)]), u, index)
 
 
@@ -119,6 +119,18 @@ def test_rows_in_chunks_are_drawn_and_scored_bit_for_bit_as_at_once(monkeypatch,
 def test_no_rows_are_drawn_for_no_positions(proposal):
     found = draw(proposal, torch.zeros(0, 5), torch.zeros(0, dtype=torch.float64), "margin")
     assert [len(column) for column in found] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-300, 1e-308, 1e-320])
+def test_draw_at_a_tiny_temperature_takes_the_most_likely(temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, 5, generator=generator)
+    logits[:, 4] = -torch.inf
+    u = torch.rand(500, generator=generator, dtype=torch.float64)
+    found = draw(Proposal(temperature), logits, u, "probability", is_tempered=True)
+    assert torch.equal(found.x0, logits.argmax(dim=1))
+    assert found.is_usable.all()
+    assert (found.score == 1.0).all()
 
 
 # Scores

@@ -182,6 +182,7 @@ def test_rows_without_a_mask_make_no_pass(rule):
     assert drawn.x0.tolist() == [[0, 1, 2]]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -189,6 +190,9 @@ def test_rows_without_a_mask_make_no_pass(rule):
         (lambda: ReMDM(8, 1.5), "eta is 1.5"),
         (lambda: ReMDM(8, 0.1, "loop", t_on=0.05, t_off=0.5), "t_off is 0.5 and t_on 0.05"),
         (lambda: ReMDM(8, 0.1, "loop", alpha_loop=1.0), "alpha_loop is 1.0"),
+        (lambda: ReMDM(8, 0.1, "typo"), 'kind is "typo"; it must be one of cap, '),  # pyright: ignore[reportArgumentType]
+        (lambda: ReMDM(8, 0.1, t_on=0.3), 't_on is 0.3, which kind "cap" has no use for'),
+        (lambda: ReMDM(8, 0.1, "confidence", alpha_loop=0.5), "alpha_loop is 0.5, which"),
         (lambda: PathPlanning(0), "num_steps is 0; .* at least 1"),
         (lambda: PathPlanning(4, -0.5), "eta is -0.5"),
     ],

@@ -288,3 +288,39 @@ def test_change_sees_every_pass_and_has_its_way():
     drawn = draw_rows(FirstHitting(), 5, change=change)
     assert drawn.x0.unique().tolist() == [2]
     assert sorted(place for places in asked for place in places) == list(range(15))
+
+
+@pytest.mark.parametrize("rule", [FirstHitting(), Confident("probability", Threshold(0.9)), SelfSpeculative(2)])
+def test_change_is_told_positions_of_the_batch_in_every_window(rule):
+    """What it allows depends on the position, and so does what is written."""
+
+    def change(logits, places):
+        wanted = (places % 8 + places // 8) % 3
+        return torch.where(torch.arange(4) == wanted[:, None], logits, -torch.inf)
+
+    filled = sample_blocks(
+        Whole(without_pass(lambda xt, select: torch.zeros(len(select), 4))), torch.full((3, 8), MASK), rule,
+        Proposal(), block_size=4, mask_token_id=MASK, noise_seed=0, change=change,
+    )  # fmt: skip
+    assert filled.x0.tolist() == [[(place + row) % 3 for place in range(8)] for row in range(3)]
+
+
+def test_the_last_frame_is_the_result_where_rows_end():
+    filled = sample_blocks(
+        Whole(_ending({0: 1, 1: 5}, 4, 1)), torch.full((3, 12), 5), FirstHitting(), Proposal(), block_size=4,
+        mask_token_id=5, noise_seed=0, eos_token_id=4, keep_frames=True,
+    )  # fmt: skip
+    assert torch.equal(filled.frames[-1], filled.x0)
+    assert len(filled.frames) == filled.num_passes + 1
+
+
+def test_noise_removal_is_a_pass_of_windows_and_rows_with_masks():
+    rule, xt = Ancestral(3, t_end=0.1, denoises_at_end="argmax"), torch.full((2, 9), MASK)
+    xt[0], xt[1, 3:6] = 1, 2
+    filled = sample_blocks(
+        Whole(without_pass(lambda xt, select: torch.zeros(len(select), 4))), xt, rule, Proposal(), block_size=3,
+        mask_token_id=MASK, noise_seed=0,
+    )  # fmt: skip
+    windows = [draw_rows(rule, xt=xt[1:, i : i + 3], first_position=i, sample_ids=torch.tensor([1])) for i in (0, 6)]
+    assert filled.nfe.tolist() == [0, sum(int(window.nfe) for window in windows)]
+    assert filled.num_passes == sum(window.num_passes for window in windows)

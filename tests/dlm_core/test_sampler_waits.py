@@ -1,5 +1,7 @@
 """From the first pass to the last the host waits for nothing, but where a sampler cannot do without."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -87,7 +89,7 @@ def _looks(rule: Rule) -> list[list[str]]:
             raise Enough
         return torch.zeros(len(select), VOCAB, device=DEVICE)
 
-    with waits, pytest.raises(Enough):
-        xt = torch.full((4, 16), VOCAB - 1, device=DEVICE)
+    xt = torch.full((4, 16), VOCAB - 1, device=DEVICE)
+    with pytest.raises(Enough), waits:
         sample(predict, xt, rule, Proposal(), mask_token_id=VOCAB - 1, noise_seed=0)
-    return [waits.found[a:b] for a, b in zip(marks[:-1], marks[1:], strict=True)]
+    return [waits.found[a:b] for a, b in itertools.pairwise(marks)]

@@ -44,6 +44,9 @@ def test_rows_of_a_pass_are_counted_one_by_one():
     assert drawn.nfe.tolist() == [7]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_fewer_states_than_one_are_refused():
     with pytest.raises(ValueError, match="num_states is 0"):
         SelfSpeculative(0)
+    with pytest.raises(ValueError, match='score is "sure"'):
+        SelfSpeculative(2, "sure")  # pyright: ignore[reportArgumentType]

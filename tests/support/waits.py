@@ -10,9 +10,9 @@ DEVICE = torch.device("meta")
 
 
 class Waits(TorchDispatchMode):
-    """While it is entered, ``found`` gets a line of our code for each number read and each tensor sent or fetched.
+    """While it is entered, ``found`` gets a line of our code for each number read and tensor sent or fetched.
 
-    What is read is ``number``, or True.  What depends on more than that (``nonzero``, a boolean index) raises by itself.
+    What is read is ``number``, or True.  What depends on more (``nonzero``, a boolean index) raises by itself.
     """
 
     def __init__(self, number: int = 1) -> None:
