@@ -23,12 +23,12 @@ from benchmarks.sampling_quality_models import Artifacts, full, quick, train
 from benchmarks.sampling_scores import Scores, score
 from dlm_core.models.transformer import Denoiser
 from dlm_core.samplers.blocks import sample_blocks
-from pipeline.data.special_tokens import SpecialTokens
 from pipeline.generate.config import GenerateConfig
 from pipeline.held_out import HeldOutRows, open_held_out
+from pipeline.inference.model import OpenModel, open_model
 from pipeline.inference.rules import make_context, make_proposal, make_rule, window_of
 from pipeline.inference.sampler import Kind, SamplerConfig
-from pipeline.weights import ModelRecord, check_tokenizer, load_denoiser
+from pipeline.weights import check_tokenizer, load_denoiser
 
 WORK = ROOT / "build" / "sampling_quality"
 _BY_STEPS: tuple[Kind, ...] = ("ancestral", "random", "confidence", "margin", "entropy", "remdm", "path_planning")
@@ -91,23 +91,21 @@ def curves(steps: Sequence[int], num_samples: int, *, temperature: float = 1.0) 
 class Bench:
     """The models in memory, and the rows that are compared."""
 
-    denoiser: Denoiser
-    record: ModelRecord
+    model: OpenModel
     scorer: Denoiser
-    special: SpecialTokens
     text: Tensor
     """Held-out rows as long as the samples."""
 
     def point(self, config: GenerateConfig) -> Point:
         """Draw and score."""
-        length = config.length or self.record.seq_len
+        length = config.length or self.model.record.seq_len
         drawn = sample_blocks(
-            make_context(config, self.denoiser, self.record),
-            torch.full((config.num_samples, length), self.special.mask_token_id),
+            make_context(config, self.model),
+            torch.full((config.num_samples, length), self.model.mask_token_id),
             make_rule(config.sampler),
-            make_proposal(config),
-            block_size=window_of(config, self.record, length),
-            mask_token_id=self.special.mask_token_id,
+            make_proposal(config, self.model),
+            block_size=window_of(config, self.model, length),
+            mask_token_id=self.model.mask_token_id,
             noise_seed=config.noise_seed,
         )
         given = {name: value for name, value in asdict(config.sampler).items() if value is not None and name != "kind"}
@@ -116,13 +114,15 @@ class Bench:
 
     def scored(self, x0: Tensor) -> Scores:
         """Rows of samples, or of text."""
-        return score(x0, self.scorer, self.denoiser, self.special.mask_token_id, self.special.eos_token_id)
+        special = self.model.vocabulary.special
+        return score(x0, self.scorer, self.model.denoiser, special.mask_token_id, special.eos_token_id)
 
 
 def open_bench(artifacts: Artifacts, num_rows: int) -> Bench:
     """ValueError for models that are not what they should be, or text that is too short."""
-    denoiser, record = load_denoiser(artifacts.weights)
+    model = open_model(artifacts.weights, artifacts.tokenizer, "cpu")
     scorer, other = load_denoiser(artifacts.scorer)
+    record, special = model.record, model.vocabulary.special
     if record.objective != "masked_nelbo" or record.target_offset:
         raise ValueError(
             f"--weights {artifacts.weights}: the model has the objective {record.objective} and target_offset "
@@ -132,7 +132,6 @@ def open_bench(artifacts: Artifacts, num_rows: int) -> Bench:
         raise ValueError(
             f"--scorer {artifacts.scorer}: the model has the objective {other.objective}; wanted autoregressive_nll"
         )
-    special = check_tokenizer(record, artifacts.weights, artifacts.tokenizer)
     check_tokenizer(other, artifacts.scorer, artifacts.tokenizer)
     rows = HeldOutRows(open_held_out(artifacts.tokens), record.seq_len)
     num_whole = rows.stream.num_tokens // record.seq_len
@@ -143,7 +142,7 @@ def open_bench(artifacts: Artifacts, num_rows: int) -> Bench:
         )
     chosen = np.linspace(0, num_whole - 1, num_rows).astype(int)
     text = torch.from_numpy(np.stack([rows.row(int(index), special.pad_token_id) for index in chosen]))
-    return Bench(denoiser, record, scorer, special, text)
+    return Bench(model, scorer, text)
 
 
 def measure(options: Options) -> Measured:
@@ -169,7 +168,7 @@ def measure(options: Options) -> Measured:
 @torch.inference_mode()
 def _measure(artifacts: Artifacts, num_samples: int, options: Options) -> Measured:
     bench = open_bench(artifacts, num_samples)
-    length = bench.record.seq_len
+    length = bench.model.record.seq_len
     steps = [length // share for share in ((16, 4) if options.quick else (16, 8, 4, 2, 1))]
     shown = slice(2) if options.quick else slice(None)
     found = {
@@ -185,8 +184,8 @@ def _measure(artifacts: Artifacts, num_samples: int, options: Options) -> Measur
         "num_samples": num_samples,
         "seq_len": length,
         "temperature": 1.0,
-        "parameters": {"sampled": bench.record.model.num_params(), "scorer": bench.scorer.config.num_params()},
-        "log_vocabulary": round(float(np.log(bench.record.model.vocab_size)), 4),
+        "parameters": {"sampled": bench.model.record.model.num_params(), "scorer": bench.scorer.config.num_params()},
+        "log_vocabulary": round(float(np.log(bench.model.record.model.vocab_size)), 4),
     }
     ratios = {"ancestral_ppl_over_text": found["ancestral"][-1].scores.ppl / text.ppl}
     return Measured(_table(found, text), ratios, figures)

@@ -7,8 +7,6 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from pipeline.generate.rules import make_rule
-from pipeline.generate.sampler import Kind
 
 from benchmarks import sampling_quality
 from benchmarks.command import Options
@@ -17,6 +15,8 @@ from benchmarks.sampling_scores import distinct, next_token_nll, row_entropy, sc
 from dlm_core.models.attention import AttentionMask
 from dlm_core.models.presets import PRESETS, tiny
 from dlm_core.models.transformer import Denoiser
+from pipeline.inference.rules import make_rule
+from pipeline.inference.sampler import Kind
 from pipeline.pretrain.config import ValidationConfig
 from workflows.recipes.quickstart import quickstart
 

@@ -22,7 +22,6 @@ MODULES += ["models/router_losses", "models/transformer"]
 SOURCE = re.compile(
     r"(arXiv\s+|\()\d{4}\.\d{5}\b|Box and Muller, 1958|OOPSLA 2014|Biometrika \d+, \d{4}|Stat\. Assoc\. \d+, \d{4}"
 )
-SOURCE = re.compile(r"(arXiv\s+|\()\d{4}\.\d{5}\b|Box and Muller, 1958|OOPSLA 2014|(Biometrika|Assoc\.) \d+, \d{4}")
 
 # Ours alone: bookkeeping around the formulas, with no paper to name.
 _OWN = """

@@ -117,12 +117,6 @@ SAMPLERS: tuple[Planted, ...] = (
         "self._is_prompt[:, : self.num_given] = False",
         "self._is_prompt[:, :0] = False",
     ),
-    Planted(
-        "samplers/blocks",
-        "places of the window told as those of the row",
-        "change(logits, places // width * seq_len + places % width + left)",
-        "change(logits, places)",
-    ),
     Planted("samplers/next_tokens", "a row that has ended goes on to cost", "nfe += ~has_ended", "nfe += 1"),
     Planted(
         "samplers/next_tokens",
@@ -136,6 +130,8 @@ SAMPLERS: tuple[Planted, ...] = (
         "last = (canvas.rows + 1) * seen.shape[1] - 1",
         "last = canvas.rows * seen.shape[1]",
     ),
+    Planted(
+        "samplers/loop",
         "a look at what can be drawn in every pass",
         "is_usable &= drawn.is_usable.all()",
         "is_usable &= bool(drawn.is_usable.all())",
