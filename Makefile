@@ -40,6 +40,7 @@ bench: .venv/dev.installed
 	$(BIN)/python -m benchmarks.tokenization
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.orchestration --install
 
 mutants: .venv/dev.installed

@@ -36,11 +36,11 @@ _KINDS = {"task": "one process", "map": "one process per shard", "gang": "all ra
 
 _LAYOUT = svg.Layout(node_width=214, node_height=66, gap_x=34, gap_y=20)
 _MARGIN = 26.0
-_PALETTE = {
+PALETTE = {
     "ink": "#1c2330", "muted": "#566072", "line": "#d5dbe4", "card": "#ffffff", "accent": "#2f6bd8", "level": "#b4540a",
     "lane": "#b3bcc9", "task": "#44546e", "map": "#0b7a75", "gang": "#8a3ab9",
 }  # fmt: skip
-_BACKGROUND = "#f4f6f9"
+BACKGROUND = "#f4f6f9"
 
 
 def draw_picture(workflow: Workflow, layers_per_row: int) -> str:
@@ -70,9 +70,9 @@ def _card(drawing: svg.Drawing, title: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
         f'height="{height:g}" role="img"><title>{title}</title>'
-        f"<style>{svg.stylesheet(_PALETTE)}</style>"
-        f'<rect x=".5" y=".5" width="{width - 1:g}" height="{height - 1:g}" rx="14" fill="{_BACKGROUND}" '
-        f'stroke="{_PALETTE["line"]}"/>'
+        f"<style>{svg.stylesheet(PALETTE)}</style>"
+        f'<rect x=".5" y=".5" width="{width - 1:g}" height="{height - 1:g}" rx="14" fill="{BACKGROUND}" '
+        f'stroke="{PALETTE["line"]}"/>'
         f'<g transform="translate({_MARGIN:g} {_MARGIN:g})">{drawing.body}</g></svg>\n'
     )
 

@@ -31,6 +31,8 @@ class Call:
     env: dict[str, str] = field(default_factory=dict)
     wants_gpus: bool = False
     """Whether every rank of a gang waits for a GPU; otherwise it has one if there are any where it runs."""
+    gpus: float = 0.0
+    """GPUs that a single process waits for and has to itself, or a part of one that it shares."""
 
 
 @dataclass(frozen=True)

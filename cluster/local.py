@@ -26,6 +26,8 @@ _CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal
 class _Running:
     call: Call
     processes: list[subprocess.Popen[bytes]]
+    gpu: str = ""
+    """That it was given, or shares."""
     failure: str = ""
     killed: bool = False
 
@@ -39,7 +41,7 @@ def _free_port() -> int:
 class LocalExecutor(Executor):
     """Subprocesses that end with their parent, at most as many as there are cores.
 
-    A call that wants more cores than the machine has runs alone.
+    A call that wants more cores than the machine has runs alone.  One that wants a GPU sees that alone.
     """
 
     def __init__(self, num_cpus: int | None = None) -> None:
@@ -51,9 +53,19 @@ class LocalExecutor(Executor):
         self._pipe_read, self._pipe_write = os.pipe()
 
     @cached_property
-    def _num_gpus(self) -> int:
-        """A gang takes one for each rank, as far as there are any."""
-        return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else visible_gpus()
+    def _gpus(self) -> list[str]:
+        """What CUDA_VISIBLE_DEVICES calls them.  A gang takes one for each rank, as far as there are any."""
+        num_gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else visible_gpus()
+        named = [one.strip() for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.strip()]
+        return (named or [str(number) for number in range(num_gpus)])[:num_gpus]
+
+    def _gpu_for(self, call: Call) -> str | None:
+        """The first GPU of which enough is left; None if there is none."""
+        left = dict.fromkeys(self._gpus, 1.0)
+        for running in self._running.values():
+            if running.gpu:
+                left[running.gpu] -= running.call.gpus
+        return next((gpu for gpu, share in left.items() if share >= call.gpus - 1e-9), None)
 
     @property
     def num_cpus(self) -> float:
@@ -69,6 +81,10 @@ class LocalExecutor(Executor):
         """What runs already, for a call that is still in the queue."""
         if call not in self._queue:
             return None
+        if call.gpus > len(self._gpus):
+            return Shortage(f"wants {call.gpus:g} GPUs; this machine has {len(self._gpus)}", is_beyond=True)
+        if call.gpus and self._gpu_for(call) is None:
+            return Shortage(f"wants {call.gpus:g} GPUs; all {len(self._gpus)} are taken", is_beyond=False)
         used = sum(_cores(running.call) for running in self._running.values())
         return Shortage(f"wants {_cores(call):g} cores; {used:g} of {self._num_cpus:g} are taken", is_beyond=False)
 
@@ -84,13 +100,16 @@ class LocalExecutor(Executor):
             used = sum(_cores(running.call) for running in self._running.values())
             if self._running and used + _cores(call) > self._num_cpus:
                 return
+            gpu = self._gpu_for(call) if call.gpus else ""
+            if gpu is None:
+                return
             self._queue.pop(0)
             try:
-                self._running[call.key] = _Running(call, self._spawn(call))
+                self._running[call.key] = _Running(call, self._spawn(call, gpu), gpu)
             except OSError as error:
                 self._ended.append(Ended(call.key, str(error)))
 
-    def _spawn(self, call: Call) -> list[subprocess.Popen[bytes]]:
+    def _spawn(self, call: Call, gpu: str) -> list[subprocess.Popen[bytes]]:
         """All processes of a call, or none and OSError."""
         call.log_dir.mkdir(parents=True, exist_ok=True)
         payload_path = call.log_dir / "payload.json"
@@ -99,15 +118,17 @@ class LocalExecutor(Executor):
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(_processes(call)):
-                processes.append(self._spawn_rank(call, rank, port, payload_path))
+                processes.append(self._spawn_rank(call, rank, port, payload_path, gpu))
         except OSError:
             _stop(processes)
             raise
         return processes
 
-    def _spawn_rank(self, call: Call, rank: int, port: int, payload: Path) -> subprocess.Popen[bytes]:
+    def _spawn_rank(self, call: Call, rank: int, port: int, payload: Path, gpu: str) -> subprocess.Popen[bytes]:
         env = {**os.environ, **call.env, PARENT_PIPE_ENV: str(self._pipe_read), "PYTHONUNBUFFERED": "1"}
-        env[GPUS_ENV] = "1" if call.gang_sizes and rank < self._num_gpus else "0"
+        env[GPUS_ENV] = str(int(rank < len(self._gpus))) if call.gang_sizes else f"{call.gpus:g}"
+        if gpu:
+            env["CUDA_VISIBLE_DEVICES"] = gpu
         if call.gang_sizes:
             size = str(_processes(call))
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_SIZE": size}

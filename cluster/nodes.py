@@ -124,7 +124,7 @@ def ranks_that_fit(found: Sequence[Node], cpus: float, gpus: float, *, free: boo
 def shortage(call: Call, found: Sequence[Node]) -> Shortage | None:
     """Why a call cannot begin on these nodes; None if nothing is missing."""
     ranks = call.gang_sizes[0] if call.gang_sizes else 1
-    gpus = 1.0 if call.gang_sizes and (call.wants_gpus or has_gpus(found)) else 0.0
+    gpus = float(call.wants_gpus or has_gpus(found)) if call.gang_sizes else call.gpus
     each = _amount(call.cpus, gpus)
     wants = f"{ranks} workers with {each} each" if ranks > 1 else each
     if ranks_that_fit(found, call.cpus, gpus, free=False) < ranks:

@@ -55,6 +55,7 @@ EXTRAS = {
     "gguf": ("hf", ">=0.19"),
     "accelerate": ("hf", ""),
     "gigatoken": ("fast", ">=0.10,<0.11"),
+    "lm_eval": ("eval", "==0.4.13"),
 }
 _WANTED_EXTRAS = {"deepspeed": "nothing can be trained here", "ray": "only --executor local works here"}
 _MUST_AGREE = ("python", "torch", "deepspeed", "ray")

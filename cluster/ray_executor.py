@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from cluster.connect import connect
-from cluster.executor import Call, Ended, Executor, ExecutorLostError, Shortage
+from cluster.executor import GPUS_ENV, Call, Ended, Executor, ExecutorLostError, Shortage
 from cluster.gang import GANG_LOG, demand_name, has_room, run_gang
 from cluster.logged import redirected, run_logged
 from cluster.nodes import drain_notice, nodes, remove_placement_groups, shortage, withdraw_demand
@@ -204,7 +204,9 @@ class RayExecutor(Executor):
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         call.log_dir.mkdir(parents=True, exist_ok=True)
-        common = (call.function, call.payload, str(call.log_dir), call.env)
+        # Told in any case: the next task of a process may want none.
+        env = call.env if call.gang_sizes else call.env | {GPUS_ENV: f"{call.gpus:g}"}
+        common = (call.function, call.payload, str(call.log_dir), env)
         if call.gang_sizes:
             self._free_groups()  # again: of a process that was killed, not all is known to be dead when it ends
             here = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
@@ -213,7 +215,8 @@ class RayExecutor(Executor):
             ref = task.remote(*common, call.gang_sizes, call.cpus, call.wants_gpus, self.may_grow)
             self._gangs[ref] = demand_name(str(call.log_dir))
         else:
-            task = self._ray.remote(_run_task).options(num_cpus=call.cpus, max_retries=0, name=call.key)
+            task = self._ray.remote(_run_task)
+            task = task.options(num_cpus=call.cpus, num_gpus=call.gpus, max_retries=0, name=call.key)
             ref = task.remote(*common)
         self._refs[ref] = call.key
 

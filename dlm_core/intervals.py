@@ -1,17 +1,19 @@
 """From an estimate and its standard error to an interval.
 
-What lives here: quantiles.  What must not: how estimates and their errors come about.
+What lives here: quantiles, intervals of shares.  What must not: torch, which a command line cannot wait for; how
+estimates and their errors come about.
 """
 
 import math
-
-import torch
+from functools import cache
+from statistics import NormalDist
 
 _NUM_NODES = 4001
 """Of Simpson's rule; the error of a quantile is below 1e-6 from 1 degree of freedom on."""
 _NUM_HALVINGS = 60
 
 
+@cache
 def t_quantile(dof: float, level: float = 0.95) -> float:
     """Half-width in standard errors of an interval that holds the truth with probability ``level``.
 
@@ -24,7 +26,7 @@ def t_quantile(dof: float, level: float = 0.95) -> float:
     if not 0.0 < level < 1.0:
         raise ValueError(f"level is {level}; it must lie in (0, 1)")
     if dof > 1e6:
-        return math.sqrt(2.0) * float(torch.special.erfinv(torch.tensor(level, dtype=torch.float64)))
+        return NormalDist().inv_cdf((1.0 + level) / 2)
     log_half = 0.5 * math.log(math.pi) + math.lgamma(dof / 2) - math.lgamma((dof + 1) / 2) - math.log(2.0)
     low, high = 0.0, math.pi / 2
     for _ in range(_NUM_HALVINGS):
@@ -37,8 +39,23 @@ def t_quantile(dof: float, level: float = 0.95) -> float:
 
 
 def _log_density_integral(upper: float, dof: float) -> float:
-    nodes = torch.linspace(0.0, upper, _NUM_NODES, dtype=torch.float64)
-    values = nodes.cos().pow(dof - 1)
-    weights = torch.ones(_NUM_NODES, dtype=torch.float64)
-    weights[1:-1:2], weights[2:-1:2] = 4.0, 2.0
-    return math.log(float((weights * values).sum()) * upper / (_NUM_NODES - 1) / 3)
+    step, power = upper / (_NUM_NODES - 1), dof - 1
+    values = [math.cos(step * node) ** power for node in range(_NUM_NODES)]
+    total = values[0] + 4 * math.fsum(values[1:-1:2]) + 2 * math.fsum(values[2:-1:2]) + values[-1]
+    return math.log(total * step / 3)
+
+
+def wilson_interval(share: float, num_trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a probability after a share of successes (Wilson, J. Am. Stat. Assoc. 22, 1927).
+
+    The p at which |share - p| = z sqrt(p (1 - p) / n): it lies in [0, 1], and has a length where all or none succeed.
+    Raises ValueError for no trial, and for a share or a level outside [0, 1] or (0, 1).
+    """
+    if num_trials < 1:
+        raise ValueError(f"num_trials is {num_trials}; an interval needs at least 1")
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"share is {share}; it must lie in [0, 1]")
+    z2 = t_quantile(math.inf, level) ** 2
+    middle = (share + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
+    half = math.sqrt(z2 * (share * (1 - share) / num_trials + z2 / (4 * num_trials**2))) / (1 + z2 / num_trials)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -122,7 +122,9 @@ def _dataclasses_in(*hints: Any) -> list[type]:
     return found
 
 
-def _suggestion(word: str, allowed: Sequence[str]) -> str:
+def suggestion(word: str, allowed: Sequence[str]) -> str:
+    """What to say behind an unknown name: those that it may have been meant for, or all."""
+
     def likeness(name: str) -> float:
         return difflib.SequenceMatcher(None, word, name).ratio()
 
@@ -196,7 +198,7 @@ def _explain(kind: type, item: dict[str, Any], where: str) -> str:
         for part in location[:-1]:
             hint = _hint_of(hint, part) if isinstance(part, str) else next(iter(get_args(_parts(hint)[0])), None)
         names = _field_names(hint)
-        return f"unknown setting {path}{_suggestion(str(location[-1]), names)}"
+        return f"unknown setting {path}{suggestion(str(location[-1]), names)}"
     if item["type"] == "value_error":
         return f"{path or kind.__name__}: {item['ctx']['error']}"
     if item["type"] == "missing":
@@ -250,7 +252,7 @@ def merge_settings(configs: Mapping[str, Any], settings: Sequence[tuple[str, Any
     for path, value in settings:
         name, *rest = path.split(".")
         if name not in configs:
-            raise UserError(f"unknown setting {path}{_suggestion(name, list(configs))}{_elsewhere(path, values)}")
+            raise UserError(f"unknown setting {path}{suggestion(name, list(configs))}{_elsewhere(path, values)}")
         if not rest and not isinstance(value, Mapping):
             raise UserError(f"{path} needs a field, as in {path}.FIELD=VALUE, or a JSON object")
         try:
@@ -283,7 +285,7 @@ def _merged(current: Any, rest: Sequence[str], value: Any, path: str, hint: Any)
     names = list(current) if isinstance(current, Mapping) and is_free else _field_names(hint)
     may_be_new = is_free and len(rest) == 1 and rest[0]
     if not isinstance(current, Mapping) or not (rest[0] in names or may_be_new):
-        raise UserError(f"unknown setting {path}{_suggestion(rest[0], names)}")
+        raise UserError(f"unknown setting {path}{suggestion(rest[0], names)}")
     return {**current, rest[0]: _merged(current.get(rest[0]), rest[1:], value, path, _hint_of(hint, rest[0]))}
 
 

@@ -192,6 +192,15 @@ class WandbRun:
         except Exception as error:  # noqa: BLE001 - as above
             self._give_up(error)
 
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        """Set values of the run as a whole."""
+        if self._run is None:
+            return
+        try:
+            self._run.summary.update(dict(values))
+        except Exception as error:  # noqa: BLE001 - as above
+            self._give_up(error)
+
     def finish(self) -> None:
         """Close the run, for at most a bounded time."""
         if self._run is None:

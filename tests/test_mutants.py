@@ -77,6 +77,7 @@ def test_drawn_groups_are_two_hundred_of_the_main_modules_and_a_number_of_each_o
     assert {mutant.module for mutant in main} == {"schedules", "corruption", "masks", "objectives", "likelihood"}
     assert len(below) == list(DRAWN_FROM.values())[1]
     below_main = {"noise", "blocks", "kernels", "cross_entropy", "variance", "corpus_bound"}
+    below_main |= {"answer_masks", "answers", "intervals"}
     assert {mutant.module for mutant in below} == below_main
     assert len(models) == list(DRAWN_FROM.values())[2]
     assert all(mutant.module.startswith("models/") for mutant in models)

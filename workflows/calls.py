@@ -84,7 +84,8 @@ class Site:
         wants_gpus = getattr(config, "requires_gpus", False) or (
             bool(sizes) and (self.place(state).directory / ON_GPUS).exists()
         )
-        call = Call(f"{name}@{label}", _WORKER, to_json(piece), log_dir, stage.cpus, sizes, env, wants_gpus)
+        gpus = getattr(config, "gpus", 0.0) if shard else 0.0
+        call = Call(f"{name}@{label}", _WORKER, to_json(piece), log_dir, stage.cpus, sizes, env, wants_gpus, gpus)
         return Flight(call, piece, work)
 
     def place(self, state: StepState) -> ArtifactPlace:

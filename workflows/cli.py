@@ -14,11 +14,13 @@ from pipeline.errors import CorruptionError, LeaseLostError, UserError, classify
 from workflows import runs
 from workflows.commands import (
     choosing,
+    comparing,
     converting,
     costs,
     data,
     doctor,
     explaining,
+    generating,
     inspecting,
     logs,
     looking,
@@ -62,8 +64,10 @@ app.command("gc")(upkeep.gc)
 app.command("unlock")(upkeep.unlock)
 app.command("report")(looking.report)
 app.command("doctor")(doctor.doctor)
+app.command("generate")(generating.generate)
 app.command("convert")(converting.convert)
 app.command("inspect")(inspecting.inspect)
+app.command("compare")(comparing.compare)
 data_app.command("show")(data.show)
 data_app.command("verify")(data.verify)
 

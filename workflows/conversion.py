@@ -194,6 +194,14 @@ def _make(stage: Stage, conversion: Conversion, source: Path, work: Path, say: S
     inputs = {name: source for name in stage.inputs}
     if stage is EXPORT and conversion.tokenizer is not None:
         inputs["tokenizer"] = conversion.tokenizer
+    out = make_artifact(stage, config, inputs, work)
+    for line in _told(stage, config, conversion.kept_in, open_artifact(out).stats):
+        say(f"{stage.name:17}  {line}")
+    return out
+
+
+def make_artifact(stage: Stage, config: Any, inputs: Mapping[str, Path], work: Path) -> Path:
+    """Run a stage in this process; its committed artifact in ``work``."""
     out, state = work / stage.name, work / f"{stage.name}.state"
     for directory in (out, state):
         shutil.rmtree(directory, ignore_errors=True)  # of one that was killed
@@ -204,12 +212,8 @@ def _make(stage: Stage, conversion: Conversion, source: Path, work: Path, say: S
     stats = run_here(stage, config, inputs, StageContext(out, state, own)) or {}
     check_external(stage, config, external)
     elapsed_s = time.monotonic() - start_s
-    write_json(
-        out / MANIFEST,
-        build_manifest(stage, config, own, inputs, out, stats, started_at, elapsed_s, external=external),
-    )
-    for line in _told(stage, config, conversion.kept_in, stats):
-        say(f"{stage.name:17}  {line}")
+    manifest = build_manifest(stage, config, own, inputs, out, stats, started_at, elapsed_s, external=external)
+    write_json(out / MANIFEST, manifest)
     return out
 
 

@@ -189,7 +189,7 @@ def run_piece(payload: dict[str, Any], notice: Callable[[], str]) -> None:
             _check_store(root, piece)
             lease = Lease(root / piece.lease, piece.lease_epoch, piece.lease_token)
             lease.check()
-            if float(os.environ.get(GPUS_ENV, "0")) and rank == 0:
+            if piece.what == "whole" and float(os.environ.get(GPUS_ENV, "0")) and rank == 0:
                 ((root / piece.state).parent / ON_GPUS).touch()
             if cancel():
                 raise Stopped("the run was asked to stop")

@@ -38,6 +38,11 @@ def _norm(a: Architecture, size: int) -> nn.Module:
     return nn.RMSNorm(size, eps=a.norm_eps) if a.norm == "rms" else nn.LayerNorm(size, eps=a.norm_eps, bias=False)
 
 
+def _chosen(x: Float[Tensor, "B Q D"], select: Int[Tensor, " M"] | None) -> Float[Tensor, "B_or_1 Q_or_M D"]:
+    """All positions, or the flat ones ``select`` of them as a single row."""
+    return x if select is None else x.flatten(0, 1)[select][None]
+
+
 class Attention(nn.Module):
     """Attention with grouped keys and values (arXiv 2305.13245) and rotary positions; who sees whom is the caller's."""
 
@@ -51,14 +56,20 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(a.head_size, eps=a.norm_eps) if a.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Float[Tensor, "B S D"], rope: RopeTables, attend: Attend, num_queries: int, remember: Remember | None
-    ) -> Float[Tensor, "B Q D"]:
+        self,
+        x: Float[Tensor, "B S D"],
+        rope: RopeTables,
+        attend: Attend,
+        num_queries: int,
+        remember: Remember | None,
+        select: Int[Tensor, " M"] | None = None,
+    ) -> Float[Tensor, "B_or_1 Q_or_M D"]:
         """The first ``num_queries`` positions ask, all positions answer."""
         q, k, v = self._project(x, num_queries)
         q = apply_rope(self.q_norm(q), RopeTables(*(table[:, :num_queries] for table in rope)))
         k = apply_rope(self.k_norm(k), rope)
         k, v = (k, v) if remember is None else remember(k, v)
-        return self.out(rearrange(attend(q, k, v), "b h l c -> b l (h c)"))
+        return self.out(_chosen(rearrange(attend(q, k, v), "b h l c -> b l (h c)"), select))
 
     def _project(self, x: Tensor, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
         if num_queries == x.shape[1]:
@@ -130,11 +141,16 @@ class Block(nn.Module):
         num_queries: int,
         condition: Condition | None = None,
         remember: Remember | None = None,
-    ) -> Float[Tensor, "B Q D"]:
-        """Add both branches to the residual stream of the first ``num_queries`` positions."""
+        select: Int[Tensor, " M"] | None = None,
+    ) -> Float[Tensor, "B_or_1 Q_or_M D"]:
+        """Add both branches to the residual stream of the first ``num_queries`` positions.
+
+        Without a condition, of the flat positions ``select`` of these alone, as a single row.
+        """
         kept = x[:, :num_queries]
         if condition is None:
-            y = kept + self.attention(self.attention_norm(x), rope, attend, num_queries, remember)
+            kept = _chosen(kept, select)
+            y = kept + self.attention(self.attention_norm(x), rope, attend, num_queries, remember, select)
             return y + self.feed_forward(self.feed_forward_norm(y))
         parts = condition.modulate(self.modulation)
         shift, scale, *_ = parts.chunk(6, dim=-1)
@@ -211,9 +227,10 @@ class Denoiser(nn.Module):
         """
         if (targets is None) != (weight is None):
             raise ValueError("targets and weight come together, for a loss, or both stay out, for logits")
-        hidden = self._trunk(xt, x0, mask, positions, noise_level, perturb, cache, backend)
+        last_select = select if targets is None and self._is_last_selective() else None
+        hidden = self._trunk(xt, x0, mask, positions, noise_level, perturb, cache, backend, last_select)
         rows = rearrange(hidden, "b l d -> (b l) d")
-        rows = rows if select is None else rows[select]
+        rows = rows if select is None or last_select is not None else rows[select]
         head, mask_token_id = self._head(), self.config.mask_token_id
         if targets is None or weight is None:
             logits = F.linear(rows, head.weight, head.bias)
@@ -233,6 +250,15 @@ class Denoiser(nn.Module):
         sizes = (a.num_layers, num_rows, a.kv_heads, max_len, a.head_size)
         return KVCache(*sizes, dtype=product_dtype(weight.dtype, weight.device), device=weight.device)
 
+    def _is_last_selective(self) -> bool:
+        """Whether logits need no more of the last layer than the positions asked for, beside keys and values.
+
+        A loss keeps the layer whole: in training the number of positions changes with every batch, and a compiled
+        layer would be compiled anew.
+        """
+        a = self.config.architecture
+        return a.cond_dim is None and not a.is_sparse(a.num_layers - 1)
+
     def _head(self) -> "Head":
         if self.config.architecture.tied_head:
             return Head(self.embedding.weight, None)
@@ -248,8 +274,9 @@ class Denoiser(nn.Module):
         perturb: Perturb | None,
         cache: KVCache | None,
         backend: Backend,
-    ) -> Float[Tensor, "B L D"]:
-        """Normalised hidden states of xt."""
+        last_select: Tensor | None,
+    ) -> Float[Tensor, "B_or_1 L_or_M D"]:
+        """Normalised hidden states of xt, or of its flat positions ``last_select`` as a single row."""
         if isinstance(mask, str):  # pyright: ignore[reportUnnecessaryIsInstance] - what a user would try
             raise ValueError(f"mask is {mask!r}; wanted an AttentionMask, as AttentionMask({mask!r}), or a plan of one")
         if xt.ndim != 2 or (x0 is not None and x0.shape != xt.shape):
@@ -292,6 +319,7 @@ class Denoiser(nn.Module):
                 num_queries=num_queries,
                 condition=condition,
                 remember=None if cache is None else partial(cache.append, layer),
+                select=last_select if is_last else None,
             )
         x = self.norm(x)
         if condition is None:

@@ -1,8 +1,10 @@
 """Held-out likelihood bound and the yardsticks beside it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.config import execution
+from pipeline.inference.places import check_places
 from pipeline.scoring import MIN_REPLICATES
 from pipeline.stage import Stage
 
@@ -17,6 +19,10 @@ class EvaluateConfig:
     num_shards: int = execution(8)
     """Pieces that the rows are cut into and evaluated in parallel; no effect on the result."""
     batch_rows: int = execution(16)
+    device: Literal["auto", "cpu", "cuda"] = execution("auto")
+    """auto: a GPU where there is one."""
+    gpus: float = execution(0.0)
+    """GPUs that a piece waits for, up to 1; parts of one share it.  0: it takes what is where it runs."""
 
     def __post_init__(self) -> None:
         if self.num_replicates < MIN_REPLICATES:
@@ -26,6 +32,7 @@ class EvaluateConfig:
         for name in ("num_shards", "batch_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_places(self.device, self.gpus)
 
 
 STAGE = Stage(
@@ -34,5 +41,5 @@ STAGE = Stage(
     config=EvaluateConfig,
     module="pipeline.evaluate.run",
     inputs=("weights", "tokens", "tokenizer", "corpus"),
-    code_version=3,
+    code_version=4,
 )

@@ -19,10 +19,13 @@ from pipeline.data.special_tokens import load_special_tokens
 from pipeline.errors import NumericsError, UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.held_out import HeldOutRows, Questions, open_held_out
+from pipeline.inference.model import find_device
 from pipeline.stage import Shard, StageContext, Stats
 from pipeline.weights import check_tokenizer, load_denoiser, load_record
 
 _LOSSES = "losses.npz"
+DOCUMENTS_FILE = "documents.npz"
+"""Losses in nats [replicate, document], and the tokens of each document that they are of."""
 XZ_PRESET = 9
 
 
@@ -45,7 +48,9 @@ def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, 
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    device = find_device(config.device)
     model, record = load_denoiser(inputs["weights"])
+    model.to(device)
     rows = HeldOutRows(open_held_out(inputs["tokens"]), record.seq_len)
     scoring = record.scoring(config.noise_seed)
     questions = Questions(rows, range(rows.num_rows), scoring, load_special_tokens(inputs["tokenizer"]))
@@ -58,7 +63,7 @@ def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, 
             for replicate in range(num_drawn):
                 question = questions.ask(indices, replicate)
                 places = question.select + record.target_offset
-                sums[replicate].index_add_(0, doc_ids[places], question.cross_entropy(model))
+                sums[replicate].index_add_(0, doc_ids[places], question.cross_entropy(model, device))
     sums[num_drawn:] = sums[0]
     np.savez(context.out / _LOSSES, sums=sums.numpy())
     return None
@@ -75,8 +80,9 @@ def finish(
     stream = open_held_out(inputs["tokens"])
     sums = sum(np.load(directory / _LOSSES)["sums"] for directory in sorted(shard_dirs))
     record = load_record(inputs["weights"])
-    doc_tokens = torch.from_numpy(HeldOutRows(stream, record.seq_len).asked_of_documents(record.target_offset))
-    bound = estimate_bound(torch.from_numpy(np.asarray(sums)), doc_tokens)
+    doc_tokens = HeldOutRows(stream, record.seq_len).asked_of_documents(record.target_offset)
+    np.savez(context.out / DOCUMENTS_FILE, losses=np.asarray(sums), tokens=doc_tokens)
+    bound = estimate_bound(torch.from_numpy(np.asarray(sums)), torch.from_numpy(doc_tokens))
     if not math.isfinite(bound.nelbo):
         raise NumericsError(f"the bound is {bound.nelbo}: the weights give no finite loss on the held-out text")
     text = _held_out_bytes(inputs["corpus"])

@@ -40,7 +40,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Path], context: StageContex
 
 
 def _canvases(model: "OpenModel", config: GenerateConfig) -> "list[Canvas]":
-    from pipeline.inference.filling import prompted
+    from pipeline.inference.filling import prompted, room_behind
 
     seq_len, given = model.record.seq_len, model.record.target_offset
     if config.length > seq_len:
@@ -54,24 +54,18 @@ def _canvases(model: "OpenModel", config: GenerateConfig) -> "list[Canvas]":
     canvases: list[Canvas] = []
     for prompt in config.prompts:
         ids = model.encode(prompt)
-        left = seq_len - max(len(ids), given)
-        if not config.length and left < 1:
-            raise UserError(
-                f"generate.prompts has one of {len(ids)} tokens, which leaves nothing to draw of rows of {seq_len}; "
-                "set generate.length, and it is cut from the left"
-            )
+        length = config.length or room_behind(model, ids)
         for _ in range(config.num_samples):
-            canvases.append(prompted(model, ids, config.length or left, len(canvases)))
+            canvases.append(prompted(model, ids, length, len(canvases)))
     return canvases
 
 
 def _line(model: "OpenModel", filled: "Filled", num_frames: int, prompt: str | None) -> dict[str, Any]:
-    mask_token_id, decoder = model.mask_token_id, model.vocabulary.tokenizer
     last = len(filled.frames) - 1
     passes = sorted({round(i * last / (num_frames - 1)) for i in range(num_frames)})
 
     def piece(token_id: int) -> str | None:
-        return None if token_id == mask_token_id else decoder.decode([token_id], skip_special_tokens=False)
+        return None if token_id == model.mask_token_id else model.literal([token_id])
 
     return {
         **({} if prompt is None else {"prompt": prompt}),

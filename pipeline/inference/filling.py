@@ -9,7 +9,7 @@ neither the others, nor their order, nor batches change it.
     next tokens         from left to right; what stands behind a mask is not seen, and refused
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,28 @@ def prompted(model: OpenModel, prompt: Sequence[int], length: int, sample_id: in
     return Canvas([*kept, *[model.mask_token_id] * length], sample_id, len(given) - len(kept))
 
 
+def room_behind(model: OpenModel, prompt: Sequence[int]) -> int:
+    """Tokens that a prompt leaves of a row; UserError for a prompt that leaves none."""
+    left = model.record.seq_len - max(len(prompt), model.record.target_offset)
+    if left < 1:
+        raise UserError(
+            f"a prompt has {len(prompt)} tokens, which leaves nothing to draw of rows of {model.record.seq_len}; say "
+            "how many tokens are to be drawn (length), and it is cut from the left"
+        )
+    return left
+
+
+def patterned(model: OpenModel, parts: Sequence[Sequence[int] | int], sample_id: int) -> Canvas:
+    """Pieces of text, as ids, and gaps between them, as numbers of masks: nothing is cut.
+
+    Where a gap comes first, a shifted model gets the end of a text before it.
+    """
+    ids = [i for part in parts for i in ([model.mask_token_id] * part if isinstance(part, int) else part)]
+    if model.record.target_offset and ids[:1] == [model.mask_token_id]:
+        ids.insert(0, model.vocabulary.special.eos_token_id)
+    return Canvas(ids, sample_id)
+
+
 def continuation(model: OpenModel, canvas: Canvas, filled: Filled, *, ends_at_eos: bool = False) -> str:
     """Text of what was drawn from the first mask on, up to the first drawn end if rows end with it."""
     drawn = [i for i, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id]
@@ -90,9 +112,11 @@ def fill(
     keep_frames: bool = False,
     on_pass: OnPass | None = None,
     change: Change | None = None,
+    done: Container[int] = (),
 ) -> Iterator[tuple[int, Filled]]:
     """Fill all canvases, each told by its place in the list as it is done; one without a mask costs no pass.
 
+    Those at the places ``done`` are not told, and not drawn where a whole batch is of them.
     Rows of one length whose first masks stand at one place go together, the shortest first.  Raises UserError, before
     the first pass, for settings that the model has no use for, and for a canvas that it cannot fill.
     """
@@ -103,7 +127,7 @@ def fill(
     proposal = make_proposal(config, model)
     rows = [_row(model, canvas, config) for canvas in canvases]
     for number, canvas in enumerate(canvases):
-        if rows[number] is None:
+        if rows[number] is None and number not in done:
             ids = list(canvas.ids)
             yield number, Filled(ids, 0, canvas.num_cut, [ids] if keep_frames else [])
     batches: dict[tuple[int, int], list[int]] = {}
@@ -113,8 +137,10 @@ def fill(
     for _, alike in sorted(batches.items()):
         for first in range(0, len(alike), config.batch_rows):
             some = {number: row for number in alike[first : first + config.batch_rows] if (row := rows[number])}
-            sampled = _draw(model, some, config, proposal, keep_frames, on_pass, change)
-            yield from _told(canvases, list(some), sampled)
+            if any(number not in done for number in some):
+                sampled = _draw(model, some, config, proposal, keep_frames, on_pass, change)
+                told = _told(canvases, list(some), sampled)
+                yield from (one for one in told if one[0] not in done)
 
 
 # Rows as the samplers of the core want them

@@ -66,6 +66,24 @@ class Score:
     """Tokens at the beginning of the context for which there was no room."""
 
 
+@dataclass(frozen=True)
+class FittedRow:
+    """What a model is shown of a request, and where the answer stands in it."""
+
+    tokens: list[int]
+    start: int
+    size: int
+    before: int
+    """Token before the row, which a model of next tokens is given: the last that was cut, or the end of a text."""
+    mask_id: int
+    num_cut: int
+
+    @property
+    def stop(self) -> int:
+        """Behind the answer."""
+        return self.start + self.size
+
+
 def score(model: OpenModel, requests: Sequence[Request], config: LikelihoodConfig) -> list[Score]:
     """The score of every request, in their order.
 
@@ -74,7 +92,7 @@ def score(model: OpenModel, requests: Sequence[Request], config: LikelihoodConfi
     """
     if not requests:
         return []
-    rows = [_fitted(model, request) for request in requests]
+    rows = [fitted(model, request) for request in requests]
     if model.is_autoregressive:
         _refuse_guidance(config, "predicts the next token")
         return _next_tokens(model, rows, config.batch_rows)
@@ -84,29 +102,25 @@ def score(model: OpenModel, requests: Sequence[Request], config: LikelihoodConfi
     return _masked(model, rows, config)
 
 
-@dataclass(frozen=True)
-class _Row:
-    tokens: list[int]
-    start: int
-    size: int
-    mask_id: int
-    num_cut: int
-
-
-def _fitted(model: OpenModel, request: Request) -> _Row:
+def fitted(model: OpenModel, request: Request) -> FittedRow:
+    """A request as a row of at most the length that the model was trained on; raises UserError as ``score`` does."""
     room = model.record.seq_len - len(request.answer) - len(request.suffix)
+    eos = model.vocabulary.special.eos_token_id
     context = list(request.context)
     if model.record.target_offset and not context:
-        context = [model.vocabulary.special.eos_token_id]  # nothing predicts the first token of a shifted model
+        context = [eos]  # nothing predicts the first token of a shifted model
     needed = model.record.target_offset
     if room < needed:
         raise UserError(
             f"an answer has {len(request.answer)} tokens and {len(request.suffix)} follow it, but rows of the model "
             f"have {model.record.seq_len}{', of which the first must be given' if needed else ''}; shorten it"
         )
-    kept = context[max(0, len(context) - room) :]
-    tokens = [*kept, *request.answer, *request.suffix]
-    return _Row(tokens, len(kept), len(request.answer), request.mask_id, len(context) - len(kept))
+    num_cut = max(0, len(context) - room)
+    tokens = [*context[num_cut:], *request.answer, *request.suffix]
+    start, size = len(context) - num_cut, len(request.answer)
+    if num_cut and model.is_autoregressive:
+        return FittedRow(tokens, start, size, context[num_cut - 1], request.mask_id, num_cut - 1)
+    return FittedRow(tokens, start, size, eos, request.mask_id, num_cut)
 
 
 def _refuse_guidance(config: LikelihoodConfig, reason: str) -> None:
@@ -117,7 +131,7 @@ def _refuse_guidance(config: LikelihoodConfig, reason: str) -> None:
 # Masked diffusion
 
 
-def _masked(model: OpenModel, rows: Sequence[_Row], config: LikelihoodConfig) -> list[Score]:
+def _masked(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfig) -> list[Score]:
     import torch
 
     from dlm_core.answers import Answers, answer_bound
@@ -181,7 +195,7 @@ def _of_lengths(xt: "Tensor", lengths: "Tensor", family: Any = "full", **fields:
 # Block diffusion
 
 
-def _blocks(model: OpenModel, rows: Sequence[_Row], config: LikelihoodConfig) -> list[Score]:
+def _blocks(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfig) -> list[Score]:
     """Rows whose padded lengths agree go together."""
     import torch
 
@@ -233,8 +247,8 @@ def _block_denoise(model: OpenModel) -> "Callable[[Tensor, Tensor, Tensor], Tens
 # Next tokens
 
 
-def _next_tokens(model: OpenModel, rows: Sequence[_Row], batch_rows: int) -> list[Score]:
-    """Each token given those before it; the first of all given the end of a text."""
+def _next_tokens(model: OpenModel, rows: Sequence[FittedRow], batch_rows: int) -> list[Score]:
+    """Each token given those before it; the first of a text given the end of one."""
     import torch
 
     from dlm_core.cross_entropy import HeadLoss
@@ -252,7 +266,7 @@ def _next_tokens(model: OpenModel, rows: Sequence[_Row], batch_rows: int) -> lis
                 row = rows[number]
                 targets[place, : len(row.tokens)] = torch.tensor(row.tokens)
                 asked[place, row.start : row.start + row.size] = True
-            seen[:, 0], seen[:, 1:] = model.vocabulary.special.eos_token_id, targets[:, :-1]
+            seen[:, 0], seen[:, 1:] = torch.tensor([rows[number].before for number in some]), targets[:, :-1]
             select = asked.flatten().nonzero().squeeze(1)
             columns = (seen, select, targets.flatten()[select], torch.ones(len(select)))
             sent = (column.to(model.device) for column in columns)

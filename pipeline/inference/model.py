@@ -38,6 +38,10 @@ class OpenModel:
         """Token ids of a text, taken literally."""
         return self.vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def literal(self, ids: list[int]) -> str:
+        """Text of ids, the special ones spelled out."""
+        return self.vocabulary.tokenizer.decode(ids, skip_special_tokens=False)
+
 
 def open_model(weights: Path, tokenizer: Path, device: str = "auto") -> OpenModel:
     """Two committed artifacts as one model; "auto" is a GPU where there is one.
@@ -45,7 +49,7 @@ def open_model(weights: Path, tokenizer: Path, device: str = "auto") -> OpenMode
     The last one stays open, so that a process reads its weights once.  Raises UserError for a tokenizer of other
     weights, a device that is not there, and a model that is conditioned on the time, whose schedule weights don't tell.
     """
-    return _open(weights, tokenizer, _device(device))
+    return _open(weights, tokenizer, find_device(device))
 
 
 @lru_cache(maxsize=1)
@@ -67,7 +71,8 @@ def forget_models() -> None:
     _open.cache_clear()
 
 
-def _device(name: str) -> str:
+def find_device(name: str) -> str:
+    """What torch calls a device; "auto" is a GPU where there is one.  UserError for one that is not there."""
     import torch
 
     has_gpu = torch.cuda.is_available()

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import sampling
+from benchmarks import sampling, sampling_sides
 from benchmarks.command import Options, RefusedError
-from benchmarks.sampling import DDPM, DDPM_CACHE, LOW_CONFIDENCE, QUICKSTART, RANDOM
+from benchmarks.sampling import QUICKSTART
 from benchmarks.sampling_peers import llada, mdlm
+from benchmarks.sampling_sides import DDPM, DDPM_CACHE, LOW_CONFIDENCE, RANDOM
 from dlm_core.models.transformer import Denoiser
 from dlm_core.samplers.confident import Confident
 from dlm_core.samplers.planned import Ancestral
@@ -97,19 +98,21 @@ def test_both_sides_by_confidence_follow_the_enumerated_law():
 
 def _model() -> Denoiser:
     with torch.no_grad():
-        return sampling._model(TINY)
+        return sampling_sides.make_model(TINY)
 
 
 @torch.no_grad()
 def test_sides_write_the_same_at_temperature_zero():
-    sampling.check_equal(TINY, _model())
+    sampling_sides.check_equal(TINY, _model())
 
 
 @torch.no_grad()
 def test_a_side_that_writes_something_else_is_refused(monkeypatch):
-    monkeypatch.setattr(sampling, "_rule", lambda sampler, num_steps: Confident("margin", EvenQuotas(num_steps)))
+    monkeypatch.setattr(
+        sampling_sides, "rule_of", lambda sampler, num_steps: Confident("margin", EvenQuotas(num_steps))
+    )
     with pytest.raises(RefusedError, match=r"at temperature 0, \d+ of 56 tokens of ours differ from theirs in float64"):
-        sampling.check_equal(TINY, _model())
+        sampling_sides.check_equal(TINY, _model())
 
 
 def test_semi_autoregressive_blocks_of_llada_are_filled_one_after_the_other():
@@ -134,16 +137,16 @@ def test_semi_autoregressive_blocks_of_llada_are_filled_one_after_the_other():
 @torch.no_grad()
 @pytest.mark.parametrize("sampler", [LOW_CONFIDENCE, RANDOM, DDPM])
 def test_both_sides_fill_the_prompts_in_as_many_passes(sampler):
-    model, xt = _model(), sampling._prompts(TINY)
-    sides = [side(TINY, sampler, model)(xt, 0) for side in (sampling.theirs, sampling.ours)]
+    model, xt = _model(), sampling_sides.make_prompts(TINY)
+    sides = [side(TINY, sampler, model)(xt, 0) for side in (sampling_sides.theirs, sampling_sides.ours)]
     assert {one.num_passes for one in sides} == {TINY.num_steps + (sampler == DDPM)}
     sampling._check_filled(TINY, xt, sampler, sides[:1], sides[1:])
     assert all(one.forward_s > 0 for one in sides)
 
 
 def test_unequal_passes_changed_prompts_and_masks_are_refused():
-    xt = sampling._prompts(TINY)
-    filled = sampling.Filled(xt.masked_fill(xt == sampling._mask(TINY), 1), 4, 0.1)
+    xt = sampling_sides.make_prompts(TINY)
+    filled = sampling_sides.Filled(xt.masked_fill(xt == sampling_sides.mask_of(TINY), 1), 4, 0.1)
     sampling._check_filled(TINY, xt, RANDOM, [filled], [filled])
     with pytest.raises(RefusedError, match=r"made \(theirs, ours\) \[\(5, 4\)\] passes"):
         sampling._check_filled(TINY, xt, RANDOM, [replace(filled, num_passes=5)], [filled])
@@ -170,7 +173,7 @@ def test_settings_are_those_that_are_asked_for():
     assert (a.d_model, a.num_layers, QUICKSTART.model.vocab_size) == (192, 4, 4096)
     assert (QUICKSTART.num_prompts, QUICKSTART.num_tokens, QUICKSTART.temperature) == (16, 256, 1.0)
     assert QUICKSTART.samplers == (LOW_CONFIDENCE, RANDOM, DDPM)
-    assert sampling._rule(DDPM, 7) == Ancestral(7, t_end=1e-5, denoises_at_end="argmax", is_lazy=False)
+    assert sampling_sides.rule_of(DDPM, 7) == Ancestral(7, t_end=1e-5, denoises_at_end="argmax", is_lazy=False)
     assert sampling.SMOLLM2.temperature == sampling.GREEDY.temperature == 0.0
 
 

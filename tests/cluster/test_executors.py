@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -163,6 +164,51 @@ def test_ranks_of_subprocesses_are_told_the_gpus_that_they_take(tmp_path, monkey
     found = [json.loads((tmp_path / f"w-{rank}.json").read_text())["DLM_GPUS"] for rank in range(3)]
     assert found == ranks
     assert json.loads((tmp_path / "t-none.json").read_text())["DLM_GPUS"] == "0"
+
+
+def test_call_that_wants_a_gpu_that_is_not_there_waits_and_says_so(executor, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpus, "_ask_driver", lambda: ((), ""))
+    item = dataclasses.replace(call("write_down", tmp_path, word="w"), gpus=0.5)
+    executor.start(item)
+    assert executor.wait(1.0) == []
+    found = executor.shortage(item)
+    assert found.is_beyond
+    assert "0.5 GPUs" in found.reason
+    executor.cancel(item.key)
+    ended: list[Ended] = []
+    wait_until(lambda: ended.extend(executor.wait(0.1)) or ended, "the call has ended")
+    assert [one.key for one in ended] == [item.key]
+    assert not list(tmp_path.glob("w-*.json"))
+    assert collect(executor, call("write_down", tmp_path, "task", word="t"))["task"].failure == ""
+    assert json.loads((tmp_path / "t-none.json").read_text())["DLM_GPUS"] == "0"
+
+
+def test_single_processes_have_a_gpu_to_themselves_or_share_one(tmp_path, monkeypatch):
+    two = (DriverGpu("NVIDIA H200", 143771, "570.86", has_mig=False),) * 8
+    monkeypatch.setattr(gpus, "_ask_driver", lambda: (two, ""))
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    executor = LocalExecutor(NUM_CPUS)
+    try:
+        calls = {
+            name: dataclasses.replace(call("wait_for", tmp_path, name, cpus=0.5, word=name), gpus=share)
+            for name, share in (("a", 1.0), ("b", 0.5), ("c", 0.5), ("d", 1.0))
+        }
+        for item in calls.values():
+            executor.start(item)
+        wait_until(lambda: len(list(tmp_path.glob("?-none.json"))) == 3, "three run")
+        reason = executor.shortage(calls["d"])
+        assert (reason.reason, reason.is_beyond) == ("wants 1 GPUs; all 2 are taken", False)
+        (tmp_path / "go").touch()
+        ended: list[Ended] = []
+        wait_until(lambda: ended.extend(executor.wait(0.1)) or len(ended) == 4, "all have ended", 60.0)
+    finally:
+        executor.close()
+    assert sorted(ended, key=lambda one: one.key) == [Ended(name) for name in "abcd"]
+    found = {name: json.loads((tmp_path / f"{name}-none.json").read_text()) for name in "abcd"}
+    assert [found[name]["CUDA_VISIBLE_DEVICES"] for name in "abc"] == ["5", "7", "7"]
+    assert [found[name]["DLM_GPUS"] for name in "abcd"] == ["1", "0.5", "0.5", "1"]
+    assert found["d"]["CUDA_VISIBLE_DEVICES"] in ("5", "7")
 
 
 def test_cancelled_call_ends_with_a_failure(executor, tmp_path, monkeypatch):

@@ -19,7 +19,9 @@ MODULES += [f"samplers/{name}" for name in ("quotas", "remask", "speculative")]
 MODULES += [f"models/{name}" for name in ("attention", "config", "feed_forward", "init", "moe", "presets", "rope")]
 MODULES += ["models/router_losses", "models/transformer"]
 
-SOURCE = re.compile(r"(arXiv\s+|\()\d{4}\.\d{5}\b|Box and Muller, 1958|OOPSLA 2014|Biometrika \d+, \d{4}")
+SOURCE = re.compile(
+    r"(arXiv\s+|\()\d{4}\.\d{5}\b|Box and Muller, 1958|OOPSLA 2014|Biometrika \d+, \d{4}|Stat\. Assoc\. \d+, \d{4}"
+)
 
 # Ours alone: bookkeeping around the formulas, with no paper to name.
 _OWN = """

@@ -156,6 +156,32 @@ def test_rows_are_the_same_in_any_batch():
         assert torch.equal(alone.nfe[0], together.nfe[row])
 
 
+@pytest.mark.parametrize("rule", RULES, ids=NAMES)
+def test_passes_are_heard_of_and_frames_kept_for_the_rows_that_needed_them(rule):
+    """What a row is before each of its own passes does not depend on its company."""
+    heard = []
+    together = _fill(_plain(), rule, keep_frames=True, on_pass=lambda n, rows: heard.append((n, rows.clone())))
+    assert [n for n, _ in heard] == list(range(1, together.num_passes + 1))
+    assert all(torch.equal(rows, frame) for (_, rows), frame in zip(heard, together.frames[1:], strict=True))
+    assert torch.equal(torch.stack(together.is_busy).sum(dim=0), together.nfe)
+    for row in range(4):
+        ids = torch.tensor([row])
+        alone = _fill(_plain(), rule, _rows()[row : row + 1], keep_frames=True, sample_ids=ids)
+        own = [
+            [f[r] for f, b in zip(d.frames, d.is_busy, strict=False) if b[r]] for d, r in ((together, row), (alone, 0))
+        ]
+        assert len(own[0]) == len(own[1]) == int(alone.nfe)
+        assert all(torch.equal(a, b) for a, b in zip(*own, strict=True))
+
+
+def test_a_change_of_logits_is_told_places_of_the_row_in_any_window():
+    mask = tiny_model().config.mask_token_id
+    change = lambda logits, places: 1e4 * torch.nn.functional.one_hot(places % SEQ_LEN, logits.shape[1])  # noqa: E731
+    filled = _fill(_plain(), FirstHitting(), change=change).x0
+    wanted = torch.arange(SEQ_LEN).expand(4, -1)
+    assert torch.equal(filled, torch.where(_rows() == mask, wanted, _rows()))
+
+
 # Ends
 
 
@@ -196,6 +222,16 @@ def test_no_pass_is_made_once_all_rows_have_ended():
     )  # fmt: skip
     assert filled.num_passes == 3
     assert filled.x0[:, 3:].unique().tolist() == [4]
+
+
+def test_a_row_that_has_ended_needs_no_pass_of_the_others():
+    filled = sample_blocks(
+        Whole(_ending({0: 1, 1: 8}, 4, 1)), torch.full((2, 12), 5), FirstHitting(), Proposal(), block_size=3,
+        mask_token_id=5, noise_seed=0, eos_token_id=4, keep_frames=True,
+    )  # fmt: skip
+    assert torch.equal(torch.stack(filled.is_busy).sum(dim=0), filled.nfe)
+    assert filled.nfe.tolist() == [3, 9]
+    assert torch.equal(filled.frames[-1], filled.x0)
 
 
 # Bad input

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -204,3 +205,26 @@ def test_inputs_of_another_run_are_refused(weights: Path, made: Artifacts, tmp_p
 def test_a_setting_out_of_range_names_the_field_and_the_value(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{field} is {value}"):
         EvaluateConfig(**{field: value})
+
+
+def test_losses_of_documents_add_up_to_the_result(made: Artifacts, weights: Path, tmp_path: Path) -> None:
+    results = evaluate(EvaluateConfig(device="cpu"), weights, made, tmp_path / "out")
+    with np.load(tmp_path / "out" / "documents.npz") as found:
+        losses, tokens = found["losses"], found["tokens"]
+    assert losses.shape == (results["num_replicates"], results["num_docs"])
+    assert tokens.tolist() == [len(document) for document in held_out(made.tokens, "tokens")]
+    assert losses.mean(axis=0).sum() / tokens.sum() == pytest.approx(results["nelbo"], rel=1e-12)
+    assert (losses.mean(axis=0) / tokens).std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gpus": -0.5}, r"gpus is -0\.5; it must lie in \[0, 1\]"),
+        ({"gpus": 0.5, "device": "cpu"}, 'gpus is 0.5, but device is "cpu", which leaves them idle'),
+        ({"device": "tpu"}, "device is 'tpu'; it must be"),
+    ],
+)
+def test_places_that_make_no_sense_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        EvaluateConfig(**changes)

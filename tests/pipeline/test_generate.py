@@ -89,6 +89,24 @@ def test_samples_hold_no_mask_and_their_text_is_that_of_their_ids(
         assert line["text"] == vocabulary.decode(line["ids"])
 
 
+def test_samples_go_on_with_their_prompts_whatever_the_batch(weights: Path, made: Artifacts, tmp_path: Path) -> None:
+    vocabulary, prompts = load_vocabulary(made.tokenizer), ("ba de", "", "ba " * 60)
+    config = replace(SMALL, num_samples=2, length=10, prompts=prompts)
+    lines = generate(config, weights, made.tokenizer, tmp_path / "a")
+    assert [line["prompt"] for line in lines] == [prompt for prompt in prompts for _ in range(2)]
+    for line in lines:
+        ids = vocabulary.tokenizer.encode(line["prompt"], add_special_tokens=False).ids
+        kept = ids[-22:]  # of rows of 32
+        assert line["ids"][: len(kept)] == kept
+        assert len(line["ids"]) == len(kept) + 10
+        assert len(line["frames"]) == len(line["steps"])
+    assert load_manifest(tmp_path / "a").stats["num_cut"] > 0
+    generate(replace(config, batch_rows=1), weights, made.tokenizer, tmp_path / "b")
+    assert sha256(tmp_path / "a" / "samples.jsonl") == sha256(tmp_path / "b" / "samples.jsonl")
+    with pytest.raises(UserError, match=r"leaves nothing to draw of rows of 32; say how many .* \(length\)"):
+        generate(replace(config, length=0), weights, made.tokenizer, tmp_path / "c")
+
+
 @pytest.mark.parametrize("num_frames", [2, 6, 17])
 def test_frames_lead_from_masks_to_the_pieces_of_the_text(
     weights: Path, made: Artifacts, tmp_path: Path, num_frames: int

@@ -144,7 +144,7 @@ def test_guidance_masks_the_context_of_the_side_without_it(models: dict[str, Ope
             score(models[name], [request], replace(CONFIG, guidance=w))
 
 
-@pytest.mark.parametrize("name", ["masked", "shifted", "blocks", "next"])
+@pytest.mark.parametrize("name", ["masked", "shifted", "blocks"])
 def test_a_context_without_room_loses_its_beginning_and_says_how_much(models: dict[str, OpenModel], name: str) -> None:
     context, answer, suffix = range(5, 55), (60, 61), (62, 63)
     long, cut = score(
@@ -152,6 +152,15 @@ def test_a_context_without_room_loses_its_beginning_and_says_how_much(models: di
     )
     assert (long.num_cut, cut.num_cut) == (22, 0)
     assert (long.nats, long.mc_se) == (cut.nats, cut.mc_se)
+
+
+def test_next_tokens_are_given_the_last_token_for_which_there_was_no_room(models: dict[str, OpenModel]) -> None:
+    model, context, answer = models["next"], range(5, 55), (60, 61)
+    row = [*context[19:], *answer]
+    log_probs = model.denoiser(torch.tensor([row[:-1]]), mask=AttentionMask("causal")).log_softmax(-1)
+    (found,) = score(model, [Request(context, answer, 0)], CONFIG)
+    assert found.nats == pytest.approx(-float(log_probs[[-2, -1], list(answer)].sum()), rel=1e-6)
+    assert found.num_cut == 19
 
 
 def test_an_answer_longer_than_a_row_is_refused(models: dict[str, OpenModel]) -> None:

@@ -27,9 +27,17 @@ def write_down(payload: dict[str, Any], notice: Callable[[], str]) -> None:
         "MASTER_ADDR",
         "MASTER_PORT",
         "DLM_GPUS",
+        "CUDA_VISIBLE_DEVICES",
     )
     found = {name: os.environ.get(name) for name in names}
     (Path(payload["out"]) / f"{payload['word']}-{rank}.json").write_text(json.dumps({**found, "pid": os.getpid()}))
+
+
+def wait_for(payload: dict[str, Any], notice: Callable[[], str]) -> None:
+    """As ``write_down``, and end once there is a file "go"."""
+    write_down(payload, notice)
+    while not (Path(payload["out"]) / "go").exists():
+        time.sleep(0.01)
 
 
 def fail(payload: dict[str, Any], notice: Callable[[], str]) -> None:

@@ -19,12 +19,13 @@ from pipeline.pretrain.lr_schedule import LRSchedule
 from pipeline.pretrain.objective import ObjectiveConfig, RouterLossConfig
 from pipeline.pretrain.optimizer_config import LRScale, OptimizerConfig
 from pipeline.pretrain.phases import Phase
+from pipeline.tasks.config import TaskConfig, TasksConfig
 from pipeline.tokenization.config import TokenizationConfig
 from pipeline.tokenizer.config import TokenizerConfig
 
 ALL_CONFIGS = (
     CorpusConfig, TokenizerConfig, TokenizationConfig, ArInitConfig, PretrainConfig, ConvertConfig, EvaluateConfig,
-    GenerateConfig, ImportConfig, ExportConfig,
+    TasksConfig, GenerateConfig, ImportConfig, ExportConfig,
 )  # fmt: skip
 
 CHANGED: dict[type, dict[str, Any]] = {
@@ -65,6 +66,7 @@ CHANGED: dict[type, dict[str, Any]] = {
         "license": "mit", "proof": "tensors",
     },
     EvaluateConfig: {"num_replicates": 9, "noise_seed": 1},
+    TasksConfig: {"likelihood.num_masks": 9, "likelihood.guidance": 0.5, "likelihood.noise_seed": 1},
     GenerateConfig: {
         "num_samples": 5, "length": 5, "temperature": 0.5, "noise_seed": 1, "num_frames": 3, "top_k": 5, "top_p": 0.5,
         "block_size": 8, "cache": "none", "sampler.kind": "random", "sampler.num_steps": 50,
@@ -87,6 +89,7 @@ _SAMPLERS: dict[str, tuple[Kind, Any]] = {
 """Another value of a setting, and a kind of sampler that takes it."""
 
 NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
+    TasksConfig: {"tasks": (TasksConfig(), TasksConfig({"a": TaskConfig("text", "t.jsonl")}))},
     GenerateConfig: {
         "refresh_every": (GenerateConfig(cache="dual"), GenerateConfig(cache="dual", refresh_every=2)),
         **{
@@ -181,7 +184,8 @@ EXECUTION: dict[type, dict[str, Any]] = {
     },
     ConvertConfig: {"proof": "tensors"},
     ImportConfig: {"path": "/m", "gguf_file": "x.gguf", "proof": "tensors"},
-    EvaluateConfig: {"num_shards": 9, "batch_rows": 3},
+    EvaluateConfig: {"num_shards": 9, "batch_rows": 3, "device": "cpu", "gpus": 0.5},
+    TasksConfig: {"num_shards": 9, "device": "cpu", "gpus": 0.5, "track": False, "likelihood.batch_rows": 3},
     GenerateConfig: {"batch_rows": 3, "device": "cpu"},
 }  # fmt: skip
 """Another valid value for every field that may change in a resume."""

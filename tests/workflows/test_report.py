@@ -36,11 +36,21 @@ INPUTS = {
     "weights": ("convert", ["pretrain"]),
     "evaluation": ("evaluate", ["weights", "tokens", "tokenizer", "corpus"]),
     "samples": ("generate", ["weights", "tokenizer"]),
+    "tasks": ("tasks", ["weights", "tokenizer"]),
 }
 RESULTS = {
     "nelbo": 3.21474, "nelbo_mc_se": 0.01234, "nelbo_doc_se": 0.05678, "ppl_bound": 24.89667, "bpb_bound": 1.91283,
     "bpb_bound_mc_se": 0.00734, "unigram_entropy": 6.43219, "unigram_bpb": 3.82736, "xz_bytes": 21_037,
     "xz_bpb": 1.68297, "num_bytes": 100_001, "num_tokens": 41_235, "num_docs": 57, "num_replicates": 8,
+}  # fmt: skip
+TASK: dict[str, Any] = {
+    "kind": "multiple_choice", "sha256": "ab", "n": 1234, "num_failed": 1, "num_cut": 3,
+    "failed": [{"number": 7, "reason": "choice 1 has <99> tokens"}],
+    "settings": {"estimator": "bound", "num_masks": 64},
+    "metrics": {
+        "acc": {"value": 0.4321, "unit": "share", "doc_se": 0.0512, "mc_se": 0.0034, "interval": [0.3333, 0.5432]},
+        "margin": {"value": 1.25, "unit": "nats", "doc_se": None, "mc_se": None, "interval": None},
+    },
 }  # fmt: skip
 STATS: dict[str, dict[str, Any]] = {
     "corpus": {
@@ -106,6 +116,8 @@ def make_artifact(root: Path, name: str, **changes: Any) -> Path:
     elif name == "weights":
         model = ModelConfig(Architecture(), 4096, 0)
         save_record(out, ModelRecord(model, 512, "masked_nelbo", lineage=changes.get("lineage", [])))
+    elif name == "tasks":
+        write_json(out / "results.json", {"tasks": changes.get("tasks", {"which": TASK})})
     elif name == "samples":
         (out / "samples.jsonl").write_text(json.dumps(SAMPLE) + "\n")
     manifest = Manifest(
@@ -266,7 +278,7 @@ def test_report_with_one_artifact_missing_names_it(absent: str, tmp_path: Path):
 
 def test_report_of_a_run_without_evaluation_shows_the_rest(tmp_path: Path):
     _, page = render(make_artifacts(tmp_path, "corpus", "tokenizer", "tokens", "pretrain"), tmp_path / "report.html")
-    assert "weights, evaluation and samples are missing" in page.text
+    assert "weights, evaluation, samples and tasks are missing" in page.text
     assert page.headings == ["Training", "Pipeline", "Corpus and tokenizer", "Provenance"]
     assert "xz" not in page.text
 
@@ -486,3 +498,30 @@ def test_report_of_an_exact_likelihood_calls_nothing_a_bound(tmp_path: Path):
     assert {"nll", "ppl", "bpb"} <= set(page.texts)
     assert "Negative log-likelihood, held out" in page.texts
     assert not any("bound" in text.lower() for text in page.texts)
+
+
+def test_report_of_tasks_has_figures_intervals_and_what_failed(tmp_path: Path):
+    empty = {**TASK, "n": 0, "metrics": {}}
+    artifacts = {"tasks": make_artifact(tmp_path, "tasks", tasks={"which": TASK, "none": empty})}
+    _, page = render(artifacts, tmp_path / "report.html")
+    shown = " ".join(page.texts)
+    for words in ("which", "acc", "0.4321", "0.3333 to 0.5432", "0.0034", "0.0512", "1,234 questions", "num_masks 64"):
+        assert words in shown, words
+    assert "1 do not count: 7 (choice 1 has <99> tokens)." in shown
+    assert "Of 3 the context lost its beginning." in shown
+
+
+def test_every_figure_of_a_task_has_a_meaning():
+    from pipeline.tasks import tables
+    from workflows.report.tasks import _meaning
+
+    choice = {"answer": 0, "nats": [1.0, 2.0], "mc_se": [0.1, 0.1], "bytes": [1, 2]}
+    text = {"nats": 2.0, "mc_se": 0.1, "tokens": 3, "bytes": 4, "words": 1}
+    written = {"hit": True, "found": "a", "nfe": 3, "right": 1, "tokens": 2}
+    sample = {"ids": [1, 2], "nfe": 1, "scored_nats": 1.0, "scored_tokens": 2}
+    records = {"multiple_choice": choice, "text": text, "match": written, "infill": written, "samples": sample}
+    assert records.keys() == tables.METRICS.keys()
+    for kind, record in records.items():
+        for is_exact in (True, False):
+            assert all(_meaning(name) for name in tables.METRICS[kind]([record], is_exact))
+    assert _meaning("pass@10").startswith("One of 10 programs")

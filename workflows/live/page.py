@@ -18,6 +18,7 @@ from workflows.live.style import SCRIPT, run_style
 from workflows.progress import duration
 from workflows.report import sections
 from workflows.report.style import page_style
+from workflows.report.tasks import tasks
 from workflows.report.text import Cell, Html, Number, count, note, plain, section, table
 from workflows.summary import UNFINISHED
 
@@ -55,6 +56,7 @@ def render(seen: Snapshot, every_s: float) -> str:
         _costs(seen),
         *_trainings(seen),
         sections.evaluation(results) if results else "",
+        tasks(results) if results else "",
         sections.samples(results) if results else "",
         sections.corpus(results) if results else "",
         sections.rows(results) if results else "",

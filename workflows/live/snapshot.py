@@ -31,6 +31,7 @@ _STAGE_INPUTS = {
     "pretrain": "pretrain",
     "convert": "weights",
     "evaluate": "evaluation",
+    "tasks": "tasks",
     "generate": "samples",
 }
 """What the sections of a report call what a stage makes."""

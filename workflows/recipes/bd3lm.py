@@ -56,5 +56,4 @@ def bd3lm_tiny() -> Workflow:
             phases=_phases(4),
             validation=replace(pretrain.validation, every_steps=50),  # so that blocks are trained after a search
         ),
-        samples=False,
     )

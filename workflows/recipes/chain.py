@@ -175,7 +175,6 @@ def tiny_chain(
     summary: str,
     pretrain: PretrainConfig,
     *,
-    samples: bool = True,
     export: ExportConfig | None = None,
     init: tuple[Step, ...] = (),
 ) -> Workflow:
@@ -187,7 +186,7 @@ def tiny_chain(
         corpus=SMALL_TEXT,
         tokenizer=TokenizerConfig(vocab_size=2048),
         packing=PackingConfig(seq_len=128),
-        generate=GenerateConfig() if samples else None,
+        generate=GenerateConfig(),
         export=export,
         init=init,
         title=f"{title}, tiny",

@@ -113,6 +113,5 @@ def llada2_tiny() -> Workflow:
         "LLaDA2.0",
         "LLaDA2's block sizes and experts, for minutes on 2 CPU cores",
         pretrain,
-        samples=False,
         export=ExportConfig("llada2"),
     )

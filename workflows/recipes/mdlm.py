@@ -93,7 +93,6 @@ def ar_tiny() -> Workflow:
         "Next tokens",
         "next tokens with MDLM's network, an exact yardstick for the others, for minutes on 2 CPU cores",
         replace(pretrain, objective=ObjectiveConfig(kind="autoregressive")),
-        samples=False,
     )
 
 

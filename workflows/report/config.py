@@ -22,5 +22,5 @@ STAGE = Stage(
     config=ReportConfig,
     module="workflows.report.run",
     inputs=("corpus", "tokenizer", "tokens", "rows", "pretrain", "weights", "evaluation"),
-    optional_inputs=("samples",),
+    optional_inputs=("samples", "tasks"),
 )

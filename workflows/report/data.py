@@ -40,6 +40,8 @@ class ReportData:
     metrics: Metrics = Metrics()
     results: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The evaluation's results.json."""
+    tasks: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Name of each task -> its table."""
     samples: tuple[dict[str, Any], ...] = ()
     """One record a sample."""
     lineage: tuple[Origin, ...] = ()
@@ -99,6 +101,7 @@ def collect(
         missing=tuple(name for name in INPUTS if name in wanted and name not in artifacts),
         metrics=Metrics(lines, len(lines), sum(line["loss"] is None for line in lines)),
         results=read_json(checked(artifacts["evaluation"], "results.json")) if "evaluation" in artifacts else {},
+        tasks=read_json(checked(artifacts["tasks"], "results.json"))["tasks"] if "tasks" in artifacts else {},
         samples=_lines(artifacts, "samples", "samples.jsonl"),
         lineage=tuple(load_record(artifacts["weights"]).lineage) if "weights" in artifacts else (),
     )

@@ -16,16 +16,20 @@ Frame = Sequence[str | None]
 def sample_strips(samples: Sequence[Mapping[str, Any]]) -> list[str]:
     """For each sample its strip and its text."""
     return [
-        f'<div class="sample"><h3>Sample {number}</h3>{film_strip(sample["steps"], sample["frames"])}'
+        f'<div class="sample"><h3>Sample {number}</h3>{_prompt(sample)}{film_strip(sample["steps"], sample["frames"])}'
         f"<details><summary>Text with its line ends</summary><pre>{plain(sample['text'])}</pre></details></div>"
         for number, sample in enumerate(samples, start=1)
     ]
 
 
+def _prompt(sample: Mapping[str, Any]) -> str:
+    return f'<p class="note">Prompt: {plain(sample["prompt"])}</p>' if "prompt" in sample else ""
+
+
 def film_strip(steps: Sequence[int], frames: Sequence[Frame]) -> str:
-    """Rows of frames; what the row above still had masked is marked."""
+    """Rows of frames; what the row above still had masked is marked, in the first row nothing."""
     rows: list[str] = []
-    before: Frame = [None] * len(frames[0]) if frames else []
+    before: Frame = frames[0] if frames else []
     for step, frame in zip(steps, frames, strict=True):
         rows.append(f"<dt>step {step}</dt><dd>{_frame(frame, before)}</dd>")
         before = frame

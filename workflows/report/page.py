@@ -11,6 +11,7 @@ from workflows.progress import duration
 from workflows.report import sections, svg
 from workflows.report.data import ReportData
 from workflows.report.style import page_style
+from workflows.report.tasks import tasks
 from workflows.report.text import Cell, Html, Number, listed, note, plain, scaled, section, table
 
 
@@ -21,6 +22,7 @@ def render_page(data: ReportData, run_id: str = "") -> str:
             _missing(data),
             sections.tiles(data),
             sections.evaluation(data),
+            tasks(data),
             sections.training("Training", data.metrics, data.stats("pretrain"), data.results.get("unigram_entropy")),
             sections.samples(data),
             _pipeline(data),

@@ -6,13 +6,18 @@ from html import escape
 
 ABSENT = "–"  # noqa: RUF001 - an en dash, as tables have it
 
-_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-"""Control characters have no place in HTML; each is shown by its picture from U+2400 on."""
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_CONTROL_PICTURES = _PICTURES | dict.fromkeys(range(128, 160), 0xFFFD)
+
+
+def visible(text: str) -> str:
+    """Control characters, which have no place in HTML and command a terminal, as their pictures from U+2400 on."""
+    return text.translate(_CONTROL_PICTURES)
 
 
 def plain(value: object) -> str:
     """A value as escaped text."""
-    return escape(str(value).translate(_CONTROL_PICTURES))
+    return escape(visible(str(value)))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from tests.support.mutants.mutant import Mutant, Planted
+from tests.support.mutants.planted_answers import ANSWERS
 from tests.support.mutants.planted_conversions import CONVERSIONS
 from tests.support.mutants.planted_imports import IMPORTS
 from tests.support.mutants.planted_samplers import SAMPLERS
@@ -474,4 +475,5 @@ PLANTED: tuple[Planted, ...] = (
     *IMPORTS,
     *CONVERSIONS,
     *SAMPLERS,
+    *ANSWERS,
 )

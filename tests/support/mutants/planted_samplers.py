@@ -107,6 +107,37 @@ SAMPLERS: tuple[Planted, ...] = (
     ),
     Planted(
         "samplers/loop",
+        "frames of passes that a row did not need",
+        "is_busy.append(nfe > before)",
+        "is_busy.append(nfe >= before)",
+    ),
+    Planted(
+        "samplers/guidance",
+        "what must be given is masked with the prompt",
+        "self._is_prompt[:, : self.num_given] = False",
+        "self._is_prompt[:, :0] = False",
+    ),
+    Planted(
+        "samplers/blocks",
+        "places of the window told as those of the row",
+        "change(logits, places // width * seq_len + places % width + left)",
+        "change(logits, places)",
+    ),
+    Planted("samplers/next_tokens", "a row that has ended goes on to cost", "nfe += ~has_ended", "nfe += 1"),
+    Planted(
+        "samplers/next_tokens",
+        "noise of the place in the batch",
+        "torch.arange(num_rows) if sample_ids is None else sample_ids.cpu()",
+        "torch.arange(num_rows)",
+    ),
+    Planted(
+        "samplers/next_tokens",
+        "the prompt without its first token",
+        "last = (canvas.rows + 1) * seen.shape[1] - 1",
+        "last = canvas.rows * seen.shape[1]",
+    ),
+    Planted(
+        "samplers/loop",
         "a look at what can be drawn in every pass",
         "is_usable &= drawn.is_usable.all()",
         "is_usable &= bool(drawn.is_usable.all())",
@@ -142,10 +173,10 @@ SAMPLERS: tuple[Planted, ...] = (
         "return turn // max(1, self.refresh_every - 1) if",
     ),
     Planted(
-        "samplers/planned",
-        "passes of the batch renew a cache",
-        "ask = canvas.ask(left, at_end, 0, None, ends)",
-        "ask = canvas.ask(left, at_end, 0, self.num_steps, ends)",
+        "samplers/contexts",
+        "a pass outside of the steps sees keys as old as those of others",
+        "which.turn is None or self._period(which.turn) >",
+        "self._period(which.turn or 0) >",
     ),
     Planted(
         "samplers/confident",
@@ -190,12 +221,6 @@ SAMPLERS: tuple[Planted, ...] = (
         "a quotient of inf at a tiny temperature",
         "allowed -= allowed.amax(dim=-1, keepdim=True)",
         "allowed -= 0.0",
-    ),
-    Planted(
-        "samplers/blocks",
-        "change is told positions of the window",
-        "places // width * seq_len + places % width + left",
-        "places",
     ),
     Planted(
         "samplers/blocks",

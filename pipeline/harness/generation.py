@@ -1,0 +1,83 @@
+"""What a task wants written, and how it is asked of a model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import suggestion
+from pipeline.errors import UserError
+from pipeline.harness.config import HarnessConfig
+from pipeline.inference.model import OpenModel
+from pipeline.inference.sampling import SamplingConfig
+
+_MAX_GEN_TOKS = 256
+"""Where a task says nothing, as in the harness's own models."""
+_KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to be gone on with."""
+
+    ids: tuple[int, ...]
+    length: int
+    """Tokens to be drawn."""
+    sample_id: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of it."""
+
+    text: str
+    nfe: int
+    num_cut: int
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a task wants of every answer."""
+
+    length: int
+    until: tuple[str, ...]
+    sampling: SamplingConfig
+
+
+def wish_of(wanted: Mapping[str, Any], config: HarnessConfig, seq_len: int) -> Wish:
+    """Generation settings of a task; UserError for unknown ones, and for more tokens than a row has room for."""
+    for name in wanted:
+        if name not in _KNOWN:
+            raise UserError(f"the task sets {name} for what is generated{suggestion(name, _KNOWN)}")
+    until = wanted.get("until") or ()
+    until = (until,) if isinstance(until, str) else tuple(until)
+    at_most = int(wanted.get("max_gen_toks") or _MAX_GEN_TOKS)
+    length = min(at_most, config.own.length or at_most)
+    if length >= seq_len:
+        raise UserError(
+            f"{length} tokens are to be generated (max_gen_toks), which leaves no room for a prompt in rows of "
+            f"{seq_len}; set length={seq_len // 2} in model_args, or less, and the beginning of longer prompts is cut"
+        )
+    return Wish(length, tuple(text for text in until if text), config.sampling_of(wanted))
+
+
+def cut_prompts(prompts: Sequence[Prompt], batch_rows: int) -> list[list[Prompt]]:
+    """Every prompt once, those of like length together, the longest first: by what is in them alone."""
+    ordered = sorted(set(prompts), key=lambda one: (-one.length, -len(one.ids), one.sample_id, one.ids))
+    return [ordered[first : first + batch_rows] for first in range(0, len(ordered), batch_rows)]
+
+
+def write(model: OpenModel, prompts: Sequence[Prompt], config: SamplingConfig) -> list[Written]:
+    """Text behind each prompt, up to the first end of a text that was drawn."""
+    from pipeline.inference.filling import continuation, fill, prompted
+
+    canvases = [prompted(model, prompt.ids, prompt.length, prompt.sample_id) for prompt in prompts]
+    found: dict[int, Written] = {}
+    for number, filled in fill(model, canvases, config):
+        text = continuation(model, canvases[number], filled, ends_at_eos=True)
+        found[number] = Written(text, filled.nfe, filled.num_cut)
+    return [found[number] for number in range(len(prompts))]
+
+
+def stopped(text: str, until: Sequence[str]) -> str:
+    """A text up to the first of the strings that end it."""
+    return text[: min([text.find(end) for end in until if end in text], default=len(text))]

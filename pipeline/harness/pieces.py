@@ -1,0 +1,57 @@
+"""From text to requests, and requests cut into pieces of work by what is in them alone.
+
+Neither their order nor the workers change a piece.  A score in float32 depends in its last digits on what it was
+computed together with, so what goes together must not.
+"""
+
+from collections.abc import Callable, Sequence
+
+from pipeline.inference.likelihood import Request
+
+_BATCHES = 16
+"""Of a piece: enough to fill all but the last, few enough that workers end together."""
+
+
+def encode_pair(encode: Callable[[str], list[int]], context: str, answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of a context and of what follows it, as the harness's own models make them.
+
+    Both are encoded as one text, whose tokens behind those of the context alone are the answer's; spaces at the end of
+    the context go to it.  Where that leaves it none, as the last token of the context took it in, each is encoded by
+    itself.
+    """
+    spaces = len(context) - len(context.rstrip())
+    context, answer = context[: len(context) - spaces], context[len(context) - spaces :] + answer
+    context_ids = encode(context)
+    return context_ids, encode(context + answer)[len(context_ids) :] or encode(answer)
+
+
+def cut_requests(requests: Sequence[Request], num_masks: int, batch_rows: int) -> list[list[Request]]:
+    """Every request once, those of like length together, the most costly pieces first."""
+    pieces: list[list[Request]] = []
+    rows = full = _BATCHES * batch_rows
+    for request in sorted(set(requests), key=_by_length):
+        if rows >= full:
+            pieces.append([])
+            rows = 0
+        pieces[-1].append(request)
+        rows += _num_rows(request, num_masks)
+    return sorted(pieces, key=lambda piece: -sum(_num_rows(one, num_masks) * _num_tokens(one) for one in piece))
+
+
+def _by_length(request: Request) -> tuple[object, ...]:
+    return (
+        len(request.answer),
+        _num_tokens(request),
+        request.mask_id,
+        tuple(request.context),
+        tuple(request.answer),
+    )
+
+
+def _num_tokens(request: Request) -> int:
+    return len(request.context) + len(request.answer) + len(request.suffix)
+
+
+def _num_rows(request: Request, num_masks: int) -> int:
+    """Masked copies: each subset of a short answer, as many as are allowed of a long one."""
+    return min(num_masks, 2 ** min(len(request.answer), 30) - 1)

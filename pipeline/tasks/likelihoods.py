@@ -1,0 +1,107 @@
+"""Tasks by likelihood: which choice, and how likely a text.  Each question gives one record of JSON values."""
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.errors import NumericsError
+from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
+from pipeline.inference.model import OpenModel
+from pipeline.tasks.questions import Question
+
+Record = dict[str, Any]
+_WORDS = re.compile(r"\s+")
+
+
+def mask_id(number: int, part: int = 0) -> int:
+    """Addresses the masks of a question, or of one row of it: by its number in the file, wherever it is worked on."""
+    digest = hashlib.sha256(f"{number}/{part}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def choose(model: OpenModel, numbered: Sequence[tuple[int, Question]], config: LikelihoodConfig) -> list[Record]:
+    """For each choice -log p of it behind its context, or a bound; choices of one question share their masks.
+
+    Spaces that end a context are taken to begin each choice, as words in texts do; both are encoded by themselves.
+    """
+    records: list[Record] = []
+    requests: list[Request] = []
+    for number, question in numbered:
+        context = question["context"].rstrip(" ")
+        spaces = question["context"][len(context) :]
+        before, answers = model.encode(context), [model.encode(spaces + choice) for choice in question["choices"]]
+        records.append({"number": number})
+        if why_not := _misfit(model, answers):
+            records[-1]["failed"] = why_not
+            continue
+        requests += [Request(before, answer, mask_id(number)) for answer in answers]
+    scores = iter(score(model, requests, config))
+    for (number, question), record in zip(numbered, records, strict=True):
+        if "failed" in record:
+            continue
+        choices = question["choices"]
+        found = [_finite(next(scores), number) for _ in choices]
+        record |= {
+            "answer": question["answer"],
+            "nats": [one.nats for one in found],
+            "mc_se": [one.mc_se for one in found],
+            "bytes": [len(choice.encode()) for choice in choices],
+            "passes": sum(one.num_passes for one in found),
+            "cut": max(one.num_cut for one in found),
+        }
+    return records
+
+
+def _misfit(model: OpenModel, answers: Sequence[Sequence[int]]) -> str:
+    """Why answers cannot be asked about, or nothing."""
+    room = model.record.seq_len - model.record.target_offset
+    for place, answer in enumerate(answers):
+        if not answer:
+            return f"choice {place} has no tokens"
+        if len(answer) > room:
+            return f"choice {place} has {len(answer)} tokens; rows of the model have room for {room}"
+    return ""
+
+
+def roll(model: OpenModel, numbered: Sequence[tuple[int, Question]], config: LikelihoodConfig) -> list[Record]:
+    """-log p of each text, or a bound: the sum over its rows of seq_len, none of which sees another."""
+    size = model.record.seq_len - model.record.target_offset  # of a shifted model the end of a text stands before
+    rows: list[tuple[int, list[int]]] = []
+    for number, question in numbered:
+        ids = model.encode(question["text"])
+        rows += [(number, ids[start : start + size]) for start in range(0, len(ids), size)]
+    parts: dict[int, list[list[int]]] = {number: [] for number, _ in numbered}
+    requests: list[Request] = []
+    for number, ids in rows:
+        requests.append(Request((), ids, mask_id(number, len(parts[number]))))
+        parts[number].append(ids)
+    scores = iter(score(model, requests, config))
+    return [
+        _rolled(number, question["text"], parts[number], [_finite(next(scores), number) for _ in parts[number]])
+        for number, question in numbered
+    ]
+
+
+def _rolled(number: int, text: str, rows: Sequence[Sequence[int]], scores: Sequence[Score]) -> Record:
+    if not rows:
+        return {"number": number, "failed": "the text has no tokens"}
+    variances = [one.mc_se**2 for one in scores]
+    fourths = [v**2 / one.dof for v, one in zip(variances, scores, strict=True)]
+    return {
+        "number": number,
+        "nats": math.fsum(one.nats for one in scores),
+        "mc_se": math.sqrt(math.fsum(variances)),
+        "mc_dof": math.fsum(variances) ** 2 / math.fsum(fourths) if any(fourths) else None,
+        "tokens": sum(map(len, rows)),
+        "bytes": len(text.encode()),
+        "words": len(_WORDS.split(text)),
+        "passes": sum(one.num_passes for one in scores),
+    }
+
+
+def _finite(found: Score, number: int) -> Score:
+    if not math.isfinite(found.nats):
+        raise NumericsError(f"question {number} costs {found.nats} nats: the weights give no finite loss")
+    return found

@@ -1,0 +1,281 @@
+"""From the records of a task's questions to its table: figures, standard errors of two kinds, intervals.
+
+``doc_se`` is over questions (or texts), as if others of the kind might have been asked; the noise of the masks is part
+of their spread.  ``mc_se`` is the noise of the drawn masks alone, for these very questions.  An interval holds what
+all questions of the kind would give with a probability of 95 %: Wilson's of a share, Student's t of anything else.
+
+Sums are exact (math.fsum), of records in the order of their file: no bit depends on who made them.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
+from typing import Any, TypedDict
+
+from dlm_core.intervals import t_quantile, wilson_interval
+from pipeline.config import identity
+from pipeline.inference.likelihood import LikelihoodConfig
+from pipeline.sandbox.pass_at_k import pass_at_k
+from pipeline.tasks.config import BY_LIKELIHOOD, TAKES, TaskConfig
+from pipeline.weights import ModelRecord
+
+Record = Mapping[str, Any]
+_LISTED = 100
+
+
+class Row(TypedDict):
+    """One figure of a table."""
+
+    value: float
+    unit: str
+    doc_se: float | None
+    """None for a single question, and for what is no mean over questions."""
+    mc_se: float | None
+    interval: list[float] | None
+
+
+class Table(TypedDict):
+    """What is known of a task."""
+
+    n: int
+    """Questions that count."""
+    num_failed: int
+    failed: list[dict[str, Any]]
+    """The number and the reason of each that does not count, the first hundred."""
+    num_cut: int
+    """Questions of which a context lost its beginning."""
+    settings: dict[str, Any]
+    metrics: dict[str, Row]
+
+
+def table_of(task: TaskConfig, records: Sequence[Record], model: ModelRecord, config: LikelihoodConfig) -> Table:
+    """The table of a task from the records of all its questions, in their order."""
+    failed = [{"number": record["number"], "reason": record["failed"]} for record in records if "failed" in record]
+    counted = [record for record in records if "failed" not in record]
+    return {
+        "n": len(counted),
+        "num_failed": len(failed),
+        "failed": failed[:_LISTED],
+        "num_cut": sum(record.get("cut", 0) > 0 for record in counted),
+        "settings": _settings(task, model, config),
+        "metrics": _metrics(task, counted, model) if counted else {},
+    }
+
+
+def _metrics(task: TaskConfig, records: Sequence[Record], model: ModelRecord) -> dict[str, Row]:
+    if task.kind == "code":
+        return programs_table(records, task.value("ks"))
+    return METRICS[task.kind](records, model.objective == "autoregressive_nll")
+
+
+_ESTIMATORS = {
+    "masked_nelbo": "bound by exact counts of masks, drawn in balance",
+    "block_nelbo": "bound by the chain over blocks",
+    "autoregressive_nll": "exact, each token given those before it",
+}
+
+
+def _settings(task: TaskConfig, model: ModelRecord, config: LikelihoodConfig) -> dict[str, Any]:
+    if task.kind not in BY_LIKELIHOOD:
+        given = {name: task.value(name) for name in TAKES[task.kind] if name not in ("file", "allow_unsandboxed")}
+        return {"seq_len": model.seq_len, **identity(given)}
+    drawn = {"num_masks": config.num_masks, "noise_seed": config.noise_seed, "guidance": config.guidance}
+    is_exact = model.objective == "autoregressive_nll"
+    return {"estimator": _ESTIMATORS[model.objective], "seq_len": model.seq_len, **({} if is_exact else drawn)}
+
+
+# Choices
+
+
+def choices_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
+    """How often the likeliest choice is right, by its nats and by its nats a byte, and how firmly it stands."""
+    by_byte = [[nats / size for nats, size in zip(r["nats"], r["bytes"], strict=True)] for r in records]
+    se_by_byte = [[se / size for se, size in zip(r["mc_se"], r["bytes"], strict=True)] for r in records]
+    sure = [Verdict.of(r["nats"], r["mc_se"]) for r in records]
+    sure_by_byte = [Verdict.of(costs, se) for costs, se in zip(by_byte, se_by_byte, strict=True)]
+    answers = [r["answer"] for r in records]
+    nats = "nll" if is_exact else "nelbo"
+    return {
+        "acc": _share([v.best == answer for v, answer in zip(sure, answers, strict=True)], _noise(sure, answers)),
+        "acc_norm": _share(
+            [v.best == answer for v, answer in zip(sure_by_byte, answers, strict=True)], _noise(sure_by_byte, answers)
+        ),
+        f"answer_{nats}": _mean(
+            [r["nats"][answer] for r, answer in zip(records, answers, strict=True)],
+            "nats/answer",
+            _root([r["mc_se"][answer] for r, answer in zip(records, answers, strict=True)]) / len(records),
+        ),
+        "margin": _mean([v.margin for v in sure], "nats", None),
+        "turning": _plain(math.fsum(v.turning for v in sure) / len(records), "share"),
+        "turning_norm": _plain(math.fsum(v.turning for v in sure_by_byte) / len(records), "share"),
+    }
+
+
+class Verdict:
+    """The likeliest choice of a question, and the chance that other masks would have given another one."""
+
+    def __init__(self, best: int, second: int, margin: float, se: float) -> None:
+        self.best, self.second, self.margin = best, second, margin
+        self.turning = NormalDist().cdf(-margin / se) if se else 0.5 * (margin == 0.0)
+        """By the normal approximation of the margin between the best two."""
+
+    @classmethod
+    def of(cls, costs: Sequence[float], errors: Sequence[float]) -> "Verdict":
+        """From the cost of each choice; of equal ones the first is chosen.
+
+        The choices share their masks, so that the noise of their difference is mostly less than is assumed here.
+        """
+        best, second = sorted(range(len(costs)), key=costs.__getitem__)[:2]
+        return cls(best, second, costs[second] - costs[best], math.hypot(errors[best], errors[second]))
+
+
+def _noise(verdicts: Sequence[Verdict], answers: Sequence[int]) -> float:
+    """Standard error of a share of right choices from the drawn masks: of those that turn, some are right or were."""
+    turns = [v.turning for v, answer in zip(verdicts, answers, strict=True) if answer in (v.best, v.second)]
+    return math.sqrt(math.fsum(p * (1 - p) for p in turns)) / len(verdicts)
+
+
+# Texts
+
+
+def texts_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
+    """Cost of a token, of a byte, and of a word as perplexity."""
+    nats, mc_se = [r["nats"] for r in records], _root([r["mc_se"] for r in records])
+    nll, suffix = ("nll", "") if is_exact else ("nelbo", "_bound")
+    by = {name: [r[name] for r in records] for name in ("tokens", "bytes", "words")}
+    per_token = _ratio(nats, by["tokens"], "nats/token", mc_se)
+    return {
+        nll: per_token,
+        f"ppl{suffix}": _exponential(per_token, "per token"),
+        f"bpb{suffix}": _ratio(nats, [n * math.log(2) for n in by["bytes"]], "bits/byte", mc_se),
+        f"word_ppl{suffix}": _exponential(_ratio(nats, by["words"], "nats/word", mc_se), "per word"),
+    }
+
+
+# What was written
+
+
+def answers_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
+    """How often the answer is the right one."""
+    return {
+        "exact_match": _share([r["hit"] for r in records], None),
+        "no_answer": _share([r["found"] is None for r in records], None),
+        "nfe": _mean([r["nfe"] for r in records], "passes", None),
+    }
+
+
+def gaps_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
+    """How often a gap is filled as it was, and how many of its tokens are."""
+    return {
+        "exact_match": _share([r["hit"] for r in records], None),
+        "token_acc": _ratio([r["right"] for r in records], [r["tokens"] for r in records], "share", None),
+        "nfe": _mean([r["nfe"] for r in records], "passes", None),
+    }
+
+
+def programs_table(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Row]:
+    """pass@k, the unbiased estimate; of one program a problem it is a share."""
+    num_samples = len(records[0]["completions"])
+    rows: dict[str, Row] = {}
+    for k in ks:
+        if num_samples == 1:
+            rows["pass@1"] = _share([r["passed"] == 1 for r in records], None)
+        else:
+            rows[f"pass@{k}"] = _mean([pass_at_k(num_samples, r["passed"], k) for r in records], "share", None)
+    return rows | {"nfe": _mean([r["nfe"] for r in records], "passes", None)}
+
+
+def samples_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
+    """How varied texts are, and what they cost a model of next tokens: repetition is cheap, so neither goes alone."""
+    all_ids = [r["ids"] for r in records]
+    rows = {
+        "entropy": _mean([_entropy(Counter(ids)) for ids in all_ids], "nats/token", None),
+        "unigram_entropy": _plain(_entropy(Counter(i for ids in all_ids for i in ids)), "nats/token"),
+        **{f"distinct_{n}": _plain(_distinct(all_ids, n), "share") for n in (1, 2, 3)},
+        "nfe": _mean([r["nfe"] for r in records], "passes", None),
+    }
+    if "scored_nats" not in records[0]:
+        return rows
+    scored = _ratio([r["scored_nats"] for r in records], [r["scored_tokens"] for r in records], "nats/token", None)
+    return {"gen_nll": scored, "gen_ppl": _exponential(scored, "per token"), **rows}
+
+
+def _entropy(counts: Counter[int]) -> float:
+    """In nats; of a text of one token it is 0."""
+    total = counts.total()
+    return -math.fsum(n / total * math.log(n / total) for n in counts.values()) + 0.0
+
+
+def _distinct(all_ids: Sequence[Sequence[int]], n: int) -> float:
+    """Different runs of n tokens over all runs of n tokens; 0 where there is none."""
+    runs = [tuple(ids[start : start + n]) for ids in all_ids for start in range(len(ids) - n + 1)]
+    return len(set(runs)) / max(1, len(runs))
+
+
+METRICS: Mapping[str, Callable[[Sequence[Record], bool], dict[str, Row]]] = {
+    "multiple_choice": choices_table,
+    "text": texts_table,
+    "match": answers_table,
+    "infill": gaps_table,
+    "samples": samples_table,
+}
+"""Kind of task -> (records that count, whether they are exact) -> figures by name."""
+
+
+# Figures
+
+
+def _plain(value: float, unit: str) -> Row:
+    return {"value": value, "unit": unit, "doc_se": None, "mc_se": None, "interval": None}
+
+
+def _share(hits: Sequence[bool], mc_se: float | None) -> Row:
+    n = len(hits)
+    share = sum(hits) / n
+    low, high = wilson_interval(share, n)
+    doc_se = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
+    return {"value": share, "unit": "share", "doc_se": doc_se, "mc_se": mc_se, "interval": [low, high]}
+
+
+def _mean(values: Sequence[float], unit: str, mc_se: float | None) -> Row:
+    return _ratio(values, [1.0] * len(values), unit, None if mc_se is None else mc_se * len(values))
+
+
+def _ratio(sums: Sequence[float], sizes: Sequence[float], unit: str, mc_se: float | None) -> Row:
+    """Sum of sums over sum of sizes, with the standard error of such a ratio; ``mc_se`` is that of the sum of sums."""
+    n, size = len(sums), math.fsum(sizes)
+    value = math.fsum(sums) / size
+    doc_se, interval = None, None
+    if n > 1:
+        residuals = (one - value * of_size for one, of_size in zip(sums, sizes, strict=True))
+        doc_se = math.sqrt(math.fsum(r**2 for r in residuals) * n / (n - 1)) / size
+        half = t_quantile(float(n - 1)) * doc_se
+        interval = [value - half, value + half]
+    return {
+        "value": value,
+        "unit": unit,
+        "doc_se": doc_se,
+        "mc_se": None if mc_se is None else mc_se / size,
+        "interval": interval,
+    }
+
+
+def _exponential(row: Row, unit: str) -> Row:
+    """exp of a figure, with the errors of the first order."""
+    value = _exp(row["value"])
+    errors = [None if error is None else value * error for error in (row["doc_se"], row["mc_se"])]
+    interval = None if row["interval"] is None else [_exp(end) for end in row["interval"]]
+    return {"value": value, "unit": unit, "doc_se": errors[0], "mc_se": errors[1], "interval": interval}
+
+
+def _exp(value: float) -> float:
+    """The largest number there is where e to the power of a value is beyond it: JSON has no infinity."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.nextafter(math.inf, 0.0)
+
+
+def _root(errors: Sequence[float]) -> float:
+    return math.sqrt(math.fsum(error**2 for error in errors))

@@ -1,0 +1,189 @@
+"""The model of lm-evaluation-harness: likelihoods and rolling likelihoods, beside ``score`` and naive loops."""
+
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from dlm_core.models.attention import AttentionMask
+from pipeline.errors import UserError
+from pipeline.harness.addresses import address_of
+from pipeline.harness.model import DenoiserLM
+from pipeline.harness.pieces import cut_requests
+from pipeline.inference.likelihood import LikelihoodConfig, Request, score
+from pipeline.inference.model import OpenModel, open_model
+from tests.support.harness import ARTICLES, KINDS, asked, questions, save_models
+from tests.support.tiny_run import Artifacts
+
+SEQ_LEN = 32
+DOCUMENTS = (("ba be bi", [" bo", " bu da", " de di do du fa fe"]), ("ga ", ["ge", "gi"]), ("", ["ba be", " bi"]))
+
+
+@pytest.fixture(scope="module")
+def saved(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_models(tmp_path_factory.mktemp("weights"), made.tokenizer)
+
+
+@pytest.fixture
+def dlm(saved: dict[str, Path], made: Artifacts) -> Iterator[Any]:
+    opened = []
+
+    def build(kind: str = "masked", **settings: Any) -> DenoiserLM:
+        given = {"weights": str(saved[kind]), "tokenizer": str(made.tokenizer), "num_masks": 16} | settings
+        opened.append(DenoiserLM(**given))
+        return opened[-1]
+
+    yield build
+    for lm in opened:
+        lm.close()
+
+
+@pytest.fixture
+def model(saved: dict[str, Path], made: Artifacts) -> Any:
+    return lambda kind: open_model(saved[kind], made.tokenizer, "cpu")
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_likelihoods_are_those_of_score(dlm: Any, model: Any, kind: str) -> None:
+    opened, requests = model(kind), questions(*DOCUMENTS)
+    found = dlm(kind, batch_rows=3).loglikelihood(requests, disable_tqdm=True)
+    for instance, (nats, is_greedy) in zip(requests, found, strict=True):
+        context, choice = instance.args
+        ids, given = opened.encode(context + choice), len(opened.encode(context.rstrip()))
+        request = Request(ids[:given], ids[given:], address_of(instance).number())
+        (wanted,) = score(opened, [request], LikelihoodConfig(num_masks=16))
+        assert (-nats, is_greedy) == (pytest.approx(wanted.nats, rel=1e-5), False)
+
+
+def test_choices_of_a_document_share_masks_wherever_it_stands(dlm: Any) -> None:
+    """Noise is addressed by what is in a document: its number differs where some are left out."""
+    long = " " + " ".join("bdfgklmn"[i % 8] + "aeiou"[i % 5] for i in range(14))
+    requests = questions(("ba", [long, long, " be"]), ("ba", [long, " be"]))
+    first, again, _, other, _ = (nats for nats, _ in dlm().loglikelihood(requests, disable_tqdm=True))
+    assert first == again != other
+    assert other == pytest.approx(first, rel=0.2)
+    turned = dlm().loglikelihood(requests[::-1], disable_tqdm=True)[::-1]
+    assert [nats for nats, _ in turned][:2] == [first, again]
+    for instance in requests[3:]:
+        instance.doc_id = 7
+    assert dlm().loglikelihood(requests, disable_tqdm=True)[3][0] == other
+    assert address_of(requests[3]) != address_of(requests[0]) != address_of(questions(("ba", ["be"]), task="b")[0])
+
+
+def test_pieces_of_work_hold_every_request_once_whatever_the_order() -> None:
+    requests = [Request(range(i % 7), range(1 + i % 5), mask_id) for i in range(40) for mask_id in (i % 3, i % 3, 5)]
+    requests = [Request(tuple(one.context), tuple(one.answer), one.mask_id) for one in requests]
+    pieces = cut_requests(requests, 8, 2)
+    assert sorted(map(repr, itertools.chain(*pieces))) == sorted({repr(one) for one in requests})
+    assert len(pieces) > 3
+    assert all(len({len(one.answer) for one in piece}) <= 2 for piece in pieces)
+    assert cut_requests(requests[::-1], 8, 2) == cut_requests(requests[7:] + requests[:7], 8, 2) == pieces
+    costs = [sum((len(r.context) + len(r.answer)) * min(8, 2 ** len(r.answer) - 1) for r in piece) for piece in pieces]
+    assert costs == sorted(costs, reverse=True)
+    assert cut_requests([], 8, 2) == []
+
+
+@pytest.mark.parametrize("kind", ["masked", "next"])
+def test_order_and_company_change_no_digit(dlm: Any, kind: str) -> None:
+    requests = questions(*DOCUMENTS)
+    lm = dlm(kind, batch_rows=2)
+    found = lm.loglikelihood(requests, disable_tqdm=True)
+    assert lm.loglikelihood([*requests[::-1], requests[0]], disable_tqdm=True) == [*found[::-1], found[0]]
+
+
+def test_a_request_without_a_document_is_addressed_by_its_context(dlm: Any) -> None:
+    (instance,) = asked("loglikelihood", [("ba be", " bi bo bu da de di do")])
+    instance.task_name = None
+    assert dlm().loglikelihood([instance], disable_tqdm=True) == dlm().loglikelihood([instance], disable_tqdm=True)
+    assert address_of(instance).document == "ba be"
+
+
+def naive_windows(opened: OpenModel, ids: list[int]) -> float:
+    """As the harness's own models have it: every token once, each given as many before it as a row has room for."""
+    eos, total = opened.vocabulary.special.eos_token_id, 0.0
+    for window in get_rolling_token_windows(ids, eos, SEQ_LEN, 1):
+        context, wanted = make_disjoint_window(window)
+        seen = torch.tensor([[*context, *wanted[:-1]]])
+        log_probs = opened.denoiser(seen, mask=AttentionMask("causal")).log_softmax(-1)[-len(wanted) :]
+        total += float(log_probs[range(len(wanted)), wanted].double().sum())
+    return total
+
+
+def test_rolling_likelihoods_of_next_tokens_are_those_of_the_windows_of_the_harness(dlm: Any, model: Any) -> None:
+    opened, texts = model("next"), [*ARTICLES, "ba be", ""]
+    requests = [asked("loglikelihood_rolling", [(text,)], doc_id=i)[0] for i, text in enumerate(texts)]
+    assert len(opened.encode(ARTICLES[0])) > 2 * SEQ_LEN
+    found = dlm("next").loglikelihood_rolling(requests, disable_tqdm=True)
+    assert found == pytest.approx([naive_windows(opened, opened.encode(text)) for text in texts], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["masked", "shifted", "blocks"])
+def test_rolling_bounds_are_of_rows_that_hold_every_token_once(dlm: Any, model: Any, kind: str) -> None:
+    opened, lm = model(kind), dlm(kind)
+    (instance,) = asked("loglikelihood_rolling", [(ARTICLES[0],)])
+    ids, size = opened.encode(ARTICLES[0]), SEQ_LEN - (kind == "shifted")
+    starts = range(0, len(ids), size)
+    rows = [
+        Request(
+            ids[max(0, start - (kind == "shifted")) : start],
+            ids[start : start + size],
+            address_of(instance).number(start),
+        )
+        for start in starts
+    ]
+    scores = [score(opened, [row], LikelihoodConfig(num_masks=16))[0] for row in rows]
+    assert sum(len(row.answer) for row in rows) == len(ids)
+    found = lm.loglikelihood_rolling([instance], disable_tqdm=True)
+    assert found == pytest.approx([-math.fsum(one.nats for one in scores)], rel=1e-5)
+    told = lm.get_model_info()["accounts"]["loglikelihood_rolling"]["task"]
+    assert told["nats_mc_se"] == pytest.approx(math.fsum(one.mc_se**2 for one in scores) ** 0.5, rel=1e-4)
+    assert told["nats"] == -found[0]
+    assert (told["num_requests"], told["num_cut_tokens"]) == (1, 0)
+    assert told["num_passes"] == sum(one.num_passes for one in scores)
+
+
+def test_a_context_that_is_cut_is_counted_and_told(dlm: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    lm = dlm(details=str(tmp_path / "details.jsonl"))
+    long = " ".join(["ba be bi"] * 20)
+    with caplog.at_level(logging.WARNING):
+        (whole, _), (short, _) = lm.loglikelihood(questions((long, [" bo", " bu"])), disable_tqdm=True)
+    assert "task task: 2 of 2 contexts are longer than the rows of 32 tokens" in caplog.text
+    told = lm.get_model_info()["accounts"]["loglikelihood"]["task"]
+    assert told["num_cut_requests"] == 2
+    assert told["num_cut_tokens"] > 20
+    lines = [json.loads(line) for line in (tmp_path / "details.jsonl").read_text().splitlines()]
+    assert [(line["doc_id"], line["idx"], line["nats"]) for line in lines] == [(0, 0, -whole), (0, 1, -short)]
+    assert sum(line["num_cut"] for line in lines) == told["num_cut_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [(" ba" * 40, r"document 3: the answer ' ba ba.*tokens; the model takes from 1 to 32"), ("", "has 0 tokens")],
+)
+def test_an_answer_without_tokens_or_room_is_refused_by_task_and_document(dlm: Any, choice: str, words: str) -> None:
+    instances = asked("loglikelihood", [("ba", choice), ("ba", " be")], doc_id=3)
+    with pytest.raises(UserError, match=f"task task, {words}" if "document" in words else words):
+        dlm().loglikelihood(instances, disable_tqdm=True)
+
+
+def test_a_task_of_single_answers_is_refused_unless_greedy_decoding_is_decided_on(dlm: Any) -> None:
+    requests = questions(("ba be", [" bi"]), ("ga", [" ge"]), task="lambada")
+    with pytest.raises(UserError, match=r"task lambada has one answer for a document.*Set is_greedy=true"):
+        dlm().loglikelihood(requests, disable_tqdm=True)
+    likelihoods = [nats for nats, _ in dlm(is_greedy=False).loglikelihood(requests, disable_tqdm=True)]
+    assert [nats for nats, _ in dlm(is_greedy=True).loglikelihood(requests, disable_tqdm=True)] == likelihoods
+
+
+def test_a_template_of_chats_is_refused(dlm: Any) -> None:
+    lm = dlm()
+    assert lm.chat_template(False) is None
+    for ask in (lambda: lm.chat_template(True), lambda: lm.apply_chat_template([]), lambda: lm.tokenizer_name):
+        with pytest.raises(UserError, match="a chat template is asked for, but the model dlm has none"):
+            ask()

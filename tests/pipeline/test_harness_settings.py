@@ -1,0 +1,156 @@
+"""What stands in model_args, what a task wants written, and files of tasks: all that is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.harness.config import read_config, with_theirs
+from pipeline.harness.generation import stopped, wish_of
+from pipeline.harness.task_data import choices, gsm8k, wikitext2
+from tests.support.harness import ARTICLES, write_task_data
+
+PLACES = {"weights": "w", "tokenizer": "t"}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"num_mask": 8}, "unknown setting num_mask of the model dlm; did you mean num_masks"),
+        ({"pretrained": "gpt2"}, "unknown setting pretrained of the model dlm"),
+        ({"workers": 0}, "workers is 0; it must be at least 1"),
+        ({"length": -1}, "length is -1; it must be 0 or more"),
+        ({"num_masks": 4}, "num_masks is 4; a standard error needs at least 8"),
+        ({"is_greedy": "often"}, "is_greedy is 'often'"),
+        ({"sampler": "ancestor"}, "kind is 'ancestor'"),
+        ({"sampler": "confidence", "tau": 0.5}, "tau is 0.5, but kind 'confidence' has no use for it"),
+        ({"temperature": -1.0}, "temperature is -1.0; it must be 0 or more"),
+        ({"temperature": 0.0, "top_k": 3}, "top_k and top_p change nothing at temperature 0"),
+        ({"batch_rows": 0}, "batch_rows is 0; it must be at least 1"),
+    ],
+)
+def test_settings_that_are_unknown_or_out_of_range_are_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        read_config(PLACES | given)
+
+
+@pytest.mark.parametrize("missing", ["weights", "tokenizer"])
+def test_weights_and_their_tokenizer_are_needed(missing: str) -> None:
+    with pytest.raises(UserError, match=f"{missing} is missing"):
+        read_config({name: place for name, place in PLACES.items() if name != missing})
+
+
+def test_settings_reach_what_they_are_of() -> None:
+    config = read_config(PLACES | {"noise_seed": 7, "num_masks": 9, "sampler": "entropy", "num_steps": 5, "workers": 2})
+    sampling = config.sampling_of({})
+    assert (config.likelihood.noise_seed, config.likelihood.num_masks, config.own.workers) == (7, 9, 2)
+    assert (sampling.noise_seed, sampling.sampler.kind, sampling.sampler.num_steps) == (7, "entropy", 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "drawn"),
+    [
+        ({}, {}, (0.0, None, 1.0)),
+        ({}, {"do_sample": False, "temperature": 0.7, "top_k": 5}, (0.0, None, 1.0)),
+        ({}, {"temperature": 0.7, "top_k": 5}, (0.7, 5, 1.0)),
+        ({}, {"do_sample": True, "top_p": 0.9}, (1.0, None, 0.9)),
+        ({}, {"do_sample": True, "temperature": 0.0, "top_p": 0.9}, (0.0, None, 1.0)),
+        ({"temperature": 0.5}, {"do_sample": False, "temperature": 0.0}, (0.5, None, 1.0)),
+        ({"temperature": 0.0}, {"do_sample": True, "temperature": 0.8, "top_k": 5}, (0.0, None, 1.0)),
+        ({"top_k": 3}, {"do_sample": True, "top_k": 5, "top_p": 0.5}, (1.0, 3, 0.5)),
+    ],
+)
+def test_a_tasks_wishes_hold_where_the_model_has_no_setting_of_its_own(
+    given: dict[str, Any], wanted: dict[str, Any], drawn: tuple[Any, ...]
+) -> None:
+    sampling = read_config(PLACES | given).sampling_of(wanted)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == drawn
+
+
+def test_what_the_harness_passes_by_default_says_nothing() -> None:
+    given = {"device": "cpu", "batch_rows": 4}
+    assert with_theirs(given, "cuda:0", 1, None) == given
+    assert with_theirs({}, "cpu", "auto", None) == {"device": "cpu"}
+    assert with_theirs({}, None, "8", None) == {"batch_rows": 8}
+    assert with_theirs({"batch_rows": 8}, None, 8, None) == {"batch_rows": 8}
+    with pytest.raises(UserError, match="device is 'cpu' in model_args and 'cuda:1' beside them; leave one out"):
+        with_theirs(given, "cuda:1", None, None)
+    with pytest.raises(UserError, match="batch_rows is 4 in model_args and 2 beside them"):
+        with_theirs(given, None, 2, None)
+    with pytest.raises(UserError, match="max_batch_size is 8, but batches are not searched for"):
+        with_theirs(given, None, None, 8)
+    with pytest.raises(UserError, match="batch_size is 'auto:4'; it must be a number, or auto"):
+        with_theirs({}, None, "auto:4", None)
+
+
+def test_length_and_ends_are_those_of_the_task() -> None:
+    config = read_config(PLACES)
+    wish = wish_of({"until": ["Q:", ""], "max_gen_toks": 8}, config, 32)
+    assert (wish.length, wish.until) == (8, ("Q:",))
+    assert wish_of({"until": "\n\n"}, config, 512).until == ("\n\n",)
+    assert wish_of({}, config, 512).length == 256
+    shorter = read_config(PLACES | {"length": 16})
+    assert [wish_of({"max_gen_toks": most}, shorter, 512).length for most in (8, 64)] == [8, 16]
+    with pytest.raises(UserError, match=r"256 tokens are to be generated.*no room.*rows of 256; set length=128"):
+        wish_of({}, config, 256)
+    with pytest.raises(UserError, match="the task sets num_beams for what is generated"):
+        wish_of({"num_beams": 4}, config, 512)
+
+
+@pytest.mark.parametrize(
+    ("text", "until", "wanted"),
+    [
+        ("a b Q: c", ["Q:"], "a b "),
+        ("a\n\nQ: c", ["Q:", "\n\n"], "a"),
+        ("a b", ["Q:"], "a b"),
+        ("Q: b", ["Q:"], ""),
+        ("a b", [], "a b"),
+    ],
+)
+def test_text_ends_before_the_first_string_that_ends_it(text: str, until: list[str], wanted: str) -> None:
+    assert stopped(text, until) == wanted
+
+
+def test_documents_are_those_of_the_files(tmp_path: Path) -> None:
+    folder = str(write_task_data(tmp_path / "data"))
+    assert {name: len(found) for name, found in gsm8k(folder, num_masks=8).items()} == {"train": 2, "test": 3}
+    pages = [document["page"] for document in wikitext2(folder)["test"]]
+    assert [page.strip() for page in pages] == [article.strip() for article in ARTICLES]
+    assert [len(document["choices"]) for document in choices(folder)["test"]] == [3] * 5
+
+
+@pytest.mark.parametrize(
+    ("load", "file", "text", "words"),
+    [
+        (gsm8k, "gsm8k/test.jsonl", '{"question": "a"', "line 1: no JSON"),
+        (gsm8k, "gsm8k/test.jsonl", '{"question": "a", "answer": 1}', "line 1: answer must be there, as str"),
+        (gsm8k, "gsm8k/train.jsonl", "", "train.jsonl has no record"),
+        (gsm8k, "gsm8k/train.jsonl", None, "there is no file .*train.jsonl; its folder is DLM_TASK_DATA"),
+        (gsm8k, "gsm8k/train.jsonl", b"\xff", "train.jsonl is not UTF-8"),
+        (wikitext2, "wikitext2/test.txt", "text", "has no line such as ' = Title = '"),
+        (choices, "choices.jsonl", {"context": "", "choices": ["a"], "answer": 0}, "line 1: choices are"),
+        (choices, "choices.jsonl", {"context": "", "choices": ["a", ""], "answer": 0}, "none of them empty"),
+        (choices, "choices.jsonl", {"context": "", "choices": ["a", "b"], "answer": 2}, "it must be from 0 to 1"),
+        (choices, "choices.jsonl", {"context": "", "choices": "ab", "answer": 0}, "choices must be there, as list"),
+        (choices, "choices.jsonl", [], "context must be there"),
+    ],
+)
+def test_files_of_tasks_that_do_not_parse_are_refused_by_line(
+    load: Any, file: str, text: Any, words: str, tmp_path: Path
+) -> None:
+    folder = write_task_data(tmp_path / "data")
+    if text is None:
+        (folder / file).unlink()
+    else:
+        content = text if isinstance(text, str | bytes) else json.dumps(text)
+        (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=words):
+        load(str(folder))
+
+
+def test_a_folder_of_data_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DLM_TASK_DATA", raising=False)
+    with pytest.raises(UserError, match="set DLM_TASK_DATA, or --metadata task_data=DIR"):
+        choices()

@@ -1,0 +1,57 @@
+"""Whether answers are what greedy decoding gives, beside a naive loop that decodes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlm_core.models.attention import AttentionMask
+from pipeline.errors import UserError
+from pipeline.inference.greedy import are_greedy
+from pipeline.inference.likelihood import LikelihoodConfig, Request
+from pipeline.inference.model import OpenModel, open_model
+from tests.support.harness import save_models
+from tests.support.tiny_run import Artifacts
+
+CONFIG = LikelihoodConfig(batch_rows=2)
+
+
+@pytest.fixture(scope="module")
+def models(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, OpenModel]:
+    saved: dict[str, Path] = save_models(tmp_path_factory.mktemp("weights"), made.tokenizer)
+    return {kind: open_model(weights, made.tokenizer, "cpu") for kind, weights in saved.items()}
+
+
+def decoded(model: OpenModel, context: list[int], size: int, suffix: list[int]) -> list[int]:
+    """The most likely token at each place, from left to right."""
+    eos = model.vocabulary.special.eos_token_id
+    row = [*context, *[model.mask_token_id] * size, *suffix]
+    for place in range(len(context), len(context) + size):
+        if model.is_autoregressive:
+            seen = torch.tensor([[eos, *row[:place]]])
+            row[place] = int(model.denoiser(seen, mask=AttentionMask("causal"))[-1].argmax())
+        else:
+            row[place] = int(model.denoiser(torch.tensor([row]))[place - model.record.target_offset].argmax())
+    return row[len(context) : len(context) + size]
+
+
+@pytest.mark.parametrize("kind", ["masked", "shifted", "next"])
+def test_an_answer_is_greedy_if_decoding_gives_it(models: dict[str, OpenModel], kind: str) -> None:
+    model, suffix = models[kind], [] if kind == "next" else [42, 43]
+    for context in ([5, 9, 12], [30]):
+        answer = decoded(model, context, 5, suffix)
+        for place in range(5):
+            wrong = [*answer[:place], (answer[place] + 1) % 200 + 5, *answer[place + 1 :]]
+            requests = [Request(context, one, 0, suffix) for one in (answer, wrong, answer[:place] or answer)]
+            first, second, _ = are_greedy(model, requests, CONFIG)
+            assert (first, second) == (True, False)
+    assert are_greedy(model, [], CONFIG) == []
+
+
+def test_what_is_not_built_is_refused(models: dict[str, OpenModel]) -> None:
+    request = [Request((5,), (6,), 0)]
+    with pytest.raises(UserError, match="is_greedy is true, but the model is of blocks"):
+        are_greedy(models["blocks"], request, CONFIG)
+    with pytest.raises(UserError, match=r"is_greedy is true, but guidance is 0\.5"):
+        are_greedy(models["masked"], request, replace(CONFIG, guidance=0.5))

@@ -1,0 +1,313 @@
+"""Tasks by what a model writes: what a naive loop over one question at a time finds, and figures from enumeration."""
+
+import itertools
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.inference.filling import Canvas, fill, prompted
+from pipeline.inference.likelihood import LikelihoodConfig, Request, score
+from pipeline.inference.model import OpenModel, open_model
+from pipeline.inference.sampler import SamplerConfig
+from pipeline.inference.sampling import SamplingConfig
+from pipeline.sandbox.isolation import Isolation
+from pipeline.sandbox.limits import Outcome, SandboxError
+from pipeline.tasks import generations, tables
+from pipeline.tasks.config import TaskConfig, TasksConfig, check_scorer
+from pipeline.tasks.likelihoods import mask_id
+from pipeline.tasks.run import read_records
+from tests.support.questions import RECORDS, ask, make_weights, words, write
+from tests.support.tiny_run import Artifacts, make_artifacts
+
+pytestmark = pytest.mark.timeout(120)
+CONFIG = TasksConfig(device="cpu", track=False, num_shards=3)
+SAMPLING = SamplingConfig(SamplerConfig("confidence", num_steps=4), temperature=0.7, noise_seed=5)
+NEXT = SamplingConfig(temperature=0.7, noise_seed=5)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    return make_artifacts(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def weights(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_weights(tmp_path_factory.mktemp("weights"), made)
+
+
+@pytest.fixture(autouse=True)
+def torch_settings() -> Iterator[None]:
+    """Undo the process-wide settings of the stage."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(threads)
+
+
+def sampling(name: str) -> SamplingConfig:
+    return NEXT if name == "next" else SAMPLING
+
+
+def alone(model: OpenModel, canvas: Canvas, config: SamplingConfig) -> list[int]:
+    """What is drawn in the places of the masks of one canvas."""
+    ((_, filled),) = fill(model, [canvas], config)
+    return [new for new, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id]
+
+
+@pytest.mark.parametrize("name", list(RECORDS))
+def test_answers_are_those_of_a_loop_over_one_prompt_at_a_time(
+    name: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path
+) -> None:
+    chance = random.Random(3)
+    prompts = [words(chance, 0, 8) for _ in range(9)] + [words(chance, 30, 40)]
+    pattern, stop = "([a-z]{2,})", ("é",)
+    model = open_model(weights[name], made.tokenizer, "cpu")
+    wanted = []
+    for number, prompt in enumerate(prompts):
+        drawn = alone(model, prompted(model, model.encode(prompt), 12, mask_id(number)), sampling(name))
+        text = model.vocabulary.decode(drawn).split("é")[0]
+        found = re.search(pattern, text)
+        wanted.append(found[1] if found else None)
+    questions = [
+        {"prompt": prompt, "answer": f"so it is {found}" if number % 2 and found else f"{number}"}
+        for number, (prompt, found) in enumerate(zip(prompts, wanted, strict=True))
+    ]
+    # taken out of the right answer too: of "so it is x" the pattern takes "so", of a bare number nothing
+    questions = [{**q, "answer": q["answer"].removeprefix("so it is ")} for q in questions]
+    file = write(tmp_path / "q.jsonl", questions)
+    task = TaskConfig("match", str(file), length=12, pattern=pattern, stop=stop, sampling=sampling(name))
+    found = ask(replace(CONFIG, tasks={"q": task}), weights[name], made.tokenizer, tmp_path / "out")["q"]
+    records = read_records(tmp_path / "out" / "q.jsonl")
+    assert [record["found"] for record in records] == wanted
+    hits = [bool(number % 2 and one) for number, one in enumerate(wanted)]
+    assert 0 < sum(hits) < len(hits), "a weak test"
+    assert [record["hit"] for record in records] == hits
+    assert found["metrics"]["exact_match"]["value"] == sum(hits) / len(hits)
+    assert found["metrics"]["no_answer"]["value"] == wanted.count(None) / len(wanted)
+    lengths = [max(len(model.encode(prompt)), model.record.target_offset) for prompt in prompts]
+    assert [record["cut"] for record in records] == [max(0, length - 20) for length in lengths]
+    assert found["num_cut"] == sum(length > 20 for length in lengths) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "found"),
+    [
+        ("so #### 1,234\n", r"####\s*([-\d.,]+)", "1234"),
+        ("a, b 1,23", None, "a, b 1,23"),
+        (" seven ", None, "seven"),
+        ("x42y", r"\d+", "42"),
+        ("none", r"\d+", None),
+        ("b", "(a)?b", ""),
+    ],
+)
+def test_an_answer_is_taken_out_by_its_pattern(text: str, pattern: str | None, found: str | None) -> None:
+    assert generations._taken_out(text, pattern) == found
+
+
+@pytest.mark.parametrize("name", list(RECORDS))
+def test_gaps_are_those_of_a_loop_over_one_gap_at_a_time(
+    name: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path
+) -> None:
+    chance = random.Random(4)
+    suffix = "" if name == "next" else " " + words(chance, 1, 2)
+    model = open_model(weights[name], made.tokenizer, "cpu")
+    questions, wanted = [], []
+    for number in range(8):
+        prefix = words(chance, 0 if number == 1 else 1, 3)
+        middle = chance.choice("abdeg") if number % 2 else " " + words(chance, 1, 2)
+        before = model.encode(prefix) or [model.vocabulary.special.eos_token_id] * model.record.target_offset
+        row = [*before, *[model.mask_token_id] * len(model.encode(middle)), *model.encode(suffix)]
+        drawn = alone(model, Canvas(row, mask_id(number)), sampling(name))
+        if number % 2 and len(model.encode(text := model.vocabulary.decode(drawn))) == len(drawn):
+            middle = text
+        questions.append({"prefix": prefix, "middle": middle, "suffix": suffix})
+        wanted.append((drawn, middle))
+    file = write(tmp_path / "q.jsonl", questions)
+    task = TaskConfig("infill", str(file), sampling=sampling(name))
+    found = ask(replace(CONFIG, tasks={"q": task}), weights[name], made.tokenizer, tmp_path / "out")["q"]
+    hits = [model.vocabulary.decode(drawn) == middle for drawn, middle in wanted]
+    assert 0 < sum(hits) < len(hits), "a weak test"
+    assert found["metrics"]["exact_match"]["value"] == sum(hits) / len(hits)
+    pairs = [pair for drawn, middle in wanted for pair in zip(drawn, model.encode(middle), strict=True)]
+    right = sum(new == old for new, old in pairs)
+    assert found["metrics"]["token_acc"]["value"] == pytest.approx(right / len(pairs), rel=1e-12)
+
+
+def test_gaps_that_a_model_cannot_fill_are_counted_and_listed(
+    weights: dict[str, Path], made: Artifacts, tmp_path: Path
+) -> None:
+    questions = [
+        {"prefix": "one", "middle": " two", "suffix": ""},
+        {"prefix": "one", "middle": " two", "suffix": " three"},
+        {"prefix": "one", "middle": " two" * 40, "suffix": ""},
+    ]
+    file = write(tmp_path / "q.jsonl", questions)
+    task = TaskConfig("infill", str(file), sampling=NEXT)
+    found = ask(replace(CONFIG, tasks={"q": task}), weights["next"], made.tokenizer, tmp_path / "out")["q"]
+    assert (found["n"], found["num_failed"]) == (1, 2)
+    assert [one["number"] for one in found["failed"]] == [1, 2]
+    assert "text stands behind the gap, which a model that predicts the next token" in found["failed"][0]["reason"]
+    assert re.match(r"it has \d+ tokens; rows of the model have room for 32", found["failed"][1]["reason"])
+
+
+PROBLEMS = [
+    {
+        "task_id": f"t/{number}",
+        "prompt": f"def add{number}(a, b):\n",
+        "entry_point": f"add{number}",
+        "canonical_solution": "    return a + b\n",
+        "test": "def check(f):\n    assert f(1, 2) == 3\n",
+    }
+    for number in range(3)
+]
+
+
+@pytest.fixture
+def sandbox(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Judges without running anything; fails on the programs that say so."""
+    seen: list[str] = []
+
+    def run_many(programs: list[str], *, isolation: Isolation) -> list[Outcome]:
+        seen.extend(programs)
+        if any("sandbox" in program for program in programs):
+            raise SandboxError("no pipe")
+        kinds = ["passed" if "return a + b" in program else "failed" for program in programs]
+        return [Outcome(kind, "" if kind == "passed" else "at 0x7f01", 1.0, "") for kind in kinds]  # type: ignore
+
+    monkeypatch.setattr("pipeline.sandbox.isolation.run_many", run_many)
+    monkeypatch.setattr("pipeline.tasks.run.choose_isolation", lambda **_: Isolation("namespaces", "in words"))
+    return seen
+
+
+def test_programs_that_pass_are_counted_and_a_failing_sandbox_is_listed(
+    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: list[str]
+) -> None:
+    written = iter(["    return a + b\ndef more", "    return a", "    return a + b", "    return b"] + ["sandbox"] * 2)
+    monkeypatch.setattr(generations, "_text", lambda *_: next(written))
+    file = write(tmp_path / "q.jsonl", PROBLEMS)
+    task = TaskConfig("code", str(file), length=4, num_samples=2, ks=(1, 2), sampling=SAMPLING)
+    config = replace(CONFIG, tasks={"q": task}, num_shards=1)
+    found = ask(config, weights["masked"], made.tokenizer, tmp_path / "out")["q"]
+    assert (found["n"], found["failed"]) == (
+        2, [{"number": 2, "reason": "the sandbox did not work: no pipe"}],
+    )  # fmt: skip
+    assert [found["metrics"][f"pass@{k}"]["value"] for k in (1, 2)] == [0.5, 1.0]
+    assert found["settings"]["isolation"] == ["in words"]
+    assert sandbox[0] == "def add0(a, b):\n    return a + b\ndef check(f):\n    assert f(1, 2) == 3\n\ncheck(add0)\n"
+    assert read_records(tmp_path / "out" / "q.jsonl")[0]["outcomes"] == [["passed", ""], ["failed", "at 0x"]]
+
+
+def test_pass_at_k_is_that_of_all_subsets() -> None:
+    passed, n = (0, 1, 3), 4
+    records = [{"completions": [""] * n, "passed": c, "nfe": 1} for c in passed]
+    found = tables.programs_table(records, (1, 2, 4))
+    for k in (1, 2, 4):
+        shares = []
+        for c in passed:
+            subsets = list(itertools.combinations([i < c for i in range(n)], k))
+            shares.append(sum(any(subset) for subset in subsets) / len(subsets))
+        assert found[f"pass@{k}"]["value"] == pytest.approx(sum(shares) / len(shares), rel=1e-12)
+    assert list(found) == ["pass@1", "pass@2", "pass@4", "nfe"]
+
+
+@pytest.mark.parametrize("name", list(RECORDS))
+def test_figures_of_samples_are_those_counted_from_their_tokens(
+    name: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path
+) -> None:
+    task = TaskConfig("samples", num_samples=5, length=16, sampling=sampling(name))
+    config = replace(CONFIG, tasks={"s": task})
+    found = ask(config, weights[name], made.tokenizer, tmp_path / "out", scorer=weights["next"])["s"]
+    model, scorer = open_model(weights[name], made.tokenizer, "cpu"), None
+    drawn = [alone(model, prompted(model, (), 16, mask_id(number)), sampling(name)) for number in range(5)]
+    assert [record["ids"] for record in read_records(tmp_path / "out" / "s.jsonl")] == drawn
+    metrics = {metric: row["value"] for metric, row in found["metrics"].items()}
+
+    def entropy(ids: list[int]) -> float:
+        return -math.fsum(n / len(ids) * math.log(n / len(ids)) for n in Counter(ids).values())
+
+    assert metrics["entropy"] == pytest.approx(sum(map(entropy, drawn)) / 5, rel=1e-12)
+    assert metrics["unigram_entropy"] == pytest.approx(entropy(list(itertools.chain(*drawn))), rel=1e-12)
+    for n in (1, 2, 3):
+        runs = [str(ids[i : i + n]) for ids in drawn for i in range(16 - n + 1)]
+        assert metrics[f"distinct_{n}"] == len(set(runs)) / len(runs)
+    scorer = open_model(weights["next"], made.tokenizer, "cpu")
+    nats = [score(scorer, [Request((), ids, 0)], LikelihoodConfig())[0].nats for ids in drawn]
+    assert metrics["gen_nll"] == pytest.approx(math.fsum(nats) / 80, rel=1e-5)
+    assert metrics["gen_ppl"] == pytest.approx(math.exp(math.fsum(nats) / 80), rel=1e-4)
+
+
+def test_a_scorer_with_another_tokenizer_reads_the_text(
+    weights: dict[str, Path], made: Artifacts, tmp_path: Path
+) -> None:
+    other = make_artifacts(tmp_path, seed=1, vocab_size=280)
+    theirs = make_weights(tmp_path / "weights", other)["next"]
+    task = TaskConfig("samples", num_samples=3, sampling=SAMPLING)
+    inputs = {"scorer": theirs, "scorer_tokenizer": other.tokenizer}
+    config = replace(CONFIG, tasks={"s": task})
+    ask(config, weights["masked"], made.tokenizer, tmp_path / "out", **inputs)
+    scorer = open_model(theirs, other.tokenizer, "cpu")
+    for record in read_records(tmp_path / "out" / "s.jsonl"):
+        ids = scorer.encode(record["text"])
+        assert record["scored_tokens"] == len(ids)
+        rows = [ids[start : start + 32] for start in range(0, len(ids), 32)]
+        nats = [score(scorer, [Request((), row, 0)], LikelihoodConfig())[0].nats for row in rows]
+        assert record["scored_nats"] == pytest.approx(math.fsum(nats), rel=1e-5)
+    with pytest.raises(UserError, match="is not that of the weights in"):
+        ask(config, weights["masked"], made.tokenizer, tmp_path / "bad", scorer=theirs)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_a_scorer_that_is_not_there_or_none_is_refused(
+    weights: dict[str, Path], made: Artifacts, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, tasks={"s": TaskConfig("samples")})
+    with pytest.raises(UserError, match="nowhere"):
+        ask(config, weights["masked"], made.tokenizer, tmp_path / "a", scorer=tmp_path / "nowhere")
+    with pytest.raises(UserError, match='"scorer" of tasks was trained for masked_nelbo, which gives bounds'):
+        ask(config, weights["masked"], made.tokenizer, tmp_path / "b", scorer=weights["masked"])
+    with pytest.raises(UserError, match='"scorer_tokenizer" and no "scorer"'):
+        ask(config, weights["masked"], made.tokenizer, tmp_path / "c", scorer_tokenizer=made.tokenizer)
+
+
+def test_a_scorer_that_cannot_be_one_is_refused_when_planned() -> None:
+    config = replace(CONFIG, tasks={"s": TaskConfig("samples")})
+    upstream: dict[str, Any] = {"scorer": {}, "scorer.pretrain": {"objective": {"kind": "masked_diffusion"}}}
+    with pytest.raises(UserError, match='the "scorer" of later was trained for masked_diffusion'):
+        check_scorer(config, upstream, "later")
+    check_scorer(config, {"scorer": {}, "scorer.pretrain": {"objective": {"kind": "autoregressive"}}}, "later")
+    with pytest.raises(UserError, match='no task of kind "samples" that it would score; leave it out'):
+        check_scorer(replace(CONFIG, tasks={"t": TaskConfig("text", "t.jsonl")}), {"scorer": {}}, "later")
+
+
+def test_a_length_beyond_the_rows_is_refused(weights: dict[str, Path], made: Artifacts, tmp_path: Path) -> None:
+    config = replace(CONFIG, tasks={"s": TaskConfig("samples", length=32)})
+    with pytest.raises(UserError, match=r"tasks\.s\.length is 32, but rows of the model have room for 31 tokens"):
+        ask(config, weights["shifted"], made.tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "words"),
+    [
+        ("match", {"prompt": "a", "answer": ""}, r'tasks\.q\.file: .*line 1: "answer" is empty'),
+        ("infill", {"prefix": "a", "middle": "", "suffix": ""}, r'tasks\.q\.file: .*line 1: "middle" is empty'),
+        ("code", {"task_id": "a"}, r"tasks\.q\.file: .*line 1: no field prompt"),
+    ],
+)
+def test_questions_without_what_is_wanted_are_refused(kind: Any, line: Any, words: str, tmp_path: Path) -> None:
+    from pipeline.tasks.questions import external_data
+
+    (tmp_path / "q.jsonl").write_text(json.dumps(line))
+    with pytest.raises(UserError, match=words):
+        external_data(TasksConfig({"q": TaskConfig(kind, str(tmp_path / "q.jsonl"))}))

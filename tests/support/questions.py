@@ -1,0 +1,90 @@
+"""Files of questions for tasks, models to ask, and the stage run on them."""
+
+import gzip
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import load_manifest
+from pipeline.data.vocabulary import load_vocabulary
+from pipeline.inference.likelihood import LikelihoodConfig
+from pipeline.tasks.config import STAGE, TaskConfig, TasksConfig
+from tests.support.exports import LLAMA
+from tests.support.interchange import drawn, random_model, save_model
+from tests.support.tiny_run import Artifacts, run_stage
+
+CONFIG = TasksConfig(likelihood=LikelihoodConfig(num_masks=8), device="cpu", track=False, num_shards=4)
+RECORDS: Mapping[str, dict[str, Any]] = {
+    "masked": {},
+    "shifted": {"target_offset": 1},
+    "next": {"objective": "autoregressive_nll"},
+}
+
+
+def make_weights(root: Path, made: Artifacts) -> dict[str, Path]:
+    """The same random tensors as models of several kinds."""
+    special = load_vocabulary(made.tokenizer).special
+    model = random_model(drawn(LLAMA), special.vocab_size, special.mask_token_id)
+    made_with = load_manifest(made.tokenizer).fingerprint
+    return {name: save_model(root / name, model, tokenizer=made_with, **record) for name, record in RECORDS.items()}
+
+
+def words(chance: random.Random, few: int, many: int) -> str:
+    """Some words of few letters."""
+    count = chance.randint(few, many)
+    return " ".join("".join(chance.choices("abdegiklmnorstu", k=chance.randint(1, 5))) for _ in range(count))
+
+
+def write(path: Path, questions: Sequence[Any]) -> Path:
+    """A file of questions, compressed if it is called so."""
+    text = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+def choices(count: int = 14, seed: int = 0) -> list[dict[str, Any]]:
+    """Which of several?  Some contexts end with a space, some are empty."""
+    chance = random.Random(seed)
+    return [
+        {
+            "id": number,
+            "context": words(chance, 0, 3) + " " * (number % 3 == 0),
+            "choices": [" " * (number % 3 > 0) + words(chance, 1, 3) for _ in range(chance.randint(2, 4))],
+            "answer": chance.randint(0, 1),
+        }
+        for number in range(count)
+    ]
+
+
+def texts(count: int = 9, seed: int = 1) -> list[dict[str, Any]]:
+    """How likely?  Some have several rows."""
+    chance = random.Random(seed)
+    return [{"text": words(chance, 1, 25) + " é\n"} for _ in range(count)]
+
+
+def both(root: Path, config: TasksConfig = CONFIG, **changes: Any) -> TasksConfig:
+    """A task of choices and one of texts."""
+    tasks = {
+        "which": TaskConfig("multiple_choice", str(write(root / "choices.jsonl", choices()))),
+        "how": TaskConfig("text", str(write(root / "texts.jsonl.gz", texts()))),
+    }
+    return replace(config, tasks=tasks, **changes)
+
+
+def ask(config: TasksConfig, weights: Path, tokenizer: Path, out: Path, **inputs: Path) -> dict[str, Any]:
+    """Results by task."""
+    run_stage(STAGE, config, {"weights": weights, "tokenizer": tokenizer, **inputs}, out)
+    results = json.loads((out / "results.json").read_text())["tasks"]
+    stats = {name: {m: row["value"] for m, row in found["metrics"].items()} for name, found in results.items()}
+    assert stats == load_manifest(out).stats
+    return results
+
+
+def numbers(value: Any) -> list[float]:
+    """All numbers of a JSON value, in order."""
+    if isinstance(value, dict | list):
+        return [n for one in (value.values() if isinstance(value, dict) else value) for n in numbers(one)]
+    return [] if value is None or isinstance(value, str) else [float(value)]

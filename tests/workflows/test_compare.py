@@ -1,0 +1,170 @@
+"""``dlm compare``: differences question by question, from what the two runs wrote down."""
+
+import itertools
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dlm_core.intervals import t_quantile
+from pipeline.inference.likelihood import LikelihoodConfig
+from pipeline.tasks.config import TaskConfig
+from pipeline.tasks.run import read_records
+from tests.support.asked_runs import Asked
+from tests.support.executors import Inline
+from tests.support.questions import CONFIG, both, choices, texts, write
+from tests.support.toy_workflow import coordinate
+from tests.workflows.conftest import Dlm
+from workflows import runs
+from workflows.comparison import difference_of_ratios, mcnemar_p
+from workflows.plan import Plan
+from workflows.store import Store
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def asked(tmp_path: Path, tokenizer_file: Path) -> Asked:
+    return Asked(tmp_path, tokenizer_file)
+
+
+def finish(store: Store, run_id: str, plan: Plan) -> dict[str, Path]:
+    """A run to its end; its artifacts."""
+    states = coordinate(store, runs.create_run(store, plan, "local", run_id), Inline)
+    return {name: state.output.path for name, state in states.items() if state.output}
+
+
+def rows_of(dlm: Dlm, *arguments: str) -> dict[tuple[str, str], dict[str, Any]]:
+    done = dlm("compare", *arguments, "--json")
+    assert done.code == 0, done.stderr
+    return {(row["of"], row["metric"]): row for row in json.loads(done.stdout)["differences"]}
+
+
+def test_differences_are_those_of_the_records_taken_pair_by_pair(
+    tmp_path: Path, store: Store, asked: Asked, dlm: Dlm
+) -> None:
+    config = both(tmp_path)
+    outputs = [finish(store, name, asked.plan(config, name, evaluates=True)) for name in ("a", "bbb")]
+    rows = rows_of(dlm, "a", "bbb")
+
+    which = [read_records(output["tasks"] / "which.jsonl") for output in outputs]
+    n = len(which[0])
+    for metric in ("acc", "acc_norm"):
+        results = [json.loads((output["tasks"] / "results.json").read_text())["tasks"]["which"] for output in outputs]
+        row = rows["tasks.which", metric]
+        assert [row["a"], row["b"], row["n"]] == [*(r["metrics"][metric]["value"] for r in results), n]
+    costs = [[np.divide(one["nats"], one["bytes"]) for one in side] for side in which]
+    hits = [
+        [int(cost.argmin()) == one["answer"] for cost, one in zip(sides, side, strict=True)]
+        for sides, side in zip(costs, which, strict=True)
+    ]
+    acc = rows["tasks.which", "acc_norm"]
+    differences = [second - first for first, second in zip(*hits, strict=True)]
+    assert any(differences), "a weak test"
+    assert acc["difference"] == pytest.approx(sum(differences) / n, rel=1e-12)
+    assert acc["se"] == pytest.approx(np.std(differences, ddof=1) / math.sqrt(n), rel=1e-12)
+    assert acc["p"] == mcnemar_p(differences.count(-1), differences.count(1))
+    half = t_quantile(float(n - 1)) * acc["se"]
+    assert acc["interval"] == pytest.approx([acc["difference"] - half, acc["difference"] + half], rel=1e-12)
+    answer = rows["tasks.which", "answer"]
+    nats = [[one["nats"][one["answer"]] for one in side] for side in which]
+    assert answer["difference"] == pytest.approx(np.mean(np.subtract(nats[1], nats[0])), rel=1e-9)
+    noise = math.fsum(one["mc_se"][one["answer"]] ** 2 for side in which for one in side)
+    assert answer["mc_se"] == pytest.approx(math.sqrt(noise) / n, rel=1e-9)
+
+    how = [read_records(output["tasks"] / "how.jsonl") for output in outputs]
+    bpb = rows["tasks.how", "bpb"]
+    num_bytes = sum(one["bytes"] for one in how[0])
+    totals = [math.fsum(one["nats"] for one in side) for side in how]
+    assert bpb["difference"] == pytest.approx((totals[1] - totals[0]) / math.log(2) / num_bytes, rel=1e-9)
+
+    results = [json.loads((output["evaluate"] / "results.json").read_text()) for output in outputs]
+    held_out, per_token = rows["evaluate", "bpb"], rows["evaluate", "nll"]
+    assert [held_out[side] for side in "ab"] == pytest.approx([r["bpb_bound"] for r in results], rel=1e-9)
+    assert [per_token[side] for side in "ab"] == pytest.approx([r["nelbo"] for r in results], rel=1e-9)
+    documents = [np.load(output["evaluate"] / "documents.npz") for output in outputs]
+    change = documents[1]["losses"] - documents[0]["losses"]
+    tokens = documents[0]["tokens"]
+    by_replicate = change.sum(axis=1) / tokens.sum()
+    assert per_token["mc_se"] == pytest.approx(by_replicate.std(ddof=1) / math.sqrt(len(by_replicate)), rel=1e-9)
+    residuals = change.mean(axis=0) - per_token["difference"] * tokens
+    count = len(tokens)
+    wanted = math.sqrt((residuals**2).sum() * count / (count - 1)) / tokens.sum()
+    assert per_token["se"] == pytest.approx(wanted, rel=1e-6)
+    assert per_token["n"] == held_out["n"] == results[0]["num_docs"]
+
+
+def test_the_table_says_what_it_shows_and_what_is_not_compared(
+    tmp_path: Path, store: Store, asked: Asked, dlm: Dlm
+) -> None:
+    config = both(tmp_path)
+    finish(store, "a", asked.plan(config, "a"))
+    fewer = {**config.tasks, "how": replace(config.tasks["how"], limit=4)}
+    samples = {"s": TaskConfig("samples", num_samples=2, length=4)}
+    finish(store, "b", asked.plan(replace(config, tasks={**fewer, **samples}), "bbb", evaluates=True))
+    done = dlm("compare", "a", "b")
+    assert done.code == 0
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == [
+        "figure", "unit", "a", "b", "difference", "se", "95", "%", "mc_se", "p", "n",
+    ]  # fmt: skip
+    assert [line.split()[:2] for line in lines[1:5]] == [
+        ["tasks.how", "bpb"], ["tasks.which", "acc"], ["tasks.which", "acc_norm"], ["tasks.which", "answer"],
+    ]  # fmt: skip
+    assert lines[1].split()[-1] == "4"
+    assert "note: evaluate: run a has finished no such step" in lines
+    assert "note: tasks.how: 5 questions count in one of the runs or in none, and are left out" in lines
+    assert "note: tasks.s: only one of the runs has this task" in lines
+
+
+def test_runs_of_other_questions_are_refused_by_name(tmp_path: Path, store: Store, asked: Asked, dlm: Dlm) -> None:
+    def run(run_id: str, task: TaskConfig) -> None:
+        finish(store, run_id, asked.plan(replace(CONFIG, tasks={"q": task}), "a"))
+
+    run("a", TaskConfig("text", str(write(tmp_path / "1.jsonl", texts(3)))))
+    run("b", TaskConfig("text", str(write(tmp_path / "2.jsonl", texts(3, seed=2)))))
+    config = replace(CONFIG, likelihood=LikelihoodConfig(num_masks=9))
+    other = TaskConfig("multiple_choice", str(write(tmp_path / "3.jsonl", choices(3))))
+    finish(store, "c", asked.plan(replace(config, tasks={"q": other}), "a"))
+    done = dlm("compare", "a", "b")
+    assert done.code == 2
+    assert "tasks.q asks other questions: its file has the SHA-256" in done.stderr
+    assert "tasks.q is of kind text in the first run and of kind multiple_choice" in dlm("compare", "a", "c").stderr
+
+
+def test_runs_without_anything_in_common_are_refused(tmp_path: Path, store: Store, asked: Asked, dlm: Dlm) -> None:
+    finish(store, "a", asked.plan(both(tmp_path), "a"))
+    finish(store, "b", asked.plan(None, "a"))
+    done = dlm("compare", "a", "b")
+    assert done.code == 2
+    assert "the runs a and b have no figures of the same questions" in done.stderr
+    assert "tasks: run b has finished no such step" in done.stderr
+    assert dlm("compare", "a", "nowhere").code == 2
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (0, 5), (5, 0), (3, 4), (2, 9), (1, 1)])
+def test_mcnemar_is_that_of_all_outcomes_of_fair_coins(only_a: int, only_b: int) -> None:
+    n = only_a + only_b
+    sides = [sum(coins) for coins in itertools.product((0, 1), repeat=n)]
+    as_uneven = sum(abs(2 * side - n) >= abs(only_a - only_b) for side in sides)
+    assert mcnemar_p(only_a, only_b) == pytest.approx(as_uneven / 2**n, rel=1e-12)
+
+
+def test_the_standard_error_of_a_difference_of_ratios_is_that_of_repetitions() -> None:
+    chance = random.Random(0)
+    found, errors = [], []
+    for _ in range(600):
+        sizes = [chance.uniform(1, 9) for _ in range(60)]
+        first = [size * chance.gauss(2, 1) for size in sizes]
+        second = [cost + size * chance.gauss(0.5, 0.2) for cost, size in zip(first, sizes, strict=True)]
+        a, b, se, _, _ = difference_of_ratios((first, sizes), (second, sizes))
+        assert se is not None
+        found.append(b - a)
+        errors.append(se)
+    assert np.mean(found) == pytest.approx(0.5, abs=0.005)
+    assert np.mean(errors) == pytest.approx(np.std(found), rel=0.1)
