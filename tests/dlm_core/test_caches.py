@@ -16,7 +16,7 @@ from dlm_core.samplers.quotas import EvenQuotas, ScheduleQuotas, TimedQuotas
 from dlm_core.samplers.remask import PathPlanning, ReMDM
 from tests.support.sampling import tiny_model
 
-BLOCK, START, SEQ_LEN = 8, 8, 32
+BLOCK, START, SEQ_LEN = 8, 8, 24
 MASK = tiny_model().config.mask_token_id
 
 
@@ -89,7 +89,7 @@ class _Naive(Context):
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("refresh_every", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("refresh_every", [0, 2, 3])
 @pytest.mark.parametrize("kind", [PrefixCache, DualCache])
 def test_an_approximate_cache_computes_what_the_naive_one_does(kind, refresh_every, offset):
     heard: list[torch.Tensor] = []
@@ -111,7 +111,7 @@ def test_an_approximate_cache_computes_what_the_naive_one_does(kind, refresh_eve
 def _ragged() -> torch.Tensor:
     """Two of three rows have tokens given, in several windows."""
     xt = _rows()
-    xt[::2, 10:14], xt[::2, 17:23], xt[2, 24:] = 3, 5, 7
+    xt[::2, 10:14], xt[0, 17:23], xt[2, 16:] = 3, 5, 7
     return xt
 
 
@@ -155,8 +155,8 @@ def test_a_pass_a_block_takes_in_what_something_is_to_be_filled_behind():
     none, first = _rows(3), _rows(3)
     none[:, START:] = 1
     first[:, START + BLOCK :] = 2
-    cases = [(none, START, 0), (first, START, BLOCK + 1), (_rows(3), START, 3 * BLOCK + 3)]
-    cases.append((torch.full((3, SEQ_LEN), MASK), 0, SEQ_LEN + 4 - 1))
+    cases = [(none, START, 0), (first, START, BLOCK + 1), (_rows(3), START, 2 * BLOCK + 2)]
+    cases.append((torch.full((3, SEQ_LEN), MASK), 0, SEQ_LEN + 3 - 1))
     for xt, start, passes in cases:
         filled = _fill(ExactCache(tiny_model(), BLOCK), FirstHitting(), xt, start=start)
         assert filled.num_passes == passes

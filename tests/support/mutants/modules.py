@@ -53,11 +53,7 @@ MODULES: dict[str, list[str]] = {
     "ar_init": ["tests/dlm_core/test_ar_init.py", "tests/dlm_core/test_sampler_waits.py"],
     "upcycling": ["tests/dlm_core/test_upcycling.py"],
     "samplers/proposal": ["tests/dlm_core/test_proposal.py", "tests/dlm_core/test_every_rule.py"],
-    "samplers/planned": [
-        "tests/dlm_core/test_planned.py",
-        "tests/dlm_core/test_sampler_waits.py",
-        "tests/dlm_core/test_caches.py",
-    ],
+    "samplers/planned": ["tests/dlm_core/test_planned.py", "tests/dlm_core/test_sampler_waits.py"],
     "samplers/quotas": ["tests/dlm_core/test_confident.py"],
     "samplers/confident": [
         "tests/dlm_core/test_confident.py",

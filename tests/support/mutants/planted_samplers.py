@@ -117,6 +117,12 @@ SAMPLERS: tuple[Planted, ...] = (
         "self._is_prompt[:, : self.num_given] = False",
         "self._is_prompt[:, :0] = False",
     ),
+    Planted(
+        "samplers/blocks",
+        "places of the window told as those of the row",
+        "change(logits, places // width * seq_len + places % width + left)",
+        "change(logits, places)",
+    ),
     Planted("samplers/next_tokens", "a row that has ended goes on to cost", "nfe += ~has_ended", "nfe += 1"),
     Planted(
         "samplers/next_tokens",
@@ -167,10 +173,10 @@ SAMPLERS: tuple[Planted, ...] = (
         "return turn // max(1, self.refresh_every - 1) if",
     ),
     Planted(
-        "samplers/planned",
-        "passes of the batch renew a cache",
-        "ask = canvas.ask(left, at_end, 0, None, ends)",
-        "ask = canvas.ask(left, at_end, 0, self.num_steps, ends)",
+        "samplers/contexts",
+        "a pass outside of the steps sees keys as old as those of others",
+        "which.turn is None or self._period(which.turn) >",
+        "self._period(which.turn or 0) >",
     ),
     Planted(
         "samplers/confident",
@@ -215,12 +221,6 @@ SAMPLERS: tuple[Planted, ...] = (
         "a quotient of inf at a tiny temperature",
         "allowed -= allowed.amax(dim=-1, keepdim=True)",
         "allowed -= 0.0",
-    ),
-    Planted(
-        "samplers/blocks",
-        "change is told positions of the window",
-        "places // width * seq_len + places % width + left",
-        "places",
     ),
     Planted(
         "samplers/blocks",
