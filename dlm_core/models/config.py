@@ -315,6 +315,12 @@ class ModelConfig:
         """Weights of a layer that take part in a matrix product."""
         return self._key_value_weights() + self._query_weights() + self._feed_forward_weights(layer, experts)
 
+    @property
+    def is_last_selective(self) -> bool:
+        """Whether logits need no more of the last layer than the positions asked for, beside keys and values."""
+        a = self.architecture
+        return a.cond_dim is None and not a.is_sparse(a.num_layers - 1)
+
     def _key_value_weights(self) -> int:
         a = self.architecture
         return 2 * a.d_model * a.kv_heads * a.head_size
@@ -346,7 +352,8 @@ class ModelConfig:
         training three times that.  Pairs a token: seq_len (full, and annealed, where what is hidden is computed too),
         (seq_len + 1) / 2 (causal), (seq_len + block_size) / 2 (block_causal).  In block_diffusion a token of the data
         is one of each half of [xt ; x0], and together they have seq_len + block_size pairs; the last layer's clean half
-        gives only keys and values.  ``head_fraction`` is the share of positions whose logits are computed.
+        gives only keys and values.  ``head_fraction`` is the share of positions whose logits are computed, and out of
+        training what follows attention in the last layer, where it can be left out elsewhere (``is_last_selective``).
         Recomputation and the modulation, once a row, don't count.
 
         Raises ValueError for an unknown family, a seq_len below 1, a head_fraction outside [0, 1], and a block_size
@@ -376,7 +383,11 @@ class ModelConfig:
         for layer in range(a.num_layers):
             is_last = layer == a.num_layers - 1
             queries = 1 if is_last else halves
-            rest = self._query_weights() + self._feed_forward_weights(layer, lambda moe: moe.top_k)
+            feed_forward = self._feed_forward_weights(layer, lambda moe: moe.top_k)
+            if is_last and not training and self.is_last_selective:
+                rest = self._query_weights() / 2 + head_fraction * (self._query_weights() / 2 + feed_forward)
+            else:
+                rest = self._query_weights() + feed_forward
             weights += halves * self._key_value_weights() + queries * rest
             attended += (seq_len + size) / 2 if is_last and halves == 2 else pairs
         weights += head_fraction * self.vocab_size * a.d_model

@@ -227,7 +227,9 @@ class Denoiser(nn.Module):
         """
         if (targets is None) != (weight is None):
             raise ValueError("targets and weight come together, for a loss, or both stay out, for logits")
-        last_select = select if targets is None and self._is_last_selective() else None
+        # A loss keeps the layer whole: in training the number of positions changes with every batch, and a compiled
+        # layer would be compiled anew.
+        last_select = select if targets is None and self.config.is_last_selective else None
         hidden = self._trunk(xt, x0, mask, positions, noise_level, perturb, cache, backend, last_select)
         rows = rearrange(hidden, "b l d -> (b l) d")
         rows = rows if select is None or last_select is not None else rows[select]
@@ -249,15 +251,6 @@ class Denoiser(nn.Module):
         a, weight = self.config.architecture, self.embedding.weight
         sizes = (a.num_layers, num_rows, a.kv_heads, max_len, a.head_size)
         return KVCache(*sizes, dtype=product_dtype(weight.dtype, weight.device), device=weight.device)
-
-    def _is_last_selective(self) -> bool:
-        """Whether logits need no more of the last layer than the positions asked for, beside keys and values.
-
-        A loss keeps the layer whole: in training the number of positions changes with every batch, and a compiled
-        layer would be compiled anew.
-        """
-        a = self.config.architecture
-        return a.cond_dim is None and not a.is_sparse(a.num_layers - 1)
 
     def _head(self) -> "Head":
         if self.config.architecture.tied_head:

@@ -222,18 +222,35 @@ def test_tiny_preset_keeps_every_option_of_its_family(name):
 @pytest.mark.parametrize("selected", [None, 3])
 def test_flops_per_token_are_those_counted_in_a_forward_pass(name, selected):
     config, xt = tiny(PRESETS[name]), torch.zeros(2, 6, dtype=torch.int64)
-    model = Denoiser(dataclasses.replace(config, architecture=dataclasses.replace(config.architecture, cond_dim=None)))
+    config = dataclasses.replace(config, architecture=dataclasses.replace(config.architecture, cond_dim=None))
+    model = Denoiser(config)
     model.init_weights(0)
     for module in model.modules():
         if isinstance(module, Experts):
             module.implementation = "loop"  # grouped products are not counted
     head_fraction = 1.0 if selected is None else selected / xt.numel()
     # The counter sees the products of attention only where they are products: not in a fused CPU kernel
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):
+        some, every = (_counted(model, xt, select) for select in (selected, None))
+    assert config.flops_per_token(6, head_fraction, training=False) == pytest.approx(some, abs=1)
+    of_head = 2 * (1 - head_fraction) * config.vocab_size * config.architecture.d_model
+    assert config.flops_per_token(6, head_fraction) == pytest.approx(3 * (every - of_head), abs=3)
+
+
+def _counted(model: Denoiser, xt: torch.Tensor, selected: int | None) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(xt, None if selected is None else torch.arange(selected))
-    counted = counter.get_total_flops() / xt.numel()
-    assert config.flops_per_token(6, head_fraction, training=False) == pytest.approx(counted, abs=1)
-    assert config.flops_per_token(6, head_fraction) == pytest.approx(3 * counted, abs=3)
+    return counter.get_total_flops() / xt.numel()
+
+
+def test_conditioned_models_count_their_last_layer_whole():
+    name, whole = "mdlm-small", 4
+    config = tiny(PRESETS[name])
+    assert config.architecture.cond_dim is not None
+    free = dataclasses.replace(config, architecture=dataclasses.replace(config.architecture, cond_dim=None))
+    few, all_of_them = (config.flops_per_token(whole, share, training=False) for share in (0.25, 1.0))
+    assert all_of_them - few == pytest.approx(2 * 0.75 * config.vocab_size * config.architecture.d_model, abs=1)
+    assert free.flops_per_token(whole, 0.25, training=False) < few
 
 
 @pytest.mark.parametrize("family", ["full", "causal", "block_causal", "block_diffusion"])
