@@ -137,6 +137,18 @@ def test_a_row_does_not_depend_on_when_others_need_a_pass(kind, rule, refresh_ev
         assert int(alone.nfe) == int(together.nfe[row])
 
 
+def test_a_pass_at_the_end_computes_the_whole_row():
+    """It comes when the other rows are done: what is kept may be older than it would be for the row alone."""
+    widths, model = [], tiny_model()
+    handle = model.embedding.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
+    try:
+        filled = _fill(DualCache(model), RAGGED[0], _rows(1), block_size=SEQ_LEN - START)
+    finally:
+        handle.remove()
+    assert len(widths) == filled.num_passes > 2
+    assert [width == SEQ_LEN for width in widths] == [True, *[False] * (len(widths) - 2), True]
+
+
 @pytest.mark.parametrize("refresh_every", [0, 1])
 def test_rows_that_change_between_their_passes_are_the_same_in_any_batch_where_they_may(refresh_every):
     ids, rule = torch.arange(3), ReMDM(16, 0.3)
