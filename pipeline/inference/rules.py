@@ -13,6 +13,7 @@ from dlm_core.samplers.proposal import Proposal
 from dlm_core.samplers.quotas import EvenQuotas, Quotas, ScheduleQuotas, TimedQuotas
 from dlm_core.samplers.remask import PathPlanning, ReMDM
 from dlm_core.samplers.speculative import SelfSpeculative
+from dlm_core.schedules import LinearSchedule
 from pipeline.errors import UserError
 from pipeline.inference.model import OpenModel
 from pipeline.inference.sampler import SamplerConfig
@@ -30,6 +31,10 @@ def make_rule(sampler: SamplerConfig) -> Rule:
             return Ancestral(value("num_steps"), t_end=_MDLM_T_END, denoises_at_end="argmax")
         case "ancestral":
             return Ancestral(value("num_steps"))
+        case "origin":
+            return Ancestral.origin(value("num_steps"))
+        case "analytic":
+            return Ancestral.analytic(value("num_steps"), LinearSchedule())
         case "first_hitting":
             return FirstHitting(per_pass=value("per_pass"))
         case "random":

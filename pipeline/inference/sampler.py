@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 Kind = Literal[
     "ancestral",
+    "origin",
+    "analytic",
     "first_hitting",
     "random",
     "confidence",
@@ -23,6 +25,8 @@ QuotaKind = Literal["even", "timed", "cosine", "linear"]
 _BY_SCORE = ("num_steps", "quotas", "is_tempered", "order_temperature")
 TAKES: Mapping[Kind, tuple[str, ...]] = {
     "ancestral": ("num_steps", "noise_removal"),
+    "origin": ("num_steps",),
+    "analytic": ("num_steps",),
     "first_hitting": ("per_pass",),
     "random": ("num_steps", "quotas"),
     "confidence": _BY_SCORE,
@@ -52,11 +56,13 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 class SamplerConfig:
     """How positions are chosen; of each window, where a row is filled in windows.  null: the default of the kind.
 
-    ancestral: each mask is revealed with the probability of the posterior (MDLM, arXiv 2406.07524).  first_hitting: one
-    at a time, in random order (2409.02908).  random: quotas, in random order.  confidence, margin, entropy: the surest
-    first, by quotas (LLaDA, 2502.09992; Dream, 2508.15487; MaskGIT, 2202.04200).  threshold, factor (Fast-dLLM,
-    2505.22618), entropy_bound (2505.24857): as many as are sure enough.  remdm (2503.00307), path_planning
-    (2502.03540): tokens may be taken back.  self_speculative (2510.04147): the surest one by one, several in one pass.
+    ancestral: each mask is revealed with the probability of the posterior (MDLM, arXiv 2406.07524).  origin: the
+    same as Dream has it, from t = 1 to 1e-3 (2508.15487).  analytic: with one more pass that draws what is left at
+    t = 1e-5 (SEDD, 2310.16834).  first_hitting: one at a time, in random order (2409.02908).  random: quotas, in
+    random order.  confidence, margin, entropy: the surest first, by quotas (LLaDA, 2502.09992; Dream, 2508.15487;
+    MaskGIT, 2202.04200).  threshold, factor (Fast-dLLM, 2505.22618), entropy_bound (2505.24857): as many as are
+    sure enough.  remdm (2503.00307), path_planning (2502.03540): tokens may be taken back.  self_speculative
+    (2510.04147): the surest one by one, several in one pass.
     """
 
     kind: Kind = "ancestral"
@@ -81,7 +87,8 @@ class SamplerConfig:
     remasking: Literal["cap", "rescale", "confidence", "loop"] | None = None
     """cap by default."""
     eta: float | None = None
-    """Of remdm: most probable remasking of a step, 0.02 by default.  Of path_planning: 1 by default."""
+    """Of remdm: most probable remasking of a step; by default what is published: 0.008 of cap, 0.015 of rescale,
+    0.02 of loop, 1 of confidence.  Of path_planning: 1 by default."""
     num_states: int | None = None
     """States verified in a pass, 4 by default."""
 
@@ -105,6 +112,8 @@ class SamplerConfig:
     def value(self, name: str) -> Any:
         """A setting, or its default."""
         given = getattr(self, name)
+        if given is None and (self.kind, name) == ("remdm", "eta"):
+            return _ETA_OF_REMASKING[self.value("remasking")]
         return given if given is not None else _DEFAULTS.get((self.kind, name), _DEFAULTS.get(("", name)))
 
 
@@ -119,7 +128,7 @@ _DEFAULTS: Mapping[tuple[str, str], Any] = {
     ("", "factor"): 1.0,
     ("", "gamma"): 0.1,
     ("", "remasking"): "cap",
-    ("remdm", "eta"): 0.02,
     ("path_planning", "eta"): 1.0,
     ("", "num_states"): 4,
 }
+_ETA_OF_REMASKING = {"cap": 0.008, "rescale": 0.015, "loop": 0.02, "confidence": 1.0}

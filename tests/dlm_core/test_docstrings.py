@@ -34,12 +34,12 @@ Context.check Context.finish Context.window Corrupted Corrupted.is_masked counts
 exact_count_positions expected_initial_loss expert_scores Experts Experts.forward experts_grouped experts_loop
 extend_hash first_of GradientSums GradientSums.of GradientSums.variance hash_event hash_integer hash_permutation
 hash_uniform hash_words Head HeadLoss KVCache KVCache.advance KVCache.append KVCache.replace logits_loss loss_output
-LossOutput mask_noise_std ModelConfig ModelConfig.num_active_params ModelConfig.num_params ModelConfig.is_last_selective moment_sums
-next_token_targets noise_positions num_blocks on_both_halves open_places Pass per_token PiecewiseDensity
-PiecewiseDensity.bin_of PiecewiseDensity.sample Preset put RopeTables Router Router.forward RouterLoss RouterTap
-RouterTap.close RouterTap.selection_bias RowEstimate RowEstimate.per_token Rule Rule.turns sample sample_next_tokens
-Sampled Scoring Scoring.lengths sent_together shift_left stratified_counts Stream t_bins Targets tiny
-token_cross_entropy tokens_per_expert tokens_per_expert_and_bin unigram_entropy variance_of_sums WeightedTimes
+LossOutput mask_noise_std ModelConfig ModelConfig.is_last_selective ModelConfig.num_active_params
+ModelConfig.num_params moment_sums next_token_targets noise_positions num_blocks on_both_halves open_places Pass
+per_token PiecewiseDensity PiecewiseDensity.bin_of PiecewiseDensity.sample Preset put RopeTables Router Router.forward
+RouterLoss RouterTap RouterTap.close RouterTap.selection_bias RowEstimate RowEstimate.per_token Rule Rule.turns sample
+sample_next_tokens Sampled Scoring Scoring.lengths sent_together shift_left stratified_counts Stream t_bins Targets
+tiny token_cross_entropy tokens_per_expert tokens_per_expert_and_bin unigram_entropy variance_of_sums WeightedTimes
 Weighting Weighting.is_bound Weighting.token_weight Whole Whole.begin Whole.finish Whole.window why_not_grouped within
 without_pass
 """

@@ -29,6 +29,8 @@ KINDS = [
     SamplerConfig(kind, **settings)
     for kind, settings in {
         "ancestral": {"num_steps": 8, "noise_removal": True},
+        "origin": {"num_steps": 8},
+        "analytic": {"num_steps": 8},
         "first_hitting": {"per_pass": 2},
         "random": {"num_steps": 5},
         "confidence": {"num_steps": 6, "quotas": "cosine"},
@@ -283,3 +285,11 @@ def test_every_setting_is_taken_by_some_kind_and_has_a_default() -> None:
     assert own == {name for names in TAKES.values() for name in names}
     for kind, names in TAKES.items():
         assert all(SamplerConfig(kind).value(name) is not None for name in names)
+
+
+@pytest.mark.parametrize(
+    ("remasking", "eta"), [("cap", 0.008), ("rescale", 0.015), ("loop", 0.02), ("confidence", 1.0)]
+)
+def test_remdm_remasks_as_published_unless_told(remasking: Any, eta: float) -> None:
+    assert SamplerConfig("remdm", remasking=remasking).value("eta") == eta
+    assert SamplerConfig("remdm", remasking=remasking, eta=0.5).value("eta") == 0.5
