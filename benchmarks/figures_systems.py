@@ -105,8 +105,9 @@ def draw_strip(system: Mapping[str, Any]) -> str:
             x += piece_width
         before = frame
     style = (
-        f"text{{font-family:system-ui,sans-serif;fill:{PALETTE['ink']}}}.name{{font-size:14px;font-weight:600}}"
-        f".sub{{font-size:12px;fill:{PALETTE['muted']}}}.piece{{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12px}}"
+        f"text{{font-family:system-ui,'DejaVu Sans',sans-serif;fill:{PALETTE['ink']}}}"
+        f".name{{font-size:14px;font-weight:600}}.sub{{font-size:12px;fill:{PALETTE['muted']}}}"
+        ".piece{font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;font-size:12px}"
         f".mask{{fill:{PALETTE['lane']}}}.new{{fill:{PALETTE['accent']};opacity:.18}}"
     )
     return (
