@@ -130,6 +130,9 @@ def _refuse_guidance(config: LikelihoodConfig, reason: str) -> None:
 
 # Masked diffusion
 
+_MAX_LOGITS = 1 << 25
+"""That are held at once.  Of so few the last layer is computed where it is asked for alone; for a loss it is not."""
+
 
 def _masked(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfig) -> list[Score]:
     import torch
@@ -169,10 +172,12 @@ def _cross_entropy(model: OpenModel, answers: Any, guidance: float) -> "Callable
     def cross_entropy(xt: "Tensor", rows: "Tensor", select: "Tensor", targets: "Tensor") -> "Tensor":
         mask = _of_lengths(xt, answers.lengths[rows]).to(model.device)
         asked, wanted = (select - offset).to(model.device), targets.to(model.device)
-        if not guidance:
+        if not guidance and len(select) * model.record.model.vocab_size > _MAX_LOGITS:
             ones = torch.ones(len(select), device=model.device)
             return HeadLoss(*model.denoiser(xt.to(model.device), asked, wanted, ones, mask=mask)).cross_entropy
         conditional = model.denoiser(xt.to(model.device), asked, mask=mask)
+        if not guidance:
+            return token_cross_entropy(conditional, wanted)
         places = torch.arange(xt.shape[1])
         is_context = (places >= offset) & (places < answers.starts[rows][:, None])
         unguided = xt.masked_fill(is_context, model.mask_token_id).to(model.device)

@@ -131,6 +131,15 @@ def test_scores_depend_on_their_request_alone(models: dict[str, OpenModel], name
         assert score(models[name], requests, replace(CONFIG, noise_seed=1)) != whole
 
 
+def test_scores_are_the_same_where_logits_are_too_many_to_be_held(
+    models: dict[str, OpenModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = score(models["masked"], LONG, CONFIG)
+    monkeypatch.setattr("pipeline.inference.likelihood._MAX_LOGITS", 0)
+    for one, other in zip(held, score(models["masked"], LONG, CONFIG), strict=True):
+        assert one.nats == pytest.approx(other.nats, rel=1e-9)
+
+
 def test_guidance_masks_the_context_of_the_side_without_it(models: dict[str, OpenModel]) -> None:
     model, request, w = models["masked"], Request((5, 9, 12), (7,), 0, (42,)), 1.5
     row, mask = [*request.context, *request.answer, *request.suffix], model.mask_token_id
