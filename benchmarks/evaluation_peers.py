@@ -51,7 +51,7 @@ def one_by_one(
 
 def _masks(num_context: int, n: int, num_rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     first = int(torch.randint(1, n + 1, (1,), generator=generator))
-    counts = torch.round(first + torch.arange(num_rows) * (n / num_rows)).long()
+    counts = first + torch.arange(num_rows) * n // num_rows  # rounded down: to the nearest even number is no even law
     counts = (counts - 1) % n + 1
     is_masked = torch.zeros(num_rows, num_context + n, dtype=torch.bool)
     for place in range(num_rows):

@@ -7,7 +7,7 @@ questions hard for both adds nothing to its standard error.  Without torch.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dlm_core.intervals import t_quantile
 from pipeline.artifact import Manifest, checked, load_manifest, read_json
 from pipeline.errors import UserError
 from workflows.copies import local_copy
+from workflows.report.data import likelihood_figures
 from workflows.runs import committed_outputs, frozen_plan
 from workflows.step import load_stage
 from workflows.store import RunPlace, Store
@@ -97,6 +98,11 @@ def _outputs(store: Store, run: RunPlace) -> dict[str, tuple[str, Path]]:
 
 # Tasks
 
+Pairs = Sequence[tuple[Record, Record]]
+_LIKELIHOODS = {"bpb": ("bpb", "bpb_bound"), "answer": ("answer_nll", "answer_nelbo")}
+"""Figures of likelihood, and what they are called where they are exact, and where they are bounds."""
+_NOT_ALIKE = "one run's figures are exact, the other's are bounds: their difference says nothing"
+
 
 def _compare_tasks(step: str, a: Path, b: Path, found: Comparison) -> None:
     tables: list[dict[str, Any]] = [read_json(checked(path, "results.json"))["tasks"] for path in (a, b)]
@@ -120,16 +126,34 @@ def _compare_tasks(step: str, a: Path, b: Path, found: Comparison) -> None:
         left_out = max(table[name]["n"] + table[name]["num_failed"] for table in tables) - len(pairs)
         if left_out:
             found.notes.append(f"{of}: {left_out} questions count in one of the runs or in none, and are left out")
+        settings = [table[name]["settings"] for table in tables]
+        if other := sorted(key for key in settings[0].keys() | settings[1].keys() if _differ(settings, key)):
+            found.notes.append(f"{of}: the runs differ in {', '.join(other)}")
         if pairs:
-            found.differences.extend(measure(of, pairs) for measure in _MEASURES[kinds[0]])
+            are_bounds = [any("nelbo" in metric for metric in table[name]["metrics"]) for table in tables]
+            _compare_records(of, kinds[0], pairs, are_bounds, found)
+
+
+def _differ(settings: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return settings[0].get(key) != settings[1].get(key)
+
+
+def _compare_records(of: str, kind: str, pairs: Pairs, are_bounds: Sequence[bool], found: Comparison) -> None:
+    """A bound is called one, and is not compared with what is exact."""
+    for measure in _MEASURES[kind]:
+        difference = measure(of, pairs)
+        if difference.metric not in _LIKELIHOODS:
+            found.differences.append(difference)
+        elif are_bounds[0] == are_bounds[1]:
+            name = _LIKELIHOODS[difference.metric][are_bounds[0]]
+            found.differences.append(replace(difference, metric=name))
+        else:
+            found.notes.append(f"{of}, {difference.metric}: {_NOT_ALIKE}")
 
 
 def _records(artifact: Path, task: str) -> dict[int, Record]:
     text = checked(artifact, f"{task}.jsonl").read_text(encoding="utf-8")
     return {record["number"]: record for record in map(json.loads, filter(None, text.split("\n")))}
-
-
-Pairs = Sequence[tuple[Record, Record]]
 
 
 def _pairs(a: Mapping[int, Record], b: Mapping[int, Record]) -> Pairs:
@@ -205,8 +229,12 @@ def _compare_held_out(step: str, a: Path, b: Path, found: Comparison) -> None:
     if early := [manifest for manifest in manifests if not _has_documents(manifest)]:
         found.notes.append(f"{step}: {len(early)} of the two kept no losses by document; evaluate again")
         return
+    figures = [likelihood_figures(read_json(checked(path, "results.json"))) for path in (a, b)]
+    if figures[0].is_exact != figures[1].is_exact:
+        found.notes.append(f"{step}: {_NOT_ALIKE}")
+        return
     is_same = manifests[0].inputs["tokens"] == manifests[1].inputs["tokens"]
-    units = [("bpb", "bits/byte", True), *([("nll", "nats/token", False)] if is_same else [])]
+    units = [(figures[0].bpb, "bits/byte", True), *([(figures[0].nll, "nats/token", False)] if is_same else [])]
     for metric, unit, by_byte in units:
         first, second = (_held_out(path, by_byte) for path in (a, b))
         sides = [(losses.mean(axis=0).tolist(), sizes.tolist()) for losses, sizes in (first, second)]
@@ -229,8 +257,8 @@ def _held_out(artifact: Path, by_byte: bool) -> Losses:
     if not by_byte:
         return losses, tokens
     results = read_json(checked(artifact, "results.json"))
-    nll, bpb = ("nll", "bpb") if "nll" in results else ("nelbo", "bpb_bound")
-    return losses, tokens * (results[nll] / results[bpb])
+    figures = likelihood_figures(results)
+    return losses, tokens * (results[figures.nll] / results[figures.bpb])
 
 
 def _mask_noise(a: Losses, b: Losses) -> float | None:

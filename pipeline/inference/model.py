@@ -46,13 +46,14 @@ class OpenModel:
 def open_model(weights: Path, tokenizer: Path, device: str = "auto") -> OpenModel:
     """Two committed artifacts as one model; "auto" is a GPU where there is one.
 
-    The last one stays open, so that a process reads its weights once.  Raises UserError for a tokenizer of other
-    weights, a device that is not there, and a model that is conditioned on the time, whose schedule weights don't tell.
+    The last two stay open, a model and what scores its texts, so that a process reads their weights once.  Raises
+    UserError for a tokenizer of other weights, a device that is not there, and a model that is conditioned on the
+    time, whose schedule weights don't tell.
     """
     return _open(weights, tokenizer, find_device(device))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _open(weights: Path, tokenizer: Path, device: str) -> OpenModel:
     import torch
 

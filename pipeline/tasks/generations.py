@@ -138,13 +138,13 @@ def code(
 
 
 def samples(model: "OpenModel", numbered: Sequence[tuple[int, Question]], task: TaskConfig) -> list[Record]:
-    """Texts from nothing."""
+    """Texts from nothing; of one that ends early, what comes before its end counts."""
     length = task.length or model.record.seq_len - model.record.target_offset
     canvases = [prompted(model, (), length, mask_id(number)) for number, _ in numbered]
     return [
         {
             "number": number,
-            "ids": [new for new, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id],
+            "ids": _written(model, canvas, filled, task),
             "text": _text(model, canvas, filled, task),
             "nfe": filled.nfe,
         }
@@ -169,6 +169,13 @@ def add_scores(records: Sequence[Record], scorer: "OpenModel", is_same_tokenizer
 def _filled(model: "OpenModel", canvases: Sequence[Canvas], task: TaskConfig) -> list[Filled]:
     found = dict(fill(model, canvases, task.value("sampling")))
     return [found[place] for place in range(len(canvases))]
+
+
+def _written(model: "OpenModel", canvas: Canvas, filled: Filled, task: TaskConfig) -> list[int]:
+    """Ids of a text without its end, and what is filled in behind that."""
+    ids = [new for new, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id]
+    end = model.vocabulary.special.eos_token_id
+    return ids[: ids.index(end)] if task.value("sampling").ends_at_eos and end in ids else ids
 
 
 def _text(model: "OpenModel", canvas: Canvas, filled: Filled, task: TaskConfig) -> str:

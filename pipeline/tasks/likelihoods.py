@@ -88,12 +88,10 @@ def _rolled(number: int, text: str, rows: Sequence[Sequence[int]], scores: Seque
     if not rows:
         return {"number": number, "failed": "the text has no tokens"}
     variances = [one.mc_se**2 for one in scores]
-    fourths = [v**2 / one.dof for v, one in zip(variances, scores, strict=True)]
     return {
         "number": number,
         "nats": math.fsum(one.nats for one in scores),
         "mc_se": math.sqrt(math.fsum(variances)),
-        "mc_dof": math.fsum(variances) ** 2 / math.fsum(fourths) if any(fourths) else None,
         "tokens": sum(map(len, rows)),
         "bytes": len(text.encode()),
         "words": len(_WORDS.split(text)),

@@ -195,7 +195,7 @@ def samples_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
         **{f"distinct_{n}": _plain(_distinct(all_ids, n), "share") for n in (1, 2, 3)},
         "nfe": _mean([r["nfe"] for r in records], "passes", None),
     }
-    if "scored_nats" not in records[0]:
+    if not any(r.get("scored_tokens") for r in records):  # no scorer, or no text
         return rows
     scored = _ratio([r["scored_nats"] for r in records], [r["scored_tokens"] for r in records], "nats/token", None)
     return {"gen_nll": scored, "gen_ppl": _exponential(scored, "per token"), **rows}

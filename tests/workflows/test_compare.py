@@ -71,20 +71,20 @@ def test_differences_are_those_of_the_records_taken_pair_by_pair(
     assert acc["p"] == mcnemar_p(differences.count(-1), differences.count(1))
     half = t_quantile(float(n - 1)) * acc["se"]
     assert acc["interval"] == pytest.approx([acc["difference"] - half, acc["difference"] + half], rel=1e-12)
-    answer = rows["tasks.which", "answer"]
+    answer = rows["tasks.which", "answer_nelbo"]
     nats = [[one["nats"][one["answer"]] for one in side] for side in which]
     assert answer["difference"] == pytest.approx(np.mean(np.subtract(nats[1], nats[0])), rel=1e-9)
     noise = math.fsum(one["mc_se"][one["answer"]] ** 2 for side in which for one in side)
     assert answer["mc_se"] == pytest.approx(math.sqrt(noise) / n, rel=1e-9)
 
     how = [read_records(output["tasks"] / "how.jsonl") for output in outputs]
-    bpb = rows["tasks.how", "bpb"]
+    bpb = rows["tasks.how", "bpb_bound"]
     num_bytes = sum(one["bytes"] for one in how[0])
     totals = [math.fsum(one["nats"] for one in side) for side in how]
     assert bpb["difference"] == pytest.approx((totals[1] - totals[0]) / math.log(2) / num_bytes, rel=1e-9)
 
     results = [json.loads((output["evaluate"] / "results.json").read_text()) for output in outputs]
-    held_out, per_token = rows["evaluate", "bpb"], rows["evaluate", "nll"]
+    held_out, per_token = rows["evaluate", "bpb_bound"], rows["evaluate", "nelbo"]
     assert [held_out[side] for side in "ab"] == pytest.approx([r["bpb_bound"] for r in results], rel=1e-9)
     assert [per_token[side] for side in "ab"] == pytest.approx([r["nelbo"] for r in results], rel=1e-9)
     documents = [np.load(output["evaluate"] / "documents.npz") for output in outputs]
@@ -114,7 +114,8 @@ def test_the_table_says_what_it_shows_and_what_is_not_compared(
         "figure", "unit", "a", "b", "difference", "se", "95", "%", "mc_se", "p", "n",
     ]  # fmt: skip
     assert [line.split()[:2] for line in lines[1:5]] == [
-        ["tasks.how", "bpb"], ["tasks.which", "acc"], ["tasks.which", "acc_norm"], ["tasks.which", "answer"],
+        ["tasks.how", "bpb_bound"],
+        ["tasks.which", "acc"], ["tasks.which", "acc_norm"], ["tasks.which", "answer_nelbo"],
     ]  # fmt: skip
     assert lines[1].split()[-1] == "4"
     assert "note: evaluate: run a has finished no such step" in lines
