@@ -31,7 +31,8 @@ from pipeline.inference.sampler import Kind, SamplerConfig
 from pipeline.weights import check_tokenizer, load_denoiser
 
 WORK = ROOT / "build" / "sampling_quality"
-_BY_STEPS: tuple[Kind, ...] = ("ancestral", "random", "confidence", "margin", "entropy", "remdm", "path_planning")
+_BY_STEPS: tuple[Kind, ...] = ("ancestral", "origin", "analytic", "random", "confidence", "margin", "entropy", "remdm")
+_BY_STEPS += ("path_planning",)
 _WINDOW = 32
 
 
