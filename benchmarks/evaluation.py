@@ -26,13 +26,15 @@ from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, scor
 from pipeline.inference.model import OpenModel, open_model
 
 THEIR_MASKS, BATCH_ROWS = 128, 32
-OUR_MASKS = (8, 12, 16, 24, 32, 48, 64, 96, 128)
+OUR_MASKS = (8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 64, 96, 128)
 """What is tried."""
 NUM_CHOICES = 4
 CONTEXT_TOKENS = (24, 96)
 ANSWER_TOKENS = (4, 31)
 """Least and greatest number; those of HellaSwag's endings, and the shorter answers of ARC and PIQA."""
 SIGMAS = 5.0
+NUM_PILOTS = 4
+"""Rounds of the other side that say how large its error is: each has it from four batches a choice."""
 MAX_ERROR_RATIO = 1.05
 """Of our mc_se to theirs in the rounds that are timed: the masks were chosen by another one."""
 
@@ -106,7 +108,7 @@ def measure(options: Options) -> Measured:
     requests = questions(model, options, size)
     found_theirs: dict[int, list[OneByOne]] = {}
     found_ours: dict[int, list[Score]] = {}
-    pilot = [theirs(model, requests, 1_000 + round_) for round_ in range(2)]
+    pilot = [theirs(model, requests, 1_000 + round_) for round_ in range(NUM_PILOTS)]
     their_error = _rms([one.mc_se for of_round in pilot for one in of_round])
     errors: dict[int, float] = {}
     for num_masks in OUR_MASKS:
@@ -155,7 +157,7 @@ def measure(options: Options) -> Measured:
         "num_choices": NUM_CHOICES,
         "context_tokens": CONTEXT_TOKENS,
         "answer_tokens": ANSWER_TOKENS,
-        "num_params": model.record.model.num_params,
+        "num_params": model.record.model.num_params(),
         "vocab_size": model.record.model.vocab_size,
         "lineage": [origin.kind for origin in model.record.lineage],
         "our_masks": num_masks,
