@@ -159,7 +159,8 @@ def make_prompts(setting: Setting) -> Tensor:
     """Ids of no meaning, and masks behind them."""
     generator = torch.Generator().manual_seed(0)
     shape = (setting.num_prompts, setting.prompt_tokens)
-    ids = torch.randint(mask_of(setting), shape, generator=generator)  # the mask is the last id, or nearly
+    ids = torch.randint(setting.model.vocab_size - 1, shape, generator=generator)
+    ids += ids >= mask_of(setting)  # any id but the mask
     masks = torch.full((setting.num_prompts, setting.num_tokens), mask_of(setting))
     return torch.cat([ids, masks], dim=1)
 
