@@ -76,8 +76,3 @@ def write(model: OpenModel, prompts: Sequence[Prompt], config: SamplingConfig) -
         text = continuation(model, canvases[number], filled, ends_at_eos=True)
         found[number] = Written(text, filled.nfe, filled.num_cut)
     return [found[number] for number in range(len(prompts))]
-
-
-def stopped(text: str, until: Sequence[str]) -> str:
-    """A text up to the first of the strings that end it."""
-    return text[: min([text.find(end) for end in until if end in text], default=len(text))]

@@ -19,12 +19,13 @@ from pipeline.errors import UserError
 from pipeline.harness.accounts import Accounts
 from pipeline.harness.addresses import address_of, repetitions
 from pipeline.harness.config import read_config, with_theirs
-from pipeline.harness.generation import Prompt, Wish, Written, cut_prompts, stopped, wish_of, write
+from pipeline.harness.generation import Prompt, Wish, Written, cut_prompts, wish_of, write
 from pipeline.harness.pieces import cut_requests, encode_pair
 from pipeline.inference.greedy import are_greedy
 from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
 from pipeline.inference.model import OpenModel
 from pipeline.inference.sampling import SamplingConfig
+from pipeline.inference.stops import before_stops
 from pipeline.inference.workers import Workers
 from pipeline.weights import check_tokenizer, load_record
 
@@ -101,7 +102,7 @@ class DenoiserLM(LM):
         written = self._write(prompts, wishes, disable_tqdm)
         lines = [{"num_passes": one.nfe, "num_cut": one.num_cut} for one in written]
         self._account("generate_until", requests, lines)
-        texts = [stopped(one.text, wish.until) for one, wish in zip(written, wishes, strict=True)]
+        texts = [before_stops(one.text, wish.until) for one, wish in zip(written, wishes, strict=True)]
         return self._kept("generate_until", requests, texts)
 
     def get_model_info(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.inference.stops import before_stops
 
 STOP_WORDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a completion ends, as in the paper: what follows is no longer the body of the function."""
@@ -48,8 +49,7 @@ def read_problems(path: Path) -> list[Problem]:
 
 def cut_completion(completion: str, stop_words: Sequence[str] = STOP_WORDS) -> str:
     """A completion up to the first of the stop words."""
-    ends = [completion.find(word) for word in stop_words]
-    return completion[: min((end for end in ends if end >= 0), default=len(completion))]
+    return before_stops(completion, stop_words)
 
 
 def program_of(problem: Problem, completion: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.inference.filling import Canvas, Filled, continuation, fill, prompted
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
+from pipeline.inference.stops import before_stops
 from pipeline.tasks.config import TaskConfig
 from pipeline.tasks.likelihoods import Record, mask_id
 from pipeline.tasks.questions import Question
@@ -26,7 +27,7 @@ def match(model: "OpenModel", numbered: Sequence[tuple[int, Question]], task: Ta
     canvases = [prompted(model, model.encode(q["prompt"]), task.value("length"), mask_id(n)) for n, q in numbered]
     records: list[Record] = []
     for (number, question), canvas, filled in zip(numbered, canvases, _filled(model, canvases, task), strict=True):
-        text = _until(_text(model, canvas, filled, task), task.value("stop"))
+        text = before_stops(_text(model, canvas, filled, task), task.value("stop"))
         found, wanted = _taken_out(text, task.pattern), _taken_out(question["answer"], task.pattern)
         records.append(
             {
@@ -53,11 +54,6 @@ def _taken_out(text: str, pattern: str | None) -> str | None:
 def _tidy(text: str) -> str:
     """Without blanks around it, nor commas that group digits."""
     return _GROUPED.sub("", (text or "").strip())
-
-
-def _until(text: str, stop: Sequence[str]) -> str:
-    ends = [text.find(word) for word in stop]
-    return text[: min((end for end in ends if end >= 0), default=len(text))]
 
 
 def infill(model: "OpenModel", numbered: Sequence[tuple[int, Question]], task: TaskConfig) -> list[Record]:

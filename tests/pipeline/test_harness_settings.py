@@ -8,8 +8,9 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.harness.config import read_config, with_theirs
-from pipeline.harness.generation import stopped, wish_of
+from pipeline.harness.generation import wish_of
 from pipeline.harness.task_data import choices, gsm8k, wikitext2
+from pipeline.inference.stops import before_stops
 from tests.support.harness import ARTICLES, write_task_data
 
 PLACES = {"weights": "w", "tokenizer": "t"}
@@ -110,7 +111,7 @@ def test_length_and_ends_are_those_of_the_task() -> None:
     ],
 )
 def test_text_ends_before_the_first_string_that_ends_it(text: str, until: list[str], wanted: str) -> None:
-    assert stopped(text, until) == wanted
+    assert before_stops(text, until) == wanted
 
 
 def test_documents_are_those_of_the_files(tmp_path: Path) -> None:

@@ -246,6 +246,20 @@ def test_figures_of_samples_are_those_counted_from_their_tokens(
     assert metrics["gen_ppl"] == pytest.approx(math.exp(math.fsum(nats) / 80), rel=1e-4)
 
 
+@pytest.mark.parametrize(("ends", "wanted"), [(True, 1), (False, 4)])
+def test_what_is_filled_in_behind_an_end_counts_for_nothing(
+    ends: bool, wanted: int, weights: dict[str, Path], made: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(weights["masked"], made.tokenizer, "cpu")
+    end = model.vocabulary.special.eos_token_id
+    ((_, filled),) = fill(model, [prompted(model, (), 4, 0)], SAMPLING)
+    ended = replace(filled, ids=[9, end, end, end])
+    monkeypatch.setattr("pipeline.tasks.generations.fill", lambda *_: [(0, ended)])
+    task = TaskConfig("samples", num_samples=1, length=4, sampling=replace(SAMPLING, ends_at_eos=ends))
+    (record,) = generations.samples(model, [(0, {})], task)
+    assert record["ids"] == [9, end, end, end][:wanted]
+
+
 def test_a_scorer_with_another_tokenizer_reads_the_text(
     weights: dict[str, Path], made: Artifacts, tmp_path: Path
 ) -> None:
