@@ -6,20 +6,24 @@ over the subsets S of k of the answer's n tokens, all as likely: LLaDA (arXiv 25
 draws k evenly and a subset for it.  Here
 
     few tokens    every subset, where there are no more than ``num_masks``: nothing is left to chance
-    many          all tokens once (k = n has no other subset); and k < n with a probability q_k in proportion to
-                  k^(-1/2), about the spread of one subset's loss, in strata of two that have subsets of their own
+    many          all tokens once (k = n has no other subset); and 1..n - 1, of which every k has one unit of length,
+                  cut into H strata: (n - 1) (h / H)^1.5 is where the h-th begins, for subsets of few tokens vary most.
+                  Two k are drawn in each, a point and its mirror image, and a subset of its own for either.
 
-Most of what varies between subsets is which tokens they hold and how many.  One draw of every stratum makes a half; the
-losses of a half are fitted by  fit_i(k) = token_i + a + b sqrt(k / n),  and the other half says how far that is off:
+Within a stratum all k weigh the same, so that the level of the losses adds no noise, and their trend next to none, for
+of mirror images one is too high where the other is too low.  What is left is mostly which tokens a subset holds.  That
+is taken off by a fit
 
-    bound_half = (1 / n) sum_k sum_i fit_i(k)  +  mean over its draws of  (1 / (q_k k)) sum_{i in S} (loss_i - fit_i(k))
+    fit_i(k) = token_i + a + b sqrt(k / n)
+    bound    = (1 / n) sum_i loss_i(k = n)
+               + sum_h [ (1 / n) sum_{k in h} sum_i fit_i(k)  +  mean over its two draws of (width_h / k) sum_{i in S}
+                         (loss_i - fit_i(k)) ]
 
-up to the exact term of k = n.  The fit of the *other* half is independent of the draws, so that no fit, however bad,
-moves the mean; a good one takes most of the variance away.  The bound is the mean of the halves.
-
-Its variance comes from the two draws of a stratum.  Around the fit of the other half they differ by the noise of two
-fits as well, and too much; around the mean of both fits by too little, since each fit saw half of the draws.  The mean
-of the two is taken: within 5 % of the spread from 64 draws on (tests), a few per cent more from less.
+The fit of a stratum is one of the losses in all *other* strata: being independent of the draws that it is held against,
+it moves no mean, however bad it is.  Given fit and counts the two subsets of a stratum are independent, so that the
+square of their difference tells what they add to the variance; it tells too much by what trend the fit has left, in
+strata that are wide because they are few.  That fits share data adds next to nothing.  So the error is right for
+answers of tens of tokens and 64 masks, and rather too large for hundreds of tokens or 8 masks (tests).
 
 What lives here: subsets, weights, the bound and its variance.  What must not: rows, models.
 
@@ -38,7 +42,8 @@ from dlm_core.noise import Stream, hash_uniform, hash_words
 
 MIN_MASKS = 3
 """Of answers of several tokens: all of them once, and a stratum."""
-_RIDGE = 1e-6
+_RIDGE = 0.03
+"""Added to the variance of sqrt(k / n), at most 1 / 18, where a slope is fitted to few strata."""
 _HELD = 0.3
 """Of a loss of mean weight, at 0, that each token's fit counts; 0.1 to 1 hardly differ."""
 
@@ -53,10 +58,12 @@ class AnswerMasks(NamedTuple):
     """The subsets behind the first are those of so many strata, two by two; 0: these are all subsets."""
 
 
-def draw_masks(num_tokens: int, num_masks: int, mask_ids: Int[Tensor, " B"], noise_seed: int) -> AnswerMasks:
-    """At most ``num_masks`` subsets of the tokens of each answer, addressed by (noise_seed, mask id).
+def draw_masks(
+    num_tokens: int, num_masks: int, mask_ids: Int[Tensor, " B"], noise_seed: int, part: int | Int[Tensor, " B"] = 0
+) -> AnswerMasks:
+    """At most ``num_masks`` subsets of the tokens of each answer, addressed by (noise_seed, mask id, part).
 
-    With the i-th token of one answer the i-th of another with the same mask id is masked, as far as their lengths let
+    With the i-th token of one answer the i-th of another of the same address is masked, as far as their lengths let
     it.  LLaDA (arXiv 2502.09992) eq. 6; see the module.  Raises ValueError for no token, and for a num_masks below 1,
     or below ``MIN_MASKS`` for more than one token.
     """
@@ -66,7 +73,8 @@ def draw_masks(num_tokens: int, num_masks: int, mask_ids: Int[Tensor, " B"], noi
         raise ValueError(f"num_masks is {num_masks}; for an answer of {num_tokens} tokens it must be at least {least}")
     if num_tokens <= math.log2(num_masks + 1):
         return _every_subset(num_tokens, len(mask_ids))
-    return _drawn_subsets(num_tokens, (num_masks - 1) // 2, mask_ids, noise_seed)
+    address = hash_words(noise_seed, mask_ids, part)
+    return _drawn_subsets(num_tokens, (num_masks - 1) // 2, address[:, None])
 
 
 def _every_subset(n: int, num_rows: int) -> AnswerMasks:
@@ -79,20 +87,24 @@ def _every_subset(n: int, num_rows: int) -> AnswerMasks:
     return AnswerMasks(is_masked.expand(*shape, n), torch.tensor(weight, dtype=torch.float64).expand(shape), 0)
 
 
-def _drawn_subsets(n: int, num_strata: int, mask_ids: Int[Tensor, " B"], noise_seed: int) -> AnswerMasks:
-    q = torch.arange(1, n, dtype=torch.float64).rsqrt()
-    q = q / q.sum()
+def _drawn_subsets(n: int, num_strata: int, address: Int[Tensor, "B 1"]) -> AnswerMasks:
+    edges = _edges(n, num_strata)
     stratum, half = torch.arange(num_strata).repeat_interleave(2), torch.arange(2).repeat(num_strata)
-    address = (mask_ids[:, None], stratum, half)
-    u = (stratum + hash_uniform(noise_seed, Stream.ANSWER_COUNT, *address)) / num_strata
-    k = 1 + torch.searchsorted(q.cumsum(0), u, right=True).clamp(max=n - 2)
-    order = hash_words(hash_words(noise_seed, Stream.ANSWER_SUBSET, *address)[..., None], torch.arange(n))
+    width = edges.diff()[stratum]
+    u = hash_uniform(address, Stream.ANSWER_COUNT, stratum)
+    k = 1 + (edges[stratum] + width * torch.where(half == 0, u, 1 - u)).floor().long().clamp(max=n - 2)
+    order = hash_words(hash_words(address, Stream.ANSWER_SUBSET, stratum, half)[..., None], torch.arange(n))
     is_masked = order.argsort(dim=-1).argsort(dim=-1) < k[..., None]
-    weight = 1 / (2 * num_strata * q[k - 1] * k)
-    every = torch.ones(len(mask_ids), 1, n, dtype=torch.bool)
+    weight = width / (2 * k)
+    every = torch.ones(len(address), 1, n, dtype=torch.bool)
     return AnswerMasks(
         torch.cat([every, is_masked], dim=1), torch.cat([torch.full_like(weight[:, :1], 1 / n), weight], 1), num_strata
     )
+
+
+def _edges(n: int, num_strata: int) -> Float[Tensor, " E"]:
+    """Of strata, in [0, n - 1], where k covers [k - 1, k]."""
+    return (n - 1) * (torch.arange(num_strata + 1, dtype=torch.float64) / num_strata) ** 1.5
 
 
 def bound_of_losses(
@@ -102,59 +114,52 @@ def bound_of_losses(
 
     ``losses`` are 0 where nothing is masked.  LLaDA (arXiv 2502.09992) eq. 6; see the module.
     """
-    weighted = losses.sum(dim=2) * masks.weight
     if masks.num_strata == 0:
-        return weighted.sum(dim=1), torch.zeros(len(losses), dtype=torch.float64)
+        return (losses.sum(dim=2) * masks.weight).sum(dim=1), torch.zeros(len(losses), dtype=torch.float64)
     n = losses.shape[2]
-    halves = [slice(1 + half, None, 2) for half in range(2)]
-    fits = [_fit(masks.is_masked[:, half], losses[:, half]) for half in halves]
-    mean_fit = _Fit(*((one + other) / 2 for one, other in zip(*fits, strict=True)))
-    bound = weighted[:, 0]
-    crossed: list[Tensor] = []
-    for half, fit in zip(halves, fits[::-1], strict=True):
-        off = fit.off(masks.is_masked[:, half], losses[:, half]) * masks.weight[:, half]
-        bound = bound + off.sum(dim=1) + fit.total(n) / 2
-        crossed.append(off)
-    both = [mean_fit.off(masks.is_masked[:, half], losses[:, half]) * masks.weight[:, half] for half in halves]
-    too_much, too_little = ((one - other).square().sum(dim=1) for one, other in (crossed, both))
-    return bound, (too_much + too_little) / 2
+    held = masks.is_masked[:, 1:].double().unflatten(1, (-1, 2))
+    beyond, weight = losses[:, 1:].unflatten(1, (-1, 2)), masks.weight[:, 1:].unflatten(1, (-1, 2))
+    fit = _fit(held, beyond)
+    k = held.sum(dim=3)
+    of_fit = (held * fit.token[:, :, None]).sum(dim=3) + k * (fit.a + fit.b * (k / n).sqrt())
+    off = weight * (beyond.sum(dim=3) - of_fit)
+    bound = losses[:, 0].mean(dim=1) + (off.sum(dim=2) + fit.mean_over(n)).sum(dim=1)
+    return bound, (off[..., 0] - off[..., 1]).square().sum(dim=1)
 
 
 class _Fit(NamedTuple):
-    """loss of token i among k masked ones = token_i + a + b sqrt(k / n)."""
+    """For each stratum, of the other ones:  loss of token i among k masked ones = token_i + a + b sqrt(k / n)."""
 
-    token: Float[Tensor, "B n"]
-    a: Float[Tensor, " B"]
-    b: Float[Tensor, " B"]
+    token: Float[Tensor, "B H n"]
+    a: Float[Tensor, "B H 1"]
+    b: Float[Tensor, "B H 1"]
 
-    def off(self, is_masked: Bool[Tensor, "B H n"], losses: Float[Tensor, "B H n"]) -> Float[Tensor, "B H"]:
-        """What the losses of each subset add up to beyond the fit."""
-        k = is_masked.sum(dim=2)
-        of_tokens = ((losses - self.token[:, None]) * is_masked).sum(dim=2)
-        return of_tokens - k * (self.a[:, None] + self.b[:, None] * (k / losses.shape[2]).sqrt())
-
-    def total(self, n: int) -> Float[Tensor, " B"]:
-        """(1 / n) sum over k < n and i."""
-        roots = (torch.arange(1, n, dtype=torch.float64) / n).sqrt().sum()
-        return (n - 1) / n * self.token.sum(dim=1) + (n - 1) * self.a + roots * self.b
+    def mean_over(self, n: int) -> Float[Tensor, "B H"]:
+        """The sum over the k of each stratum of the mean over the tokens."""
+        edges, k = _edges(n, self.token.shape[1]), torch.arange(1, n, dtype=torch.float64)
+        share = (torch.minimum(k, edges[1:, None]) - torch.maximum(k - 1, edges[:-1, None])).clamp(min=0)
+        level = self.token.mean(dim=2) + self.a.squeeze(2)
+        return share.sum(dim=1) * level + (share * (k / n).sqrt()).sum(dim=1) * self.b.squeeze(2)
 
 
-def _fit(is_masked: Bool[Tensor, "B H n"], losses: Float[Tensor, "B H n"]) -> _Fit:
-    """Least squares, in turn: of the means of subsets by a and b, of the losses of a token, weighed 1 / k; twice.
+def _fit(held: Float[Tensor, "B H 2 n"], losses: Float[Tensor, "B H 2 n"]) -> _Fit:
+    """Least squares: of the means of subsets by a and b, then of what is left of a token's losses, weighed 1 / k.
 
-    A token that is never masked has 0.
+    A token that is masked in no other stratum has 0, and so has everything where there is no other stratum.
     """
-    held = is_masked.double()
-    k = held.sum(dim=2)
-    root = (k / losses.shape[2]).sqrt()
-    basis = torch.stack([torch.ones_like(root), root], dim=-1)
-    square = basis.mT @ basis + _RIDGE * k.shape[1] * torch.eye(2, dtype=torch.float64)
-    each = 1 / k
-    counted = (held * each[..., None]).sum(dim=1) + _HELD * each.mean(dim=1, keepdim=True)
-    token, trend = torch.zeros_like(held[:, 0]), torch.zeros_like(basis[:, 0])
-    for _ in range(2):
-        means = ((losses - token[:, None]) * held).sum(dim=2) * each
-        trend = torch.linalg.solve(square, (basis.mT @ means[..., None])).squeeze(-1)
-        beyond = (losses - (basis @ trend[..., None])) * held
-        token = (beyond * each[..., None]).sum(dim=1) / counted
-    return _Fit(token, *trend.unbind(dim=1))
+    k = held.sum(dim=3)
+    x, y = (k / held.shape[3]).sqrt(), losses.sum(dim=3) / k
+    num_others = max(1, 2 * (held.shape[1] - 1))
+    mean_x, mean_y, mean_xx, mean_xy = (_of_others(v.sum(dim=2)) / num_others for v in (x, y, x * x, x * y))
+    b = ((mean_xy - mean_x * mean_y) / (mean_xx - mean_x.square() + _RIDGE))[..., None]
+    a = mean_y[..., None] - b * mean_x[..., None]
+    share = held / k[..., None]
+    seen, seen_x, found = (_of_others(v.sum(dim=2)) for v in (share, share * x[..., None], losses / k[..., None]))
+    counted = seen + _HELD / num_others * _of_others((1 / k).sum(dim=2))[..., None]
+    token = (found - a * seen - b * seen_x) / torch.where(counted > 0, counted, 1.0)
+    return _Fit(token, a, b)
+
+
+def _of_others(of_strata: Float[Tensor, "B H *rest"]) -> Float[Tensor, "B H *rest"]:
+    """Sums over all strata but each."""
+    return of_strata.sum(dim=1, keepdim=True) - of_strata

@@ -1,7 +1,7 @@
 """How likely a model holds an answer to be, given what stands before (and behind) it.
 
     masked diffusion    bound by exact counts of masks (dlm_core/answers.py); the context is never masked
-    block diffusion     bound by the chain over blocks, each given the clean ones before it
+    block diffusion     the sum of such bounds over the blocks, each given the clean ones before it
     next tokens         exact
 
 A request's numbers depend on the request alone: neither the others, nor their order, nor batches change its masks.
@@ -10,6 +10,7 @@ A request's numbers depend on the request alone: neither the others, nor their o
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import execution
@@ -99,8 +100,7 @@ def score(model: OpenModel, requests: Sequence[Request], config: LikelihoodConfi
         return _next_tokens(model, rows, config.batch_rows)
     if model.record.objective == "block_nelbo":
         _refuse_guidance(config, "is of blocks, for which it is not built yet")
-        return _blocks(model, rows, config)
-    return _masked(model, rows, config)
+    return _bounds(model, rows, config)
 
 
 def fitted(model: OpenModel, request: Request) -> FittedRow:
@@ -129,13 +129,13 @@ def _refuse_guidance(config: LikelihoodConfig, reason: str) -> None:
         raise UserError(f"guidance is {config.guidance}, but the model {reason}; set it to 0")
 
 
-# Masked diffusion
+# Diffusion
 
 _MAX_LOGITS = 1 << 25
 """That are held at once.  Of so few the last layer is computed where it is asked for alone; for a loss it is not."""
 
 
-def _masked(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfig) -> list[Score]:
+def _bounds(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfig) -> list[Score]:
     import torch
 
     from dlm_core.answers import Answers, answer_bound
@@ -148,13 +148,10 @@ def _masked(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfi
         torch.tensor([row.mask_id for row in rows]),
         model.mask_token_id,
         config.noise_seed,
+        model.record.block_size,
     )
-    found = answer_bound(
-        _cross_entropy(model, answers, config.guidance),
-        answers,
-        num_masks=config.num_masks,
-        batch_rows=config.batch_rows,
-    )
+    of_model = _block_cross_entropy if answers.block_size else partial(_cross_entropy, guidance=config.guidance)
+    found = answer_bound(of_model(model, answers), answers, num_masks=config.num_masks, batch_rows=config.batch_rows)
     columns = (found.nats, found.mc_se, found.dof, found.num_passes)
     return [
         Score(*figures, num_cut=row.num_cut)
@@ -198,56 +195,24 @@ def _of_lengths(xt: "Tensor", lengths: "Tensor", family: Any = "full", **fields:
     return AttentionMask(family, doc_ids=is_padding.long() if is_padding.any() else None, **fields)
 
 
-# Block diffusion
-
-
-def _blocks(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfig) -> list[Score]:
-    """Rows whose padded lengths agree go together."""
+def _block_cross_entropy(model: OpenModel, answers: Any) -> "Callable[..., Tensor]":
+    """Rows in whole blocks, noised ones beside clean ones."""
     import torch
 
-    from dlm_core.likelihood import Scoring, block_bound
+    from dlm_core.cross_entropy import token_cross_entropy
 
-    size = model.record.block_size
-    widths = [-(-len(row.tokens) // size) * size for row in rows]
-    found: dict[int, Score] = {}
-    for width in sorted(set(widths)):
-        some = [number for number, of_row in enumerate(widths) if of_row == width]
-        x0, scored = torch.full((len(some), width), _PADDING), torch.zeros(len(some), width, dtype=torch.bool)
-        for place, number in enumerate(some):
-            row = rows[number]
-            x0[place, : len(row.tokens)] = torch.tensor(row.tokens)
-            scored[place, row.start : row.start + row.size] = True
-        scoring = Scoring(
-            x0,
-            scored,
-            model.mask_token_id,
-            torch.tensor([rows[number].mask_id for number in some]),
-            config.noise_seed,
-            config.batch_rows,
-        )
-        bound = block_bound(_block_denoise(model), scoring, size, num_draws=config.num_masks)
-        for number, nats, mc_se in zip(some, bound.nats.tolist(), bound.mc_se.tolist(), strict=True):
-            passes = config.num_masks if rows[number].size else 0
-            found[number] = Score(
-                nats, mc_se, config.num_masks / 2 if mc_se else math.inf, passes, rows[number].num_cut
-            )
-    return [found[number] for number in range(len(rows))]
+    offset, size = model.record.target_offset, answers.block_size
 
+    def cross_entropy(xt: "Tensor", rows: "Tensor", select: "Tensor", targets: "Tensor") -> "Tensor":
+        width = -(-xt.shape[1] // size) * size
+        noised, clean = (torch.nn.functional.pad(half, (0, width - xt.shape[1])) for half in (xt, answers.padded(rows)))
+        asked = select // xt.shape[1] * width + select % xt.shape[1] - offset
+        mask = _of_lengths(noised, answers.lengths[rows], "block_diffusion", block_size=size)
+        sent = (column.to(model.device) for column in (noised, asked))
+        logits = model.denoiser(*sent, x0=clean.to(model.device), mask=mask.to(model.device))
+        return token_cross_entropy(logits, targets.to(model.device))
 
-_PADDING = -1
-"""No id: the places behind a row in whole blocks."""
-
-
-def _block_denoise(model: OpenModel) -> "Callable[[Tensor, Tensor, Tensor], Tensor]":
-    offset, size = model.record.target_offset, model.record.block_size
-
-    def denoise(xt: "Tensor", x0: "Tensor", select: "Tensor") -> "Tensor":
-        mask = _of_lengths(x0, (x0 != _PADDING).sum(dim=1), "block_diffusion", block_size=size).to(model.device)
-        halves = (half.clamp(min=0).to(model.device) for half in (xt, x0))
-        noised, clean = halves
-        return model.denoiser(noised, (select - offset).to(model.device), x0=clean, mask=mask)
-
-    return denoise
+    return cross_entropy
 
 
 # Next tokens

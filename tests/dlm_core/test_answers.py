@@ -180,3 +180,75 @@ def test_a_mask_token_of_the_context_stays_and_is_not_scored() -> None:
 def test_less_than_one_row_a_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_rows is 0; it must be at least 1"):
         bounds(ROWS, batch_rows=0)
+
+
+class NaiveBlocks(Naive):
+    """A model of blocks: what is masked in a block is told from the clean blocks before it and the block itself."""
+
+    def __call__(self, xt: torch.Tensor, rows: torch.Tensor, select: torch.Tensor, targets: torch.Tensor):
+        size, found = self.asked.block_size, []
+        for at, target in zip(select.tolist(), targets.tolist(), strict=True):
+            copy, place = divmod(at, xt.shape[1])
+            first = place // size * size
+            clean = self.asked.padded(rows[copy : copy + 1])[0, :first]
+            seen = [*clean.tolist(), *xt[copy, first : min(first + size, int(self.asked.lengths[rows[copy]]))].tolist()]
+            found.append(loss_of(seen, place, target))
+        return torch.tensor(found, dtype=torch.float64)
+
+
+def block_bounds(rows: Sequence[Asked], block_size: int, num_masks: int = NUM_MASKS) -> AnswerEstimate:
+    asked = answers(rows, block_size=block_size)
+    return answer_bound(NaiveBlocks(asked), asked, num_masks=num_masks)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4])
+def test_blocks_of_few_tokens_take_every_subset_of_each(block_size: int) -> None:
+    """The chain over blocks: each given those before it, whatever is masked elsewhere."""
+    found = block_bounds(ROWS, block_size)
+    for number, row in enumerate(ROWS):
+        expected = 0.0
+        for first in range(0, len(row.tokens), block_size):
+            places = [i for i in range(first, first + block_size) if row.start <= i < row.start + row.size]
+            for k in range(1, len(places) + 1):
+                for subset in itertools.combinations(places, k):
+                    seen = [MASK if i in subset else token for i, token in enumerate(row.tokens[: first + block_size])]
+                    losses = sum(loss_of(seen, i, row.tokens[i]) for i in subset)
+                    expected += losses / (k * math.comb(len(places), k))
+        assert float(found.nats[number]) == pytest.approx(expected, rel=1e-12)
+        most = max(
+            (min(row.start + row.size, first + block_size) - max(row.start, first))
+            for first in range(0, len(row.tokens), block_size)
+        )
+        assert int(found.num_passes[number]) == 2 ** max(0, most) - 1
+    assert found.mc_se.tolist() == [0.0] * len(ROWS)
+    assert found.dof.tolist() == [math.inf] * len(ROWS)
+
+
+def test_parts_in_blocks_of_many_tokens_are_masked_each_by_itself() -> None:
+    """Ten tokens from the second block on: 6 there, 4 in the third, which take every subset of 15."""
+    row = Asked(tuple(range(10, 30)), 10, 10, 2)
+    found = block_bounds([row], 8)
+    masks = draw_masks(6, NUM_MASKS, torch.tensor([2]), 0, torch.tensor([1]))
+    losses = torch.zeros(masks.is_masked.shape, dtype=torch.float64)
+    for copy, subset in enumerate(masks.is_masked[0]):
+        places = [10 + i for i in subset.nonzero().flatten().tolist()]
+        seen = [MASK if i in places else token for i, token in enumerate(row.tokens[:16])]
+        for i in places:
+            losses[0, copy, i - 10] = loss_of(seen, i, row.tokens[i])
+    bound, variance = bound_of_losses(masks, losses)
+    last = block_bounds([row._replace(start=16, size=4)], 8)
+    assert float(found.nats[0]) == pytest.approx(float(bound[0] + last.nats[0]), rel=1e-12)
+    assert float(found.mc_se[0]) == pytest.approx(math.sqrt(float(variance[0])), rel=1e-12)
+    assert float(found.dof[0]) == masks.num_strata
+    assert int(found.num_passes[0]) == masks.is_masked.shape[1]
+    assert float(last.mc_se[0]) == 0.0
+
+
+def test_blocks_of_one_row_draw_masks_of_their_own() -> None:
+    one, other = (draw_masks(20, NUM_MASKS, torch.tensor([2]), 0, part).is_masked for part in (0, 1))
+    assert not torch.equal(one, other)
+
+
+def test_blocks_of_negative_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="block_size is -1; it must be at least 1, or 0"):
+        answers(ROWS, block_size=-1)

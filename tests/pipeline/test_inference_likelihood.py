@@ -20,6 +20,7 @@ from tests.support.tiny_run import Artifacts, make_artifacts
 
 pytestmark = pytest.mark.timeout(120)
 SEQ_LEN, BLOCK = 32, 4
+EVERYWHERE, CAUSAL_BLOCKS = AttentionMask("full"), AttentionMask("block_causal", block_size=BLOCK)
 CONFIG = LikelihoodConfig(num_masks=16)
 SHORT = (Request((5, 9, 12), (7, 8, 30), 0), Request((), (11, 12, 13, 14), 1), Request((40,), (41,), 2, (42, 43)))
 """Whose masks are all taken."""
@@ -50,12 +51,12 @@ def models(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return opened
 
 
-def naive_loss(model: OpenModel, row: list[int], masked: Sequence[int]) -> float:
+def naive_loss(model: OpenModel, row: list[int], masked: Sequence[int], mask: AttentionMask = EVERYWHERE) -> float:
     """Sum of -log p of the masked tokens of one row."""
     xt = torch.tensor([row])
     xt[0, list(masked)] = model.mask_token_id
     offset = model.record.target_offset
-    logits = model.denoiser(xt)
+    logits = model.denoiser(xt, mask=mask)
     log_probs = logits[[place - offset for place in masked]].log_softmax(-1)
     return -float(log_probs[range(len(masked)), [row[place] for place in masked]].sum())
 
@@ -92,43 +93,45 @@ def test_answers_of_a_next_token_model_are_scored_exactly(models: dict[str, Open
 
 
 def test_answers_of_a_model_of_blocks_are_a_chain_over_blocks(models: dict[str, OpenModel]) -> None:
-    """Answers that have one token in each block, at most, are exact; each sees clean blocks before it alone."""
-    model = models["blocks"]
-    requests = [Request((5, 9, 12), (7,), 0), Request((5, 9, 12, 30), (8,), 1), Request(range(20, 31), (70, 71), 2)]
-    wanted = []
+    """Every subset of an answer's tokens in a block, given the clean blocks before it alone."""
+    model, requests = models["blocks"], [*SHORT, *LONG]
+    wanted: list[float] = []
     for request in requests:
-        row, nats = [*request.context, *request.answer], 0.0
-        for place in range(len(request.context), len(row)):
-            first = place // BLOCK * BLOCK
-            seen = [*row[:first], *(model.mask_token_id if i == place else row[i] for i in range(first, len(row)))]
-            shown = torch.tensor([seen[: min(len(row), first + BLOCK)]])
-            logits = model.denoiser(shown, mask=AttentionMask("block_causal", block_size=BLOCK))
-            nats -= float(logits[place].log_softmax(-1)[row[place]])
-        wanted.append(nats)
+        row, total = [*request.context, *request.answer, *request.suffix], 0.0
+        answer = range(len(request.context), len(request.context) + len(request.answer))
+        for first in range(0, len(row), BLOCK):
+            seen = row[: first + BLOCK]
+            places = [place for place in range(first, len(seen)) if place in answer]
+            for k in range(1, len(places) + 1):
+                losses = [naive_loss(model, seen, s, CAUSAL_BLOCKS) for s in itertools.combinations(places, k)]
+                total += math.fsum(losses) / len(losses) / k
+        wanted.append(total)
     scores = score(model, requests, CONFIG)
-    assert [s.nats for s in scores] == pytest.approx(wanted, rel=1e-6)
-    assert [s.mc_se for s in scores] == pytest.approx([0.0] * 3, abs=1e-9)
+    assert [s.nats for s in scores] == pytest.approx(wanted, rel=1e-10)
+    assert all((s.mc_se, s.dof) == (0.0, math.inf) for s in scores)
+    assert max(s.num_passes for s in scores) == 2**BLOCK - 1
 
 
 @pytest.mark.parametrize("name", ["masked", "shifted", "blocks", "next"])
 def test_scores_depend_on_their_request_alone(models: dict[str, OpenModel], name: str) -> None:
-    requests = [*SHORT, *LONG]
-    whole = score(models[name], requests, CONFIG)
+    """Of blocks, with fewer masks than their tokens have subsets."""
+    requests, config = [*SHORT, *LONG], replace(CONFIG, num_masks=8) if name == "blocks" else CONFIG
+    whole = score(models[name], requests, config)
     assert max(s.mc_se for s in whole) > 0 or name == "next"
     for changed in (
-        [score(models[name], [request], CONFIG)[0] for request in requests],
-        score(models[name], requests[::-1], CONFIG)[::-1],
-        score(models[name], requests, replace(CONFIG, batch_rows=1)),
-        score(models[name], requests, replace(CONFIG, batch_rows=7)),
+        [score(models[name], [request], config)[0] for request in requests],
+        score(models[name], requests[::-1], config)[::-1],
+        score(models[name], requests, replace(config, batch_rows=1)),
+        score(models[name], requests, replace(config, batch_rows=7)),
     ):
         for one, other in zip(whole, changed, strict=True):
             assert one.nats == pytest.approx(other.nats, rel=1e-6 if name == "next" else 1e-9)
             assert one.mc_se == pytest.approx(other.mc_se, rel=1e-6, abs=1e-9)
             assert (one.num_passes, one.num_cut) == (other.num_passes, other.num_cut)
-    again = score(models[name], requests, CONFIG)
+    again = score(models[name], requests, config)
     assert again == whole
     if name != "next":
-        assert score(models[name], requests, replace(CONFIG, noise_seed=1)) != whole
+        assert score(models[name], requests, replace(config, noise_seed=1)) != whole
 
 
 def test_scores_are_the_same_where_logits_are_too_many_to_be_held(
