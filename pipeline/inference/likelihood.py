@@ -26,8 +26,7 @@ class LikelihoodConfig:
     """How answers are scored."""
 
     num_masks: int = 64
-    """At most so many masked copies of a row; LLaDA (arXiv 2502.09992) takes 128, drawn one by one.  For answers of a
-    hundred tokens and more take no less than 16: of fewer copies the fit costs more than it gives."""
+    """At most so many masked copies of a row; LLaDA (arXiv 2502.09992) takes 128, drawn one by one."""
     guidance: float = 0.0
     """w of classifier-free guidance, logits c + w (c - u) with u from the row with its context masked; 0: none."""
     noise_seed: int = 2_000
