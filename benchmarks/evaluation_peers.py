@@ -32,8 +32,12 @@ def one_by_one(
     num_masks: int,
     batch_rows: int,
     generator: torch.Generator,
+    target_offset: int = 0,
 ) -> OneByOne:
-    """-log p(answer | context) <= E (n / k) sum_{masked} -log p,  mean over num_masks copies of the row."""
+    """-log p(answer | context) <= E (n / k) sum_{masked} -log p,  mean over num_masks copies of the row.
+
+    A model with a ``target_offset`` of 1 has all its logits moved by one place, as Dream's scripts do it.
+    """
     row = torch.tensor([*context, *answer])
     copies = row.repeat(batch_rows, 1)
     num_context, n = len(context), len(answer)
@@ -42,6 +46,8 @@ def one_by_one(
         is_masked, counts = _masks(num_context, n, batch_rows, generator)
         xt = torch.where(is_masked, mask_token_id, copies)
         logits = model(xt).view(batch_rows, len(row), -1)
+        if target_offset:
+            logits = torch.cat([logits[:, :target_offset], logits[:, :-target_offset]], dim=1)
         losses = F.cross_entropy(logits[is_masked], copies[is_masked], reduction="none")
         share = (counts / n)[:, None].expand(-1, len(row))[is_masked]
         means.append(float((losses / share).sum()) / batch_rows)

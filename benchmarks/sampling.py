@@ -207,12 +207,9 @@ def _with_weights(setting: Setting, weights: Path | None) -> Setting:
     from pipeline.weights import load_record
 
     record = load_record(weights)
-    if record.objective != "masked_nelbo" or record.target_offset:
-        raise ValueError(
-            f"{weights}: the model has the objective {record.objective} and target_offset {record.target_offset}; "
-            "wanted masked_nelbo and 0"
-        )
-    return replace(setting, model=record.model, weights=weights)
+    if record.objective != "masked_nelbo":
+        raise ValueError(f"{weights}: the model has the objective {record.objective}; wanted masked_nelbo")
+    return replace(setting, model=record.model, target_offset=record.target_offset, weights=weights)
 
 
 def arguments() -> argparse.ArgumentParser:

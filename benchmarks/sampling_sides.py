@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.command import RefusedError
 from benchmarks.sampling_peers import MDLM_T_END, llada, mdlm
+from dlm_core.ar_init import shifted
 from dlm_core.models.config import ModelConfig
 from dlm_core.models.transformer import Denoiser
 from dlm_core.samplers.blocks import sample_blocks
@@ -41,6 +42,7 @@ class Setting:
     num_steps: int = 64
     temperature: float = 1.0
     num_rounds: int = 3
+    target_offset: int = 0
     weights: Path | None = None
     """An artifact; None for drawn weights."""
 
@@ -91,7 +93,7 @@ def ours(setting: Setting, sampler: str, model: Denoiser) -> Sampler:
     def fill(xt: Tensor, seed: int) -> Filled:
         timed = Timed(model)
         done = sample_blocks(
-            Whole(without_pass(timed)),
+            Whole(without_pass(shifted(timed) if setting.target_offset else timed)),
             xt,
             rule_of(sampler, setting.num_steps),
             Proposal(setting.temperature),
@@ -127,12 +129,17 @@ def theirs(setting: Setting, sampler: str, model: Denoiser) -> Sampler:
 
     def fill(xt: Tensor, seed: int) -> Filled:
         torch.manual_seed(seed)
-        timed = Timed(lambda rows: plain(rows).view(*rows.shape, -1))
+        timed = Timed(lambda rows: _moved(plain(rows).view(*rows.shape, -1), setting.target_offset))
         x0, num_passes = of_script(timed, xt)
         assert num_passes == timed.num_passes
         return Filled(x0, num_passes, timed.seconds)
 
     return fill
+
+
+def _moved(logits: Tensor, target_offset: int) -> Tensor:
+    """As Dream's scripts move the logits of a shifted model, all of them."""
+    return torch.cat([logits[:, :target_offset], logits[:, :-target_offset]], dim=1) if target_offset else logits
 
 
 def mask_of(setting: Setting) -> int:

@@ -123,7 +123,7 @@ def bound_of_losses(
     k = held.sum(dim=3)
     of_fit = (held * fit.token[:, :, None]).sum(dim=3) + k * (fit.a + fit.b * (k / n).sqrt())
     off = weight * (beyond.sum(dim=3) - of_fit)
-    bound = losses[:, 0].mean(dim=1) + (off.sum(dim=2) + fit.mean_over(n)).sum(dim=1)
+    bound = losses[:, 0].sum(dim=1) * masks.weight[:, 0] + (off.sum(dim=2) + fit.mean_over(n)).sum(dim=1)
     return bound, (off[..., 0] - off[..., 1]).square().sum(dim=1)
 
 

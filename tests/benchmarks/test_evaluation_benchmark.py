@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 
+from benchmarks.command import RefusedError
+from benchmarks.evaluation import MAX_ERROR_RATIO, MIN_DOF, _check_errors
 from benchmarks.evaluation_peers import one_by_one
 
 MASK, VOCAB = 7, 8
@@ -44,3 +46,45 @@ def test_one_by_one_has_the_mean_and_the_error_of_enumeration() -> None:
     assert abs(float(nats.mean()) - exact) < SIGMAS * float(nats.std()) / math.sqrt(200)
     told = math.sqrt(math.fsum(one.mc_se**2 for one in found) / 200)
     assert told == pytest.approx(float(nats.std()), rel=0.25)
+
+
+def test_one_by_one_reads_a_shifted_model_one_place_to_the_left() -> None:
+    class Shifted(Model):
+        def forward(self, xt: torch.Tensor) -> torch.Tensor:
+            return super().forward(xt).view(*xt.shape, -1).roll(-1, dims=1).flatten(0, 1)
+
+    def of(model: Model, offset: int) -> float:
+        generator = torch.Generator().manual_seed(1)
+        found = one_by_one(
+            model,
+            (1, 2),
+            (3, 4, 5, 6),
+            mask_token_id=MASK,
+            num_masks=32,
+            batch_rows=8,
+            generator=generator,
+            target_offset=offset,
+        )
+        return found.nats
+
+    assert of(Shifted(), 1) == of(Model(), 0)
+    assert of(Shifted(), 0) != of(Model(), 0)
+
+
+@pytest.mark.parametrize(
+    ("told", "spread", "words"),
+    [
+        ({"theirs": 1.0, "ours": 1.1}, {"theirs": 1.0, "ours": 1.1}, "our error of 1.1000 nats is larger than theirs"),
+        ({"theirs": 1.0, "ours": 0.5}, {"theirs": 1.0, "ours": 1.0}, "ours: the rounds lie 1.0000 nats apart"),
+        ({"theirs": 0.5, "ours": 0.5}, {"theirs": 1.0, "ours": 0.5}, "theirs: the rounds lie 1.0000 nats apart"),
+    ],
+)
+def test_errors_that_are_larger_or_not_true_are_refused(
+    told: dict[str, float], spread: dict[str, float], words: str
+) -> None:
+    with pytest.raises(RefusedError, match=words):
+        _check_errors(told, spread, MIN_DOF)
+
+
+def test_few_rounds_say_nothing_of_an_error() -> None:
+    _check_errors({"theirs": 1.0, "ours": 1.0 * MAX_ERROR_RATIO}, {"theirs": 9.0, "ours": 9.0}, MIN_DOF - 1)

@@ -104,6 +104,7 @@ def _model() -> Denoiser:
 @torch.no_grad()
 def test_sides_write_the_same_at_temperature_zero():
     sampling_sides.check_equal(TINY, _model())
+    sampling_sides.check_equal(replace(TINY, target_offset=1), _model())
 
 
 @torch.no_grad()

@@ -58,12 +58,6 @@ ANSWERS: tuple[Planted, ...] = (
         "(off[..., 0] - off[..., 1]).square().sum(dim=1) / 2",
     ),
     Planted("answer_masks", "no mirror image", "torch.where(half == 0, u, 1 - u)", "u"),
-    Planted(
-        "answer_masks",
-        "tokens held to nothing",
-        "counted = seen + _HELD / num_others * ",
-        "counted = seen + 1e-6 / num_others * ",
-    ),
     Planted("answers", "blocks that share their masks", "a.noise_seed, part.block)", "a.noise_seed, 0)"),
     Planted(
         "answers", "the part of the last block alone", "nats.index_add_(0, part.row, bound)", "nats[part.row] = bound"
