@@ -3,14 +3,16 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import pytest
 
-from pipeline.sandbox.isolation import Isolation, choose_isolation, run_many
+from pipeline.sandbox.isolation import NAMESPACES, Isolation, choose_isolation, run_many
 from pipeline.sandbox.limits import Limits, Outcome
 from tests.pipeline.conftest import python
 from tests.support.sandboxed import (
     WALL_S,
+    ancestors,
     are_namespaces_allowed,
     is_alive,
     marked,
@@ -154,6 +156,21 @@ with tempfile.TemporaryFile(dir=".") as file:
     assert outcome.output.strip() in ("27", "28")  # too large, or no space
 
 
+def test_all_files_of_its_folder_together_have_a_limit_in_namespaces() -> None:
+    if not are_namespaces_allowed():
+        pytest.skip("namespaces are not allowed here")
+    program = """
+try:
+    for number in range(4):
+        with open(str(number), "wb") as file:
+            file.write(bytes(700 << 10))
+except OSError as error:
+    print(number, error.errno)
+"""
+    outcome = run_limited(program, Isolation(NAMESPACES, ""), disk_bytes=1 << 20)
+    assert (outcome.kind, outcome.output) == ("passed", "1 28\n")
+
+
 def test_outcomes_have_the_order_of_their_programs(isolation: Isolation) -> None:
     programs = [f"import time\ntime.sleep({s})\nprint({s})" for s in (0.6, 0.0, 0.3, 0.0)]
     together = run_many(programs, isolation=isolation, workers=3)
@@ -241,7 +258,8 @@ except UserError as error:
     assert "root may not become another user here, and limits do not hold for root. Run as another user" in refusal
 
 
-def test_a_program_that_is_killed_from_outside_is_told_as_killed(isolation: Isolation) -> None:
+def _killed_while_it_waits(isolation: Isolation, whom: Callable[[int], int]) -> Outcome:
+    """What is told of a program where somebody kills it, or a process that goes with it."""
     marker = new_marker()
     found: list[Outcome] = []
     program = marked("import time\ntime.sleep(1000)", marker)
@@ -249,6 +267,21 @@ def test_a_program_that_is_killed_from_outside_is_told_as_killed(isolation: Isol
     thread.start()
     wait_until(lambda: is_alive(marker))
     (pid,) = is_alive(marker)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(whom(pid), signal.SIGKILL)
     thread.join()
-    assert verdict(found[0]) == ("killed", "by SIGKILL")
+    wait_until(lambda: not is_alive(marker))
+    return found[0]
+
+
+def test_a_program_that_is_killed_from_outside_is_told_as_killed(isolation: Isolation) -> None:
+    assert verdict(_killed_while_it_waits(isolation, lambda pid: pid)) == ("killed", "by SIGKILL")
+
+
+@pytest.mark.parametrize("who", ["its parent", "the launcher"])
+def test_a_program_whose_watcher_is_killed_is_told_as_killed(isolation: Isolation, who: str) -> None:
+    def watcher(pid: int) -> int:
+        line = ancestors(pid)
+        return line[0] if who == "its parent" else line[line.index(os.getpid()) - 1]
+
+    outcome = _killed_while_it_waits(isolation, watcher)
+    assert verdict(outcome) == ("killed", "with the process that watched it: the machine may be out of memory")
