@@ -2,7 +2,8 @@
 
 ``doc_se`` is over questions (or texts), as if others of the kind might have been asked; the noise of the masks is part
 of their spread.  ``mc_se`` is the noise of the drawn masks alone, for these very questions.  An interval holds what
-all questions of the kind would give with a probability of 95 %: Wilson's of a share, Student's t of anything else.
+all questions of the kind would give with a probability of 95 %: Wilson's of a share, its form for unequal spreads of
+pass@k from several programs (dlm_core/intervals.py), Student's t of anything else.
 
 Sums are exact (math.fsum), of records in the order of their file: no bit depends on who made them.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, TypedDict
 
-from dlm_core.intervals import t_quantile, wilson_interval
+from dlm_core.intervals import mean_interval, t_quantile, wilson_interval
 from pipeline.config import identity
 from pipeline.inference.likelihood import LikelihoodConfig
 from pipeline.sandbox.pass_at_k import pass_at_k
@@ -78,7 +79,7 @@ _ESTIMATORS = {
 
 def _settings(task: TaskConfig, model: ModelRecord, config: LikelihoodConfig) -> dict[str, Any]:
     if task.kind not in BY_LIKELIHOOD:
-        given = {name: task.value(name) for name in TAKES[task.kind] if name not in ("file", "allow_unsandboxed")}
+        given = {name: task.value(name) for name in TAKES[task.kind] if name != "file"}
         return {"seq_len": model.seq_len, **identity(given)}
     drawn = {"num_masks": config.num_masks, "noise_seed": config.noise_seed, "guidance": config.guidance}
     is_exact = model.objective == "autoregressive_nll"
@@ -182,7 +183,7 @@ def programs_table(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Ro
         if num_samples == 1:
             rows["pass@1"] = _share([r["passed"] == 1 for r in records], None)
         else:
-            rows[f"pass@{k}"] = _mean([pass_at_k(num_samples, r["passed"], k) for r in records], "share", None)
+            rows[f"pass@{k}"] = _mean_share([pass_at_k(num_samples, r["passed"], k) for r in records])
     return rows | {"nfe": _mean([r["nfe"] for r in records], "passes", None)}
 
 
@@ -240,6 +241,12 @@ def _share(hits: Sequence[bool], mc_se: float | None) -> Row:
 
 def _mean(values: Sequence[float], unit: str, mc_se: float | None) -> Row:
     return _ratio(values, [1.0] * len(values), unit, None if mc_se is None else mc_se * len(values))
+
+
+def _mean_share(values: Sequence[float]) -> Row:
+    """Of estimates of a share for each question: unlike Student's t, its interval holds near 0 and 1 too."""
+    row = _mean(values, "share", None)
+    return {**row, "interval": list(mean_interval(values)) if len(values) > 1 else None}
 
 
 def _ratio(sums: Sequence[float], sizes: Sequence[float], unit: str, mc_se: float | None) -> Row:

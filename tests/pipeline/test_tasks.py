@@ -4,7 +4,7 @@ import gzip
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -21,7 +21,18 @@ from pipeline.tasks.likelihoods import mask_id
 from pipeline.tasks.questions import external_data
 from pipeline.tasks.run import read_records
 from pipeline.tracking import WandbRun
-from tests.support.questions import CONFIG, RECORDS, ask, both, choices, make_weights, numbers, texts, write
+from tests.support.questions import (
+    CONFIG,
+    RECORDS,
+    FakeWandbRun,
+    ask,
+    both,
+    choices,
+    make_weights,
+    numbers,
+    texts,
+    write,
+)
 from tests.support.tiny_run import Artifacts, make_artifacts, run_stage
 
 pytestmark = pytest.mark.timeout(120)
@@ -340,18 +351,6 @@ def test_a_file_that_changes_meanwhile_is_refused(
     config = replace(CONFIG, tasks={"q": TaskConfig("multiple_choice", str(file))})
     with pytest.raises(UserError, match=r"tasks\.q\.file: .*q\.jsonl has changed since the run was planned"):
         run_stage(STAGE, config, {"weights": weights["masked"], "tokenizer": made.tokenizer}, tmp_path / "out")
-
-
-@dataclass
-class FakeWandbRun:
-    """What wandb.init gives."""
-
-    summary: dict[str, float] = field(default_factory=dict)
-    offline: bool = True
-    is_finished: bool = False
-
-    def finish(self) -> None:
-        self.is_finished = True
 
 
 def test_results_go_to_wandb_as_values_of_a_run(

@@ -14,19 +14,24 @@ from typing import Any
 import pytest
 import torch
 
+from dlm_core.intervals import mean_interval
+from pipeline.config import to_json
 from pipeline.errors import UserError
 from pipeline.inference.filling import Canvas, fill, prompted
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
 from pipeline.inference.model import OpenModel, open_model
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
+from pipeline.sandbox import isolation
 from pipeline.sandbox.isolation import Isolation
 from pipeline.sandbox.limits import Outcome, SandboxError
+from pipeline.stage import main
 from pipeline.tasks import generations, tables
-from pipeline.tasks.config import TaskConfig, TasksConfig, check_scorer
+from pipeline.tasks.config import STAGE, TaskConfig, TasksConfig, check_scorer
 from pipeline.tasks.likelihoods import mask_id
 from pipeline.tasks.run import read_records
-from tests.support.questions import RECORDS, ask, make_weights, words, write
+from pipeline.tracking import WandbRun
+from tests.support.questions import RECORDS, FakeWandbRun, ask, make_weights, words, write
 from tests.support.tiny_run import Artifacts, make_artifacts
 
 pytestmark = pytest.mark.timeout(120)
@@ -119,7 +124,7 @@ def test_gaps_are_those_of_a_loop_over_one_gap_at_a_time(
     name: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path
 ) -> None:
     chance = random.Random(4)
-    suffix = "" if name == "next" else " " + words(chance, 1, 2)
+    suffix = "" if name in ("blocks", "next") else " " + words(chance, 1, 2)
     model = open_model(weights[name], made.tokenizer, "cpu")
     questions, wanted = [], []
     for number in range(8):
@@ -156,8 +161,8 @@ def test_gaps_that_a_model_cannot_fill_are_counted_and_listed(
     found = ask(replace(CONFIG, tasks={"q": task}), weights["next"], made.tokenizer, tmp_path / "out")["q"]
     assert (found["n"], found["num_failed"]) == (1, 2)
     assert [one["number"] for one in found["failed"]] == [1, 2]
-    assert "text stands behind the gap, which a model that predicts the next token" in found["failed"][0]["reason"]
-    assert re.match(r"it has \d+ tokens; rows of the model have room for 32", found["failed"][1]["reason"])
+    assert "text stands behind a mask, which a model that predicts the next token" in found["failed"][0]["reason"]
+    assert re.match(r"a row has \d+ tokens, those of the model have 32; shorten it", found["failed"][1]["reason"])
 
 
 PROBLEMS = [
@@ -193,7 +198,8 @@ def test_programs_that_pass_are_counted_and_a_failing_sandbox_is_listed(
     weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: list[str]
 ) -> None:
     written = iter(["    return a + b\ndef more", "    return a", "    return a + b", "    return b"] + ["sandbox"] * 2)
-    monkeypatch.setattr(generations, "_text", lambda *_: next(written))
+    written_of = generations._written
+    monkeypatch.setattr(generations, "_written", lambda *of: replace(written_of(*of), text=next(written)))
     file = write(tmp_path / "q.jsonl", PROBLEMS)
     task = TaskConfig("code", str(file), length=4, num_samples=2, ks=(1, 2), sampling=SAMPLING)
     config = replace(CONFIG, tasks={"q": task}, num_shards=1)
@@ -207,6 +213,53 @@ def test_programs_that_pass_are_counted_and_a_failing_sandbox_is_listed(
     assert read_records(tmp_path / "out" / "q.jsonl")[0]["outcomes"] == [["passed", ""], ["failed", "at 0x"]]
 
 
+def refuse_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a kernel that allows none."""
+    monkeypatch.setattr(isolation, "_trouble", lambda *, namespaces: "not permitted" if namespaces else None)
+
+
+def code_config(tmp_path: Path) -> TasksConfig:
+    task = TaskConfig("code", str(write(tmp_path / "q.jsonl", PROBLEMS)), length=4, sampling=SAMPLING)
+    return replace(CONFIG, tasks={"q": task}, num_shards=1)
+
+
+def test_without_namespaces_programs_are_refused_before_weights_are_read(
+    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_namespaces(monkeypatch)
+    monkeypatch.setattr("pipeline.inference.model.load_denoiser", lambda *_: pytest.fail("the weights are read"))
+    with pytest.raises(UserError, match=r"not allowed here \(not permitted\).*or give --allow-unsandboxed"):
+        ask(code_config(tmp_path), weights["masked"], made.tokenizer, tmp_path / "out")
+
+
+def test_the_option_of_the_stage_alone_runs_programs_without_namespaces_and_results_and_wandb_say_so(
+    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_namespaces(monkeypatch)
+    monkeypatch.setattr(isolation, "run_all", lambda programs, **_: [Outcome("passed", "", 0.0, "")] * len(programs))
+    fake = FakeWandbRun()
+    monkeypatch.setattr(WandbRun, "_start", lambda *_: fake)
+    config = replace(code_config(tmp_path), track=True)
+    (tmp_path / "c.json").write_text(json.dumps(to_json(config)))
+    inputs = [
+        f"--input={name}={path}" for name, path in (("weights", weights["masked"]), ("tokenizer", made.tokenizer))
+    ]
+    words = ["tasks", f"--config={tmp_path / 'c.json'}", *inputs, f"--out={tmp_path / 'out'}", "--allow-unsandboxed"]
+    monkeypatch.setattr("sys.argv", words)
+    main(STAGE)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["q"]
+    (told,) = found["settings"]["isolation"]
+    assert told.startswith("rlimits and a time limit alone")
+    assert told.endswith("no namespaces (not permitted)")
+    assert fake.summary["tasks/q/isolation"] == told
+    assert found["metrics"]["pass@1"]["value"] == 1.0
+
+
+def test_permission_for_programs_that_nobody_runs_is_refused() -> None:
+    with pytest.raises(ValueError, match="allow_unsandboxed is true, but no task is of kind 'code'"):
+        replace(CONFIG, tasks={"s": TaskConfig("samples")}, allow_unsandboxed=True)
+
+
 def test_pass_at_k_is_that_of_all_subsets() -> None:
     passed, n = (0, 1, 3), 4
     records = [{"completions": [""] * n, "passed": c, "nfe": 1} for c in passed]
@@ -217,7 +270,10 @@ def test_pass_at_k_is_that_of_all_subsets() -> None:
             subsets = list(itertools.combinations([i < c for i in range(n)], k))
             shares.append(sum(any(subset) for subset in subsets) / len(subsets))
         assert found[f"pass@{k}"]["value"] == pytest.approx(sum(shares) / len(shares), rel=1e-12)
+        assert found[f"pass@{k}"]["interval"] == list(mean_interval(shares))
     assert list(found) == ["pass@1", "pass@2", "pass@4", "nfe"]
+    (single,) = (tables.programs_table(records[:1], (2,))["pass@2"],)
+    assert (single["doc_se"], single["interval"]) == (None, None)
 
 
 @pytest.mark.parametrize("name", list(RECORDS))

@@ -4,7 +4,7 @@ import gzip
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ CONFIG = TasksConfig(likelihood=LikelihoodConfig(num_masks=8), device="cpu", tra
 RECORDS: Mapping[str, dict[str, Any]] = {
     "masked": {},
     "shifted": {"target_offset": 1},
+    "blocks": {"objective": "block_nelbo", "block_size": 4},
     "next": {"objective": "autoregressive_nll"},
 }
 
@@ -88,3 +89,15 @@ def numbers(value: Any) -> list[float]:
     if isinstance(value, dict | list):
         return [n for one in (value.values() if isinstance(value, dict) else value) for n in numbers(one)]
     return [] if value is None or isinstance(value, str) else [float(value)]
+
+
+@dataclass
+class FakeWandbRun:
+    """What wandb.init gives."""
+
+    summary: dict[str, Any] = field(default_factory=dict[str, Any])
+    offline: bool = True
+    is_finished: bool = False
+
+    def finish(self) -> None:
+        self.is_finished = True
