@@ -19,7 +19,7 @@ from pipeline.config import to_json
 from pipeline.errors import UserError
 from pipeline.inference.filling import Canvas, fill, prompted
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
-from pipeline.inference.model import OpenModel, open_model
+from pipeline.inference.model import OpenModel, forget_models, open_model
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.sandbox import isolation
@@ -31,6 +31,7 @@ from pipeline.tasks.config import STAGE, TaskConfig, TasksConfig, check_scorer
 from pipeline.tasks.likelihoods import mask_id
 from pipeline.tasks.run import read_records
 from pipeline.tracking import WandbRun
+from pipeline.weights import load_denoiser
 from tests.support.questions import RECORDS, FakeWandbRun, ask, make_weights, words, write
 from tests.support.tiny_run import Artifacts, make_artifacts
 
@@ -334,6 +335,21 @@ def test_a_scorer_with_another_tokenizer_reads_the_text(
         assert record["scored_nats"] == pytest.approx(math.fsum(nats), rel=1e-5)
     with pytest.raises(UserError, match="is not that of the weights in"):
         ask(config, weights["masked"], made.tokenizer, tmp_path / "bad", scorer=theirs)
+
+
+def test_a_process_reads_model_and_scorer_once_for_all_pieces(
+    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(
+        "pipeline.inference.model.load_denoiser", lambda path: (opened.append(path), load_denoiser(path))[1]
+    )
+    forget_models()
+    tasks = {name: TaskConfig("samples", num_samples=5, length=8, sampling=SAMPLING) for name in ("a", "b")}
+    config = replace(CONFIG, tasks=tasks, num_shards=6)
+    ask(config, weights["masked"], made.tokenizer, tmp_path / "out", scorer=weights["next"])
+    assert len(list((tmp_path / "out.state" / "shards").iterdir())) == 6
+    assert opened == [weights["masked"], weights["next"]]
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
