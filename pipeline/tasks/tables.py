@@ -90,51 +90,38 @@ def _settings(task: TaskConfig, model: ModelRecord, config: LikelihoodConfig) ->
 
 
 def choices_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
-    """How often the likeliest choice is right, by its nats and by its nats a byte, and how firmly it stands."""
-    by_byte = [[nats / size for nats, size in zip(r["nats"], r["bytes"], strict=True)] for r in records]
-    se_by_byte = [[se / size for se, size in zip(r["mc_se"], r["bytes"], strict=True)] for r in records]
-    sure = [Verdict.of(r["nats"], r["mc_se"]) for r in records]
-    sure_by_byte = [Verdict.of(costs, se) for costs, se in zip(by_byte, se_by_byte, strict=True)]
+    """How often the likeliest choice is right: by its nats, and by its nats a character and a byte.
+
+    A share has no ``mc_se`` where masks were drawn: choices have theirs in common, and how much of the noise goes out
+    of the difference of two is not known from their own errors.
+    """
     answers = [r["answer"] for r in records]
-    nats = "nll" if is_exact else "nelbo"
+    mc_se = None if any(error for r in records for error in r["mc_se"]) else 0.0
+
+    def right(size: str) -> Row:
+        costs = [[nats / n for nats, n in zip(r["nats"], r[size], strict=True)] if size else r["nats"] for r in records]
+        return _share([one.index(min(one)) == answer for one, answer in zip(costs, answers, strict=True)], mc_se)
+
+    best = [_best_two(r["nats"], r["mc_se"]) for r in records]
+    turning = [NormalDist().cdf(-margin / se) if se else 0.5 * (margin == 0.0) for margin, se in best]
     return {
-        "acc": _share([v.best == answer for v, answer in zip(sure, answers, strict=True)], _noise(sure, answers)),
-        "acc_norm": _share(
-            [v.best == answer for v, answer in zip(sure_by_byte, answers, strict=True)], _noise(sure_by_byte, answers)
-        ),
-        f"answer_{nats}": _mean(
+        "acc": right(""),
+        "acc_norm": right("chars"),
+        "acc_bytes": right("bytes"),
+        f"answer_{'nll' if is_exact else 'nelbo'}": _mean(
             [r["nats"][answer] for r, answer in zip(records, answers, strict=True)],
             "nats/answer",
             _root([r["mc_se"][answer] for r, answer in zip(records, answers, strict=True)]) / len(records),
         ),
-        "margin": _mean([v.margin for v in sure], "nats", None),
-        "turning": _plain(math.fsum(v.turning for v in sure) / len(records), "share"),
-        "turning_norm": _plain(math.fsum(v.turning for v in sure_by_byte) / len(records), "share"),
+        "margin": _mean([margin for margin, _ in best], "nats", None),
+        "turning": _plain(math.fsum(turning) / len(records), "share"),
     }
 
 
-class Verdict:
-    """The likeliest choice of a question, and the chance that other masks would have given another one."""
-
-    def __init__(self, best: int, second: int, margin: float, se: float) -> None:
-        self.best, self.second, self.margin = best, second, margin
-        self.turning = NormalDist().cdf(-margin / se) if se else 0.5 * (margin == 0.0)
-        """By the normal approximation of the margin between the best two."""
-
-    @classmethod
-    def of(cls, costs: Sequence[float], errors: Sequence[float]) -> "Verdict":
-        """From the cost of each choice; of equal ones the first is chosen.
-
-        The choices share their masks, so that the noise of their difference is mostly less than is assumed here.
-        """
-        best, second = sorted(range(len(costs)), key=costs.__getitem__)[:2]
-        return cls(best, second, costs[second] - costs[best], math.hypot(errors[best], errors[second]))
-
-
-def _noise(verdicts: Sequence[Verdict], answers: Sequence[int]) -> float:
-    """Standard error of a share of right choices from the drawn masks: of those that turn, some are right or were."""
-    turns = [v.turning for v, answer in zip(verdicts, answers, strict=True) if answer in (v.best, v.second)]
-    return math.sqrt(math.fsum(p * (1 - p) for p in turns)) / len(verdicts)
+def _best_two(costs: Sequence[float], errors: Sequence[float]) -> tuple[float, float]:
+    """How far the second choice is behind the best, and the error of that if each had masks of its own."""
+    best, second = sorted(range(len(costs)), key=costs.__getitem__)[:2]
+    return costs[second] - costs[best], math.hypot(errors[best], errors[second])
 
 
 # Texts

@@ -214,6 +214,23 @@ def test_programs_that_pass_are_counted_and_a_failing_sandbox_is_listed(
     assert read_records(tmp_path / "out" / "q.jsonl")[0]["outcomes"] == [["passed", ""], ["failed", "at 0x"]]
 
 
+@pytest.mark.parametrize("name", list(RECORDS))
+def test_programs_are_those_of_a_loop_over_one_sample_at_a_time(
+    name: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path, sandbox: list[str]
+) -> None:
+    file = write(tmp_path / "q.jsonl", PROBLEMS)
+    task = TaskConfig("code", str(file), length=8, num_samples=2, stop=("é",), sampling=sampling(name))
+    ask(replace(CONFIG, tasks={"q": task}), weights[name], made.tokenizer, tmp_path / "out")
+    model, wanted = open_model(weights[name], made.tokenizer, "cpu"), []
+    for number, problem in enumerate(PROBLEMS):
+        canvases = [prompted(model, model.encode(problem["prompt"]), 8, mask_id(number, sample)) for sample in (0, 1)]
+        texts = [model.vocabulary.decode(alone(model, canvas, sampling(name))) for canvas in canvases]
+        assert texts[0] != texts[1], "a weak test"
+        wanted.append([text.split("é")[0] for text in texts])
+    assert [record["completions"] for record in read_records(tmp_path / "out" / "q.jsonl")] == wanted
+    assert len(sandbox) == 6
+
+
 def refuse_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a kernel that allows none."""
     monkeypatch.setattr(isolation, "_trouble", lambda *, namespaces: "not permitted" if namespaces else None)
