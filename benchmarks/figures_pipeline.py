@@ -7,6 +7,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from workflows.graph import wanted_steps
 from workflows.recipes.quickstart import quickstart
 from workflows.recipes.smollm2 import smollm2_to_diffusion
 from workflows.report import svg
@@ -44,12 +45,12 @@ BACKGROUND = "#f4f6f9"
 
 
 def draw_picture(workflow: Workflow, layers_per_row: int) -> str:
-    """The graph of a recipe's steps on a card of its own, as a whole SVG file."""
+    """The graph of the steps that a recipe has unasked, on a card of its own, as a whole SVG file."""
+    steps = wanted_steps(workflow)
     nodes = [
-        svg.Node(step.name, _WHAT_IT_DOES[load_stage(step.stage).name], load_stage(step.stage).kind)
-        for step in workflow.steps
+        svg.Node(step.name, _WHAT_IT_DOES[load_stage(step.stage).name], load_stage(step.stage).kind) for step in steps
     ]
-    edges = {(source, step.name) for step in workflow.steps for source in step.inputs.values()}
+    edges = {(source, step.name) for step in steps for source in step.inputs.values()}
     graph = svg.layered_graph(nodes, edges, replace(_LAYOUT, layers_per_row=layers_per_row))
     legend = _legend(graph.height + _LAYOUT.gap_y)
     drawing = svg.Drawing(graph.body + legend, graph.width, graph.height + 2 * _LAYOUT.gap_y)

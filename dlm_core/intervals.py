@@ -5,6 +5,7 @@ estimates and their errors come about.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from statistics import NormalDist
 
@@ -55,7 +56,30 @@ def wilson_interval(share: float, num_trials: int, level: float = 0.95) -> tuple
         raise ValueError(f"num_trials is {num_trials}; an interval needs at least 1")
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share is {share}; it must lie in [0, 1]")
-    z2 = t_quantile(math.inf, level) ** 2
+    return _score_interval(share, float(num_trials), t_quantile(math.inf, level))
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean that values in [0, 1] are drawn around, such as estimates of a probability for each problem.
+
+    Wilson's, with as many trials as the values are worth: their number over how their squared deviations compare with
+    those of as many zeros and ones of the same mean.  Both sums are taken with 1 more, the most that one further trial
+    adds, since the spread of values that happen to be alike is not known to be 0; and Student's t takes the place of
+    the normal law.  Raises ValueError for less than two values, and for one outside [0, 1].
+    """
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"there are {n} values; an interval of their mean needs at least 2")
+    if not all(0.0 <= value <= 1.0 for value in values):
+        raise ValueError(f"values lie in [{min(values)}, {max(values)}]; they must lie in [0, 1]")
+    mean = min(1.0, math.fsum(values) / n)
+    spread = math.fsum((value - mean) ** 2 for value in values)
+    return _score_interval(mean, n * (n * mean * (1 - mean) + 1) / (spread + 1), t_quantile(n - 1.0, level))
+
+
+def _score_interval(share: float, num_trials: float, z: float) -> tuple[float, float]:
+    """All p with |share - p| <= z sqrt(p (1 - p) / n)."""
+    z2 = z**2
     middle = (share + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
     half = math.sqrt(z2 * (share * (1 - share) / num_trials + z2 / (4 * num_trials**2))) / (1 + z2 / num_trials)
     return max(0.0, middle - half), min(1.0, middle + half)

@@ -27,14 +27,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.artifact import MANIFEST, Manifest, checked_files, fsync_dir, open_artifact, record_files, write_json
-from pipeline.config import fingerprint, from_json, identity, parse_json, to_json
+from pipeline.config import apply_settings, fingerprint, from_json, identity, parse_json, to_json
 from pipeline.errors import CorruptionError, UserError
 from pipeline.mirror import Mirror
 
@@ -119,6 +119,9 @@ class StageContext:
 class Stopped(Exception):
     """A stage ended early on request, its state saved."""
 
+
+PERMISSION = "allow_unsandboxed"
+"""The setting of a stage that runs programs which a model wrote, on the command line --allow-unsandboxed."""
 
 PACKAGES = ("torch", "deepspeed", "ray", "pyarrow", "tokenizers", "numpy")
 
@@ -302,6 +305,12 @@ def main(stage: Stage) -> None:
     parser.add_argument("--config", help="JSON file with the configuration (default: all defaults)")
     parser.add_argument("--input", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--out", required=True, help="directory of the artifact to make")
+    if has_permission(stage.config):
+        parser.add_argument(
+            "--allow-unsandboxed",
+            action="store_true",
+            help="run what a model wrote with rlimits alone where the kernel allows no namespaces",
+        )
     arguments = parser.parse_args()
     try:
         _run_alone(stage, arguments)
@@ -316,6 +325,11 @@ def main(stage: Stage) -> None:
         sys.exit(3)
 
 
+def has_permission(config: Any) -> bool:
+    """Whether a configuration, or its type, has the setting ``PERMISSION``."""
+    return PERMISSION in {field.name for field in fields(config)}
+
+
 def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
     value: Any = {}
     if arguments.config:
@@ -324,6 +338,8 @@ def _run_alone(stage: Stage, arguments: argparse.Namespace) -> None:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"--config {arguments.config}: {error}") from None
     config = from_json(stage.config, value, where=stage.name)
+    if getattr(arguments, PERMISSION, False):
+        config = apply_settings({stage.name: config}, [(f"{stage.name}.{PERMISSION}", True)])[stage.name]
     if stage.ready is not None:
         stage.ready(config, stage.name)
     pairs = [item.partition("=")[::2] for item in arguments.input]

@@ -197,16 +197,17 @@ def _mc_se(record: Record) -> float:
     return float(error[record["answer"]] if "answer" in record else error)
 
 
-def _cheapest_is_right(record: Record, *, by_byte: bool) -> bool:
-    sizes = record["bytes"] if by_byte else [1] * len(record["nats"])
+def _cheapest_is_right(record: Record, size: str = "") -> bool:
+    sizes = record[size] if size else [1] * len(record["nats"])
     costs = [nats / size for nats, size in zip(record["nats"], sizes, strict=True)]
     return bool(costs.index(min(costs)) == record["answer"])
 
 
 _MEASURES: Mapping[str, Sequence[Measure]] = {
     "multiple_choice": (
-        _share("acc", lambda record: _cheapest_is_right(record, by_byte=False)),
-        _share("acc_norm", lambda record: _cheapest_is_right(record, by_byte=True)),
+        _share("acc", _cheapest_is_right),
+        _share("acc_norm", lambda record: _cheapest_is_right(record, "chars")),
+        _share("acc_bytes", lambda record: _cheapest_is_right(record, "bytes")),
         _ratio("answer", "nats/answer", lambda record: record["nats"][record["answer"]], lambda record: 1.0),
     ),
     "text": (_ratio("bpb", "bits/byte", lambda record: record["nats"], lambda record: record["bytes"] * math.log(2)),),

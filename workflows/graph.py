@@ -1,5 +1,6 @@
-"""Order and validity of a workflow's graph."""
+"""Order and validity of a workflow's graph, and which of its steps are wanted at all."""
 
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
 
@@ -35,6 +36,32 @@ def ordered_steps(workflow: Workflow) -> list[Step]:
         ordered.append(by_name[first])
         sorter.done(first)
     return ordered
+
+
+def wanted_steps(workflow: Workflow) -> tuple[Step, ...]:
+    """The steps without those optional ones that their user has not asked for, and without what would come of these.
+
+    Raises UserError as ``ordered_steps``.
+    """
+    left_out: set[str] = set()
+    for step in ordered_steps(workflow):
+        if step.optional and (left_out & set(step.inputs.values()) or not _is_ready(step)):
+            left_out.add(step.name)
+    return tuple(
+        replace(step, inputs={name: source for name, source in step.inputs.items() if source not in left_out})
+        for step in workflow.steps
+        if step.name not in left_out
+    )
+
+
+def _is_ready(step: Step) -> bool:
+    ready = load_stage(step.stage).ready
+    try:
+        if ready is not None:
+            ready(step.config, step.name)
+    except UserError:
+        return False
+    return True
 
 
 def _check_step(workflow: Workflow, step: Step, by_name: dict[str, Step]) -> None:

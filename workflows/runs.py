@@ -7,17 +7,18 @@ import os
 import re
 import secrets
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from cluster.executor import Executor
 from pipeline.config import apply_settings, diff, merge_settings, to_json
 from pipeline.errors import CorruptionError, UserError
-from pipeline.stage import environment
+from pipeline.stage import PERMISSION, environment, has_permission
 from pipeline.storage import Place
 from workflows import snapshot
 from workflows.amendments import describe_drift, effective_plan, newest_code
-from workflows.plan import DriftError, Plan, check_drift, make_plan, step_config
+from workflows.graph import wanted_steps
+from workflows.plan import DriftError, Plan, PlannedStep, check_drift, make_plan, step_config
 from workflows.recipes import load_recipe
 from workflows.step import Step, Workflow, load_stage
 from workflows.store import RunExistsError, RunPlace, Store
@@ -32,11 +33,12 @@ class DoesNotFitError(RuntimeError):
 
 
 def configured(recipe: str, settings: list[tuple[str, Any]]) -> Workflow:
-    """A recipe with settings applied; UserError for any that do not fit."""
+    """A recipe with settings applied, without steps that nobody asked for; UserError for settings that do not fit."""
     workflow = load_recipe(recipe)
     configs = apply_settings({step.name: step.config for step in workflow.steps}, settings)
-    steps = tuple(Step(s.name, s.stage, configs[s.name], s.inputs) for s in workflow.steps)
-    return Workflow(workflow.name, workflow.summary, steps)
+    steps = tuple(dataclasses.replace(step, config=configs[step.name]) for step in workflow.steps)
+    configured = Workflow(workflow.name, workflow.summary, steps)
+    return dataclasses.replace(configured, steps=wanted_steps(configured))
 
 
 def merged_values(recipe: str, settings: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,6 +153,14 @@ def command_of(run: RunPlace, settings: Sequence[str] = ()) -> str:
     for setting in [*kept, *settings]:
         words += ["--set", setting]
     return shlex.join(words)
+
+
+def permission(steps: Iterable[Step | PlannedStep]) -> list[str]:
+    """What --allow-unsandboxed sets, as it would be typed; UserError where no step runs programs."""
+    settings = [f"{step.name}.{PERMISSION}=true" for step in steps if has_permission(load_stage(step.stage).config)]
+    if not settings:
+        raise UserError("--allow-unsandboxed: no step runs programs that a model wrote; leave it out")
+    return settings
 
 
 def advice(plan: Plan) -> list[str]:

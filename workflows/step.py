@@ -23,6 +23,8 @@ class Step:
     """A frozen dataclass of the type that the stage declares."""
     inputs: Mapping[str, str] = field(default_factory=dict[str, str])
     """Input of the stage -> name of the step whose output it is."""
+    optional: bool = False
+    """Left out of a run as long as what it leaves to its user, or the output of such a step, is not there."""
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ import numpy as np
 
 from pipeline.artifact import load_manifest, write_json
 from pipeline.data.documents import read_rows, text_files
-from pipeline.data.special_tokens import load_special_tokens
 from pipeline.errors import NumericsError, UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.held_out import HeldOutRows, Questions, open_held_out
-from pipeline.inference.model import find_device
+from pipeline.inference.model import check_askable, open_model
 from pipeline.stage import Shard, StageContext, Stats
-from pipeline.weights import check_tokenizer, load_denoiser, load_record
+from pipeline.weights import load_record
 
 _LOSSES = "losses.npz"
 DOCUMENTS_FILE = "documents.npz"
@@ -32,7 +31,7 @@ XZ_PRESET = 9
 def list_shards(config: EvaluateConfig, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
     """Contiguous ranges of rows."""
     record = load_record(inputs["weights"])
-    check_tokenizer(record, inputs["weights"], inputs["tokenizer"])
+    check_askable(record, inputs["weights"], inputs["tokenizer"])
     made_with = {name: load_manifest(inputs["tokens"]).inputs[name] for name in ("tokenizer", "corpus")}
     for name, fingerprint in made_with.items():
         if fingerprint != load_manifest(inputs[name]).fingerprint:
@@ -48,12 +47,11 @@ def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, 
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    device = find_device(config.device)
-    model, record = load_denoiser(inputs["weights"])
-    model.to(device)
+    model = open_model(inputs["weights"], inputs["tokenizer"], config.device)
+    record = model.record
     rows = HeldOutRows(open_held_out(inputs["tokens"]), record.seq_len)
     scoring = record.scoring(config.noise_seed)
-    questions = Questions(rows, range(rows.num_rows), scoring, load_special_tokens(inputs["tokenizer"]))
+    questions = Questions(rows, range(rows.num_rows), scoring, model.vocabulary.special)
     sums = torch.zeros(config.num_replicates, len(rows.stream.doc_starts) - 1, dtype=torch.float64)
     num_drawn = 1 if scoring.is_exact else config.num_replicates
     with torch.inference_mode():
@@ -63,7 +61,7 @@ def run_shard(config: EvaluateConfig, inputs: Mapping[str, Path], shard: Shard, 
             for replicate in range(num_drawn):
                 question = questions.ask(indices, replicate)
                 places = question.select + record.target_offset
-                sums[replicate].index_add_(0, doc_ids[places], question.cross_entropy(model, device))
+                sums[replicate].index_add_(0, doc_ids[places], question.cross_entropy(model.denoiser, model.device))
     sums[num_drawn:] = sums[0]
     np.savez(context.out / _LOSSES, sums=sums.numpy())
     return None

@@ -20,10 +20,11 @@ from pipeline.harness.accounts import Accounts
 from pipeline.harness.addresses import address_of, repetitions
 from pipeline.harness.config import read_config, with_theirs
 from pipeline.harness.generation import Prompt, Wish, Written, cut_prompts, wish_of, write
-from pipeline.harness.pieces import cut_requests, encode_pair
+from pipeline.harness.pieces import cut_requests
 from pipeline.inference.greedy import are_greedy
 from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
 from pipeline.inference.model import OpenModel
+from pipeline.inference.pairs import encode_pair
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.inference.stops import before_stops
 from pipeline.inference.workers import Workers

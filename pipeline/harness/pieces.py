@@ -1,28 +1,15 @@
-"""From text to requests, and requests cut into pieces of work by what is in them alone.
+"""Requests cut into pieces of work by what is in them alone.
 
 Neither their order nor the workers change a piece.  A score in float32 depends in its last digits on what it was
 computed together with, so what goes together must not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pipeline.inference.likelihood import Request
 
 _BATCHES = 16
 """Of a piece: enough to fill all but the last, few enough that workers end together."""
-
-
-def encode_pair(encode: Callable[[str], list[int]], context: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a context and of what follows it, as the harness's own models make them.
-
-    Both are encoded as one text, whose tokens behind those of the context alone are the answer's; spaces at the end of
-    the context go to it.  Where that leaves it none, as the last token of the context took it in, each is encoded by
-    itself.
-    """
-    spaces = len(context) - len(context.rstrip())
-    context, answer = context[: len(context) - spaces], context[len(context) - spaces :] + answer
-    context_ids = encode(context)
-    return context_ids, encode(context + answer)[len(context_ids) :] or encode(answer)
 
 
 def cut_requests(requests: Sequence[Request], num_masks: int, batch_rows: int) -> list[list[Request]]:

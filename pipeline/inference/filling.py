@@ -143,6 +143,15 @@ def fill(
                 yield from (one for one in told if one[0] not in done)
 
 
+def why_not(model: OpenModel, canvas: Canvas, config: SamplingConfig) -> str:
+    """Why ``fill`` would refuse a canvas, or nothing."""
+    try:
+        _row(model, canvas, config)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 # Rows as the samplers of the core want them
 
 

@@ -5,9 +5,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.data.special_tokens import SpecialTokens
 from pipeline.data.vocabulary import Vocabulary, load_vocabulary
 from pipeline.errors import UserError
-from pipeline.weights import ModelRecord, check_tokenizer, load_denoiser
+from pipeline.weights import ModelRecord, check_tokenizer, load_denoiser, load_record
 
 if TYPE_CHECKING:
     import torch
@@ -57,14 +58,19 @@ def open_model(weights: Path, tokenizer: Path, device: str = "auto") -> OpenMode
 def _open(weights: Path, tokenizer: Path, device: str) -> OpenModel:
     import torch
 
+    check_askable(load_record(weights), weights, tokenizer)
     model, record = load_denoiser(weights)
+    return OpenModel(model.to(device).requires_grad_(False), record, load_vocabulary(tokenizer), torch.device(device))
+
+
+def check_askable(record: ModelRecord, weights: Path, tokenizer: Path) -> SpecialTokens:
+    """The special ids of a tokenizer; UserError for weights that ``open_model`` refuses, before they are read."""
     if record.model.architecture.time_conditioning:
         raise UserError(
             f"the model in {weights} is conditioned on the time of its noise, whose schedule its weights do not tell; "
             "it can be neither sampled nor asked so far. Train with architecture.time_conditioning=false"
         )
-    check_tokenizer(record, weights, tokenizer)
-    return OpenModel(model.to(device).requires_grad_(False), record, load_vocabulary(tokenizer), torch.device(device))
+    return check_tokenizer(record, weights, tokenizer)
 
 
 def forget_models() -> None:

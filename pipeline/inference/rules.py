@@ -14,10 +14,12 @@ from dlm_core.samplers.quotas import EvenQuotas, Quotas, ScheduleQuotas, TimedQu
 from dlm_core.samplers.remask import PathPlanning, ReMDM
 from dlm_core.samplers.speculative import SelfSpeculative
 from dlm_core.schedules import LinearSchedule
+from pipeline.data.special_tokens import SpecialTokens
 from pipeline.errors import UserError
 from pipeline.inference.model import OpenModel
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
+from pipeline.weights import ModelRecord
 
 _MDLM_T_END = 1e-5
 """Where MDLM (arXiv 2406.07524) stops, and fills what is left with the most likely tokens."""
@@ -67,37 +69,61 @@ def _quotas(sampler: SamplerConfig) -> Quotas:
     return TimedQuotas(num_steps) if kind == "timed" else ScheduleQuotas(num_steps, kind)
 
 
+def check_sampling(
+    config: SamplingConfig, record: ModelRecord, special: SpecialTokens, length: int | None = None
+) -> None:
+    """UserError for settings that a model has no use for, or no window of ``length`` tokens: before it is opened."""
+    _suppressed(config, record, special)
+    if record.objective == "autoregressive_nll":
+        refuse_idle(config)
+        return
+    _check_context(config, record)
+    if length is not None or record.block_size:
+        _window_of(config, record, record.block_size or length or 0)
+
+
 def make_proposal(config: SamplingConfig, model: OpenModel) -> Proposal:
     """What tokens are drawn from; UserError for suppressed ids that the model lacks, or that leave none."""
-    vocab_size = model.record.model.vocab_size
+    suppressed = _suppressed(config, model.record, model.vocabulary.special)
+    return Proposal(config.temperature, config.top_k, config.top_p, suppressed)
+
+
+def _suppressed(config: SamplingConfig, record: ModelRecord, special: SpecialTokens) -> tuple[int, ...]:
+    vocab_size = record.model.vocab_size
     for token_id in config.suppressed:
         if token_id >= vocab_size:
             raise UserError(f"suppressed has the id {token_id}; the model has the ids 0..{vocab_size - 1}")
-    ends = {model.vocabulary.special.eos_token_id} if config.suppresses_eos else set[int]()
+    ends = {special.eos_token_id} if config.suppresses_eos else set[int]()
     suppressed = set(config.suppressed) | ends
-    if not set(range(vocab_size)) - suppressed - {model.mask_token_id}:
+    if not set(range(vocab_size)) - suppressed - {special.mask_token_id}:
         raise UserError(f"suppressed has {len(config.suppressed)} ids and leaves no token to draw; take some out")
-    return Proposal(config.temperature, config.top_k, config.top_p, tuple(sorted(suppressed)))
+    return tuple(sorted(suppressed))
+
+
+def _check_context(config: SamplingConfig, record: ModelRecord) -> None:
+    if record.objective != "block_nelbo":
+        return
+    if config.cache in ("prefix", "dual"):
+        raise UserError(
+            f'cache is "{config.cache}", an approximation for models of full attention; this one is of blocks, for '
+            'which "auto" keeps exact keys and values'
+        )
+    if config.guidance:
+        raise UserError(
+            f"guidance is {config.guidance}, but the model is of blocks, for which it is not built; set it to 0"
+        )
 
 
 def make_context(config: SamplingConfig, model: OpenModel) -> Context:
     """What a window sees of its row; UserError for settings that a model has no use for."""
-    record, denoiser, is_approximate = model.record, model.denoiser, config.cache in ("prefix", "dual")
+    record, denoiser = model.record, model.denoiser
+    _check_context(config, record)
     if record.objective == "block_nelbo":
-        if is_approximate:
-            raise UserError(
-                f'cache is "{config.cache}", an approximation for models of full attention; this one is of blocks, for '
-                'which "auto" keeps exact keys and values'
-            )
-        if config.guidance:
-            raise UserError(
-                f"guidance is {config.guidance}, but the model is of blocks, for which it is not built; set it to 0"
-            )
         if config.cache == "auto" and not make_rule(config.sampler).adds_rows:
             return ExactCache(denoiser, record.block_size)
         mask = AttentionMask("block_causal", block_size=record.block_size)
         return Whole(without_pass(partial(denoiser, mask=mask)))
-    if is_approximate:
+    if config.cache in ("prefix", "dual"):
         kind = PrefixCache if config.cache == "prefix" else DualCache
         return kind(denoiser, config.refresh_every, record.target_offset)
     predict = without_pass(shifted(denoiser) if record.target_offset else denoiser)
@@ -108,7 +134,11 @@ def make_context(config: SamplingConfig, model: OpenModel) -> Context:
 
 def window_of(config: SamplingConfig, model: OpenModel, length: int) -> int:
     """Size of the windows of ``length`` tokens; UserError unless they are the model's blocks, if any, and divide it."""
-    own = model.record.block_size
+    return _window_of(config, model.record, length)
+
+
+def _window_of(config: SamplingConfig, record: ModelRecord, length: int) -> int:
+    own = record.block_size
     size = config.block_size or own or length
     if own and size != own:
         raise UserError(f"block_size is {size}, but the model was trained on blocks of {own}; leave it 0")

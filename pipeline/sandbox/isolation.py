@@ -35,7 +35,7 @@ def choose_isolation(*, allow_unsandboxed: bool) -> Isolation:
         raise UserError(
             f"code under test cannot be kept apart from this machine: user and network namespaces are not allowed "
             f"here ({trouble}). Run on Linux 5.12 or later where they are (in a container: with a seccomp profile that "
-            "allows unshare and mount), or set allow_unsandboxed of the task to true to run the code with rlimits alone"
+            "allows unshare and mount), or give --allow-unsandboxed to run the code with rlimits alone"
         )
     weaker = _trouble(namespaces=False)
     if weaker is not None:

@@ -1,19 +1,6 @@
 """How likely one of k completions passes, from n of them."""
 
 import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class PassAtK:
-    """A mean over problems."""
-
-    mean: float
-    se: float
-    """Standard error over problems; nan of a single one."""
-    num_problems: int
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
@@ -30,12 +17,3 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
         )
     subsets = math.comb(num_samples, k)
     return (subsets - math.comb(num_samples - num_passed, k)) / subsets
-
-
-def mean_pass_at_k(num_passed: Sequence[int], num_samples: int, k: int) -> PassAtK:
-    """The mean over problems, of each of which some of as many samples passed."""
-    if not num_passed:
-        raise ValueError("pass@k of no problem; at least one is needed")
-    values = [pass_at_k(num_samples, passed, k) for passed in num_passed]
-    se = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return PassAtK(statistics.fmean(values), se, len(values))

@@ -22,7 +22,7 @@ TAKES: Mapping[Kind, tuple[str, ...]] = {
     "text": ("file", "limit"),
     "match": ("file", "limit", "length", "pattern", "stop", "sampling"),
     "infill": ("file", "limit", "sampling"),
-    "code": ("file", "limit", "length", "stop", "num_samples", "ks", "allow_unsandboxed", "sampling"),
+    "code": ("file", "limit", "length", "stop", "num_samples", "ks", "sampling"),
     "samples": ("num_samples", "length", "sampling"),
 }
 """The settings that each kind has a use for."""
@@ -62,15 +62,13 @@ class TaskConfig:
     all of the match.  null: everything.  Blanks around it, and commas that group digits, count for nothing."""
     stop: tuple[str, ...] | None = None
     """Texts at which what was written ends; none by default, for programs those of HumanEval."""
-    allow_unsandboxed: bool = execution(False)
-    """Programs are run where the kernel allows no namespaces too, with rlimits alone."""
     sampling: SamplingConfig | None = None
     """How it is written."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):  # asked here too: recipes are not parsed
             raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(get_args(Kind))}")
-        given = [f.name for f in fields(self) if f.name != "kind" and getattr(self, f.name) not in (None, "", False)]
+        given = [f.name for f in fields(self) if f.name != "kind" and getattr(self, f.name) not in (None, "")]
         if idle := [name for name in given if name not in TAKES[self.kind]]:
             raise ValueError(
                 f"{idle[0]} is {getattr(self, idle[0])!r}, but kind {self.kind!r} has no use for it; it takes "
@@ -82,6 +80,11 @@ class TaskConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1, or null for {otherwise}")
+        if self.kind == "samples" and self.sampling is not None and self.sampling.guidance:
+            raise ValueError(
+                f"sampling.guidance is {self.sampling.guidance}, but kind 'samples' writes from nothing, which it "
+                "could not strengthen; set it to 0"
+            )
         self._check_written()
 
     def _check_written(self) -> None:
@@ -126,6 +129,8 @@ class TasksConfig:
     """By name.  Empty: they are to be given before a run."""
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     """How answers and texts are scored."""
+    allow_unsandboxed: bool = execution(False)
+    """Programs are run where the kernel allows no namespaces too, with rlimits alone (--allow-unsandboxed)."""
     num_shards: int = execution(16)
     """About so many pieces of like cost that the questions are cut into; no effect on the masks."""
     device: Literal["auto", "cpu", "cuda"] = execution("auto")
@@ -145,6 +150,13 @@ class TasksConfig:
             raise ValueError(f"num_shards is {self.num_shards}; it must be at least 1")
         check_places(self.device, self.gpus)
         _refuse_idle_likelihood(self)
+        if self.allow_unsandboxed and self.tasks and not self.runs_programs:
+            raise ValueError("allow_unsandboxed is true, but no task is of kind 'code', whose programs it is for")
+
+    @property
+    def runs_programs(self) -> bool:
+        """Whether what a model wrote is run."""
+        return any(task.kind == "code" for task in self.tasks.values())
 
 
 def _refuse_idle_likelihood(config: TasksConfig) -> None:
@@ -201,6 +213,7 @@ STAGE = Stage(
     inputs=("weights", "tokenizer"),
     optional_inputs=("scorer", "scorer_tokenizer"),
     external="pipeline.tasks.questions:external_data",
+    code_version=2,
     check=check_scorer,
     ready=check_ready,
 )

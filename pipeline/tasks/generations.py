@@ -1,15 +1,18 @@
 """Tasks by what a model writes: answers, gaps, programs, texts.  Each question gives one record of JSON values.
 
-What is drawn for a question depends on its number in the file alone.
+What is drawn for a question depends on its number in the file alone.  A question of which a canvas cannot be filled has
+failed, for the reason that its record tells; the others are asked all the same.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.inference.filling import Canvas, Filled, continuation, fill, prompted
+from pipeline.inference.filling import Canvas, Filled, fill, patterned, prompted, why_not
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
+from pipeline.inference.sampling import SamplingConfig
 from pipeline.inference.stops import before_stops
 from pipeline.tasks.config import TaskConfig
 from pipeline.tasks.likelihoods import Record, mask_id
@@ -22,25 +25,44 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _GROUPED = re.compile(r"(?<=\d),(?=\d{3})")
 
 
-def match(model: "OpenModel", numbered: Sequence[tuple[int, Question]], task: TaskConfig) -> list[Record]:
+Numbered = Sequence[tuple[int, Question]]
+"""Questions with their numbers in the file."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the masks of a canvas became."""
+
+    drawn: list[int]
+    """Ids, one for each mask."""
+    ids: list[int]
+    """Those of the text: where rows end with the first end that is drawn, what comes before it."""
+    text: str
+    nfe: int
+    num_cut: int
+
+
+def match(model: "OpenModel", numbered: Numbered, task: TaskConfig) -> list[Record]:
     """What stands behind each prompt, and whether the answer taken out of it is the one that is wanted."""
-    canvases = [prompted(model, model.encode(q["prompt"]), task.value("length"), mask_id(n)) for n, q in numbered]
-    records: list[Record] = []
-    for (number, question), canvas, filled in zip(numbered, canvases, _filled(model, canvases, task), strict=True):
-        text = before_stops(_text(model, canvas, filled, task), task.value("stop"))
+
+    def canvases(number: int, question: Question) -> list[Canvas]:
+        return [prompted(model, model.encode(question["prompt"]), task.value("length"), mask_id(number))]
+
+    def record(question: Question, written: Sequence[Written]) -> Record:
+        (one,) = written
+        text = before_stops(one.text, task.value("stop"))
         found, wanted = _taken_out(text, task.pattern), _taken_out(question["answer"], task.pattern)
-        records.append(
-            {
-                "number": number,
-                "text": text,
-                "found": found,
-                "wanted": wanted if wanted is not None else _tidy(question["answer"]),
-                "nfe": filled.nfe,
-                "cut": filled.num_cut,
-            }
-        )
-        records[-1]["hit"] = found == records[-1]["wanted"]
-    return records
+        wanted = wanted if wanted is not None else _tidy(question["answer"])
+        return {
+            "text": text,
+            "found": found,
+            "wanted": wanted,
+            "nfe": one.nfe,
+            "cut": one.num_cut,
+            "hit": found == wanted,
+        }
+
+    return _records(model, numbered, task.value("sampling"), canvases, record)
 
 
 def _taken_out(text: str, pattern: str | None) -> str | None:
@@ -56,101 +78,71 @@ def _tidy(text: str) -> str:
     return _GROUPED.sub("", (text or "").strip())
 
 
-def infill(model: "OpenModel", numbered: Sequence[tuple[int, Question]], task: TaskConfig) -> list[Record]:
+def infill(model: "OpenModel", numbered: Numbered, task: TaskConfig) -> list[Record]:
     """Each middle, as many masks as it has tokens: the length is given away."""
-    given = [model.vocabulary.special.eos_token_id] * model.record.target_offset
-    records: list[Record] = []
-    canvases: list[Canvas] = []
-    middles: list[list[int]] = []
-    for number, question in numbered:
+
+    def canvases(number: int, question: Question) -> list[Canvas]:
         before, middle, behind = (model.encode(question[name]) for name in ("prefix", "middle", "suffix"))
-        before = before or given
-        row = [*before, *[model.mask_token_id] * len(middle), *behind]
-        records.append({"number": number})
-        if why_not := _why_not(model, len(before), len(middle), len(behind)):
-            records[-1]["failed"] = why_not
-            continue
-        canvases.append(Canvas(row, mask_id(number)))
-        middles.append(middle)
-    results = iter(zip(canvases, middles, _filled(model, canvases, task), strict=True))
-    for (_, question), record in zip(numbered, records, strict=True):
-        if "failed" in record:
-            continue
-        canvas, middle, filled = next(results)
-        drawn = [new for new, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id]
-        text = model.vocabulary.decode(drawn)
-        right = sum(new == old for new, old in zip(drawn, middle, strict=True))
-        record |= {"text": text, "hit": text == question["middle"], "right": right, "tokens": len(middle)}
-        record["nfe"] = filled.nfe
-    return records
+        return [patterned(model, [before, len(middle), behind], mask_id(number))]
+
+    def record(question: Question, written: Sequence[Written]) -> Record:
+        (one,), middle = written, model.encode(question["middle"])
+        text = model.vocabulary.decode(one.drawn)
+        right = sum(new == old for new, old in zip(one.drawn, middle, strict=True))
+        hit = text == question["middle"]
+        return {"text": text, "hit": hit, "right": right, "tokens": len(middle), "nfe": one.nfe}
+
+    return _records(model, numbered, task.value("sampling"), canvases, record)
 
 
-def _why_not(model: "OpenModel", before: int, middle: int, behind: int) -> str:
-    """Why a gap cannot be filled, or nothing."""
-    record = model.record
-    if not middle:
-        return "the middle has no tokens"
-    if (total := before + middle + behind) > record.seq_len:
-        return f"it has {total} tokens; rows of the model have room for {record.seq_len}"
-    if model.is_autoregressive and behind:
-        return "text stands behind the gap, which a model that predicts the next token does not see"
-    size = record.block_size
-    if size and total > -(-(before + middle) // size) * size:
-        return "text stands behind the last block of the gap, which a model of blocks does not see"
-    return ""
-
-
-def code(
-    model: "OpenModel", numbered: Sequence[tuple[int, Question]], task: TaskConfig, isolation: Any
-) -> list[Record]:
+def code(model: "OpenModel", numbered: Numbered, task: TaskConfig, isolation: Any) -> list[Record]:
     """How many of the programs written for each problem pass its checks, run apart from this machine."""
     from pipeline.sandbox.humaneval import Problem, cut_completion, program_of
     from pipeline.sandbox.isolation import run_many
     from pipeline.sandbox.limits import SandboxError
 
-    num_samples, length = task.value("num_samples"), task.value("length")
-    canvases = [
-        prompted(model, model.encode(question["prompt"]), length, mask_id(number, sample))
-        for number, question in numbered
-        for sample in range(num_samples)
-    ]
-    results = iter(zip(canvases, _filled(model, canvases, task), strict=True))
-    records: list[Record] = []
-    for number, question in numbered:
-        problem, drawn = Problem(**question), [next(results) for _ in range(num_samples)]
-        texts = [cut_completion(_text(model, *one, task), task.value("stop")) for one in drawn]
-        record = {"number": number, "task_id": problem.task_id, "completions": texts}
-        records.append(record)
+    num_samples = task.value("num_samples")
+
+    def canvases(number: int, question: Question) -> list[Canvas]:
+        prompt, length = model.encode(question["prompt"]), task.value("length")
+        return [prompted(model, prompt, length, mask_id(number, sample)) for sample in range(num_samples)]
+
+    def record(question: Question, written: Sequence[Written]) -> Record:
+        problem = Problem(**question)
+        texts = [cut_completion(one.text, task.value("stop")) for one in written]
+        known: Record = {"task_id": problem.task_id, "completions": texts}
         try:
             outcomes = run_many([program_of(problem, text) for text in texts], isolation=isolation)
         except SandboxError as error:
-            record["failed"] = f"the sandbox did not work: {error}"
-            continue
-        record["passed"] = sum(outcome.kind == "passed" for outcome in outcomes)
-        record["outcomes"] = [[outcome.kind, _ADDRESS.sub("0x", outcome.detail)] for outcome in outcomes]
-        record["nfe"] = math.fsum(filled.nfe for _, filled in drawn) / num_samples
-        record["cut"] = max(filled.num_cut for _, filled in drawn)
-    return records
-
-
-def samples(model: "OpenModel", numbered: Sequence[tuple[int, Question]], task: TaskConfig) -> list[Record]:
-    """Texts from nothing; of one that ends early, what comes before its end counts."""
-    length = task.length or model.record.seq_len - model.record.target_offset
-    canvases = [prompted(model, (), length, mask_id(number)) for number, _ in numbered]
-    return [
-        {
-            "number": number,
-            "ids": _written(model, canvas, filled, task),
-            "text": _text(model, canvas, filled, task),
-            "nfe": filled.nfe,
+            return {**known, "failed": f"the sandbox did not work: {error}"}
+        return {
+            **known,
+            "passed": sum(outcome.kind == "passed" for outcome in outcomes),
+            "outcomes": [[outcome.kind, _ADDRESS.sub("0x", outcome.detail)] for outcome in outcomes],
+            "nfe": math.fsum(one.nfe for one in written) / num_samples,
+            "cut": max(one.num_cut for one in written),
         }
-        for (number, _), canvas, filled in zip(numbered, canvases, _filled(model, canvases, task), strict=True)
-    ]
+
+    return _records(model, numbered, task.value("sampling"), canvases, record)
+
+
+def samples(model: "OpenModel", numbered: Numbered, task: TaskConfig) -> list[Record]:
+    """Texts from nothing; of one that ends early, what comes before its end counts."""
+    length = task.value("length") or model.record.seq_len - model.record.target_offset
+
+    def canvases(number: int, question: Question) -> list[Canvas]:
+        return [prompted(model, (), length, mask_id(number))]
+
+    def record(question: Question, written: Sequence[Written]) -> Record:
+        (one,) = written
+        return {"ids": one.ids, "text": one.text, "nfe": one.nfe}
+
+    return _records(model, numbered, task.value("sampling"), canvases, record)
 
 
 def add_scores(records: Sequence[Record], scorer: "OpenModel", is_same_tokenizer: bool, batch_rows: int) -> None:
     """-log p of each sample under a model of next tokens, in rows of its own seq_len that do not see each other."""
-    size = scorer.record.seq_len
+    size, records = scorer.record.seq_len, [record for record in records if "failed" not in record]
     parts: list[list[list[int]]] = []
     for record in records:
         ids = record["ids"] if is_same_tokenizer else scorer.encode(record["text"])
@@ -162,17 +154,34 @@ def add_scores(records: Sequence[Record], scorer: "OpenModel", is_same_tokenizer
         record["scored_tokens"] = sum(map(len, rows))
 
 
-def _filled(model: "OpenModel", canvases: Sequence[Canvas], task: TaskConfig) -> list[Filled]:
-    found = dict(fill(model, canvases, task.value("sampling")))
-    return [found[place] for place in range(len(canvases))]
+def _records(
+    model: "OpenModel",
+    numbered: Numbered,
+    sampling: SamplingConfig,
+    canvases_of: Callable[[int, Question], list[Canvas]],
+    record_of: Callable[[Question, Sequence[Written]], Record],
+) -> list[Record]:
+    """A record of each question, from what its canvases became."""
+    canvases = [canvases_of(number, question) for number, question in numbered]
+    reasons = [next(filter(None, (_why_not(model, one, sampling) for one in some)), "") for some in canvases]
+    able = [one for some, reason in zip(canvases, reasons, strict=True) if not reason for one in some]
+    found = dict(fill(model, able, sampling))
+    written = (_written(model, one, found[place], sampling) for place, one in enumerate(able))
+    return [
+        {"number": number, **({"failed": reason} if reason else record_of(question, [next(written) for _ in some]))}
+        for (number, question), some, reason in zip(numbered, canvases, reasons, strict=True)
+    ]
 
 
-def _written(model: "OpenModel", canvas: Canvas, filled: Filled, task: TaskConfig) -> list[int]:
-    """Ids of a text without its end, and what is filled in behind that."""
-    ids = [new for new, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id]
+def _why_not(model: "OpenModel", canvas: Canvas, sampling: SamplingConfig) -> str:
+    """Why a canvas cannot be filled, or nothing."""
+    if model.mask_token_id not in canvas.ids:
+        return "there is nothing to be written: it has no tokens"
+    return why_not(model, canvas, sampling)
+
+
+def _written(model: "OpenModel", canvas: Canvas, filled: Filled, sampling: SamplingConfig) -> Written:
+    drawn = [new for new, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id]
     end = model.vocabulary.special.eos_token_id
-    return ids[: ids.index(end)] if task.value("sampling").ends_at_eos and end in ids else ids
-
-
-def _text(model: "OpenModel", canvas: Canvas, filled: Filled, task: TaskConfig) -> str:
-    return continuation(model, canvas, filled, ends_at_eos=task.value("sampling").ends_at_eos)
+    ids = drawn[: drawn.index(end)] if sampling.ends_at_eos and end in drawn else drawn
+    return Written(drawn, ids, model.vocabulary.decode(ids), filled.nfe, filled.num_cut)

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.errors import NumericsError
 from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
 from pipeline.inference.model import OpenModel
+from pipeline.inference.pairs import encode_pair
 from pipeline.tasks.questions import Question
 
 Record = dict[str, Any]
@@ -22,21 +23,16 @@ def mask_id(number: int, part: int = 0) -> int:
 
 
 def choose(model: OpenModel, numbered: Sequence[tuple[int, Question]], config: LikelihoodConfig) -> list[Record]:
-    """For each choice -log p of it behind its context, or a bound; choices of one question share their masks.
-
-    Spaces that end a context are taken to begin each choice, as words in texts do; both are encoded by themselves.
-    """
+    """For each choice -log p of it behind its context, or a bound; choices of one question share their masks."""
     records: list[Record] = []
     requests: list[Request] = []
     for number, question in numbered:
-        context = question["context"].rstrip(" ")
-        spaces = question["context"][len(context) :]
-        before, answers = model.encode(context), [model.encode(spaces + choice) for choice in question["choices"]]
+        pairs = [encode_pair(model.encode, question["context"], choice) for choice in question["choices"]]
         records.append({"number": number})
-        if why_not := _misfit(model, answers):
+        if why_not := _misfit(model, [answer for _, answer in pairs]):
             records[-1]["failed"] = why_not
             continue
-        requests += [Request(before, answer, mask_id(number)) for answer in answers]
+        requests += [Request(context, answer, mask_id(number)) for context, answer in pairs]
     scores = iter(score(model, requests, config))
     for (number, question), record in zip(numbered, records, strict=True):
         if "failed" in record:
@@ -47,6 +43,7 @@ def choose(model: OpenModel, numbered: Sequence[tuple[int, Question]], config: L
             "answer": question["answer"],
             "nats": [one.nats for one in found],
             "mc_se": [one.mc_se for one in found],
+            "chars": [len(choice) for choice in choices],
             "bytes": [len(choice.encode()) for choice in choices],
             "passes": sum(one.num_passes for one in found),
             "cut": max(one.num_cut for one in found),

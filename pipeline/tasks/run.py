@@ -13,37 +13,31 @@ from typing import Any
 from pipeline.artifact import load_manifest, write_json
 from pipeline.config import to_json
 from pipeline.errors import UserError
+from pipeline.inference.model import check_askable, open_model
 from pipeline.sandbox.isolation import choose_isolation
 from pipeline.stage import Shard, StageContext, Stats
-from pipeline.tasks.config import TAKES, TaskConfig, TasksConfig, check_scorer, not_exact
+from pipeline.tasks.config import TaskConfig, TasksConfig, check_scorer, not_exact
+from pipeline.tasks.fit import check_fit
 from pipeline.tasks.pieces import cut
 from pipeline.tasks.questions import Question, read_task
 from pipeline.tasks.tables import Table, table_of
 from pipeline.tracking import WandbRun
-from pipeline.weights import ModelRecord, check_tokenizer, load_record
+from pipeline.weights import check_tokenizer, load_record
 
 RESULTS_FILE = "results.json"
 _RECORDS = "records.jsonl"
 
 
 def list_shards(config: TasksConfig, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
-    """Pieces of like cost, the costliest first."""
+    """Pieces of like cost, the costliest first; UserError for what cannot be asked of this model, or here."""
+    if config.runs_programs:
+        choose_isolation(allow_unsandboxed=config.allow_unsandboxed)
     record = load_record(inputs["weights"])
-    check_tokenizer(record, inputs["weights"], inputs["tokenizer"])
-    _check_lengths(config, record)
+    check_fit(config, record, check_askable(record, inputs["weights"], inputs["tokenizer"]))
     _check_scorer(config, inputs)
     files = {name: read_task(name, config) for name in config.tasks}
     passes = 1 if record.objective == "autoregressive_nll" else config.likelihood.num_masks
     return cut(files, config, passes)
-
-
-def _check_lengths(config: TasksConfig, record: ModelRecord) -> None:
-    room = record.seq_len - record.target_offset
-    for name, task in config.tasks.items():
-        if "length" in TAKES[task.kind] and (length := task.value("length")) is not None and length > room:
-            raise UserError(
-                f"tasks.{name}.length is {length}, but rows of the model have room for {room} tokens; set it lower"
-            )
 
 
 def _check_scorer(config: TasksConfig, inputs: Mapping[str, Path]) -> None:
@@ -76,10 +70,9 @@ def _ask(
     config: TasksConfig, task: TaskConfig, inputs: Mapping[str, Path], numbered: Sequence[tuple[int, Question]]
 ) -> tuple[list[dict[str, Any]], str]:
     """A record of each question, and how programs were kept apart, if any were run."""
-    from pipeline.inference.model import open_model
     from pipeline.tasks import generations, likelihoods
 
-    isolation = choose_isolation(allow_unsandboxed=task.allow_unsandboxed) if task.kind == "code" else None
+    isolation = choose_isolation(allow_unsandboxed=config.allow_unsandboxed) if task.kind == "code" else None
     model = open_model(inputs["weights"], inputs["tokenizer"], config.device)
     match task.kind:
         case "multiple_choice":
@@ -148,6 +141,11 @@ def _track(config: TasksConfig, context: StageContext, tables: Mapping[str, Tabl
                 *zip(("_low", "_high"), row["interval"] or (), strict=False),
             )
             if value is not None
+        }
+        | {
+            f"tasks/{name}/isolation": "; ".join(words)
+            for name, table in tables.items()
+            if (words := table["settings"].get("isolation"))
         }
     )
     run.finish()

@@ -2,7 +2,8 @@
 
 ``doc_se`` is over questions (or texts), as if others of the kind might have been asked; the noise of the masks is part
 of their spread.  ``mc_se`` is the noise of the drawn masks alone, for these very questions.  An interval holds what
-all questions of the kind would give with a probability of 95 %: Wilson's of a share, Student's t of anything else.
+all questions of the kind would give with a probability of 95 %: Wilson's of a share, its form for unequal spreads of
+pass@k from several programs (dlm_core/intervals.py), Student's t of anything else.
 
 Sums are exact (math.fsum), of records in the order of their file: no bit depends on who made them.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, TypedDict
 
-from dlm_core.intervals import t_quantile, wilson_interval
+from dlm_core.intervals import mean_interval, t_quantile, wilson_interval
 from pipeline.config import identity
 from pipeline.inference.likelihood import LikelihoodConfig
 from pipeline.sandbox.pass_at_k import pass_at_k
@@ -78,7 +79,7 @@ _ESTIMATORS = {
 
 def _settings(task: TaskConfig, model: ModelRecord, config: LikelihoodConfig) -> dict[str, Any]:
     if task.kind not in BY_LIKELIHOOD:
-        given = {name: task.value(name) for name in TAKES[task.kind] if name not in ("file", "allow_unsandboxed")}
+        given = {name: task.value(name) for name in TAKES[task.kind] if name != "file"}
         return {"seq_len": model.seq_len, **identity(given)}
     drawn = {"num_masks": config.num_masks, "noise_seed": config.noise_seed, "guidance": config.guidance}
     is_exact = model.objective == "autoregressive_nll"
@@ -89,51 +90,38 @@ def _settings(task: TaskConfig, model: ModelRecord, config: LikelihoodConfig) ->
 
 
 def choices_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
-    """How often the likeliest choice is right, by its nats and by its nats a byte, and how firmly it stands."""
-    by_byte = [[nats / size for nats, size in zip(r["nats"], r["bytes"], strict=True)] for r in records]
-    se_by_byte = [[se / size for se, size in zip(r["mc_se"], r["bytes"], strict=True)] for r in records]
-    sure = [Verdict.of(r["nats"], r["mc_se"]) for r in records]
-    sure_by_byte = [Verdict.of(costs, se) for costs, se in zip(by_byte, se_by_byte, strict=True)]
+    """How often the likeliest choice is right: by its nats, and by its nats a character and a byte.
+
+    A share has no ``mc_se`` where masks were drawn: choices have theirs in common, and how much of the noise goes out
+    of the difference of two is not known from their own errors.
+    """
     answers = [r["answer"] for r in records]
-    nats = "nll" if is_exact else "nelbo"
+    mc_se = None if any(error for r in records for error in r["mc_se"]) else 0.0
+
+    def right(size: str) -> Row:
+        costs = [[nats / n for nats, n in zip(r["nats"], r[size], strict=True)] if size else r["nats"] for r in records]
+        return _share([one.index(min(one)) == answer for one, answer in zip(costs, answers, strict=True)], mc_se)
+
+    best = [_best_two(r["nats"], r["mc_se"]) for r in records]
+    turning = [NormalDist().cdf(-margin / se) if se else 0.5 * (margin == 0.0) for margin, se in best]
     return {
-        "acc": _share([v.best == answer for v, answer in zip(sure, answers, strict=True)], _noise(sure, answers)),
-        "acc_norm": _share(
-            [v.best == answer for v, answer in zip(sure_by_byte, answers, strict=True)], _noise(sure_by_byte, answers)
-        ),
-        f"answer_{nats}": _mean(
+        "acc": right(""),
+        "acc_norm": right("chars"),
+        "acc_bytes": right("bytes"),
+        f"answer_{'nll' if is_exact else 'nelbo'}": _mean(
             [r["nats"][answer] for r, answer in zip(records, answers, strict=True)],
             "nats/answer",
             _root([r["mc_se"][answer] for r, answer in zip(records, answers, strict=True)]) / len(records),
         ),
-        "margin": _mean([v.margin for v in sure], "nats", None),
-        "turning": _plain(math.fsum(v.turning for v in sure) / len(records), "share"),
-        "turning_norm": _plain(math.fsum(v.turning for v in sure_by_byte) / len(records), "share"),
+        "margin": _mean([margin for margin, _ in best], "nats", None),
+        "turning": _plain(math.fsum(turning) / len(records), "share"),
     }
 
 
-class Verdict:
-    """The likeliest choice of a question, and the chance that other masks would have given another one."""
-
-    def __init__(self, best: int, second: int, margin: float, se: float) -> None:
-        self.best, self.second, self.margin = best, second, margin
-        self.turning = NormalDist().cdf(-margin / se) if se else 0.5 * (margin == 0.0)
-        """By the normal approximation of the margin between the best two."""
-
-    @classmethod
-    def of(cls, costs: Sequence[float], errors: Sequence[float]) -> "Verdict":
-        """From the cost of each choice; of equal ones the first is chosen.
-
-        The choices share their masks, so that the noise of their difference is mostly less than is assumed here.
-        """
-        best, second = sorted(range(len(costs)), key=costs.__getitem__)[:2]
-        return cls(best, second, costs[second] - costs[best], math.hypot(errors[best], errors[second]))
-
-
-def _noise(verdicts: Sequence[Verdict], answers: Sequence[int]) -> float:
-    """Standard error of a share of right choices from the drawn masks: of those that turn, some are right or were."""
-    turns = [v.turning for v, answer in zip(verdicts, answers, strict=True) if answer in (v.best, v.second)]
-    return math.sqrt(math.fsum(p * (1 - p) for p in turns)) / len(verdicts)
+def _best_two(costs: Sequence[float], errors: Sequence[float]) -> tuple[float, float]:
+    """How far the second choice is behind the best, and the error of that if each had masks of its own."""
+    best, second = sorted(range(len(costs)), key=costs.__getitem__)[:2]
+    return costs[second] - costs[best], math.hypot(errors[best], errors[second])
 
 
 # Texts
@@ -182,7 +170,7 @@ def programs_table(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Ro
         if num_samples == 1:
             rows["pass@1"] = _share([r["passed"] == 1 for r in records], None)
         else:
-            rows[f"pass@{k}"] = _mean([pass_at_k(num_samples, r["passed"], k) for r in records], "share", None)
+            rows[f"pass@{k}"] = _mean_share([pass_at_k(num_samples, r["passed"], k) for r in records])
     return rows | {"nfe": _mean([r["nfe"] for r in records], "passes", None)}
 
 
@@ -240,6 +228,12 @@ def _share(hits: Sequence[bool], mc_se: float | None) -> Row:
 
 def _mean(values: Sequence[float], unit: str, mc_se: float | None) -> Row:
     return _ratio(values, [1.0] * len(values), unit, None if mc_se is None else mc_se * len(values))
+
+
+def _mean_share(values: Sequence[float]) -> Row:
+    """Of estimates of a share for each question: unlike Student's t, its interval holds near 0 and 1 too."""
+    row = _mean(values, "share", None)
+    return {**row, "interval": list(mean_interval(values)) if len(values) > 1 else None}
 
 
 def _ratio(sums: Sequence[float], sizes: Sequence[float], unit: str, mc_se: float | None) -> Row:

@@ -21,6 +21,7 @@ from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluate.config import STAGE, EvaluateConfig
 from pipeline.held_out import HeldOutRows, Questions
+from pipeline.inference.model import forget_models
 from pipeline.scoring import Scoring
 from pipeline.weights import load_denoiser, save_weights
 from tests.support.tiny_run import Artifacts, make_artifacts, run_stage
@@ -88,6 +89,19 @@ def test_shards_and_batches_do_not_change_the_result(
         # a standard error is a difference of sums, a perplexity an exponential: what is small in nelbo grows there
         slack = CUTS * results["nelbo"] * (value if name == "ppl_bound" else name.endswith("_se"))
         assert found[name] == pytest.approx(value, rel=CUTS, abs=slack), name
+
+
+def test_a_process_reads_the_weights_once_for_all_its_shards(
+    weights: Path, made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(
+        "pipeline.inference.model.load_denoiser", lambda path: (opened.append(path), load_denoiser(path))[1]
+    )
+    forget_models()
+    evaluate(EvaluateConfig(num_shards=5, device="cpu"), weights, made, tmp_path / "out")
+    assert len(list((tmp_path / "out.state" / "shards").iterdir())) == 5
+    assert opened == [weights]
 
 
 def test_every_held_out_token_counts_those_of_the_last_partial_row_too(

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from pipeline.sandbox.pass_at_k import mean_pass_at_k, pass_at_k
+from pipeline.sandbox.pass_at_k import pass_at_k
 
 ROUNDING = 1e-15
 
@@ -52,17 +52,3 @@ def test_a_k_that_is_no_number_of_samples_is_refused(num_samples: int, num_passe
 def test_more_successes_than_samples_are_refused(num_passed: int) -> None:
     with pytest.raises(ValueError, match=rf"num_passed is {num_passed}; of 5 samples it must lie in \[0, 5\]"):
         pass_at_k(5, num_passed, 1)
-
-
-def test_the_mean_has_its_standard_error_over_problems() -> None:
-    result = mean_pass_at_k([0, 1, 2, 4], num_samples=4, k=1)
-    assert result.mean == pytest.approx((0 + 0.25 + 0.5 + 1) / 4)
-    squares = sum((value - result.mean) ** 2 for value in (0, 0.25, 0.5, 1))
-    assert result.se == pytest.approx(math.sqrt(squares / 3 / 4))
-    assert result.num_problems == 4
-
-
-def test_a_single_problem_has_no_standard_error_and_none_no_mean() -> None:
-    assert math.isnan(mean_pass_at_k([1], num_samples=2, k=1).se)
-    with pytest.raises(ValueError, match="pass@k of no problem; at least one is needed"):
-        mean_pass_at_k([], num_samples=2, k=1)

@@ -14,19 +14,25 @@ from typing import Any
 import pytest
 import torch
 
+from dlm_core.intervals import mean_interval
+from pipeline.config import to_json
 from pipeline.errors import UserError
 from pipeline.inference.filling import Canvas, fill, prompted
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
-from pipeline.inference.model import OpenModel, open_model
+from pipeline.inference.model import OpenModel, forget_models, open_model
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
+from pipeline.sandbox import isolation
 from pipeline.sandbox.isolation import Isolation
 from pipeline.sandbox.limits import Outcome, SandboxError
+from pipeline.stage import main
 from pipeline.tasks import generations, tables
-from pipeline.tasks.config import TaskConfig, TasksConfig, check_scorer
+from pipeline.tasks.config import STAGE, TaskConfig, TasksConfig, check_scorer
 from pipeline.tasks.likelihoods import mask_id
 from pipeline.tasks.run import read_records
-from tests.support.questions import RECORDS, ask, make_weights, words, write
+from pipeline.tracking import WandbRun
+from pipeline.weights import load_denoiser
+from tests.support.questions import RECORDS, FakeWandbRun, ask, make_weights, words, write
 from tests.support.tiny_run import Artifacts, make_artifacts
 
 pytestmark = pytest.mark.timeout(120)
@@ -119,7 +125,7 @@ def test_gaps_are_those_of_a_loop_over_one_gap_at_a_time(
     name: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path
 ) -> None:
     chance = random.Random(4)
-    suffix = "" if name == "next" else " " + words(chance, 1, 2)
+    suffix = "" if name in ("blocks", "next") else " " + words(chance, 1, 2)
     model = open_model(weights[name], made.tokenizer, "cpu")
     questions, wanted = [], []
     for number in range(8):
@@ -156,8 +162,8 @@ def test_gaps_that_a_model_cannot_fill_are_counted_and_listed(
     found = ask(replace(CONFIG, tasks={"q": task}), weights["next"], made.tokenizer, tmp_path / "out")["q"]
     assert (found["n"], found["num_failed"]) == (1, 2)
     assert [one["number"] for one in found["failed"]] == [1, 2]
-    assert "text stands behind the gap, which a model that predicts the next token" in found["failed"][0]["reason"]
-    assert re.match(r"it has \d+ tokens; rows of the model have room for 32", found["failed"][1]["reason"])
+    assert "text stands behind a mask, which a model that predicts the next token" in found["failed"][0]["reason"]
+    assert re.match(r"a row has \d+ tokens, those of the model have 32; shorten it", found["failed"][1]["reason"])
 
 
 PROBLEMS = [
@@ -193,7 +199,8 @@ def test_programs_that_pass_are_counted_and_a_failing_sandbox_is_listed(
     weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: list[str]
 ) -> None:
     written = iter(["    return a + b\ndef more", "    return a", "    return a + b", "    return b"] + ["sandbox"] * 2)
-    monkeypatch.setattr(generations, "_text", lambda *_: next(written))
+    written_of = generations._written
+    monkeypatch.setattr(generations, "_written", lambda *of: replace(written_of(*of), text=next(written)))
     file = write(tmp_path / "q.jsonl", PROBLEMS)
     task = TaskConfig("code", str(file), length=4, num_samples=2, ks=(1, 2), sampling=SAMPLING)
     config = replace(CONFIG, tasks={"q": task}, num_shards=1)
@@ -207,6 +214,70 @@ def test_programs_that_pass_are_counted_and_a_failing_sandbox_is_listed(
     assert read_records(tmp_path / "out" / "q.jsonl")[0]["outcomes"] == [["passed", ""], ["failed", "at 0x"]]
 
 
+@pytest.mark.parametrize("name", list(RECORDS))
+def test_programs_are_those_of_a_loop_over_one_sample_at_a_time(
+    name: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path, sandbox: list[str]
+) -> None:
+    file = write(tmp_path / "q.jsonl", PROBLEMS)
+    task = TaskConfig("code", str(file), length=8, num_samples=2, stop=("é",), sampling=sampling(name))
+    ask(replace(CONFIG, tasks={"q": task}), weights[name], made.tokenizer, tmp_path / "out")
+    model, wanted = open_model(weights[name], made.tokenizer, "cpu"), []
+    for number, problem in enumerate(PROBLEMS):
+        canvases = [prompted(model, model.encode(problem["prompt"]), 8, mask_id(number, sample)) for sample in (0, 1)]
+        texts = [model.vocabulary.decode(alone(model, canvas, sampling(name))) for canvas in canvases]
+        assert texts[0] != texts[1], "a weak test"
+        wanted.append([text.split("é")[0] for text in texts])
+    assert [record["completions"] for record in read_records(tmp_path / "out" / "q.jsonl")] == wanted
+    assert len(sandbox) == 6
+
+
+def refuse_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a kernel that allows none."""
+    monkeypatch.setattr(isolation, "_trouble", lambda *, namespaces: "not permitted" if namespaces else None)
+
+
+def code_config(tmp_path: Path) -> TasksConfig:
+    task = TaskConfig("code", str(write(tmp_path / "q.jsonl", PROBLEMS)), length=4, sampling=SAMPLING)
+    return replace(CONFIG, tasks={"q": task}, num_shards=1)
+
+
+def test_without_namespaces_programs_are_refused_before_weights_are_read(
+    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_namespaces(monkeypatch)
+    monkeypatch.setattr("pipeline.inference.model.load_denoiser", lambda *_: pytest.fail("the weights are read"))
+    with pytest.raises(UserError, match=r"not allowed here \(not permitted\).*or give --allow-unsandboxed"):
+        ask(code_config(tmp_path), weights["masked"], made.tokenizer, tmp_path / "out")
+
+
+def test_the_option_of_the_stage_alone_runs_programs_without_namespaces_and_results_and_wandb_say_so(
+    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_namespaces(monkeypatch)
+    monkeypatch.setattr(isolation, "run_all", lambda programs, **_: [Outcome("passed", "", 0.0, "")] * len(programs))
+    fake = FakeWandbRun()
+    monkeypatch.setattr(WandbRun, "_start", lambda *_: fake)
+    config = replace(code_config(tmp_path), track=True)
+    (tmp_path / "c.json").write_text(json.dumps(to_json(config)))
+    inputs = [
+        f"--input={name}={path}" for name, path in (("weights", weights["masked"]), ("tokenizer", made.tokenizer))
+    ]
+    words = ["tasks", f"--config={tmp_path / 'c.json'}", *inputs, f"--out={tmp_path / 'out'}", "--allow-unsandboxed"]
+    monkeypatch.setattr("sys.argv", words)
+    main(STAGE)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["q"]
+    (told,) = found["settings"]["isolation"]
+    assert told.startswith("rlimits and a time limit alone")
+    assert told.endswith("no namespaces (not permitted)")
+    assert fake.summary["tasks/q/isolation"] == told
+    assert found["metrics"]["pass@1"]["value"] == 1.0
+
+
+def test_permission_for_programs_that_nobody_runs_is_refused() -> None:
+    with pytest.raises(ValueError, match="allow_unsandboxed is true, but no task is of kind 'code'"):
+        replace(CONFIG, tasks={"s": TaskConfig("samples")}, allow_unsandboxed=True)
+
+
 def test_pass_at_k_is_that_of_all_subsets() -> None:
     passed, n = (0, 1, 3), 4
     records = [{"completions": [""] * n, "passed": c, "nfe": 1} for c in passed]
@@ -217,7 +288,10 @@ def test_pass_at_k_is_that_of_all_subsets() -> None:
             subsets = list(itertools.combinations([i < c for i in range(n)], k))
             shares.append(sum(any(subset) for subset in subsets) / len(subsets))
         assert found[f"pass@{k}"]["value"] == pytest.approx(sum(shares) / len(shares), rel=1e-12)
+        assert found[f"pass@{k}"]["interval"] == list(mean_interval(shares))
     assert list(found) == ["pass@1", "pass@2", "pass@4", "nfe"]
+    (single,) = (tables.programs_table(records[:1], (2,))["pass@2"],)
+    assert (single["doc_se"], single["interval"]) == (None, None)
 
 
 @pytest.mark.parametrize("name", list(RECORDS))
@@ -278,6 +352,21 @@ def test_a_scorer_with_another_tokenizer_reads_the_text(
         assert record["scored_nats"] == pytest.approx(math.fsum(nats), rel=1e-5)
     with pytest.raises(UserError, match="is not that of the weights in"):
         ask(config, weights["masked"], made.tokenizer, tmp_path / "bad", scorer=theirs)
+
+
+def test_a_process_reads_model_and_scorer_once_for_all_pieces(
+    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(
+        "pipeline.inference.model.load_denoiser", lambda path: (opened.append(path), load_denoiser(path))[1]
+    )
+    forget_models()
+    tasks = {name: TaskConfig("samples", num_samples=5, length=8, sampling=SAMPLING) for name in ("a", "b")}
+    config = replace(CONFIG, tasks=tasks, num_shards=6)
+    ask(config, weights["masked"], made.tokenizer, tmp_path / "out", scorer=weights["next"])
+    assert len(list((tmp_path / "out.state" / "shards").iterdir())) == 6
+    assert opened == [weights["masked"], weights["next"]]
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

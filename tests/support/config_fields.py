@@ -185,7 +185,10 @@ EXECUTION: dict[type, dict[str, Any]] = {
     ConvertConfig: {"proof": "tensors"},
     ImportConfig: {"path": "/m", "gguf_file": "x.gguf", "proof": "tensors"},
     EvaluateConfig: {"num_shards": 9, "batch_rows": 3, "device": "cpu", "gpus": 0.5},
-    TasksConfig: {"num_shards": 9, "device": "cpu", "gpus": 0.5, "track": False, "likelihood.batch_rows": 3},
+    TasksConfig: {
+        "num_shards": 9, "device": "cpu", "gpus": 0.5, "track": False, "likelihood.batch_rows": 3,
+        "allow_unsandboxed": True,
+    },
     GenerateConfig: {"batch_rows": 3, "device": "cpu"},
 }  # fmt: skip
 """Another valid value for every field that may change in a resume."""

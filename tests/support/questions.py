@@ -4,14 +4,16 @@ import gzip
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import load_manifest
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.inference.likelihood import LikelihoodConfig
-from pipeline.tasks.config import STAGE, TaskConfig, TasksConfig
+from pipeline.inference.sampler import SamplerConfig
+from pipeline.inference.sampling import SamplingConfig
+from pipeline.tasks.config import STAGE, TAKES, TaskConfig, TasksConfig
 from tests.support.exports import LLAMA
 from tests.support.interchange import drawn, random_model, save_model
 from tests.support.tiny_run import Artifacts, run_stage
@@ -20,6 +22,7 @@ CONFIG = TasksConfig(likelihood=LikelihoodConfig(num_masks=8), device="cpu", tra
 RECORDS: Mapping[str, dict[str, Any]] = {
     "masked": {},
     "shifted": {"target_offset": 1},
+    "blocks": {"objective": "block_nelbo", "block_size": 4},
     "next": {"objective": "autoregressive_nll"},
 }
 
@@ -52,7 +55,10 @@ def choices(count: int = 14, seed: int = 0) -> list[dict[str, Any]]:
         {
             "id": number,
             "context": words(chance, 0, 3) + " " * (number % 3 == 0),
-            "choices": [" " * (number % 3 > 0) + words(chance, 1, 3) for _ in range(chance.randint(2, 4))],
+            "choices": [
+                " " * (number % 3 > 0) + words(chance, 1, 3) + "é" * (number % 4 == 1)
+                for _ in range(chance.randint(2, 4))
+            ],
             "answer": chance.randint(0, 1),
         }
         for number in range(count)
@@ -74,6 +80,31 @@ def both(root: Path, config: TasksConfig = CONFIG, **changes: Any) -> TasksConfi
     return replace(config, tasks=tasks, **changes)
 
 
+def every_kind(root: Path, model: str, config: TasksConfig = CONFIG, **changes: Any) -> TasksConfig:
+    """A task of each kind, a few questions each, that a model of ``RECORDS`` can be asked."""
+    chance = random.Random(2)
+    sampler = SamplerConfig() if model == "next" else SamplerConfig("confidence", num_steps=4)
+    sampling = SamplingConfig(sampler, temperature=0.7, noise_seed=5)
+    prompts = [{"prompt": words(chance, 0, 4), "answer": words(chance, 1, 2)} for _ in range(5)]
+    suffix = "" if model in ("blocks", "next") else " " + words(chance, 1, 2)
+    gaps = [{"prefix": words(chance, 1, 3), "middle": " " + words(chance, 1, 2), "suffix": suffix} for _ in range(5)]
+    program = {"entry_point": "f", "canonical_solution": "", "test": "def check(f): pass\n"}
+    programs = [{**program, "task_id": f"t/{n}", "prompt": f"f = {n} #"} for n in range(2)]
+    files = {
+        name: str(write(root / f"{name}.jsonl", questions))
+        for name, questions in (("written", prompts), ("gaps", gaps), ("programs", programs))
+    }
+    tasks = {
+        **both(root).tasks,
+        "written": TaskConfig("match", files["written"], length=8, sampling=sampling),
+        "gaps": TaskConfig("infill", files["gaps"], sampling=sampling),
+        "programs": TaskConfig("code", files["programs"], length=8, num_samples=2, ks=(1, 2), sampling=sampling),
+        "free": TaskConfig("samples", num_samples=4, length=8, sampling=sampling),
+    }
+    assert {task.kind for task in tasks.values()} == TAKES.keys()
+    return replace(config, tasks=tasks, allow_unsandboxed=True, **changes)
+
+
 def ask(config: TasksConfig, weights: Path, tokenizer: Path, out: Path, **inputs: Path) -> dict[str, Any]:
     """Results by task."""
     run_stage(STAGE, config, {"weights": weights, "tokenizer": tokenizer, **inputs}, out)
@@ -88,3 +119,15 @@ def numbers(value: Any) -> list[float]:
     if isinstance(value, dict | list):
         return [n for one in (value.values() if isinstance(value, dict) else value) for n in numbers(one)]
     return [] if value is None or isinstance(value, str) else [float(value)]
+
+
+@dataclass
+class FakeWandbRun:
+    """What wandb.init gives."""
+
+    summary: dict[str, Any] = field(default_factory=dict[str, Any])
+    offline: bool = True
+    is_finished: bool = False
+
+    def finish(self) -> None:
+        self.is_finished = True

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.tasks.config import TaskConfig
 from tests.support.asked_runs import Asked
 from tests.support.executors import RAY_LIMIT_S, Inline, Kept, ray_executor
-from tests.support.questions import CONFIG, both, texts, write
+from tests.support.questions import CONFIG, RECORDS, both, every_kind, texts, write
 from tests.support.toy_workflow import coordinate
 from workflows import runs
 from workflows.plan import Plan
@@ -42,36 +42,40 @@ def files_of(store: Store, plan: Plan, make: Callable[[], Executor]) -> list[Fil
     return load_manifest(output).files
 
 
-def copied(tmp_path: Path, asked: Asked, name: str) -> Store:
-    """A store that has what the tasks need."""
+def copied(tmp_path: Path, asked: Asked, name: str, model: str) -> Store:
+    """A store that has what the tasks of a model need."""
     whole = tmp_path / "before"
     if not whole.exists():
-        before = asked.plan(None, "a")
+        before = asked.plan(None, model, **RECORDS[model])
         coordinate(open_store(whole), before, Inline)
     shutil.copytree(whole, tmp_path / name)
     return open_store(tmp_path / name)
 
 
-def test_every_bit_is_the_same_for_any_order(tmp_path: Path, asked: Asked) -> None:
-    plan = asked.plan(both(tmp_path), "a")
+@pytest.mark.parametrize("model", list(RECORDS))
+def test_every_bit_is_the_same_for_any_order(tmp_path: Path, asked: Asked, model: str) -> None:
+    config = every_kind(tmp_path, model, num_shards=12)
+    plan = asked.plan(config, model, **RECORDS[model])
     wanted = files_of(open_store(tmp_path / "one"), plan, Inline)
-    assert {file.path for file in wanted} == {"results.json", "which.jsonl", "how.jsonl"}
+    assert {file.path for file in wanted} == {"results.json", *(f"{name}.jsonl" for name in config.tasks)}
     assert files_of(open_store(tmp_path / "two"), plan, lambda: Inline(num_cpus=99, newest_first=True)) == wanted
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_every_bit_is_the_same_for_any_number_of_workers(tmp_path: Path, asked: Asked, workers: int) -> None:
-    plan = asked.plan(both(tmp_path, num_shards=3), "a")
-    wanted = files_of(copied(tmp_path, asked, "inline"), plan, Inline)
-    assert files_of(copied(tmp_path, asked, "workers"), plan, lambda: LocalExecutor(workers)) == wanted
+@pytest.mark.parametrize(("workers", "model"), [(1, "blocks"), (2, "masked"), (3, "next")])
+def test_every_bit_is_the_same_for_any_number_of_workers(
+    tmp_path: Path, asked: Asked, workers: int, model: str
+) -> None:
+    plan = asked.plan(every_kind(tmp_path, model, num_shards=6), model, **RECORDS[model])
+    wanted = files_of(copied(tmp_path, asked, "inline", model), plan, Inline)
+    assert files_of(copied(tmp_path, asked, "workers", model), plan, lambda: LocalExecutor(workers)) == wanted
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(RAY_LIMIT_S)
 def test_every_bit_is_the_same_on_ray(tmp_path: Path, asked: Asked) -> None:
-    plan = asked.plan(both(tmp_path), "a")
-    wanted = files_of(copied(tmp_path, asked, "inline"), plan, Inline)
-    store = copied(tmp_path, asked, "ray")
+    plan = asked.plan(every_kind(tmp_path, "masked", num_shards=6), "masked")
+    wanted = files_of(copied(tmp_path, asked, "inline", "masked"), plan, Inline)
+    store = copied(tmp_path, asked, "ray", "masked")
     with ray_executor() as executor:
         assert files_of(store, plan, lambda: Kept(executor)) == wanted
 

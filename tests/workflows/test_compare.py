@@ -54,7 +54,7 @@ def test_differences_are_those_of_the_records_taken_pair_by_pair(
 
     which = [read_records(output["tasks"] / "which.jsonl") for output in outputs]
     n = len(which[0])
-    for metric in ("acc", "acc_norm"):
+    for metric in ("acc", "acc_norm", "acc_bytes"):
         results = [json.loads((output["tasks"] / "results.json").read_text())["tasks"]["which"] for output in outputs]
         row = rows["tasks.which", metric]
         assert [row["a"], row["b"], row["n"]] == [*(r["metrics"][metric]["value"] for r in results), n]
@@ -63,7 +63,7 @@ def test_differences_are_those_of_the_records_taken_pair_by_pair(
         [int(cost.argmin()) == one["answer"] for cost, one in zip(sides, side, strict=True)]
         for sides, side in zip(costs, which, strict=True)
     ]
-    acc = rows["tasks.which", "acc_norm"]
+    acc = rows["tasks.which", "acc_bytes"]
     differences = [second - first for first, second in zip(*hits, strict=True)]
     assert any(differences), "a weak test"
     assert acc["difference"] == pytest.approx(sum(differences) / n, rel=1e-12)
@@ -113,9 +113,9 @@ def test_the_table_says_what_it_shows_and_what_is_not_compared(
     assert lines[0].split() == [
         "figure", "unit", "a", "b", "difference", "se", "95", "%", "mc_se", "p", "n",
     ]  # fmt: skip
-    assert [line.split()[:2] for line in lines[1:5]] == [
+    assert [line.split()[:2] for line in lines[1:6]] == [
         ["tasks.how", "bpb_bound"],
-        ["tasks.which", "acc"], ["tasks.which", "acc_norm"], ["tasks.which", "answer_nelbo"],
+        *(["tasks.which", metric] for metric in ("acc", "acc_norm", "acc_bytes", "answer_nelbo")),
     ]  # fmt: skip
     assert lines[1].split()[-1] == "4"
     assert "note: evaluate: run a has finished no such step" in lines

@@ -4,10 +4,12 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateConfig
+from pipeline.import_checkpoint.config import ImportConfig
+from pipeline.tokenizer.config import TokenizerConfig
 from tests.support.toy_workflow import toy_workflow
-from workflows.graph import ordered_steps
+from workflows.graph import ordered_steps, wanted_steps
 from workflows.recipes import RECIPES
-from workflows.step import Workflow
+from workflows.step import Step, Workflow
 
 TOY = toy_workflow()
 SOURCE, DOUBLE, ASIDE, TOTAL = TOY.steps
@@ -37,6 +39,21 @@ def test_order_of_every_recipe_is_topological(name):
         assert set(step.inputs.values()) <= seen
         seen.add(step.name)
     assert len(seen) == len(RECIPES[name]().steps)
+
+
+def wanted(*steps):
+    return {step.name: dict(step.inputs) for step in wanted_steps(Workflow("toy", "", steps))}
+
+
+def test_an_optional_step_that_lacks_what_its_user_gives_is_left_out_with_all_that_would_come_of_it():
+    given = Step("given", "pipeline.import_checkpoint", ImportConfig(), optional=True)
+    words = Step("words", "pipeline.tokenizer", TokenizerConfig(), {"checkpoint": "given"}, optional=True)
+    last = replace(words, name="last", inputs={"checkpoint": "given"}, optional=False)
+    assert wanted(words, given, last) == {"last": {}}
+    ready = replace(given, config=ImportConfig("x"))
+    everything = {"words": {"checkpoint": "given"}, "given": {}, "last": {"checkpoint": "given"}}
+    assert wanted(words, ready, last) == everything
+    assert wanted(words, replace(given, optional=False), last) == everything  # to be refused when it is run
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pipeline.weights import load_record
 from tests.support.tiny_run import metrics, write_text
 from tests.workflows.conftest import Dlm
 from workflows import runs
+from workflows.graph import wanted_steps
 from workflows.recipes import RECIPES, load_recipe
 from workflows.store import Store
 
@@ -60,7 +61,7 @@ def test_a_tiny_recipe_shortened_by_settings_commits_every_step_and_its_report(
 ) -> None:
     text = write_text(tmp_path / "text.jsonl", seed=0, num_docs=200)
     workflow = load_recipe(recipe)
-    steps = {step.name: step.config for step in workflow.steps}
+    steps = {step.name: step.config for step in wanted_steps(workflow)}
     samples = {"generate.num_samples": 1} if recipe == "ar_tiny" else SAMPLES  # it goes from left to right
     settings = {"corpus.source": text, **SETTINGS, **OWN.get(recipe, {}), **samples}
     words = [word for path, value in settings.items() for word in ("--set", f"{path}={value}")]

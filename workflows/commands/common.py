@@ -106,6 +106,13 @@ QueueOption = Annotated[
         help=f"Seconds to wait for what a step needs and nobody else uses; {Options.queue_timeout_s:.0f} by default.",
     ),
 ]
+UnsandboxedOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unsandboxed",
+        help="Run programs that a model wrote with rlimits alone where the kernel allows no namespaces.",
+    ),
+]
 FailFastOption = Annotated[bool, typer.Option("--fail-fast", help="Stop everything at the first failure.")]
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from types import FrameType
 from typing import Annotated, Any
@@ -29,6 +30,7 @@ from workflows.commands.common import (
     StepsOnly,
     StepsUntil,
     StoreOption,
+    UnsandboxedOption,
     console,
     executor_name,
     find_store,
@@ -75,10 +77,13 @@ def run(
     only: StepsOnly = [],  # noqa: B006 - as above
     queue_timeout_s: QueueOption = None,
     fail_fast: FailFastOption = False,
+    allow_unsandboxed: UnsandboxedOption = False,
 ) -> None:
     """Run a recipe; steps whose output exists are not run again."""
     place = find_writable_store(store)
     name = executor_name(executor)
+    if allow_unsandboxed:
+        settings = [*settings, *runs.permission(runs.configured(recipe, parse_settings(settings)).steps)]
     plan = runs.plan_recipe(recipe, parse_settings(settings))
     selected = selection(plan, place, from_, until, only)
     made = runs.create_run(place, plan, name, run_id, settings, typed_command())
@@ -112,6 +117,7 @@ def resume(
     fail_fast: FailFastOption = False,
     python: PythonOption = "",
     env: EnvOption = [],  # noqa: B006 - as above
+    allow_unsandboxed: UnsandboxedOption = False,
 ) -> None:
     """Go on with a run that failed, was stopped or was killed: here, or with --address on a cluster.
 
@@ -125,6 +131,8 @@ def resume(
         raise UserError(f"{option} is for a job on a cluster: add --address http://HOST:8265, or leave {option} out")
     if address == _WITHIN:
         wait_until_free(run)
+    if allow_unsandboxed:
+        settings = [*settings, *runs.permission(runs.frozen_plan(run).steps)]
     wishes = Wishes(parse_settings(settings), tuple(accept_drift), tuple(rebuild))
     amendment = prepare(place, run, wishes, runs.command_of(run, settings) + store_option(place))
     plan = amendment.plan
@@ -263,6 +271,9 @@ def _print_figures(store: Store, run: RunPlace) -> None:
         if left_out:
             what = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
             figures.append(("left out of the text", f"{what} (which: see the report)"))
+    if "tasks" in outputs:
+        tasks = read_json(outputs["tasks"] / "results.json")["tasks"]
+        figures += [(name, _first_figure(found)) for name, found in tasks.items()]
     if "pretrain" in outputs:
         stats = read_json(outputs["pretrain"] / "manifest.json")["stats"]
         if stats["tokens_per_s"] is not None:
@@ -272,3 +283,14 @@ def _print_figures(store: Store, run: RunPlace) -> None:
     console.print()
     for label, value in figures:
         console.print(f"{label:<21} {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _first_figure(task: Mapping[str, Any]) -> str:
+    """What a task is about, with its interval, and how many questions it is from."""
+    left_out = f", {task['num_failed']:,} left out" if task["num_failed"] else ""
+    asked = f"{task['n']:,} questions{left_out}"
+    if not task["metrics"]:
+        return f"no figure: {asked}"
+    name, row = next(iter(task["metrics"].items()))
+    interval = "" if row["interval"] is None else " ({:.4f} to {:.4f})".format(*row["interval"])
+    return f"{name} {row['value']:.4f}{interval} {row['unit']}, {asked}"

@@ -25,6 +25,7 @@ from workflows.commands.common import (
     StepsOnly,
     StepsUntil,
     StoreOption,
+    UnsandboxedOption,
     find_store,
     find_writable_store,
     option_words,
@@ -67,9 +68,12 @@ def submit(
     only: StepsOnly = [],  # noqa: B006 - as above
     queue_timeout_s: QueueOption = None,
     fail_fast: FailFastOption = False,
+    allow_unsandboxed: UnsandboxedOption = False,
 ) -> None:
     """Hand a run over to a Ray cluster; with the id of an existing run this is a resume."""
     place = find_writable_store(store)
+    if allow_unsandboxed:
+        settings = [*settings, *runs.permission(runs.configured(recipe, parse_settings(settings)).steps)]
     plan = runs.plan_recipe(recipe, parse_settings(settings))
     words = [*selection_words(from_, until, only), *option_words(queue_timeout_s, fail_fast)]
     selection(plan, place, from_, until, only)

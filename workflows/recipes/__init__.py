@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from pipeline.errors import UserError
 from workflows.own_recipe import own_recipe
+from workflows.recipes.ask import ask
 from workflows.recipes.bd3lm import bd3lm_owt, bd3lm_tiny
 from workflows.recipes.dream import dream_7b, dream_tiny
 from workflows.recipes.llada import llada_8b, llada_tiny
@@ -32,6 +33,7 @@ _MAKERS: tuple[Callable[[], Workflow], ...] = (
     llada_moe_7b,
     llada2_tiny,
     llada2_mini,
+    ask,
 )
 RECIPES: dict[str, Callable[[], Workflow]] = {make.__name__: make for make in _MAKERS}
 

@@ -11,6 +11,7 @@ from pipeline.generate.config import GenerateConfig
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.packing.config import PackingConfig
 from pipeline.pretrain.config import PretrainConfig
+from pipeline.tasks.config import TasksConfig
 from pipeline.tokenization.config import TokenizationConfig
 from pipeline.tokenizer.config import TokenizerConfig
 from workflows.report.config import ReportConfig
@@ -35,8 +36,9 @@ def chain(
 ) -> Workflow:
     """A workflow of one training, with samples, and a directory for transformers, where they are asked for.
 
-    What is evaluated, and samples, are the averages of the weights where the optimizer keeps them, as in validation.
-    The last step of ``init`` makes the first weights.  A ``checkpoint`` brings the tokenizer along.
+    What is evaluated, samples, and what is asked once tasks are given, are the averages of the weights where the
+    optimizer keeps them, as in validation.  The last step of ``init`` makes the first weights.  A ``checkpoint`` brings
+    the tokenizer along.
     """
     report = {
         "corpus": "corpus",
@@ -46,15 +48,16 @@ def chain(
         "pretrain": "pretrain",
         "weights": "convert",
         "evaluation": "evaluate",
+        "tasks": "tasks",
     }
+    to_ask = {"weights": "convert", "tokenizer": "tokenizer"}
     samples: tuple[Step, ...] = ()
     if generate is not None:
         report["samples"] = "generate"
-        inputs = {"weights": "convert", "tokenizer": "tokenizer"}
-        samples = (Step("generate", "pipeline.generate", generate, inputs),)
+        samples = (Step("generate", "pipeline.generate", generate, to_ask),)
     exported: tuple[Step, ...] = ()
     if export is not None:
-        exported = (Step("export", "pipeline.export", export, {"weights": "convert", "tokenizer": "tokenizer"}),)
+        exported = (Step("export", "pipeline.export", export, to_ask),)
     to_train = {"rows": "packing", "tokenizer": "tokenizer"}
     if pretrain.validation.every_steps:
         to_train["tokens"] = "tokenization"
@@ -77,6 +80,7 @@ def chain(
             Step("pretrain", "pipeline.pretrain", pretrain, to_train),
             Step("convert", "pipeline.convert", weights, {"pretrain": "pretrain"}),
             Step("evaluate", "pipeline.evaluate", EvaluateConfig(), to_evaluate),
+            Step("tasks", "pipeline.tasks", TasksConfig(), to_ask, optional=True),
             *samples,
             *exported,
             Step("report", "workflows.report", ReportConfig(title), report),

@@ -8,12 +8,12 @@ from workflows.report.text import ABSENT, Cell, Html, Number, count, decimals, n
 
 _MEANINGS = {
     "acc": "The likeliest choice is the right one",
-    "acc_norm": "The likeliest choice by byte is the right one",
+    "acc_norm": "The likeliest choice by character is the right one",
+    "acc_bytes": "The likeliest choice by byte is the right one",
     "answer_nelbo": "Upper bound of the negative log-likelihood of the right choice",
     "answer_nll": "Negative log-likelihood of the right choice",
     "margin": "Between the likeliest choice and the second",
-    "turning": "Questions whose winner other masks would have turned, by the normal approximation of the margin",
-    "turning_norm": "The same by byte",
+    "turning": "Questions whose winner other masks would turn if each choice had its own: mostly too many",
     "nelbo": "Upper bound of the negative log-likelihood",
     "nll": "Negative log-likelihood, each token given those before it",
     "ppl": "exp(nll), the perplexity",

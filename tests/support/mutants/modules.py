@@ -58,6 +58,34 @@ SANDBOX = {
     "humaneval": _sandbox("_humaneval.py::test_canonical_solutions_pass_and_empty_ones_do_not"),
     "pass_at_k": _sandbox("_pass_at_k.py"),
 }
+TASKS = [
+    *(
+        f"tests/pipeline/test_tasks.py::test_{case}"
+        for case in (
+            "choices_are_those_of_a_loop_over_one_question_at_a_time[masked]",
+            "texts_are_those_of_a_loop_over_one_row_at_a_time[masked]",
+            "records_tell_each_question_and_are_the_same_bytes_again",
+            "what_does_not_fit_is_counted_and_listed",
+            "a_file_that_changes_meanwhile_is_refused",
+        )
+    ),
+    *(
+        f"tests/pipeline/test_tasks_written.py::test_{case}"
+        for case in (
+            "answers_are_those_of_a_loop_over_one_prompt_at_a_time[masked]",
+            "programs_are_those_of_a_loop_over_one_sample_at_a_time[masked]",
+            "without_namespaces_programs_are_refused_before_weights_are_read",
+            "pass_at_k_is_that_of_all_subsets",
+            "what_is_filled_in_behind_an_end_counts_for_nothing",
+            "a_scorer_with_another_tokenizer_reads_the_text",
+            "a_process_reads_model_and_scorer_once_for_all_pieces",
+            "a_length_beyond_the_rows_is_refused",
+        )
+    ),
+    "tests/pipeline/test_tasks_misfits.py::test_what_cannot_be_written_fails_by_itself",
+]
+"""Of one kind of model each."""
+_OF_TASKS = ("likelihoods", "tables", "pieces", "run", "generations", "fit")
 
 MODULES: dict[str, list[str]] = {
     "schedules": ["tests/dlm_core/test_schedules.py", "tests/dlm_core/test_schedules_chain.py"],
@@ -86,6 +114,11 @@ MODULES: dict[str, list[str]] = {
     "corpus_bound": ["tests/dlm_core/test_corpus_bound.py"],
     "answer_masks": ["tests/dlm_core/test_answer_masks.py"],
     "answers": ["tests/dlm_core/test_answers.py"],
+    **dict.fromkeys([f"pipeline/tasks/{name}" for name in _OF_TASKS], TASKS),
+    "pipeline/inference/model": TASKS,
+    "pipeline/inference/pairs": [
+        "tests/pipeline/test_tasks_harness.py::test_an_answer_has_all_its_tokens_and_no_others"
+    ],
     "intervals": ["tests/dlm_core/test_intervals.py"],
     "ar_init": ["tests/dlm_core/test_ar_init.py", "tests/dlm_core/test_sampler_waits.py"],
     "upcycling": ["tests/dlm_core/test_upcycling.py"],
@@ -196,6 +229,9 @@ some files, or single ones."""
 PLANTED_ONLY = {
     "ar_init",
     "upcycling",
+    *(f"pipeline/tasks/{name}" for name in _OF_TASKS),
+    "pipeline/inference/model",
+    "pipeline/inference/pairs",
     *(f"samplers/{name}" for name in ("blocks", "confident", "contexts", "loop", "planned", "proposal", "quotas")),
     "samplers/guidance",
     "samplers/next_tokens",

@@ -8,6 +8,7 @@ from tests.support.mutants.planted_conversions import CONVERSIONS
 from tests.support.mutants.planted_imports import IMPORTS
 from tests.support.mutants.planted_samplers import SAMPLERS
 from tests.support.mutants.planted_verdicts import VERDICTS
+from tests.support.mutants.planted_tasks import TASKS
 
 
 def planted(sources: Mapping[str, str], faults: tuple[Planted, ...] | None = None) -> list[Mutant]:
@@ -478,4 +479,5 @@ PLANTED: tuple[Planted, ...] = (
     *SAMPLERS,
     *ANSWERS,
     *VERDICTS,
+    *TASKS,
 )

@@ -1,0 +1,33 @@
+"""What of the settings does not fit a model: told by its record, before its weights are read."""
+
+from pipeline.data.special_tokens import SpecialTokens
+from pipeline.errors import UserError
+from pipeline.tasks.config import BY_LIKELIHOOD, TAKES, TaskConfig, TasksConfig
+from pipeline.weights import ModelRecord
+
+
+def check_fit(config: TasksConfig, record: ModelRecord, special: SpecialTokens) -> None:
+    """UserError for settings with which no question of a task could be asked of a model."""
+    if config.likelihood.guidance and record.objective != "masked_nelbo":
+        what = "predicts the next token" if record.objective == "autoregressive_nll" else "is of blocks"
+        names = [name for name, task in config.tasks.items() if task.kind in BY_LIKELIHOOD]
+        raise UserError(
+            f"likelihood.guidance is {config.likelihood.guidance}, but the model of {names[0]!r} {what}, for which it "
+            "is not built; set it to 0"
+        )
+    for name, task in config.tasks.items():
+        if "sampling" in TAKES[task.kind]:
+            _check_written(f"tasks.{name}", task, record, special)
+
+
+def _check_written(where: str, task: TaskConfig, record: ModelRecord, special: SpecialTokens) -> None:
+    from pipeline.inference.rules import check_sampling
+
+    room = record.seq_len - record.target_offset
+    length = task.value("length") or room if "length" in TAKES[task.kind] else None
+    if length is not None and length > room:
+        raise UserError(f"{where}.length is {length}, but rows of the model have room for {room} tokens; set it lower")
+    try:
+        check_sampling(task.value("sampling"), record, special, length)
+    except UserError as error:
+        raise UserError(f"{where}.sampling: {error}") from None

@@ -1,0 +1,108 @@
+"""Tasks of a recipe, and of a checkpoint without one: asked for by settings, run through the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.adaptation_checkpoint import make_checkpoint
+from tests.support.executors import RAY_LIMIT_S
+from tests.support.questions import choices, texts, write
+from tests.support.tiny_run import write_text
+from tests.workflows.conftest import Dlm
+from workflows import runs
+from workflows.store import Store
+
+ON_RAY = (pytest.mark.ray, pytest.mark.timeout(RAY_LIMIT_S))
+
+
+def test_tasks_that_are_given_are_added_to_a_recipe_and_nothing_else_changes(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.jsonl", seed=0, num_docs=3)
+    file = write(tmp_path / "q.jsonl", choices())
+    settings = [("corpus.source", str(text))]
+    before = {step.name: step for step in runs.plan_recipe("mdlm_tiny", settings).steps}
+    asked = ("tasks.tasks.which", {"kind": "multiple_choice", "file": str(file)})
+    plan = runs.plan_recipe("mdlm_tiny", [*settings, asked])
+    after = {step.name: step for step in plan.steps}
+    assert after.keys() - before.keys() == {"tasks"}
+    assert [name for name, step in before.items() if step.fingerprint != after[name].fingerprint] == ["report"]
+    assert after["tasks"].inputs == {"weights": "convert", "tokenizer": "tokenizer"}
+    assert after["report"].inputs == {**before["report"].inputs, "tasks": "tasks"}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=ON_RAY)])
+def test_a_checkpoint_is_asked_by_one_command(executor: str, dlm: Dlm, store: Store, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "given")
+    tasks = {
+        "which": {"kind": "multiple_choice", "file": str(write(tmp_path / "which.jsonl", choices()))},
+        "how": {"kind": "text", "file": str(write(tmp_path / "how.jsonl", texts()))},
+        "free": {"kind": "samples", "num_samples": 3, "length": 8},
+    }
+    settings = {
+        "import_checkpoint.path": tmp_path / "given",
+        "import_checkpoint.proof": "tensors",
+        "import_scorer.path": tmp_path / "given",
+        "import_scorer.proof": "tensors",
+        "tasks.track": "false",
+        "tasks.tasks": json.dumps(tasks),
+    }
+    words = [word for path, value in settings.items() for word in ("--set", f"{path}={value}")]
+    done = dlm("run", "ask", "--executor", executor, "--run-id", "r1", *words)
+    assert done.code == 0, done.stderr
+    found = json.loads((runs.committed_outputs(store, store.run("r1"))["tasks"].path / "results.json").read_text())
+    assert {name: table["n"] for name, table in found["tasks"].items()} == {"which": 14, "how": 9, "free": 3}
+    acc = found["tasks"]["which"]["metrics"]["acc"]
+    assert f"acc {acc['value']:.4f} ({acc['interval'][0]:.4f} to {acc['interval'][1]:.4f}) share, 14 q" in done.stdout
+    assert found["tasks"]["free"]["metrics"]["gen_nll"]["value"] > 0
+    page = Path(dlm("report", "r1").stdout.strip().splitlines()[-1]).read_text(encoding="utf-8")
+    assert "<h3>which</h3>" in page
+
+
+def test_a_checkpoint_without_questions_and_questions_without_one_are_refused(dlm: Dlm, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "given")
+    done = dlm("run", "ask", "--set", f"import_checkpoint.path={tmp_path / 'given'}")
+    assert (done.code, done.stdout) == (2, "")
+    assert "tasks.tasks is empty; give tasks, as in --set tasks.tasks.NAME=" in done.stderr
+    file = write(tmp_path / "q.jsonl", texts())
+    done = dlm("run", "ask", "--set", f'tasks.tasks.how={{"kind": "text", "file": "{file}"}}')
+    assert done.code == 2
+    assert "import_checkpoint.path is empty" in done.stderr
+
+
+def test_permission_to_run_programs_without_namespaces_is_an_option_of_run_and_resume(
+    dlm: Dlm, store: Store, tmp_path: Path
+) -> None:
+    text = write_text(tmp_path / "text.jsonl", seed=0, num_docs=20)
+    words = [
+        "--executor",
+        "local",
+        "--only",
+        "corpus",
+        "--set",
+        f"corpus.source={text}",
+        "--set",
+        "corpus.held_out_fraction=0.5",
+    ]
+    problem = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test"), "") | {"entry_point": "f"}
+    file = write(tmp_path / "q.jsonl", [problem])
+    words += ["--set", f'tasks.tasks.programs={{"kind": "code", "file": "{file}"}}']
+
+    def permitted(run_id: str) -> bool:
+        return runs.frozen_plan(store.run(run_id)).step("tasks").config["allow_unsandboxed"]
+
+    for run_id, option in (("r1", []), ("r2", ["--allow-unsandboxed"])):
+        done = dlm("run", "mdlm_tiny", "--run-id", run_id, *words, *option)
+        assert done.code == 0, done.stderr
+        assert permitted(run_id) == bool(option)
+    done = dlm("resume", "r1", "--only", "corpus", "--allow-unsandboxed")
+    assert done.code == 0, done.stderr
+    assert permitted("r1")
+    assert runs.command_of(store.run("r2")).endswith("--set tasks.allow_unsandboxed=true")
+
+
+def test_permission_to_run_programs_where_none_are_run_is_refused(dlm: Dlm, store: Store) -> None:
+    done = dlm("run", "toy", "--executor", "local", "--allow-unsandboxed")
+    assert (done.code, done.stdout) == (2, "")
+    assert "--allow-unsandboxed: no step runs programs that a model wrote; leave it out" in done.stderr
+    assert store.runs() == []
