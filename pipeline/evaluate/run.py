@@ -18,7 +18,7 @@ from pipeline.data.documents import read_rows, text_files
 from pipeline.errors import NumericsError, UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.held_out import HeldOutRows, Questions, open_held_out
-from pipeline.inference.model import check_askable, open_model
+from pipeline.inference.model import open_model, read_about
 from pipeline.stage import Shard, StageContext, Stats
 from pipeline.weights import load_record
 
@@ -30,8 +30,7 @@ XZ_PRESET = 9
 
 def list_shards(config: EvaluateConfig, inputs: Mapping[str, Path], context: StageContext) -> list[Shard]:
     """Contiguous ranges of rows."""
-    record = load_record(inputs["weights"])
-    check_askable(record, inputs["weights"], inputs["tokenizer"])
+    record, _ = read_about(inputs["weights"], inputs["tokenizer"])
     made_with = {name: load_manifest(inputs["tokens"]).inputs[name] for name in ("tokenizer", "corpus")}
     for name, fingerprint in made_with.items():
         if fingerprint != load_manifest(inputs[name]).fingerprint:

@@ -14,21 +14,19 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from pipeline.artifact import load_manifest
-from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
 from pipeline.harness.accounts import Accounts
 from pipeline.harness.addresses import address_of, repetitions
-from pipeline.harness.config import read_config, with_theirs
+from pipeline.harness.config import check_model, read_config, with_theirs
 from pipeline.harness.generation import Prompt, Wish, Written, cut_prompts, wish_of, write
-from pipeline.harness.pieces import cut_requests
+from pipeline.harness.pieces import begins_with, cut_requests, next_token_request
 from pipeline.inference.greedy import are_greedy
 from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
-from pipeline.inference.model import OpenModel
+from pipeline.inference.model import OpenModel, read_about
 from pipeline.inference.pairs import encode_pair
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.inference.stops import before_stops
 from pipeline.inference.workers import Workers
-from pipeline.weights import check_tokenizer, load_record
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -42,15 +40,21 @@ _LIKELIHOODS = {
 
 
 class DenoiserLM(LM):
-    """Interchange weights and their tokenizer, with the settings in model_args."""
+    """Interchange weights and their tokenizer, with the settings in model_args.
+
+    A model of next tokens is asked as the harness's own are, but that a rolling likelihood never counts the token that
+    a tokenizer begins texts with, which is no part of the text, and that the mask is never drawn.
+    """
 
     def __init__(self, **given: Any) -> None:
         super().__init__()
         self._config = read_config(given)
         own = self._config.own
         weights, tokenizer = Path(own.weights), Path(own.tokenizer)
-        self._record, self._vocabulary = load_record(weights), load_vocabulary(tokenizer)
-        check_tokenizer(self._record, weights, tokenizer)
+        self._record, self._vocabulary = read_about(weights, tokenizer)
+        check_model(self._config, self._record, self._vocabulary.special)
+        self._is_autoregressive = self._record.objective == "autoregressive_nll"
+        self._begin = begins_with(self._vocabulary.tokenizer) if self._is_autoregressive else ()
         self._fingerprint = load_manifest(weights).fingerprint
         self._workers = Workers(weights, tokenizer, own.device, own.workers)
         self._accounts = Accounts(own.details)
@@ -95,11 +99,19 @@ class DenoiserLM(LM):
 
     def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:
         """What follows each context, up to the first of the strings that a task ends answers with."""
-        wishes = [wish_of(_words(instance)[1], self._config, self._record.seq_len) for instance in requests]
+        wishes = [wish_of(_words(instance)[1], self._config, self._record) for instance in requests]
         prompts = [
-            Prompt(tuple(self._encode(_words(instance)[0])), wish.length, address_of(instance).number(repetition))
+            Prompt(
+                (*self._begin, *self._encode(_words(instance)[0])), wish.length, address_of(instance).number(repetition)
+            )
             for instance, wish, repetition in zip(requests, wishes, repetitions(requests), strict=True)
         ]
+        for instance, prompt, wish in zip(requests, prompts, wishes, strict=True):
+            if wish.sampling.guidance and not prompt.ids:
+                raise UserError(
+                    f"task {instance.task_name}, document {instance.doc_id}: guidance is {wish.sampling.guidance}, but "
+                    "the prompt is empty, which leaves nothing to strengthen; set it to 0, or leave the document out"
+                )
         written = self._write(prompts, wishes, disable_tqdm)
         lines = [{"num_passes": one.nfe, "num_cut": one.num_cut} for one in written]
         self._account("generate_until", requests, lines)
@@ -107,8 +119,11 @@ class DenoiserLM(LM):
         return self._kept("generate_until", requests, texts)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What numbers depend on, and what the harness has no place for: ends up in "config" of its results."""
-        likelihood = self._config.likelihood
+        """What numbers depend on, and what the harness has no place for: ends up in "config" of its results.
+
+        The seeds that it puts there itself are of its examples in prompts, and of models that draw from torch.
+        """
+        likelihood, sampling = self._config.likelihood, self._config.sampling_of({})
         return {
             "model_weights": self._fingerprint,
             "model_objective": self._record.objective,
@@ -116,7 +131,10 @@ class DenoiserLM(LM):
             "likelihood": _LIKELIHOODS[self._record.objective],
             "likelihood_num_masks": likelihood.num_masks,
             "likelihood_guidance": likelihood.guidance,
-            "noise_seed": likelihood.noise_seed,
+            "likelihood_noise_seed": likelihood.noise_seed,
+            "likelihood_batch_rows": likelihood.batch_rows,
+            "generation_noise_seed": sampling.noise_seed,
+            "generation_batch_rows": sampling.batch_rows,
             "workers": self._config.own.workers,
             "accounts": self._accounts.told(),
         }
@@ -149,7 +167,10 @@ class DenoiserLM(LM):
                 f"task {instance.task_name}, document {instance.doc_id}: the answer {answer[:40]!r} has "
                 f"{len(ids)} tokens; the model takes from 1 to {room}. Leave the document out"
             )
-        return Request(tuple(context_ids), tuple(ids), address_of(instance).number())
+        number = address_of(instance).number()
+        if self._is_autoregressive:
+            return next_token_request(self._begin, context_ids, ids, number)
+        return Request(tuple(context_ids), tuple(ids), number)
 
     def _encode(self, text: str) -> list[int]:
         return self._vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
@@ -157,11 +178,12 @@ class DenoiserLM(LM):
     def _rows(self, instance: "Instance") -> list[Request]:
         (text,) = _words(instance)
         ids, address = tuple(self._encode(text)), address_of(instance)
-        size, is_exact = self._record.seq_len, self._record.objective == "autoregressive_nll"
-        size -= self._record.target_offset
-        num_seen = size if is_exact else self._record.target_offset
+        size = self._record.seq_len - self._record.target_offset
+        num_seen, before = self._record.target_offset, None
+        if self._is_autoregressive:
+            num_seen, before = size, self._begin[0] if self._begin else None
         return [
-            Request(ids[max(0, start - num_seen) : start], ids[start : start + size], address.number(start))
+            Request(ids[max(0, start - num_seen) : start], ids[start : start + size], address.number(start), (), before)
             for start in range(0, len(ids), size)
         ]
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import execution
 from pipeline.errors import UserError
 from pipeline.inference.model import OpenModel
+from pipeline.weights import ModelRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +52,8 @@ class Request:
     mask_id: int
     """Addresses the masks.  Choices of one question share it, so that their differences are less noisy."""
     suffix: Sequence[int] = ()
+    before: int | None = None
+    """Token before the context, of a model of next tokens; None: the end of a text."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,10 @@ def score(model: OpenModel, requests: Sequence[Request], config: LikelihoodConfi
     """
     if not requests:
         return []
+    check_guidance(config, model.record)
     rows = [fitted(model, request) for request in requests]
     if model.is_autoregressive:
-        _refuse_guidance(config, "predicts the next token")
         return _next_tokens(model, rows, config.batch_rows)
-    if model.record.objective == "block_nelbo":
-        _refuse_guidance(config, "is of blocks, for which it is not built yet")
     return _bounds(model, rows, config)
 
 
@@ -119,13 +120,19 @@ def fitted(model: OpenModel, request: Request) -> FittedRow:
     tokens = [*context[num_cut:], *request.answer, *request.suffix]
     start, size = len(context) - num_cut, len(request.answer)
     if num_cut and model.is_autoregressive:
-        return FittedRow(tokens, start, size, context[num_cut - 1], request.mask_id, num_cut - 1)
-    return FittedRow(tokens, start, size, eos, request.mask_id, num_cut)
+        num_lost = num_cut - (request.before is None)  # of a text what stood before it is lost too
+        return FittedRow(tokens, start, size, context[num_cut - 1], request.mask_id, num_lost)
+    return FittedRow(tokens, start, size, eos if request.before is None else request.before, request.mask_id, num_cut)
 
 
-def _refuse_guidance(config: LikelihoodConfig, reason: str) -> None:
-    if config.guidance:
-        raise UserError(f"guidance is {config.guidance}, but the model {reason}; set it to 0")
+def check_guidance(config: LikelihoodConfig, record: ModelRecord) -> None:
+    """UserError for guidance that a model has no use for."""
+    reasons = {
+        "autoregressive_nll": "predicts the next token",
+        "block_nelbo": "is of blocks, for which it is not built yet",
+    }
+    if config.guidance and record.objective in reasons:
+        raise UserError(f"guidance is {config.guidance}, but the model {reasons[record.objective]}; set it to 0")
 
 
 # Diffusion

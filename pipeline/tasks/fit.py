@@ -21,13 +21,15 @@ def check_fit(config: TasksConfig, record: ModelRecord, special: SpecialTokens) 
 
 
 def _check_written(where: str, task: TaskConfig, record: ModelRecord, special: SpecialTokens) -> None:
-    from pipeline.inference.rules import check_sampling
+    from pipeline.inference.rules import check_sampling, window_of
 
     room = record.seq_len - record.target_offset
     length = task.value("length") or room if "length" in TAKES[task.kind] else None
     if length is not None and length > room:
         raise UserError(f"{where}.length is {length}, but rows of the model have room for {room} tokens; set it lower")
     try:
-        check_sampling(task.value("sampling"), record, special, length)
+        check_sampling(task.value("sampling"), record, special)
+        if length is not None and record.objective == "masked_nelbo":
+            window_of(task.value("sampling"), record, length)
     except UserError as error:
         raise UserError(f"{where}.sampling: {error}") from None

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.artifact import load_manifest, write_json
 from pipeline.config import to_json
 from pipeline.errors import UserError
-from pipeline.inference.model import check_askable, open_model
+from pipeline.inference.model import open_model, read_about
 from pipeline.sandbox.isolation import choose_isolation
 from pipeline.stage import Shard, StageContext, Stats
 from pipeline.tasks.config import TaskConfig, TasksConfig, check_scorer, not_exact
@@ -32,8 +32,8 @@ def list_shards(config: TasksConfig, inputs: Mapping[str, Path], context: StageC
     """Pieces of like cost, the costliest first; UserError for what cannot be asked of this model, or here."""
     if config.runs_programs:
         choose_isolation(allow_unsandboxed=config.allow_unsandboxed)
-    record = load_record(inputs["weights"])
-    check_fit(config, record, check_askable(record, inputs["weights"], inputs["tokenizer"]))
+    record, vocabulary = read_about(inputs["weights"], inputs["tokenizer"])
+    check_fit(config, record, vocabulary.special)
     _check_scorer(config, inputs)
     files = {name: read_task(name, config) for name in config.tasks}
     passes = 1 if record.objective == "autoregressive_nll" else config.likelihood.num_masks

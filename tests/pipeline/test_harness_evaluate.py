@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def test_results_are_in_the_format_of_the_harness(alone: dict[str, Any]) -> None
     }
     config = alone["config"]
     assert (config["model"], config["model_objective"], config["likelihood_num_masks"]) == ("dlm", "masked_nelbo", 8)
+    assert (config["likelihood_noise_seed"], config["generation_noise_seed"]) == (2000, 0)
     accounts = config["accounts"]
     assert set(accounts) == {"generate_until", "loglikelihood", "loglikelihood_rolling"}
     assert accounts["loglikelihood"]["dlm_choices"]["rms_mc_se"] > 0
@@ -121,8 +123,10 @@ def test_a_chat_template_is_refused_before_anything_is_computed(evaluate: Any) -
 
 def test_settings_may_come_as_one_string(saved: dict[str, Path], made: Artifacts) -> None:
     words = f"weights={saved['masked']},tokenizer={made.tokenizer},num_masks=9,device=cpu"
-    lm = get_model("dlm").create_from_arg_string(words, {"batch_size": 1, "device": "cuda:0"})
-    assert lm.get_model_info()["likelihood_num_masks"] == 9
+    lm = get_model("dlm").create_from_arg_string(f"{words},noise_seed=7", {"batch_size": 3, "device": "auto"})
+    told = lm.get_model_info()
+    assert (told["likelihood_num_masks"], told["likelihood_batch_rows"], told["generation_batch_rows"]) == (9, 3, 3)
+    assert told["likelihood_noise_seed"] == told["generation_noise_seed"] == 7
     with pytest.raises(UserError, match="unknown setting batchrows of the model dlm; did you mean batch_rows"):
         get_model("dlm").create_from_arg_string(f"{words},batchrows=2")
 
@@ -140,7 +144,10 @@ def test_text_is_that_of_fill_whatever_the_order(kind: str, saved: dict[str, Pat
     found = lm.generate_until(requests, disable_tqdm=True)
     wanted = []
     for instance in requests:
-        canvas = prompted(model, model.encode(instance.args[0]), 6, address_of(instance).number(0))
+        ids, before = model.encode(instance.args[0])[-26:], None
+        if kind == "next" and ids:
+            before, *ids = ids
+        canvas = replace(prompted(model, ids, 6, address_of(instance).number(0)), before=before)
         ((_, filled),) = fill(model, [canvas], SamplingConfig(temperature=1.0))
         wanted.append(continuation(model, canvas, filled, ends_at_eos=True))
     assert found == wanted
@@ -181,6 +188,14 @@ def test_a_task_that_wants_several_answers_gets_different_ones_and_the_same_agai
     answers = lm.generate_until([instance] * 4, disable_tqdm=True)
     assert len(set(answers)) == 4
     assert lm.generate_until([instance] * 4, disable_tqdm=True) == answers
+
+
+def test_an_empty_prompt_under_guidance_is_refused_before_any_is_gone_on_with(
+    saved: dict[str, Path], made: Artifacts
+) -> None:
+    lm = DenoiserLM(weights=str(saved["masked"]), tokenizer=str(made.tokenizer), guidance=1.0)
+    with pytest.raises(UserError, match=r"task task, document 1: guidance is 1\.0, but the prompt is empty"):
+        lm.generate_until(prompts(2), disable_tqdm=True)
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ from tests.support.mutants.planted_answers import ANSWERS
 from tests.support.mutants.planted_conversions import CONVERSIONS
 from tests.support.mutants.planted_imports import IMPORTS
 from tests.support.mutants.planted_samplers import SAMPLERS
-from tests.support.mutants.planted_verdicts import VERDICTS
 from tests.support.mutants.planted_tasks import TASKS
+from tests.support.mutants.planted_verdicts import VERDICTS
 
 
 def planted(sources: Mapping[str, str], faults: tuple[Planted, ...] | None = None) -> list[Mutant]:
