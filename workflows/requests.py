@@ -1,13 +1,14 @@
 """What ``dlm generate`` is asked for: a prompt, text with gaps, or a file of either."""
 
-import json
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline.config import from_json, parse_json
+from pipeline.config import from_json
 from pipeline.errors import UserError
+from pipeline.json_lines import json_objects
 
 Kind = Literal["nothing", "prompt", "infill"]
 _GAP = re.compile(r"(\\?)\[MASK(?::([^\]]*))?\]")
@@ -80,22 +81,11 @@ def read_requests(path: Path, length: int) -> list[Request]:
     """
     if path.suffix not in (".jsonl", ".txt"):
         raise UserError(f"--prompts {path} is neither a .jsonl nor a .txt file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--prompts {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {path} is not UTF-8: {error.reason} at byte {error.start}") from None
     found: dict[str, Request] = {}
     lines_of: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path.name}, line {number}"
-        request = Request(str(number), "prompt", line, length)
-        if path.suffix == ".jsonl":
-            request = _of_line(line, number, where, length)
+    for number, request in _of_lines(path, length) if path.suffix == ".jsonl" else _of_text(path, length):
         if request.id in found:
+            where = f"{path.name}, line {number}"
             raise UserError(f"{where}: the id {request.id!r} is that of line {lines_of[request.id]} too; ids differ")
         found[request.id], lines_of[request.id] = request, number
     if not found:
@@ -103,15 +93,24 @@ def read_requests(path: Path, length: int) -> list[Request]:
     return list(found.values())
 
 
-def _of_line(line: str, number: int, where: str, length: int) -> Request:
+def _of_text(path: Path, length: int) -> Iterator[tuple[int, Request]]:
     try:
-        value = parse_json(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is no JSON: {error}") from None
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f'{where} is no JSON object; wanted {{"prompt": "..."}} or {{"infill": "... [MASK:4] ..."}}')
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--prompts {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, Request(str(number), "prompt", line, length)
+
+
+def _of_lines(path: Path, length: int) -> Iterator[tuple[int, Request]]:
+    for number, value in json_objects(path, f"--prompts {path}"):
+        yield number, _request(value, number, f"{path.name}, line {number}", length)
+
+
+def _request(value: Mapping[str, Any], number: int, where: str, length: int) -> Request:
     record = from_json(_Line, value, where)
     if (record.prompt is None) == (record.infill is None):
         raise UserError(f"{where} has {'neither' if record.prompt is None else 'both'} prompt and infill; give one")

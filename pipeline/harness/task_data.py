@@ -7,7 +7,6 @@ They lie in a folder that the environment variable DLM_TASK_DATA names, or task_
     choices.jsonl                          {"context", "choices", "answer"}, the answer being the number of a choice
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
+from pipeline.json_lines import json_objects
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,21 +66,23 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"there is no file {path}; its folder is {FOLDER}, or --metadata task_data=DIR") from None
+        raise _missing(path) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from None
 
 
+def _missing(path: Path) -> UserError:
+    return UserError(f"there is no file {path}; its folder is {FOLDER}, or --metadata task_data=DIR")
+
+
 def _records(path: Path, kinds: Mapping[str, type]) -> "Dataset":
     """Lines of JSON, of which these fields are kept."""
+    if not path.exists():
+        raise _missing(path)
     records = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: no JSON ({error})") from None
+    for number, record in json_objects(path, str(path)):
         for name, kind in kinds.items():
-            if not isinstance(record, dict) or type(record.get(name)) is not kind:
+            if type(record.get(name)) is not kind:
                 raise UserError(f"{path}, line {number}: {name} must be there, as {kind.__name__}")
         records.append({name: record[name] for name in kinds})
     if not records:

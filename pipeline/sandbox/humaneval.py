@@ -1,14 +1,13 @@
 """Problems in the format of HumanEval (arXiv 2107.03374): JSON lines, plain or gzip."""
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.inference.stops import before_stops
+from pipeline.json_lines import json_objects
 
 STOP_WORDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a completion ends, as in the paper: what follows is no longer the body of the function."""
@@ -33,8 +32,8 @@ def read_problems(path: Path) -> list[Problem]:
     """All problems of a file, in its order; UserError with line and field where it has another format."""
     problems: list[Problem] = []
     first_lines: dict[str, int] = {}
-    for number, line in _lines(path):
-        problem = _problem(line, f"{path}, line {number}")
+    for number, record in json_objects(path, str(path)):
+        problem = _problem(record, f"{path}, line {number}")
         if problem.task_id in first_lines:
             raise UserError(
                 f'{path}, line {number}: task_id "{problem.task_id}" is already that of line '
@@ -57,30 +56,8 @@ def program_of(problem: Problem, completion: str) -> str:
     return f"{problem.prompt}{completion}\n{problem.test}\ncheck({problem.entry_point})\n"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1."""
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}, after line {number}: not a whole gzip file ({error}). Fetch it again") from None
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}. Name a .jsonl or .jsonl.gz file") from None
-
-
-def _problem(line: str, where: str) -> Problem:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
+def _problem(record: Mapping[str, Any], where: str) -> Problem:
     names = [field.name for field in fields(Problem)]
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: {type(record).__name__} where an object with {', '.join(names)} is wanted")
     for name in names:
         if name not in record:
             raise UserError(f"{where}: no field {name}; wanted are {', '.join(names)}")

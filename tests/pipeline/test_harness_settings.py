@@ -179,17 +179,18 @@ def test_documents_are_those_of_the_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("load", "file", "text", "words"),
     [
-        (gsm8k, "gsm8k/test.jsonl", '{"question": "a"', "line 1: no JSON"),
+        (gsm8k, "gsm8k/test.jsonl", '{"question": "a"', "line 1 is no JSON"),
         (gsm8k, "gsm8k/test.jsonl", '{"question": "a", "answer": 1}', "line 1: answer must be there, as str"),
         (gsm8k, "gsm8k/train.jsonl", "", "train.jsonl has no record"),
         (gsm8k, "gsm8k/train.jsonl", None, "there is no file .*train.jsonl; its folder is DLM_TASK_DATA"),
-        (gsm8k, "gsm8k/train.jsonl", b"\xff", "train.jsonl is not UTF-8"),
+        (gsm8k, "gsm8k/train.jsonl", b"\xff", "train.jsonl, line 1 is not UTF-8"),
         (wikitext2, "wikitext2/test.txt", "text", "has no line such as ' = Title = '"),
         (choices, "choices.jsonl", {"context": "", "choices": ["a"], "answer": 0}, "line 1: choices are"),
         (choices, "choices.jsonl", {"context": "", "choices": ["a", ""], "answer": 0}, "none of them empty"),
         (choices, "choices.jsonl", {"context": "", "choices": ["a", "b"], "answer": 2}, "it must be from 0 to 1"),
         (choices, "choices.jsonl", {"context": "", "choices": "ab", "answer": 0}, "choices must be there, as list"),
-        (choices, "choices.jsonl", [], "context must be there"),
+        (choices, "choices.jsonl", [], r"line 1 is \[\]; a JSON object is wanted"),
+        (choices, "choices.jsonl", {"choices": ["a", "b"], "answer": 0}, "context must be there"),
     ],
 )
 def test_files_of_tasks_that_do_not_parse_are_refused_by_line(

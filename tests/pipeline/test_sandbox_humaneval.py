@@ -108,9 +108,9 @@ GOOD = asdict(PROBLEMS[0])
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not JSON"),
-        ("[" * 100_000, "line 2: not JSON"),
-        ("[1]", "line 2: list where an object with task_id, prompt, entry_point, canonical_solution, test is wanted"),
+        ("{", "line 2 is no JSON: Expecting property name"),
+        ("[" * 100_000, "line 2 is no JSON that can be read: it is nested too deeply"),
+        ("[1]", "line 2 is [1]; a JSON object is wanted"),
         ({name: GOOD[name] for name in GOOD if name != "test"}, "line 2: no field test; wanted are task_id, prompt"),
         (GOOD | {"task_id": "x", "prompt": 3}, "line 2: prompt is int; a text is wanted"),
         (GOOD | {"task_id": "x", "entry_point": "a b"}, 'line 2: entry_point is "a b"; the name of a function'),
@@ -131,12 +131,12 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no problem"):
         read_problems(_write(tmp_path / "empty.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes(b'\n{"task_id": "\xe9"}\n')
-    with pytest.raises(UserError, match=r"latin\.jsonl, line 2: not UTF-8 \(.* at byte 13\)"):
+    with pytest.raises(UserError, match=r"latin\.jsonl, line 2 is not UTF-8: .* at byte 14"):
         read_problems(tmp_path / "latin.jsonl")
     whole = _write(tmp_path / "whole.jsonl.gz", GOOD).read_bytes()
     for data in (whole[:-9], whole[:20] + bytes(20) + whole[40:], b"no gzip file"):
         (tmp_path / "cut.jsonl.gz").write_bytes(data)
-        with pytest.raises(UserError, match=r"not a whole gzip file"):
+        with pytest.raises(UserError, match=r"cut\.jsonl\.gz cannot be read.*: .*Fetch it again"):
             read_problems(tmp_path / "cut.jsonl.gz")
 
 

@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_counted_and_listed(weights: dict[str, Path], made:
     ("line", "words"),
     [
         (b"{", "line 2 is no JSON: Expecting property name"),
-        (b"[1]", r"line 2 is \[1\]; a question is a JSON object"),
+        (b"[1]", r"line 2 is \[1\]; a JSON object is wanted"),
         (b"\xff", "line 2 is not UTF-8: invalid start byte at byte 1"),
         (b'{"context": "a", "context": "b"}', "line 2: the key 'context' stands twice"),
         (b'{"choices": ["a", "b"], "answer": 0}', "line 2 has no \"context\"; it has 'choices', 'answer'"),

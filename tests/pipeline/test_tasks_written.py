@@ -248,6 +248,7 @@ def test_without_namespaces_programs_are_refused_before_weights_are_read(
     monkeypatch.setattr("pipeline.inference.model.load_denoiser", lambda *_: pytest.fail("the weights are read"))
     with pytest.raises(UserError, match=r"not allowed here \(not permitted\).*or give --allow-unsandboxed"):
         ask(code_config(tmp_path), weights["masked"], made.tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out.state" / "shards").exists()  # nor are the pieces of other tasks begun
 
 
 def test_the_option_of_the_stage_alone_runs_programs_without_namespaces_and_results_and_wandb_say_so(

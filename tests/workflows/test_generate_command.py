@@ -330,7 +330,7 @@ def test_a_film_is_one_page_with_the_path_of_each_sample(write, tmp_path: Path) 
         ("masked", ("--live", "--json"), "--live shows text and --json prints records"),
         ("masked", ("--out", "a.txt"), "--out a.txt is no .jsonl file"),
         ("masked", ("--film", "a.jsonl"), "--film a.jsonl is no .html file"),
-        ("masked", ("--prompts", "no.jsonl"), "--prompts no.jsonl: No such file"),
+        ("masked", ("--prompts", "no.jsonl"), "--prompts no.jsonl cannot be read: No such file"),
         ("masked", ("--prompts", "no.csv"), "--prompts no.csv is neither a .jsonl nor a .txt file"),
     ],
 )  # fmt: skip
@@ -372,7 +372,7 @@ def test_a_prompt_that_is_too_long_is_cut_from_the_left_and_counted(write, made:
     ("text", "words"),
     [
         ('{"prompt": "a"}\n{"prompt": \n', "p.jsonl, line 2 is no JSON"),
-        ("[]\n", "p.jsonl, line 1 is no JSON object"),
+        ("[]\n", r"p.jsonl, line 1 is \[\]; a JSON object is wanted"),
         ('{"promt": "a"}\n', r"unknown setting p.jsonl, line 1.promt; did you mean prompt"),
         ('{"prompt": 3}\n', "p.jsonl, line 1.prompt is 3"),
         ('{"id": "a"}\n', "p.jsonl, line 1 has neither prompt and infill; give one"),
