@@ -44,7 +44,10 @@ def choose_isolation(*, allow_unsandboxed: bool) -> Isolation:
 
 
 def run_code(program: str, *, isolation: Isolation, limits: Limits | None = None) -> Outcome:
-    """Run a program; it has passed only if it came to its end."""
+    """Run a program and tell what became of it: it has passed only if it came to its end.
+
+    Raises SandboxError where nothing can be told, for the sandbox itself did not work.
+    """
     return run_isolated(program, namespaces=isolation.name == NAMESPACES, limits=limits or Limits())
 
 

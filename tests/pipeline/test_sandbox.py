@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -11,6 +12,7 @@ from pipeline.sandbox.limits import Limits, Outcome
 from tests.pipeline.conftest import python
 from tests.support.sandboxed import (
     WALL_S,
+    ancestors,
     are_namespaces_allowed,
     is_alive,
     marked,
@@ -241,7 +243,8 @@ except UserError as error:
     assert "root may not become another user here, and limits do not hold for root. Run as another user" in refusal
 
 
-def test_a_program_that_is_killed_from_outside_is_told_as_killed(isolation: Isolation) -> None:
+def _killed_while_it_waits(isolation: Isolation, whom: Callable[[int], int]) -> Outcome:
+    """What is told of a program where somebody kills it, or a process that goes with it."""
     marker = new_marker()
     found: list[Outcome] = []
     program = marked("import time\ntime.sleep(1000)", marker)
@@ -249,6 +252,21 @@ def test_a_program_that_is_killed_from_outside_is_told_as_killed(isolation: Isol
     thread.start()
     wait_until(lambda: is_alive(marker))
     (pid,) = is_alive(marker)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(whom(pid), signal.SIGKILL)
     thread.join()
-    assert verdict(found[0]) == ("killed", "by SIGKILL")
+    wait_until(lambda: not is_alive(marker))
+    return found[0]
+
+
+def test_a_program_that_is_killed_from_outside_is_told_as_killed(isolation: Isolation) -> None:
+    assert verdict(_killed_while_it_waits(isolation, lambda pid: pid)) == ("killed", "by SIGKILL")
+
+
+@pytest.mark.parametrize("who", ["its parent", "the launcher"])
+def test_a_program_whose_watcher_is_killed_is_told_as_killed(isolation: Isolation, who: str) -> None:
+    def watcher(pid: int) -> int:
+        line = ancestors(pid)
+        return line[0] if who == "its parent" else line[line.index(os.getpid()) - 1]
+
+    outcome = _killed_while_it_waits(isolation, watcher)
+    assert verdict(outcome) == ("killed", "with the process that watched it: the machine may be out of memory")

@@ -34,12 +34,6 @@ def of_another_user(isolation: Isolation) -> Isolation:
     return isolation
 
 
-def test_memory_of_no_process_is_refused(isolation: Isolation) -> None:
-    assert verdict(run_limited("import os\nos.memfd_create('x')", isolation)) == (
-        "failed", "PermissionError: [Errno 1] Operation not permitted",
-    )  # fmt: skip
-
-
 def test_a_fork_bomb_is_bounded_and_leaves_nothing(isolation: Isolation) -> None:
     marker = new_marker()
     bomb = """

