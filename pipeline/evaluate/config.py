@@ -41,5 +41,5 @@ STAGE = Stage(
     config=EvaluateConfig,
     module="pipeline.evaluate.run",
     inputs=("weights", "tokens", "tokenizer", "corpus"),
-    code_version=4,
+    code_version=5,
 )

@@ -95,6 +95,7 @@ def finish(
     results = {
         nll: bound.nelbo,
         f"{nll}_mc_se": bound.mc_se,
+        f"{nll}_mc_interval": list(bound.mc_interval),
         f"{nll}_doc_se": bound.doc_se if bound.num_docs > 1 else None,
         ppl: bound.ppl_bound,
         bpb: bound.nelbo * bits_per_byte,

@@ -14,7 +14,7 @@ from dlm_core.corpus_bound import (
     stratified_counts,
     unigram_entropy,
 )
-from dlm_core.corruption import mask_exact_count
+from dlm_core.corruption import exact_count_positions, mask_exact_count
 from tests.support import reference
 from tests.support.toy_world import ExactDenoiser
 
@@ -185,6 +185,36 @@ def test_bound_estimate_converts_nats_to_perplexity():
 )
 def test_unigram_entropy_equals_closed_form(counts, entropy):
     assert unigram_entropy(torch.tensor(counts)) == pytest.approx(entropy, rel=RTOL, abs=RTOL)
+
+
+@pytest.mark.parametrize(("num_replicates", "quantile"), [(2, 12.7062), (8, 2.3646)])
+def test_interval_of_few_replicates_is_student_s(num_replicates: int, quantile: float):
+    estimate = BoundEstimate(3.0, 0.1, 0.0, num_tokens=10, num_docs=1, num_replicates=num_replicates)
+    assert estimate.mc_interval == pytest.approx((3.0 - 0.1 * quantile, 3.0 + 0.1 * quantile), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_intervals_of_the_fewest_replicates_hold_the_truth_19_times_in_20():
+    """Rows of 128 tokens that cost the more the more of them are masked: a closed form; 2,000 estimates."""
+    length, num_rows, num_replicates, num_repetitions = 128, 8, 8, 2_000
+    own = torch.rand(length, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5
+    cost = own + 3 * (torch.arange(length + 1, dtype=torch.float64)[:, None] / length) ** 2  # [count, place]
+    truth = float(cost[1:].mean())
+    lengths, places = torch.full((num_rows,), length), torch.ones(num_rows * num_replicates, length, dtype=torch.bool)
+    estimates = []
+    for repetition in range(num_repetitions):
+        steps = range(repetition * num_replicates, (repetition + 1) * num_replicates)
+        counts = torch.cat([stratified_counts(3, step, lengths) for step in steps])
+        ids = torch.arange(len(counts)) + repetition * len(counts)
+        is_masked = exact_count_positions(counts[:, None], ids, places, noise_seed=3, step=0)
+        weight = exact_count_weight(torch.full_like(counts, length), counts)
+        losses = (cost[counts] * is_masked).sum(dim=1) * weight
+        estimates.append(estimate_bound(losses.view(num_replicates, num_rows), lengths))
+    held = [low <= truth <= high for low, high in (estimate.mc_interval for estimate in estimates)]
+    assert 0.93 <= statistics.mean(held) <= 0.97
+    errors = [estimate.nelbo - truth for estimate in estimates]
+    assert abs(statistics.mean(errors)) < SIGMAS * statistics.stdev(errors) / math.sqrt(num_repetitions)
 
 
 @pytest.mark.usefixtures("unchecked")

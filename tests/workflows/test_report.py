@@ -39,9 +39,10 @@ INPUTS = {
     "tasks": ("tasks", ["weights", "tokenizer"]),
 }
 RESULTS = {
-    "nelbo": 3.21474, "nelbo_mc_se": 0.01234, "nelbo_doc_se": 0.05678, "ppl_bound": 24.89667, "bpb_bound": 1.91283,
-    "bpb_bound_mc_se": 0.00734, "unigram_entropy": 6.43219, "unigram_bpb": 3.82736, "xz_bytes": 21_037,
-    "xz_bpb": 1.68297, "num_bytes": 100_001, "num_tokens": 41_235, "num_docs": 57, "num_replicates": 8,
+    "nelbo": 3.21474, "nelbo_mc_se": 0.01234, "nelbo_mc_interval": [3.18556, 3.24392], "nelbo_doc_se": 0.05678,
+    "ppl_bound": 24.89667, "bpb_bound": 1.91283, "bpb_bound_mc_se": 0.00734, "unigram_entropy": 6.43219,
+    "unigram_bpb": 3.82736, "xz_bytes": 21_037, "xz_bpb": 1.68297, "num_bytes": 100_001, "num_tokens": 41_235,
+    "num_docs": 57, "num_replicates": 8,
 }  # fmt: skip
 TASK: dict[str, Any] = {
     "kind": "multiple_choice", "sha256": "ab", "n": 1234, "num_failed": 1, "num_cut": 3,
@@ -200,6 +201,7 @@ def test_report_shows_the_figures_of_results_json(tmp_path: Path):
     for figure in ("3.2147", "0.0123", "0.0568", "24.8967", "1.9128", "0.0073", "6.4322", "3.8274", "1.6830"):
         assert figure in page.texts, figure
     assert "57 documents, 41,235 tokens, 100,001 bytes (21,037 after xz -9)" in page.text
+    assert "from 8 independent draws (95 %: 3.1856 to 3.2439 nats/token); doc_se" in page.text
     assert {"nelbo", "ppl_bound", "bpb_bound", "mc_se", "doc_se"} <= set(page.texts)
     assert not {"ppl", "bpb", "nll"} & set(page.texts)
 

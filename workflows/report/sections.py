@@ -166,10 +166,19 @@ def evaluation(data: ReportData) -> str:
             f"{f'Of {words}. ' if (words := weights_evaluated(data)) else ''}"
             f"{count(r['num_docs'])} documents, {count(r['num_tokens'])} tokens, {count(r['num_bytes'])} bytes "
             f"({count(r['xz_bytes'])} after xz -9). The two standard errors answer different questions: mc_se is "
-            f"the noise of the masks for this text, from {r['num_replicates']} independent draws; doc_se is the "
-            f"spread over documents, as if others had been held out. {ABSENT}: exact for this text, or not estimated."
+            f"the noise of the masks for this text, from {r['num_replicates']} independent draws"
+            f"{_whatever_is_drawn(r)}; doc_se is the spread over documents, as if others had been held out. {ABSENT}: "
+            "exact for this text, or not estimated."
         ),
     )
+
+
+def _whatever_is_drawn(results: Mapping[str, Any]) -> str:
+    figures = likelihood_figures(results)
+    ends = results.get(f"{figures.nll}_mc_interval")  # absent from earlier versions
+    if figures.is_exact or ends is None:
+        return ""
+    return f" (95 %: {decimals(ends[0])} to {decimals(ends[1])} nats/token)"
 
 
 # Training
