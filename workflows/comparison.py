@@ -39,7 +39,8 @@ class Difference:
     se: float | None
     """Of b - a, over questions, paired; None for a single one."""
     mc_se: float | None
-    """Of b - a, from the drawn masks, as if those of the two were independent; None where none are drawn."""
+    """Of b - a, from the drawn masks; None where none are drawn.  Of held-out text by replicate, each of the same masks
+    for both; of tasks as if each run had drawn its own, which is too much where both find the same masks hard."""
     interval: tuple[float, float] | None
     """Of b - a, 95 % over questions, Student's t."""
     p: float | None
@@ -238,7 +239,7 @@ def _compare_held_out(step: str, a: Path, b: Path, found: Comparison) -> None:
     for metric, unit, by_byte in units:
         first, second = (_held_out(path, by_byte) for path in (a, b))
         sides = [(losses.mean(axis=0).tolist(), sizes.tolist()) for losses, sizes in (first, second)]
-        values = difference_of_ratios(sides[0], sides[1], _mask_noise(first, second))
+        values = difference_of_ratios(sides[0], sides[1], mask_noise(first, second))
         found.differences.append(Difference(step, metric, unit, *values, None, len(first[1])))
 
 
@@ -261,8 +262,8 @@ def _held_out(artifact: Path, by_byte: bool) -> Losses:
     return losses, tokens * (results[figures.nll] / results[figures.bpb])
 
 
-def _mask_noise(a: Losses, b: Losses) -> float | None:
-    """Of the difference, by replicate where they pair: drawn alike, their masks are the same."""
+def mask_noise(a: Losses, b: Losses) -> float | None:
+    """mc_se of the difference, by replicate where they pair: drawn alike, their masks are the same."""
     rates = [losses.sum(axis=1) / sizes.sum() for losses, sizes in (a, b)]
     if len(rates[0]) == len(rates[1]):
         return float((rates[1] - rates[0]).std(ddof=1)) / math.sqrt(len(rates[0])) or None

@@ -21,7 +21,7 @@ from tests.support.questions import CONFIG, both, choices, texts, write
 from tests.support.toy_workflow import coordinate
 from tests.workflows.conftest import Dlm
 from workflows import runs
-from workflows.comparison import difference_of_ratios, mcnemar_p
+from workflows.comparison import difference_of_ratios, mask_noise, mcnemar_p
 from workflows.plan import Plan
 from workflows.store import Store
 
@@ -169,3 +169,37 @@ def test_the_standard_error_of_a_difference_of_ratios_is_that_of_repetitions() -
         errors.append(se)
     assert np.mean(found) == pytest.approx(0.5, abs=0.005)
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.1)
+
+
+@pytest.mark.parametrize("num_replicates", [(8, 8), (8, 12)])
+def test_the_mask_noise_of_a_difference_is_that_of_repetitions(num_replicates: tuple[int, int]) -> None:
+    """Masks that are hard for one model are hard for the other, which is of use where replicates pair."""
+    chance = np.random.default_rng(0)
+    tokens, num_docs = chance.integers(5, 50, 6).astype(np.float64), 6
+    found, squares = [], []
+    for _ in range(1500):
+        hard = chance.normal(size=(max(num_replicates), num_docs))
+        a, b = (tokens * (3 + hard[:n] + 0.3 * chance.normal(size=(n, num_docs))) for n in num_replicates)
+        found.append(b.sum(axis=1).mean() / tokens.sum() - a.sum(axis=1).mean() / tokens.sum())
+        noise = mask_noise((a, tokens), (b, tokens))
+        assert noise is not None
+        squares.append(noise**2)
+    if num_replicates[0] == num_replicates[1]:
+        assert np.mean(squares) == pytest.approx(np.var(found), rel=0.15)
+    else:
+        assert np.mean(squares) > np.var(found)
+
+
+def test_what_is_exact_is_not_compared_with_a_bound(tmp_path: Path, store: Store, asked: Asked, dlm: Dlm) -> None:
+    config = both(tmp_path)
+    finish(store, "bound", asked.plan(config, "a", evaluates=True))
+    exact = finish(store, "exact", asked.plan(config, "next", evaluates=True, objective="autoregressive_nll"))
+    assert "nll" in json.loads((exact["evaluate"] / "results.json").read_text())
+    done = dlm("compare", "bound", "exact", "--json")
+    found = json.loads(done.stdout)
+    assert {(row["of"], row["metric"]) for row in found["differences"]} == {
+        ("tasks.which", "acc"), ("tasks.which", "acc_norm"),
+    }  # fmt: skip
+    not_alike = "one run's figures are exact, the other's are bounds: their difference says nothing"
+    assert {f"{of}: {not_alike}" for of in ("evaluate", "tasks.which, answer", "tasks.how, bpb")} <= set(found["notes"])
+    assert rows_of(dlm, "exact", "exact")["evaluate", "nll"]["difference"] == 0.0
