@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.sandbox.isolation import Isolation, choose_isolation, run_many
+from pipeline.sandbox.isolation import NAMESPACES, Isolation, choose_isolation, run_many
 from pipeline.sandbox.limits import Limits, Outcome
 from tests.pipeline.conftest import python
 from tests.support.sandboxed import (
@@ -154,6 +154,21 @@ with tempfile.TemporaryFile(dir=".") as file:
     outcome = run_limited(program, isolation, disk_bytes=1 << 20)
     assert outcome.kind == "passed", outcome
     assert outcome.output.strip() in ("27", "28")  # too large, or no space
+
+
+def test_all_files_of_its_folder_together_have_a_limit_in_namespaces() -> None:
+    if not are_namespaces_allowed():
+        pytest.skip("namespaces are not allowed here")
+    program = """
+try:
+    for number in range(4):
+        with open(str(number), "wb") as file:
+            file.write(bytes(700 << 10))
+except OSError as error:
+    print(number, error.errno)
+"""
+    outcome = run_limited(program, Isolation(NAMESPACES, ""), disk_bytes=1 << 20)
+    assert (outcome.kind, outcome.output) == ("passed", "1 28\n")
 
 
 def test_outcomes_have_the_order_of_their_programs(isolation: Isolation) -> None:

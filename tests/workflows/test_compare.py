@@ -190,6 +190,20 @@ def test_the_mask_noise_of_a_difference_is_that_of_repetitions(num_replicates: t
         assert np.mean(squares) > np.var(found)
 
 
+def test_questions_that_failed_for_one_of_the_runs_are_left_out(
+    tmp_path: Path, store: Store, asked: Asked, dlm: Dlm
+) -> None:
+    long = {"id": "long", "context": "", "choices": ["a" * 50, "b"], "answer": 1}
+    task = TaskConfig("multiple_choice", str(write(tmp_path / "q.jsonl", [*choices(3), long])))
+    config = replace(CONFIG, tasks={"q": task})
+    finish(store, "a", asked.plan(config, "a", seq_len=64))
+    finish(store, "b", asked.plan(config, "bbb", seq_len=40))
+    for names in (("a", "b"), ("b", "a")):
+        assert rows_of(dlm, *names)["tasks.q", "acc"]["n"] == 3
+        done = dlm("compare", *names)
+        assert "note: tasks.q: 1 questions count in one of the runs or in none, and are left out" in done.stdout
+
+
 def test_what_is_exact_is_not_compared_with_a_bound(tmp_path: Path, store: Store, asked: Asked, dlm: Dlm) -> None:
     config = both(tmp_path)
     finish(store, "bound", asked.plan(config, "a", evaluates=True))

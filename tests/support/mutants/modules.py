@@ -22,6 +22,43 @@ LOGITS_OF_EXPORTS = [
 ]
 """Of every family in this process, beside those of our denoiser."""
 
+
+def _sandbox(*tests: str) -> list[str]:
+    return [f"tests/pipeline/test_sandbox{test}" for test in tests]
+
+
+SANDBOX = {
+    "runner": _sandbox(
+        ".py::test_leaving_before_the_end_has_not_passed",
+        ".py::test_a_program_whose_watcher_is_killed_is_told_as_killed",
+        ".py::test_an_endless_loop_that_handles_all_signals_ends_too",
+        "_leftovers.py::test_nothing_is_left_of_a_hostile_program[rlimits alone-files in every folder]",
+    ),
+    "driver": _sandbox(
+        ".py::test_the_word_is_not_told_in_arguments_environment_or_open_files",
+        ".py::test_leaving_before_the_end_has_not_passed",
+    ),
+    "launcher": _sandbox(
+        ".py::test_more_memory_than_allowed_is_refused",
+        ".py::test_endless_output_is_cut_and_ends_with_the_time",
+        "_hostile.py::test_the_limit_of_processes_holds",
+    ),
+    "namespaces": _sandbox(
+        ".py::test_all_files_of_its_folder_together_have_a_limit_in_namespaces",
+        "_hostile.py::test_a_network_namespace_has_no_way_out",
+        "_hostile.py::test_files_of_this_machine_are_not_seen_in_namespaces",
+    ),
+    "seccomp": _sandbox(
+        "_hostile.py::test_no_socket_is_opened",
+        "_hostile.py::test_privileges_are_not_had",
+        "_leftovers.py::test_memory_that_belongs_to_no_process_is_refused",
+    ),
+    "leftovers": _sandbox("_hostile.py::test_a_tree_is_deleted_and_what_its_links_lead_to_is_not"),
+    "isolation": _sandbox(".py::test_where_namespaces_are_not_allowed_nothing_runs_without_permission"),
+    "humaneval": _sandbox("_humaneval.py::test_canonical_solutions_pass_and_empty_ones_do_not"),
+    "pass_at_k": _sandbox("_pass_at_k.py"),
+}
+
 MODULES: dict[str, list[str]] = {
     "schedules": ["tests/dlm_core/test_schedules.py", "tests/dlm_core/test_schedules_chain.py"],
     "noise": ["tests/dlm_core/test_noise.py"],
@@ -140,6 +177,18 @@ MODULES: dict[str, list[str]] = {
     ],
     "pipeline/export/hf/modeling_lladamoe": LOGITS_OF_EXPORTS,
     "pipeline/export/hf/modeling_llada2_moe": LOGITS_OF_EXPORTS,
+    **{f"pipeline/sandbox/{name}": tests for name, tests in SANDBOX.items()},
+    "workflows/comparison": [
+        f"tests/workflows/test_compare.py::test_{case}"
+        for case in (
+            "mcnemar_is_that_of_all_outcomes_of_fair_coins",
+            "the_mask_noise_of_a_difference_is_that_of_repetitions",
+            "differences_are_those_of_the_records_taken_pair_by_pair",
+            "questions_that_failed_for_one_of_the_runs_are_left_out",
+            "what_is_exact_is_not_compared_with_a_bound",
+            "runs_of_other_questions_are_refused_by_name",
+        )
+    ],
 }
 """A module of dlm_core, or of another package by its path -> what is run against each of its mutants: the fast tests of
 some files, or single ones."""
@@ -172,9 +221,11 @@ PLANTED_ONLY = {
     "pipeline/export/hf/modeling_dream",
     "pipeline/export/hf/modeling_lladamoe",
     "pipeline/export/hf/modeling_llada2_moe",
+    *(f"pipeline/sandbox/{name}" for name in SANDBOX),
+    "workflows/comparison",
 }
-"""Modules from which nothing is drawn: a phase of a training, how it begins, exports, and what only a gang of ranks
-shows, 10 s a mutant."""
+"""Modules from which nothing is drawn: a phase of a training, how it begins, exports, what only a gang of ranks shows,
+code under test, whole runs: 10 s a mutant."""
 
 DRAWN_FROM: dict[tuple[str, ...], int] = {
     ("schedules", "corruption", "masks", "objectives", "likelihood"): 200,
@@ -207,4 +258,4 @@ Those of PLANTED_ONLY are in none.
 
 def source_path(module: str) -> str:
     """The module's file, relative to the root of the repository."""
-    return f"{module}.py" if module.startswith("pipeline/") else f"dlm_core/{module}.py"
+    return f"{module}.py" if module.startswith(("pipeline/", "workflows/")) else f"dlm_core/{module}.py"

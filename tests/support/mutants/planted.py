@@ -7,6 +7,7 @@ from tests.support.mutants.planted_answers import ANSWERS
 from tests.support.mutants.planted_conversions import CONVERSIONS
 from tests.support.mutants.planted_imports import IMPORTS
 from tests.support.mutants.planted_samplers import SAMPLERS
+from tests.support.mutants.planted_verdicts import VERDICTS
 
 
 def planted(sources: Mapping[str, str], faults: tuple[Planted, ...] | None = None) -> list[Mutant]:
@@ -476,4 +477,5 @@ PLANTED: tuple[Planted, ...] = (
     *CONVERSIONS,
     *SAMPLERS,
     *ANSWERS,
+    *VERDICTS,
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.support.mutants import worker
 
-COPIED = ("dlm_core", "pipeline", "tests", "pyproject.toml")
+COPIED = ("dlm_core", "pipeline", "workflows", "cluster", "tests", "pyproject.toml")
 TIMEOUT_S = 60.0
 """Processor time that the tests of one mutant may take; taking longer counts as caught."""
 NUM_WORKERS = 2

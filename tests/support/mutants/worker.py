@@ -43,6 +43,7 @@ MEMORY_BYTES = 6 << 30
 WAITS = 10
 """A child may take this many times its processor time by the clock, in case it waits for what never comes."""
 POLL_S = 0.01
+OURS = {"dlm_core", "pipeline", "workflows", "cluster", "tests"}
 
 
 def main() -> None:
@@ -121,7 +122,7 @@ def run_tests(tree: Path, job: dict) -> int:
     sys.stdout.flush()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if name.split(".")[0] in {"dlm_core", "pipeline", "tests"} and file and not Path(file).is_relative_to(tree):
+        if name.split(".")[0] in OURS and file and not Path(file).is_relative_to(tree):
             return WRONG_TREE
     mutated = job["path"].removesuffix(".py").replace("/", ".")
     if code == 0 and mutated not in sys.modules:
