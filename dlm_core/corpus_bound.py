@@ -64,7 +64,8 @@ class BoundEstimate:
     def mc_interval(self) -> tuple[float, float]:
         """Holds the bound of this very text with probability 0.95 whatever masks are drawn.
 
-        Student's t: of the 8 replicates that are the fewest, nelbo ± 1.96 mc_se would hold it 91 times in 100.
+        Student's t (Biometrika 6, 1908): of the 8 replicates that are the fewest, nelbo ± 1.96 mc_se would hold it 91
+        times in 100.
         """
         half = t_quantile(float(self.num_replicates - 1)) * self.mc_se
         return self.nelbo - half, self.nelbo + half

@@ -37,12 +37,13 @@ PRETRAIN = PretrainConfig(
 NO_DROPOUT = "no dropout, where the published network has 0.1"
 TINY_DIT = Architecture(
     d_model=128,
-    num_layers=4,
+    num_layers=2,
     num_heads=4,
     d_ff=512,
     norm="layer",
     norm_eps=1e-5,
     activation="gelu",
+    rope_base=100.0,  # for rows of 128 tokens
     cond_dim=32,
     tied_head=False,
     head_bias=True,
@@ -102,8 +103,10 @@ def mdlm_tiny() -> Workflow:
     pretrain = PretrainConfig(
         architecture=TINY_DIT,
         optimizer=optimizer,
-        num_steps=400,
-        validation=ValidationConfig(every_steps=100, num_rows=16),
+        num_steps=1600,  # the unigram plateau ends after some 600
+        global_batch_seqs=8,
+        validation=ValidationConfig(every_steps=200, num_rows=16),
+        checkpoint_every_steps=200,
     )
     return tiny_chain(
         "mdlm_tiny", "MDLM", "MDLM's network, averages and constant rate, for minutes on 2 CPU cores", pretrain
