@@ -21,11 +21,13 @@ is taken off by a fit
 
 The fit of a stratum is one of the losses in all *other* strata: being independent of the draws that it is held against,
 it moves no mean, however bad it is.  Given fit and counts the two subsets of a stratum are independent, so that the
-square of their difference tells what they add to the variance; it tells too much by what trend the fit has left, in
-strata that are wide because they are few.  That fits share data adds next to nothing.  So the error is right for
-answers of tens of tokens and 64 masks, and rather too large for hundreds of tokens or 8 masks (tests).
+difference of what they add is a deviation whose square tells the variance; it tells too much by what trend the fit has
+left, in strata that are wide because they are few.  That fits share data adds next to nothing.  So the error is right
+for answers of tens of tokens and 64 masks, and rather too large for hundreds of tokens or 8 masks (tests).  Of any sum
+of bounds the deviations are the sums of theirs, whether they share masks or not: that of a difference of two choices,
+or of two models, is told as small as common masks make it.
 
-What lives here: subsets, weights, the bound and its variance.  What must not: rows, models.
+What lives here: subsets, weights, the bound and its deviations.  What must not: rows, models.
 
 Shapes: B answers of n tokens each, J subsets, H strata.
 """
@@ -109,13 +111,14 @@ def _edges(n: int, num_strata: int) -> Float[Tensor, " E"]:
 
 def bound_of_losses(
     masks: AnswerMasks, losses: Float[Tensor, "B J n"]
-) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-    """The bound of every answer from the losses of its masked tokens, in nats, and the variance of the bound.
+) -> tuple[Float[Tensor, " B"], Float[Tensor, "B H"]]:
+    """The bound of every answer from the losses of its masked tokens, in nats, and how each stratum's draws deviate.
 
-    ``losses`` are 0 where nothing is masked.  LLaDA (arXiv 2502.09992) eq. 6; see the module.
+    The sum of the squares of the deviations is the variance of the bound.  ``losses`` are 0 where nothing is masked.
+    LLaDA (arXiv 2502.09992) eq. 6; see the module.
     """
     if masks.num_strata == 0:
-        return (losses.sum(dim=2) * masks.weight).sum(dim=1), torch.zeros(len(losses), dtype=torch.float64)
+        return (losses.sum(dim=2) * masks.weight).sum(dim=1), torch.zeros(len(losses), 0, dtype=torch.float64)
     n = losses.shape[2]
     held = masks.is_masked[:, 1:].double().unflatten(1, (-1, 2))
     beyond, weight = losses[:, 1:].unflatten(1, (-1, 2)), masks.weight[:, 1:].unflatten(1, (-1, 2))
@@ -124,7 +127,7 @@ def bound_of_losses(
     of_fit = (held * fit.token[:, :, None]).sum(dim=3) + k * (fit.a + fit.b * (k / n).sqrt())
     off = weight * (beyond.sum(dim=3) - of_fit)
     bound = losses[:, 0].sum(dim=1) * masks.weight[:, 0] + (off.sum(dim=2) + fit.mean_over(n)).sum(dim=1)
-    return bound, (off[..., 0] - off[..., 1]).square().sum(dim=1)
+    return bound, off[..., 0] - off[..., 1]
 
 
 class _Fit(NamedTuple):

@@ -122,12 +122,17 @@ class AnswerEstimate:
     """A bound on -log p of every answer, in nats; each depends on its own row and mask id alone."""
 
     nats: Float[Tensor, " B"]
-    mc_se: Float[Tensor, " B"]
-    """Standard error of nats from the drawn masks; 0 where every mask was taken."""
+    deviations: Float[Tensor, "B H"]
+    """Noise of the drawn masks by stratum; 0 where every mask was taken.  Those of a sum of answers are the sums."""
     dof: Float[Tensor, " B"]
     """Degrees of freedom of mc_se, the strata of a part; inf where nothing was drawn."""
     num_passes: Int[Tensor, " B"]
     """Masked copies of the row that went through the denoiser."""
+
+    @property
+    def mc_se(self) -> Float[Tensor, " B"]:
+        """Standard error of nats from the drawn masks."""
+        return self.deviations.square().sum(dim=1).sqrt()
 
 
 def answer_bound(cross_entropy: CrossEntropy, a: Answers, *, num_masks: int, batch_rows: int = 64) -> AnswerEstimate:
@@ -139,7 +144,8 @@ def answer_bound(cross_entropy: CrossEntropy, a: Answers, *, num_masks: int, bat
     """
     if batch_rows < 1:
         raise ValueError(f"batch_rows is {batch_rows}; it must be at least 1")
-    nats, variance = torch.zeros(2, len(a.lengths), dtype=torch.float64)
+    nats = torch.zeros(len(a.lengths), dtype=torch.float64)
+    deviations = torch.zeros(len(a.lengths), max(0, num_masks - 1) // 2, dtype=torch.float64)
     dof, num_passes = torch.full_like(nats, torch.inf), torch.zeros(len(a.lengths), dtype=torch.int64)
     parts = a.parts()
     rows = parts.row.unique()
@@ -162,10 +168,10 @@ def answer_bound(cross_entropy: CrossEntropy, a: Answers, *, num_masks: int, bat
         for part, masks, at in drawn:
             bound, of_part = bound_of_losses(masks, losses[at])
             nats.index_add_(0, part.row, bound)
-            variance.index_add_(0, part.row, of_part)
             if masks.num_strata:
+                deviations.index_add_(0, part.row, of_part)
                 dof[part.row] = masks.num_strata
-    return AnswerEstimate(nats, variance.sqrt(), dof, num_passes)
+    return AnswerEstimate(nats, deviations, dof, num_passes)
 
 
 @torch.no_grad()

@@ -1,17 +1,26 @@
 """From an estimate and its standard error to an interval.
 
-What lives here: quantiles, intervals of shares.  What must not: torch, which a command line cannot wait for; how
-estimates and their errors come about.
+What lives here: quantiles, intervals of shares, errors of differences.  What must not: torch, which a command line
+cannot wait for; how estimates and their deviations come about.
 """
 
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import zip_longest
 from statistics import NormalDist
 
 _NUM_NODES = 4001
 """Of Simpson's rule; the error of a quantile is below 1e-6 from 1 degree of freedom on."""
 _NUM_HALVINGS = 60
+
+
+def error_of_difference(deviations: Sequence[float], others: Sequence[float] = ()) -> float:
+    """Standard error of one bound less another, from the deviations of both (dlm_core/answer_masks.py).
+
+    Where the two have masks in common, what these do to both goes out of it.  Without ``others`` that of one bound.
+    """
+    return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip_longest(deviations, others, fillvalue=0.0)))
 
 
 @cache

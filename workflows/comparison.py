@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dlm_core.intervals import t_quantile
+from dlm_core.intervals import error_of_difference, t_quantile
 from pipeline.artifact import Manifest, checked, load_manifest, read_json
 from pipeline.errors import UserError
 from workflows.copies import local_copy
@@ -39,8 +39,7 @@ class Difference:
     se: float | None
     """Of b - a, over questions, paired; None for a single one."""
     mc_se: float | None
-    """Of b - a, from the drawn masks; None where none are drawn.  Of held-out text by replicate, each of the same masks
-    for both; of tasks as if each run had drawn its own, which is too much where both find the same masks hard."""
+    """Of b - a, from the drawn masks, of which what both find hard goes out; None where none are drawn."""
     interval: tuple[float, float] | None
     """Of b - a, 95 % over questions, Student's t."""
     p: float | None
@@ -178,23 +177,25 @@ def _share(metric: str, is_hit: Callable[[Record], bool]) -> Measure:
 
 
 def _ratio(metric: str, unit: str, cost: Callable[[Record], float], size: Callable[[Record], float]) -> Measure:
-    """Of costs that the record gives with an ``mc_se`` of their own, if it does."""
+    """Of costs that the record gives with their deviations, if masks were drawn for them."""
 
     def measure(of: str, pairs: Pairs) -> Difference:
         sides = [([cost(p[side]) for p in pairs], [size(p[side]) for p in pairs]) for side in (0, 1)]
-        errors = [
-            math.sqrt(math.fsum(_mc_se(p[side]) ** 2 for p in pairs)) / math.fsum(sides[side][1]) for side in (0, 1)
+        totals = [math.fsum(sizes) for _, sizes in sides]
+        noise = [
+            error_of_difference(*([one / total for one in _deviations(r)] for r, total in zip(p, totals, strict=True)))
+            for p in pairs
         ]
-        found = difference_of_ratios(sides[0], sides[1], math.hypot(*errors) or None)
+        found = difference_of_ratios(sides[0], sides[1], math.hypot(*noise) or None)
         return Difference(of, metric, unit, *found, None, len(pairs))
 
     return measure
 
 
-def _mc_se(record: Record) -> float:
+def _deviations(record: Record) -> Sequence[float]:
     """Of what a record costs: of the right answer, where there are several."""
-    error: Any = record.get("mc_se", 0.0)
-    return float(error[record["answer"]] if "answer" in record else error)
+    found: Any = record.get("deviations", ())
+    return found[record["answer"]] if "answer" in record else found
 
 
 def _cheapest_is_right(record: Record, size: str = "") -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from dlm_core.intervals import error_of_difference
 from pipeline.config import execution
 from pipeline.errors import UserError
 from pipeline.inference.model import OpenModel
@@ -61,13 +62,18 @@ class Score:
     """-log p of an answer, or a bound on it."""
 
     nats: float
-    mc_se: float
-    """Noise of the drawn masks; 0 where nothing was drawn."""
+    deviations: tuple[float, ...]
+    """Noise of the drawn masks by stratum; none where nothing was drawn.  Those of a sum of scores are the sums."""
     dof: float
-    """Of mc_se; inf where it is 0."""
+    """Of mc_se; inf where nothing was drawn."""
     num_passes: int
     num_cut: int
     """Tokens at the beginning of the context for which there was no room."""
+
+    @property
+    def mc_se(self) -> float:
+        """Standard error of nats from the drawn masks."""
+        return error_of_difference(self.deviations)
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,10 @@ def _bounds(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfi
     )
     of_model = _block_cross_entropy if answers.block_size else partial(_cross_entropy, guidance=config.guidance)
     found = answer_bound(of_model(model, answers), answers, num_masks=config.num_masks, batch_rows=config.batch_rows)
-    columns = (found.nats, found.mc_se, found.dof, found.num_passes)
+    columns = (column.tolist() for column in (found.nats, found.deviations, found.dof, found.num_passes))
     return [
-        Score(*figures, num_cut=row.num_cut)
-        for row, *figures in zip(rows, *(column.tolist() for column in columns), strict=True)
+        Score(nats, tuple(deviations) if math.isfinite(dof) else (), dof, num_passes, row.num_cut)
+        for row, nats, deviations, dof, num_passes in zip(rows, *columns, strict=True)
     ]
 
 
@@ -250,4 +256,4 @@ def _next_tokens(model: OpenModel, rows: Sequence[FittedRow], batch_rows: int) -
             losses = HeadLoss(*model.denoiser(*sent, mask=AttentionMask("causal"))).cross_entropy.double().cpu()
             sums = torch.zeros(len(some), dtype=torch.float64).index_add_(0, select // width, losses)
             nats.update(zip(some, sums.tolist(), strict=True))
-    return [Score(nats[number], 0.0, math.inf, 1 if row.size else 0, row.num_cut) for number, row in enumerate(rows)]
+    return [Score(nats[number], (), math.inf, 1 if row.size else 0, row.num_cut) for number, row in enumerate(rows)]

@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from pipeline.errors import NumericsError
@@ -42,7 +43,7 @@ def choose(model: OpenModel, numbered: Sequence[tuple[int, Question]], config: L
         record |= {
             "answer": question["answer"],
             "nats": [one.nats for one in found],
-            "mc_se": [one.mc_se for one in found],
+            "deviations": [_kept(one.deviations) for one in found],
             "chars": [len(choice) for choice in choices],
             "bytes": [len(choice.encode()) for choice in choices],
             "passes": sum(one.num_passes for one in found),
@@ -84,16 +85,23 @@ def roll(model: OpenModel, numbered: Sequence[tuple[int, Question]], config: Lik
 def _rolled(number: int, text: str, rows: Sequence[Sequence[int]], scores: Sequence[Score]) -> Record:
     if not rows:
         return {"number": number, "failed": "the text has no tokens"}
-    variances = [one.mc_se**2 for one in scores]
     return {
         "number": number,
         "nats": math.fsum(one.nats for one in scores),
-        "mc_se": math.sqrt(math.fsum(variances)),
+        "mc_se": math.sqrt(math.fsum(one.mc_se**2 for one in scores)),
+        "deviations": _kept(
+            [math.fsum(of_rows) for of_rows in zip_longest(*(s.deviations for s in scores), fillvalue=0.0)]
+        ),
         "tokens": sum(map(len, rows)),
         "bytes": len(text.encode()),
         "words": len(_WORDS.split(text)),
         "passes": sum(one.num_passes for one in scores),
     }
+
+
+def _kept(deviations: Sequence[float]) -> list[float]:
+    """To a millionth of a nat: they are many."""
+    return [round(one, 6) for one in deviations]
 
 
 def _finite(found: Score, number: int) -> Score:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, TypedDict
 
-from dlm_core.intervals import mean_interval, t_quantile, wilson_interval
+from dlm_core.intervals import error_of_difference, mean_interval, t_quantile, wilson_interval
 from pipeline.config import identity
 from pipeline.inference.likelihood import LikelihoodConfig
 from pipeline.sandbox.pass_at_k import pass_at_k
@@ -92,18 +92,19 @@ def _settings(task: TaskConfig, model: ModelRecord, config: LikelihoodConfig) ->
 def choices_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
     """How often the likeliest choice is right: by its nats, and by its nats a character and a byte.
 
-    A share has no ``mc_se`` where masks were drawn: choices have theirs in common, and how much of the noise goes out
-    of the difference of two is not known from their own errors.
+    ``turning`` is the share of questions whose best two other masks would have put the other way round.  ``mc_se`` of a
+    share is that of independent questions, each of whose answers would be told right with the probability that other
+    masks leave it before the best of the others.  Both by the normal law, from deviations that choices have in common.
     """
     answers = [r["answer"] for r in records]
-    mc_se = None if any(error for r in records for error in r["mc_se"]) else 0.0
+    best = [_best_two(r) for r in records]
 
     def right(size: str) -> Row:
-        costs = [[nats / n for nats, n in zip(r["nats"], r[size], strict=True)] if size else r["nats"] for r in records]
-        return _share([one.index(min(one)) == answer for one, answer in zip(costs, answers, strict=True)], mc_se)
+        costs = [[nats / n for nats, n in zip(r["nats"], _sizes(r, size), strict=True)] for r in records]
+        hits = [one.index(min(one)) == answer for one, answer in zip(costs, answers, strict=True)]
+        turned = [_turned(*_ahead(r, one, size)) for r, one in zip(records, costs, strict=True)]
+        return _share(hits, math.sqrt(math.fsum(p * (1 - p) for p in turned)) / len(records))
 
-    best = [_best_two(r["nats"], r["mc_se"]) for r in records]
-    turning = [NormalDist().cdf(-margin / se) if se else 0.5 * (margin == 0.0) for margin, se in best]
     return {
         "acc": right(""),
         "acc_norm": right("chars"),
@@ -111,17 +112,40 @@ def choices_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
         f"answer_{'nll' if is_exact else 'nelbo'}": _mean(
             [r["nats"][answer] for r, answer in zip(records, answers, strict=True)],
             "nats/answer",
-            _root([r["mc_se"][answer] for r, answer in zip(records, answers, strict=True)]) / len(records),
+            _root([error_of_difference(r["deviations"][r["answer"]]) for r in records]) / len(records),
         ),
         "margin": _mean([margin for margin, _ in best], "nats", None),
-        "turning": _plain(math.fsum(turning) / len(records), "share"),
+        "turning": _plain(math.fsum(_turned(*one) for one in best) / len(records), "share"),
     }
 
 
-def _best_two(costs: Sequence[float], errors: Sequence[float]) -> tuple[float, float]:
-    """How far the second choice is behind the best, and the error of that if each had masks of its own."""
-    best, second = sorted(range(len(costs)), key=costs.__getitem__)[:2]
-    return costs[second] - costs[best], math.hypot(errors[best], errors[second])
+def _best_two(record: Record) -> tuple[float, float]:
+    """How far the second choice is behind the best, and the error of that."""
+    best, second = sorted(range(len(record["nats"])), key=record["nats"].__getitem__)[:2]
+    return _behind(record, best, second, "")
+
+
+def _ahead(record: Record, costs: Sequence[float], size: str) -> tuple[float, float]:
+    """How far the best of the other choices is behind the right one, and the error of that."""
+    others = [place for place in range(len(costs)) if place != record["answer"]]
+    return _behind(record, record["answer"], min(others, key=costs.__getitem__), size)
+
+
+def _behind(record: Record, one: int, other: int, size: str) -> tuple[float, float]:
+    sizes = _sizes(record, size)
+    nats, deviations = record["nats"], record["deviations"]
+    scaled = [[deviation / sizes[place] for deviation in deviations[place]] for place in (one, other)]
+    return nats[other] / sizes[other] - nats[one] / sizes[one], error_of_difference(*scaled)
+
+
+def _sizes(record: Record, size: str) -> Sequence[float]:
+    sizes: Sequence[float] = record[size] if size else [1.0] * len(record["nats"])
+    return sizes
+
+
+def _turned(margin: float, error: float) -> float:
+    """Probability that other masks turn a margin round."""
+    return NormalDist().cdf(-abs(margin) / error) if error else 0.0
 
 
 # Texts

@@ -51,9 +51,9 @@ def test_as_many_masks_as_subsets_take_every_subset_once(n: int) -> None:
     assert sorted(map(tuple, masks.is_masked[0].tolist())) == sorted(
         s for s in itertools.product((False, True), repeat=n) if any(s)
     )
-    bound, variance = bound_of_losses(masks, losses_of(masks.is_masked))
+    bound, deviations = bound_of_losses(masks, losses_of(masks.is_masked))
     assert bound.tolist() == pytest.approx([enumerated(n)] * 2, rel=1e-12)
-    assert variance.tolist() == [0.0, 0.0]
+    assert deviations.shape == (2, 0)
     if n > 2:
         assert drawn(n, 2**n - 2).num_strata > 0
 
@@ -123,7 +123,8 @@ class Drawn(NamedTuple):
 
 def estimates(n: int, num_masks: int, num: int = NUM_REPETITIONS, sharpness: float = 1.0, seed: int = 0) -> Drawn:
     masks = drawn(n, num_masks, num, seed)
-    return Drawn(*bound_of_losses(masks, losses_of(masks.is_masked, sharpness)), masks.num_strata)
+    bound, deviations = bound_of_losses(masks, losses_of(masks.is_masked, sharpness))
+    return Drawn(bound, deviations.square().sum(dim=1), masks.num_strata)
 
 
 @pytest.mark.parametrize(("n", "num_masks"), [(7, 64), (8, 64), (10, 16), (12, 16), (12, 64), (12, 128), (14, 256)])
@@ -179,11 +180,11 @@ def spread_ratio(n: int, num_masks: int, sharpness: float = 1.0) -> float:
 def test_losses_that_depend_on_nothing_but_the_token_have_next_to_no_variance() -> None:
     masks = drawn(12, 64, num=50)
     losses = torch.arange(1.0, 13.0, dtype=torch.float64) * masks.is_masked
-    bound, variance = bound_of_losses(masks, losses)
+    bound, deviations = bound_of_losses(masks, losses)
     assert bound.tolist() == pytest.approx([78.0] * 50, rel=0.02)
     plain = (losses.sum(dim=2) * masks.weight).sum(dim=1)
     assert float(bound.var()) < 0.02 * float(plain.var())
-    assert float(variance.mean()) < 0.05 * float(plain.var())
+    assert float(deviations.square().sum(dim=1).mean()) < 0.05 * float(plain.var())
 
 
 @pytest.mark.parametrize("n", [7, 20])
@@ -199,10 +200,13 @@ def test_answers_of_the_same_id_lose_the_same_tokens_and_others_other_ones(n: in
 def test_common_masks_take_noise_from_the_difference_of_choices() -> None:
     """Two choices, the second a little harder: differences of shared masks are less noisy than of masks apart."""
     masks, apart = drawn(12, 64, num=500), draw_masks(12, 64, torch.arange(1000, 1500), 0)
-    first, _ = bound_of_losses(masks, losses_of(masks.is_masked))
-    shared, _ = bound_of_losses(masks, losses_of(masks.is_masked, sharpness=0.9))
-    alone, _ = bound_of_losses(apart, losses_of(apart.is_masked, sharpness=0.9))
+    first, of_first = bound_of_losses(masks, losses_of(masks.is_masked))
+    shared, of_shared = bound_of_losses(masks, losses_of(masks.is_masked, sharpness=0.9))
+    alone, of_alone = bound_of_losses(apart, losses_of(apart.is_masked, sharpness=0.9))
     assert float((shared - first).var()) < 0.25 * float((alone - first).var())
+    for difference, deviations in ((shared - first, of_shared - of_first), (alone - first, of_alone - of_first)):
+        told = deviations.square().sum(dim=1).mean()
+        assert float(told / difference.var()) == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +225,6 @@ def test_too_few_tokens_or_masks_are_refused(n: int, num_masks: int, words: str)
 @pytest.mark.parametrize(("n", "num_masks"), [(1, 1), (2, 3), (3, 3), (500, 3)])
 def test_the_least_masks_give_a_number_and_an_error(n: int, num_masks: int) -> None:
     masks = drawn(n, num_masks, num=4)
-    bound, variance = bound_of_losses(masks, losses_of(masks.is_masked))
+    bound, deviations = bound_of_losses(masks, losses_of(masks.is_masked))
     assert bound.isfinite().all()
-    assert (variance > 0).all() == (n > 2)
+    assert (deviations.square().sum(dim=1) > 0).all() == (n > 2)

@@ -185,7 +185,7 @@ def test_an_answer_longer_than_a_row_is_refused(models: dict[str, OpenModel]) ->
 def test_nothing_is_asked_of_empty_answers_and_no_requests(models: dict[str, OpenModel]) -> None:
     assert score(models["masked"], [], CONFIG) == []
     for name in models:
-        assert score(models[name], [Request((5,), (), 0)], CONFIG) == [Score(0.0, 0.0, math.inf, 0, 0)]
+        assert score(models[name], [Request((5,), (), 0)], CONFIG) == [Score(0.0, (), math.inf, 0, 0)]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,12 +66,20 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TasksConfig:
 
 def naive_nats(
     model: OpenModel, config: LikelihoodConfig, context: str, answer: str, number: int
-) -> tuple[float, float]:
+) -> tuple[float, np.ndarray]:
     """One question at a time, one row at a time, from the mask that its number addresses."""
     whole, given = model.encode(context + answer), len(model.encode(context.rstrip()))
     request = Request(whole[:given], whole[given:], mask_id(number))
     (found,) = score(model, [request], replace(config, batch_rows=1))
-    return found.nats, found.mc_se
+    return found.nats, np.array(found.deviations)
+
+
+def turned(one: tuple[float, np.ndarray], other: tuple[float, np.ndarray]) -> float:
+    """Probability that other masks put two choices the other way round."""
+    width = max(len(one[1]), len(other[1]))
+    deviations = [np.pad(found, (0, width - len(found))) for _, found in (one, other)]
+    se = math.sqrt(((deviations[0] - deviations[1]) ** 2).sum())
+    return NormalDist().cdf(-abs(other[0] - one[0]) / se) if se else 0.0
 
 
 @pytest.mark.parametrize("name", list(RECORDS))
@@ -79,7 +88,7 @@ def test_choices_are_those_of_a_loop_over_one_question_at_a_time(
 ) -> None:
     found = ask(config, weights[name], made.tokenizer, tmp_path / "out")["which"]
     model = open_model(weights[name], made.tokenizer, "cpu")
-    right, right_norm, right_bytes, nats, noise, margins, turning = [], [], [], [], [], [], []
+    right, right_norm, right_bytes, nats, noise, margins, turning, risks = [], [], [], [], [], [], [], []
     for number, question in enumerate(choices()):
         answers = question["choices"]
         costs = [naive_nats(model, config.likelihood, question["context"], one, number) for one in answers]
@@ -89,11 +98,12 @@ def test_choices_are_those_of_a_loop_over_one_question_at_a_time(
         right_norm.append(min(range(len(values)), key=lambda i: values[i] / chars[i]) == question["answer"])
         right_bytes.append(min(range(len(values)), key=lambda i: values[i] / sizes[i]) == question["answer"])
         nats.append(costs[question["answer"]][0])
-        noise.append(costs[question["answer"]][1])
-        (first, se_first), (second, se_second) = sorted(costs)[:2]
-        margins.append(second - first)
-        se = math.sqrt(se_first**2 + se_second**2)
-        turning.append(NormalDist().cdf(-(second - first) / se) if se else 0.0)
+        noise.append(float((costs[question["answer"]][1] ** 2).sum()))
+        best, second = sorted(range(len(costs)), key=values.__getitem__)[:2]
+        margins.append(values[second] - values[best])
+        turning.append(turned(costs[best], costs[second]))
+        other = min((i for i in range(len(costs)) if i != question["answer"]), key=values.__getitem__)
+        risks.append(turned(costs[question["answer"]], costs[other]))
     n, metrics = len(right), found["metrics"]
     assert (found["n"], found["num_failed"], found["num_cut"]) == (n, 0, 0)
     assert metrics["acc"]["value"] == sum(right) / n
@@ -113,14 +123,17 @@ def test_choices_are_those_of_a_loop_over_one_question_at_a_time(
     assert row["interval"] == pytest.approx(
         [mean - t_quantile(float(n - 1)) * spread, mean + t_quantile(float(n - 1)) * spread], rel=1e-4
     )
-    assert row["mc_se"] == pytest.approx(math.sqrt(math.fsum(one**2 for one in noise)) / n, rel=1e-3)
+    assert row["mc_se"] == pytest.approx(math.sqrt(math.fsum(noise)) / n, rel=1e-3)
     assert metrics["margin"]["value"] == pytest.approx(math.fsum(margins) / n, rel=1e-3)
     assert metrics["turning"]["value"] == pytest.approx(math.fsum(turning) / n, abs=1e-4)
     if name == "next":
         assert metrics["turning"]["value"] == metrics["acc"]["mc_se"] == row["mc_se"] == 0.0
     else:
-        assert metrics["acc"]["mc_se"] is None
-        assert min(metrics["turning"]["value"], row["mc_se"]) > 0
+        wanted = math.sqrt(math.fsum(p * (1 - p) for p in risks)) / n
+        assert metrics["acc"]["mc_se"] == pytest.approx(wanted, rel=1e-3)
+        assert row["mc_se"] > 0
+        if name != "blocks":  # whose parts are short: their differences are mostly exact
+            assert min(metrics["acc"]["mc_se"], metrics["turning"]["value"]) > 0
 
 
 @pytest.mark.parametrize("name", list(RECORDS))

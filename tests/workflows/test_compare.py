@@ -74,7 +74,10 @@ def test_differences_are_those_of_the_records_taken_pair_by_pair(
     answer = rows["tasks.which", "answer_nelbo"]
     nats = [[one["nats"][one["answer"]] for one in side] for side in which]
     assert answer["difference"] == pytest.approx(np.mean(np.subtract(nats[1], nats[0])), rel=1e-9)
-    noise = math.fsum(one["mc_se"][one["answer"]] ** 2 for side in which for one in side)
+    noise = 0.0
+    for pair in zip(*which, strict=True):
+        first, second = (np.array(one["deviations"][one["answer"]]) for one in pair)
+        noise += ((second - first) ** 2).sum()
     assert answer["mc_se"] == pytest.approx(math.sqrt(noise) / n, rel=1e-9)
 
     how = [read_records(output["tasks"] / "how.jsonl") for output in outputs]
@@ -212,7 +215,7 @@ def test_what_is_exact_is_not_compared_with_a_bound(tmp_path: Path, store: Store
     done = dlm("compare", "bound", "exact", "--json")
     found = json.loads(done.stdout)
     assert {(row["of"], row["metric"]) for row in found["differences"]} == {
-        ("tasks.which", "acc"), ("tasks.which", "acc_norm"),
+        ("tasks.which", "acc"), ("tasks.which", "acc_norm"), ("tasks.which", "acc_bytes"),
     }  # fmt: skip
     not_alike = "one run's figures are exact, the other's are bounds: their difference says nothing"
     assert {f"{of}: {not_alike}" for of in ("evaluate", "tasks.which, answer", "tasks.how, bpb")} <= set(found["notes"])

@@ -19,7 +19,7 @@ def test_report_of_tasks_has_figures_intervals_and_what_failed(tmp_path: Path):
 
 
 def test_every_figure_of_a_task_has_a_meaning():
-    choice = {"answer": 0, "nats": [1.0, 2.0], "mc_se": [0.1, 0.1], "chars": [1, 2], "bytes": [1, 2]}
+    choice = {"answer": 0, "nats": [1.0, 2.0], "deviations": [[0.1], [0.2]], "chars": [1, 2], "bytes": [1, 2]}
     text = {"nats": 2.0, "mc_se": 0.1, "tokens": 3, "bytes": 4, "words": 1}
     written = {"hit": True, "found": "a", "nfe": 3, "right": 1, "tokens": 2}
     sample = {"ids": [1, 2], "nfe": 1, "scored_nats": 1.0, "scored_tokens": 2}

@@ -13,7 +13,7 @@ _MEANINGS = {
     "answer_nelbo": "Upper bound of the negative log-likelihood of the right choice",
     "answer_nll": "Negative log-likelihood of the right choice",
     "margin": "Between the likeliest choice and the second",
-    "turning": "Questions whose winner other masks would turn if each choice had its own: mostly too many",
+    "turning": "Questions whose winner other masks would turn",
     "nelbo": "Upper bound of the negative log-likelihood",
     "nll": "Negative log-likelihood, each token given those before it",
     "ppl": "exp(nll), the perplexity",

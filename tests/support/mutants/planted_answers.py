@@ -54,8 +54,8 @@ ANSWERS: tuple[Planted, ...] = (
     Planted(
         "answer_masks",
         "the variance of one draw of two",
-        "(off[..., 0] - off[..., 1]).square().sum(dim=1)",
-        "(off[..., 0] - off[..., 1]).square().sum(dim=1) / 2",
+        "return bound, off[..., 0] - off[..., 1]",
+        "return bound, (off[..., 0] - off[..., 1]) / 2**0.5",
     ),
     Planted("answer_masks", "no mirror image", "torch.where(half == 0, u, 1 - u)", "u"),
     Planted("answers", "blocks that share their masks", "a.noise_seed, part.block)", "a.noise_seed, 0)"),
