@@ -47,14 +47,14 @@ TASKS: tuple[Planted, ...] = (
     Planted(
         "pipeline/tasks/tables",
         "the error of a sum for that of a mean",
-        "for r, answer in zip(records, answers, strict=True)]) / len(records)",
-        "for r, answer in zip(records, answers, strict=True)])",
+        '_root([error_of_difference(r["deviations"][r["answer"]]) for r in records]) / len(records)',
+        '_root([error_of_difference(r["deviations"][r["answer"]]) for r in records])',
     ),
     Planted(
         "pipeline/tasks/tables",
         "noise of a share as if each choice had masks of its own",
-        'mc_se = None if any(error for r in records for error in r["mc_se"]) else 0.0',
-        "mc_se = 0.0",
+        "error_of_difference(*scaled)",
+        "math.hypot(*map(error_of_difference, scaled))",
     ),
     Planted("pipeline/tasks/pieces", "the last question in no piece", "*edges, len(costs)]", "*edges, len(costs) - 1]"),
     Planted(

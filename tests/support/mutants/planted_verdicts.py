@@ -85,7 +85,7 @@ VERDICTS: tuple[Planted, ...] = (
         "if False:",
     ),
     Planted("workflows/comparison", "replicates that do not pair", "if len(rates[0]) == len(rates[1]):", "if False:"),
-    Planted("workflows/comparison", "the error of the first answer", 'error[record["answer"]]', "error[0]"),
+    Planted("workflows/comparison", "the error of the first answer", 'found[record["answer"]]', "found[0]"),
     Planted("workflows/comparison", "other questions are compared", "if hashes[0] != hashes[1]:", "if False:"),
     Planted("workflows/comparison", "failed questions count", 'and "failed" not in b[number]', ""),
 )
