@@ -105,7 +105,7 @@ class Bench:
             torch.full((config.num_samples, length), self.model.mask_token_id),
             make_rule(config.sampler),
             make_proposal(config, self.model),
-            block_size=window_of(config, self.model, length),
+            block_size=window_of(config, self.model.record, length),
             mask_token_id=self.model.mask_token_id,
             noise_seed=config.noise_seed,
         )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
+
 
 @dataclass
 class Account:
@@ -44,7 +46,10 @@ class Accounts:
         self._accounts: dict[tuple[str, str], Account] = defaultdict(Account)
         self._details = Path(details) if details else None
         if self._details is not None:
-            self._details.write_text("")
+            try:
+                self._details.write_text("")
+            except OSError as error:
+                raise UserError(f"details is {details}, which cannot be written: {error.strerror}") from None
 
     def add(self, kind: str, instances: Sequence[Any], lines: Sequence[Mapping[str, Any]], *, adds_up: bool) -> None:
         """Figures of requests in the harness's order.

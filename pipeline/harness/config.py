@@ -5,13 +5,16 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pipeline.config import from_json, suggestion
+from pipeline.data.special_tokens import SpecialTokens
 from pipeline.errors import UserError
-from pipeline.inference.likelihood import LikelihoodConfig
+from pipeline.inference.greedy import check_greedy
+from pipeline.inference.likelihood import LikelihoodConfig, check_guidance
+from pipeline.inference.model import find_device
+from pipeline.inference.rules import check_sampling
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
+from pipeline.weights import ModelRecord
 
-_THEIR_DEVICE = "cuda:0"
-"""What the harness's command line passes on where nobody asked for a device."""
 _DRAWN = ("temperature", "top_k", "top_p")
 
 
@@ -66,6 +69,8 @@ class HarnessConfig:
 
 _SAMPLER = {"sampler": "kind"} | {f.name: f.name for f in fields(SamplerConfig) if f.name != "kind"}
 """Fields of SamplerConfig by the names of settings."""
+_THEIR_NAMES = {"pretrained": "weights", "batch_size": "batch_rows", "max_gen_toks": "length"}
+"""Settings of the harness's own models."""
 _PARTS = (OwnConfig, LikelihoodConfig, SamplingConfig)
 
 
@@ -77,24 +82,53 @@ def read_config(given: Mapping[str, Any]) -> HarnessConfig:
     names = {f.name for part in _PARTS for f in fields(part)} | _SAMPLER.keys()
     for name in given:
         if name not in names:
-            raise UserError(f"unknown setting {name} of the model dlm{suggestion(name, sorted(names))}")
+            hint = f"; it is {_THEIR_NAMES[name]} here" if name in _THEIR_NAMES else suggestion(name, sorted(names))
+            raise UserError(f"unknown setting {name} of the model dlm{hint}")
     own, likelihood, sampling = ({f.name: given[f.name] for f in fields(part) if f.name in given} for part in _PARTS)
     sampler = {field: given[name] for name, field in _SAMPLER.items() if name in given}
     sampling |= {"sampler": asdict(from_json(SamplerConfig, sampler))}
     config = HarnessConfig(from_json(OwnConfig, own), from_json(LikelihoodConfig, likelihood), sampling)
-    config.sampling_of({"do_sample": not sampling.keys().isdisjoint(_DRAWN)})  # refused before anything is computed
+    _check_for_tasks(config)
     return config
 
 
-def with_theirs(given: Mapping[str, Any], device: str | None, batch_size: Any, max_batch_size: Any) -> dict[str, Any]:
-    """Settings in model_args, and what the harness passes beside them where it says something.
+def _check_for_tasks(config: HarnessConfig) -> None:
+    """UserError for settings that do not go with what tasks want, whether that is do_sample or not."""
+    refused: dict[str, UserError] = {}
+    for word, do_sample in (("with", True), ("without", False)):
+        try:
+            config.sampling_of({"do_sample": do_sample})
+        except UserError as error:
+            refused[word] = error
+    if len(refused) == 2:
+        raise refused["with"]
+    for word, error in refused.items():
+        raise UserError(f"{error}. A task {word} do_sample has that temperature unless model_args sets one") from None
 
-    Its command line says "cuda:0" and 1 where nobody asked, so these say nothing.  Raises UserError for a setting that
-    stands in both places with two values, and for one without a use.
+
+def check_model(config: HarnessConfig, record: ModelRecord, special: SpecialTokens) -> None:
+    """UserError for settings that a model has no use for, whatever is asked of it: before its weights are read."""
+    check_guidance(config.likelihood, record)
+    for do_sample in (True, False):
+        check_sampling(config.sampling_of({"do_sample": do_sample}), record, special)
+    if config.own.is_greedy:
+        check_greedy(config.likelihood, record)
+    if config.own.length >= record.seq_len:
+        raise UserError(
+            f"length is {config.own.length}, which leaves no room for a prompt in rows of {record.seq_len}; set "
+            f"length={record.seq_len // 2}, or less"
+        )
+    find_device(config.own.device)
+
+
+def with_theirs(given: Mapping[str, Any], device: str | None, batch_size: Any, max_batch_size: Any) -> dict[str, Any]:
+    """Settings in model_args, and what the harness passes beside them; None and "auto" say nothing.
+
+    Raises UserError for a setting that stands in both places with two values, and for one without a use.
     """
     if max_batch_size is not None:
         raise UserError(f"max_batch_size is {max_batch_size}, but batches are not searched for; set batch_size")
-    theirs = {"device": None if device == _THEIR_DEVICE else device, "batch_rows": _rows_of(batch_size)}
+    theirs = {"device": None if device == "auto" else device, "batch_rows": _rows_of(batch_size)}
     both = dict(given)
     for name, value in theirs.items():
         if value is not None and both.setdefault(name, value) != value:
@@ -105,6 +139,9 @@ def with_theirs(given: Mapping[str, Any], device: str | None, batch_size: Any, m
 def _rows_of(batch_size: Any) -> int | None:
     if batch_size in (None, "auto"):
         return None
-    if not str(batch_size).isdecimal():
-        raise UserError(f"batch_size is {batch_size!r}; it must be a number, or auto for {LikelihoodConfig.batch_rows}")
-    return None if int(batch_size) == 1 else int(batch_size)
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+        raise UserError(
+            f"batch_size is {batch_size!r}; it must be a number of rows, or auto, which searches for none and takes "
+            f"{LikelihoodConfig.batch_rows} for likelihoods and {SamplingConfig.batch_rows} for what is generated"
+        )
+    return int(batch_size)

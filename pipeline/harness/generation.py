@@ -8,10 +8,12 @@ from pipeline.config import suggestion
 from pipeline.errors import UserError
 from pipeline.harness.config import HarnessConfig
 from pipeline.inference.model import OpenModel
+from pipeline.inference.rules import window_of
 from pipeline.inference.sampling import SamplingConfig
+from pipeline.weights import ModelRecord
 
 _MAX_GEN_TOKS = 256
-"""Where a task says nothing, as in the harness's own models."""
+"""Where a task says nothing, as in the harness's own models; of shorter rows the half."""
 _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
 
@@ -43,21 +45,33 @@ class Wish:
     sampling: SamplingConfig
 
 
-def wish_of(wanted: Mapping[str, Any], config: HarnessConfig, seq_len: int) -> Wish:
+def wish_of(wanted: Mapping[str, Any], config: HarnessConfig, record: ModelRecord) -> Wish:
     """Generation settings of a task; UserError for unknown ones, and for more tokens than a row has room for."""
+    seq_len = record.seq_len
     for name in wanted:
         if name not in _KNOWN:
             raise UserError(f"the task sets {name} for what is generated{suggestion(name, _KNOWN)}")
     until = wanted.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(until)
-    at_most = int(wanted.get("max_gen_toks") or _MAX_GEN_TOKS)
+    at_most = _number(wanted.get("max_gen_toks"), min(_MAX_GEN_TOKS, seq_len // 2))
     length = min(at_most, config.own.length or at_most)
     if length >= seq_len:
         raise UserError(
             f"{length} tokens are to be generated (max_gen_toks), which leaves no room for a prompt in rows of "
             f"{seq_len}; set length={seq_len // 2} in model_args, or less, and the beginning of longer prompts is cut"
         )
-    return Wish(length, tuple(text for text in until if text), config.sampling_of(wanted))
+    sampling = config.sampling_of(wanted)
+    if record.objective == "masked_nelbo":
+        window_of(sampling, record, length)
+    return Wish(length, tuple(text for text in until if text), sampling)
+
+
+def _number(wanted: Any, otherwise: int) -> int:
+    if wanted is None:
+        return otherwise
+    if not isinstance(wanted, int) or wanted < 1:
+        raise UserError(f"the task sets max_gen_toks to {wanted!r}; it must be a number of tokens, at least 1")
+    return wanted
 
 
 def cut_prompts(prompts: Sequence[Prompt], batch_rows: int) -> list[list[Prompt]]:

@@ -14,20 +14,18 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from pipeline.artifact import load_manifest
-from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
 from pipeline.harness.accounts import Accounts
 from pipeline.harness.addresses import address_of, repetitions
-from pipeline.harness.config import read_config, with_theirs
+from pipeline.harness.config import check_model, read_config, with_theirs
 from pipeline.harness.generation import Prompt, Wish, Written, cut_prompts, wish_of, write
 from pipeline.harness.pieces import cut_requests, encode_pair
 from pipeline.inference.greedy import are_greedy
 from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
-from pipeline.inference.model import OpenModel
+from pipeline.inference.model import OpenModel, read_about
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.inference.stops import before_stops
 from pipeline.inference.workers import Workers
-from pipeline.weights import check_tokenizer, load_record
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -48,8 +46,8 @@ class DenoiserLM(LM):
         self._config = read_config(given)
         own = self._config.own
         weights, tokenizer = Path(own.weights), Path(own.tokenizer)
-        self._record, self._vocabulary = load_record(weights), load_vocabulary(tokenizer)
-        check_tokenizer(self._record, weights, tokenizer)
+        self._record, self._vocabulary = read_about(weights, tokenizer)
+        check_model(self._config, self._record, self._vocabulary.special)
         self._fingerprint = load_manifest(weights).fingerprint
         self._workers = Workers(weights, tokenizer, own.device, own.workers)
         self._accounts = Accounts(own.details)
@@ -94,11 +92,17 @@ class DenoiserLM(LM):
 
     def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:
         """What follows each context, up to the first of the strings that a task ends answers with."""
-        wishes = [wish_of(_words(instance)[1], self._config, self._record.seq_len) for instance in requests]
+        wishes = [wish_of(_words(instance)[1], self._config, self._record) for instance in requests]
         prompts = [
             Prompt(tuple(self._encode(_words(instance)[0])), wish.length, address_of(instance).number(repetition))
             for instance, wish, repetition in zip(requests, wishes, repetitions(requests), strict=True)
         ]
+        for instance, prompt, wish in zip(requests, prompts, wishes, strict=True):
+            if wish.sampling.guidance and not prompt.ids:
+                raise UserError(
+                    f"task {instance.task_name}, document {instance.doc_id}: guidance is {wish.sampling.guidance}, but "
+                    "the prompt is empty, which leaves nothing to strengthen; set it to 0, or leave the document out"
+                )
         written = self._write(prompts, wishes, disable_tqdm)
         lines = [{"num_passes": one.nfe, "num_cut": one.num_cut} for one in written]
         self._account("generate_until", requests, lines)
@@ -106,8 +110,11 @@ class DenoiserLM(LM):
         return self._kept("generate_until", requests, texts)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What numbers depend on, and what the harness has no place for: ends up in "config" of its results."""
-        likelihood = self._config.likelihood
+        """What numbers depend on, and what the harness has no place for: ends up in "config" of its results.
+
+        The seeds that it puts there itself are of its examples in prompts, and of models that draw from torch.
+        """
+        likelihood, sampling = self._config.likelihood, self._config.sampling_of({})
         return {
             "model_weights": self._fingerprint,
             "model_objective": self._record.objective,
@@ -115,7 +122,10 @@ class DenoiserLM(LM):
             "likelihood": _LIKELIHOODS[self._record.objective],
             "likelihood_num_masks": likelihood.num_masks,
             "likelihood_guidance": likelihood.guidance,
-            "noise_seed": likelihood.noise_seed,
+            "likelihood_noise_seed": likelihood.noise_seed,
+            "likelihood_batch_rows": likelihood.batch_rows,
+            "generation_noise_seed": sampling.noise_seed,
+            "generation_batch_rows": sampling.batch_rows,
             "workers": self._config.own.workers,
             "accounts": self._accounts.told(),
         }

@@ -22,7 +22,7 @@ from dlm_core.samplers.next_tokens import sample_next_tokens
 from dlm_core.samplers.proposal import Proposal
 from pipeline.errors import UserError
 from pipeline.inference.model import OpenModel
-from pipeline.inference.rules import make_context, make_proposal, make_rule, refuse_idle, window_of
+from pipeline.inference.rules import check_sampling, make_context, make_proposal, make_rule, window_of
 from pipeline.inference.sampling import SamplingConfig
 
 
@@ -120,10 +120,7 @@ def fill(
     Rows of one length whose first masks stand at one place go together, the shortest first.  Raises UserError, before
     the first pass, for settings that the model has no use for, and for a canvas that it cannot fill.
     """
-    if model.is_autoregressive:
-        refuse_idle(config)
-    else:
-        make_context(config, model)
+    check_sampling(config, model.record, model.vocabulary.special)
     proposal = make_proposal(config, model)
     rows = [_row(model, canvas, config) for canvas in canvases]
     for number, canvas in enumerate(canvases):
@@ -180,9 +177,8 @@ def _row(model: OpenModel, canvas: Canvas, config: SamplingConfig) -> _Row | Non
             "prompt"
         )
     if not (size := record.block_size):
-        window_of(config, model, len(ids) - start)
+        window_of(config, record, len(ids) - start)
         return _Row(ids, start, len(ids), canvas.sample_id)
-    window_of(config, model, size)
     stop = -(-end // size) * size
     if len(ids) > stop:
         raise UserError(
@@ -228,7 +224,7 @@ def _draw(
     with torch.inference_mode():
         if model.is_autoregressive:
             return sample_next_tokens(model.denoiser, xt, proposal, first_token_id=special.eos_token_id, **common)
-        size = window_of(config, model, model.record.block_size or seq_len - one.start)
+        size = window_of(config, model.record, model.record.block_size or seq_len - one.start)
         return sample_blocks(
             make_context(config, model), xt, make_rule(config.sampler), proposal, block_size=size, **common
         )

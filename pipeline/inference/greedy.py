@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import UserError
 from pipeline.inference.likelihood import LikelihoodConfig, Request, fitted
 from pipeline.inference.model import OpenModel
+from pipeline.weights import ModelRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,13 +19,18 @@ def are_greedy(model: OpenModel, requests: Sequence[Request], config: Likelihood
     masked diffusion is asked with all of these masked, and what follows an answer shown.  A pass for each token.
     Raises UserError as ``score`` does, for guidance, and for a model of blocks.
     """
+    check_greedy(config, model.record)
+    return [_is_greedy(model, request, config.batch_rows) for request in requests]
+
+
+def check_greedy(config: LikelihoodConfig, record: ModelRecord) -> None:
+    """UserError for what is not built."""
     if config.guidance:
         raise UserError(
             f"is_greedy is true, but guidance is {config.guidance}, with which it isn't built; leave one out"
         )
-    if model.record.objective == "block_nelbo":
+    if record.objective == "block_nelbo":
         raise UserError("is_greedy is true, but the model is of blocks, for which it isn't built yet; set it to false")
-    return [_is_greedy(model, request, config.batch_rows) for request in requests]
 
 
 def _is_greedy(model: OpenModel, request: Request, batch_rows: int) -> bool:

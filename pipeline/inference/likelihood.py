@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import execution
 from pipeline.errors import UserError
 from pipeline.inference.model import OpenModel
+from pipeline.weights import ModelRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,12 +94,10 @@ def score(model: OpenModel, requests: Sequence[Request], config: LikelihoodConfi
     """
     if not requests:
         return []
+    check_guidance(config, model.record)
     rows = [fitted(model, request) for request in requests]
     if model.is_autoregressive:
-        _refuse_guidance(config, "predicts the next token")
         return _next_tokens(model, rows, config.batch_rows)
-    if model.record.objective == "block_nelbo":
-        _refuse_guidance(config, "is of blocks, for which it is not built yet")
     return _bounds(model, rows, config)
 
 
@@ -123,9 +122,14 @@ def fitted(model: OpenModel, request: Request) -> FittedRow:
     return FittedRow(tokens, start, size, eos, request.mask_id, num_cut)
 
 
-def _refuse_guidance(config: LikelihoodConfig, reason: str) -> None:
-    if config.guidance:
-        raise UserError(f"guidance is {config.guidance}, but the model {reason}; set it to 0")
+def check_guidance(config: LikelihoodConfig, record: ModelRecord) -> None:
+    """UserError for guidance that a model has no use for."""
+    reasons = {
+        "autoregressive_nll": "predicts the next token",
+        "block_nelbo": "is of blocks, for which it is not built yet",
+    }
+    if config.guidance and record.objective in reasons:
+        raise UserError(f"guidance is {config.guidance}, but the model {reasons[record.objective]}; set it to 0")
 
 
 # Diffusion

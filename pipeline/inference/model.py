@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.data.vocabulary import Vocabulary, load_vocabulary
 from pipeline.errors import UserError
-from pipeline.weights import ModelRecord, check_tokenizer, load_denoiser
+from pipeline.weights import ModelRecord, check_tokenizer, load_denoiser, load_record
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +47,7 @@ def open_model(weights: Path, tokenizer: Path, device: str = "auto") -> OpenMode
     """Two committed artifacts as one model; "auto" is a GPU where there is one.
 
     The last two stay open, a model and what scores its texts, so that a process reads their weights once.  Raises
-    UserError for a tokenizer of other weights, a device that is not there, and a model that is conditioned on the
-    time, whose schedule weights don't tell.
+    UserError as ``read_about`` does, and for a device that is not there.
     """
     return _open(weights, tokenizer, find_device(device))
 
@@ -57,14 +56,25 @@ def open_model(weights: Path, tokenizer: Path, device: str = "auto") -> OpenMode
 def _open(weights: Path, tokenizer: Path, device: str) -> OpenModel:
     import torch
 
-    model, record = load_denoiser(weights)
+    record, vocabulary = read_about(weights, tokenizer)
+    model, _ = load_denoiser(weights)
+    return OpenModel(model.to(device).requires_grad_(False), record, vocabulary, torch.device(device))
+
+
+def read_about(weights: Path, tokenizer: Path) -> tuple[ModelRecord, Vocabulary]:
+    """What is known of a model without its weights.
+
+    Raises UserError for a tokenizer of other weights, and for a model that is conditioned on the time, whose schedule
+    weights don't tell.
+    """
+    record = load_record(weights)
     if record.model.architecture.time_conditioning:
         raise UserError(
             f"the model in {weights} is conditioned on the time of its noise, whose schedule its weights do not tell; "
             "it can be neither sampled nor asked so far. Train with architecture.time_conditioning=false"
         )
     check_tokenizer(record, weights, tokenizer)
-    return OpenModel(model.to(device).requires_grad_(False), record, load_vocabulary(tokenizer), torch.device(device))
+    return record, load_vocabulary(tokenizer)
 
 
 def forget_models() -> None:
@@ -76,11 +86,12 @@ def find_device(name: str) -> str:
     """What torch calls a device; "auto" is a GPU where there is one.  UserError for one that is not there."""
     import torch
 
-    has_gpu = torch.cuda.is_available()
+    num_gpus = torch.cuda.device_count()
     if name == "auto":
-        return "cuda" if has_gpu else "cpu"
-    if name != "cpu" and not (has_gpu and name.startswith("cuda")):
+        return "cuda" if num_gpus else "cpu"
+    gpus = ["cuda", *(f"cuda:{number}" for number in range(num_gpus))] if num_gpus else []
+    if name not in ("cpu", *gpus):
         raise UserError(
-            f'device is "{name}", which this machine lacks; it must be "auto", "cpu" or, with a GPU, "cuda"'
+            f'device is "{name}", which this machine lacks; it must be one of {", ".join(["auto", "cpu", *gpus])}'
         )
     return name

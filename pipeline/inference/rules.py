@@ -14,13 +14,17 @@ from dlm_core.samplers.quotas import EvenQuotas, Quotas, ScheduleQuotas, TimedQu
 from dlm_core.samplers.remask import PathPlanning, ReMDM
 from dlm_core.samplers.speculative import SelfSpeculative
 from dlm_core.schedules import LinearSchedule
+from pipeline.data.special_tokens import SpecialTokens
 from pipeline.errors import UserError
 from pipeline.inference.model import OpenModel
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
+from pipeline.weights import ModelRecord
 
 _MDLM_T_END = 1e-5
 """Where MDLM (arXiv 2406.07524) stops, and fills what is left with the most likely tokens."""
+_APPROXIMATE = ("prefix", "dual")
+"""Caches."""
 
 
 def make_rule(sampler: SamplerConfig) -> Rule:
@@ -67,61 +71,21 @@ def _quotas(sampler: SamplerConfig) -> Quotas:
     return TimedQuotas(num_steps) if kind == "timed" else ScheduleQuotas(num_steps, kind)
 
 
-def make_proposal(config: SamplingConfig, model: OpenModel) -> Proposal:
-    """What tokens are drawn from; UserError for suppressed ids that the model lacks, or that leave none."""
-    vocab_size = model.record.model.vocab_size
+def check_sampling(config: SamplingConfig, record: ModelRecord, special: SpecialTokens) -> None:
+    """UserError for settings that a model has no use for, found without its weights."""
+    if record.objective == "autoregressive_nll":
+        _refuse_idle(config)
+    if record.objective == "block_nelbo":
+        _refuse_for_blocks(config, record.block_size)
+    vocab_size = record.model.vocab_size
     for token_id in config.suppressed:
         if token_id >= vocab_size:
             raise UserError(f"suppressed has the id {token_id}; the model has the ids 0..{vocab_size - 1}")
-    ends = {model.vocabulary.special.eos_token_id} if config.suppresses_eos else set[int]()
-    suppressed = set(config.suppressed) | ends
-    if not set(range(vocab_size)) - suppressed - {model.mask_token_id}:
+    if not set(range(vocab_size)) - _suppressed(config, special) - {special.mask_token_id}:
         raise UserError(f"suppressed has {len(config.suppressed)} ids and leaves no token to draw; take some out")
-    return Proposal(config.temperature, config.top_k, config.top_p, tuple(sorted(suppressed)))
 
 
-def make_context(config: SamplingConfig, model: OpenModel) -> Context:
-    """What a window sees of its row; UserError for settings that a model has no use for."""
-    record, denoiser, is_approximate = model.record, model.denoiser, config.cache in ("prefix", "dual")
-    if record.objective == "block_nelbo":
-        if is_approximate:
-            raise UserError(
-                f'cache is "{config.cache}", an approximation for models of full attention; this one is of blocks, for '
-                'which "auto" keeps exact keys and values'
-            )
-        if config.guidance:
-            raise UserError(
-                f"guidance is {config.guidance}, but the model is of blocks, for which it is not built; set it to 0"
-            )
-        if config.cache == "auto" and not make_rule(config.sampler).adds_rows:
-            return ExactCache(denoiser, record.block_size)
-        mask = AttentionMask("block_causal", block_size=record.block_size)
-        return Whole(without_pass(partial(denoiser, mask=mask)))
-    if is_approximate:
-        kind = PrefixCache if config.cache == "prefix" else DualCache
-        return kind(denoiser, config.refresh_every, record.target_offset)
-    predict = without_pass(shifted(denoiser) if record.target_offset else denoiser)
-    if config.guidance:
-        return Guided(predict, config.guidance, model.mask_token_id, num_given=record.target_offset)
-    return Whole(predict)
-
-
-def window_of(config: SamplingConfig, model: OpenModel, length: int) -> int:
-    """Size of the windows of ``length`` tokens; UserError unless they are the model's blocks, if any, and divide it."""
-    own = model.record.block_size
-    size = config.block_size or own or length
-    if own and size != own:
-        raise UserError(f"block_size is {size}, but the model was trained on blocks of {own}; leave it 0")
-    if length % size:
-        raise UserError(
-            f"a row has {length} tokens from its first mask on, which windows of {size} tokens do not divide; change "
-            "block_size or the length"
-        )
-    return size
-
-
-def refuse_idle(config: SamplingConfig) -> None:
-    """UserError for what a model of next tokens would ignore."""
+def _refuse_idle(config: SamplingConfig) -> None:
     idle: dict[str, object] = {
         "sampler": config.sampler.kind if config.sampler != SamplerConfig() else None,
         "block_size": config.block_size,
@@ -134,3 +98,55 @@ def refuse_idle(config: SamplingConfig) -> None:
                 f"{name} is {value!r}, but the model predicts the next token and is sampled from left to right; leave "
                 "it out"
             )
+
+
+def _refuse_for_blocks(config: SamplingConfig, own: int) -> None:
+    if config.cache in _APPROXIMATE:
+        raise UserError(
+            f'cache is "{config.cache}", an approximation for models of full attention; this one is of blocks, for '
+            'which "auto" keeps exact keys and values'
+        )
+    if config.guidance:
+        raise UserError(
+            f"guidance is {config.guidance}, but the model is of blocks, for which it is not built; set it to 0"
+        )
+    if config.block_size not in (0, own):
+        raise UserError(f"block_size is {config.block_size}, but the model was trained on blocks of {own}; leave it 0")
+
+
+def _suppressed(config: SamplingConfig, special: SpecialTokens) -> set[int]:
+    return {*config.suppressed, *([special.eos_token_id] if config.suppresses_eos else [])}
+
+
+def make_proposal(config: SamplingConfig, model: OpenModel) -> Proposal:
+    """What tokens are drawn from."""
+    suppressed = _suppressed(config, model.vocabulary.special)
+    return Proposal(config.temperature, config.top_k, config.top_p, tuple(sorted(suppressed)))
+
+
+def make_context(config: SamplingConfig, model: OpenModel) -> Context:
+    """What a window sees of its row, under settings that ``check_sampling`` lets pass."""
+    record, denoiser = model.record, model.denoiser
+    if record.objective == "block_nelbo":
+        if config.cache == "auto" and not make_rule(config.sampler).adds_rows:
+            return ExactCache(denoiser, record.block_size)
+        mask = AttentionMask("block_causal", block_size=record.block_size)
+        return Whole(without_pass(partial(denoiser, mask=mask)))
+    if config.cache in _APPROXIMATE:
+        kind = PrefixCache if config.cache == "prefix" else DualCache
+        return kind(denoiser, config.refresh_every, record.target_offset)
+    predict = without_pass(shifted(denoiser) if record.target_offset else denoiser)
+    if config.guidance:
+        return Guided(predict, config.guidance, model.mask_token_id, num_given=record.target_offset)
+    return Whole(predict)
+
+
+def window_of(config: SamplingConfig, record: ModelRecord, length: int) -> int:
+    """Size of the windows of ``length`` tokens; UserError unless they divide it."""
+    size = config.block_size or record.block_size or length
+    if length % size:
+        raise UserError(
+            f"a row has {length} tokens from its first mask on, which windows of {size} tokens do not divide; change "
+            "block_size or the length"
+        )
+    return size

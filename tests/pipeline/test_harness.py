@@ -181,6 +181,29 @@ def test_a_task_of_single_answers_is_refused_unless_greedy_decoding_is_decided_o
     assert [nats for nats, _ in dlm(is_greedy=True).loglikelihood(requests, disable_tqdm=True)] == likelihoods
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("next", {"guidance": 0.5}, r"guidance is 0\.5, but the model predicts the next token"),
+        ("blocks", {"guidance": 0.5}, r"guidance is 0\.5, but the model is of blocks"),
+        ("next", {"sampler": "random"}, "sampler is 'random', but the model predicts the next token"),
+        ("blocks", {"block_size": 8}, "block_size is 8, but the model was trained on blocks of 4"),
+        ("blocks", {"cache": "dual"}, 'cache is "dual", an approximation for models of full attention'),
+        ("masked", {"suppressed": (5, 300)}, r"suppressed has the id 300; the model has the ids 0\.\.299"),
+        ("blocks", {"is_greedy": True}, "is_greedy is true, but the model is of blocks"),
+        ("masked", {"is_greedy": True, "guidance": 1.0}, r"is_greedy is true, but guidance is 1\.0"),
+        ("masked", {"length": 32}, "length is 32, which leaves no room for a prompt in rows of 32; set length=16"),
+        ("masked", {"device": "cuda:9"}, 'device is "cuda:9", which this machine lacks; it must be one of auto, cpu'),
+        ("masked", {"details": "/nowhere/details.jsonl"}, "details is /nowhere/details.jsonl, which cannot be written"),
+    ],
+)
+def test_what_a_model_has_no_use_for_is_refused_before_anything_is_asked(
+    dlm: Any, kind: str, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        dlm(kind, **settings)
+
+
 def test_a_template_of_chats_is_refused(dlm: Any) -> None:
     lm = dlm()
     assert lm.chat_template(False) is None

@@ -75,6 +75,7 @@ def test_results_are_in_the_format_of_the_harness(alone: dict[str, Any]) -> None
     }
     config = alone["config"]
     assert (config["model"], config["model_objective"], config["likelihood_num_masks"]) == ("dlm", "masked_nelbo", 8)
+    assert (config["likelihood_noise_seed"], config["generation_noise_seed"]) == (2000, 0)
     accounts = config["accounts"]
     assert set(accounts) == {"generate_until", "loglikelihood", "loglikelihood_rolling"}
     assert accounts["loglikelihood"]["dlm_choices"]["rms_mc_se"] > 0
@@ -121,8 +122,10 @@ def test_a_chat_template_is_refused_before_anything_is_computed(evaluate: Any) -
 
 def test_settings_may_come_as_one_string(saved: dict[str, Path], made: Artifacts) -> None:
     words = f"weights={saved['masked']},tokenizer={made.tokenizer},num_masks=9,device=cpu"
-    lm = get_model("dlm").create_from_arg_string(words, {"batch_size": 1, "device": "cuda:0"})
-    assert lm.get_model_info()["likelihood_num_masks"] == 9
+    lm = get_model("dlm").create_from_arg_string(f"{words},noise_seed=7", {"batch_size": 3, "device": "auto"})
+    told = lm.get_model_info()
+    assert (told["likelihood_num_masks"], told["likelihood_batch_rows"], told["generation_batch_rows"]) == (9, 3, 3)
+    assert told["likelihood_noise_seed"] == told["generation_noise_seed"] == 7
     with pytest.raises(UserError, match="unknown setting batchrows of the model dlm; did you mean batch_rows"):
         get_model("dlm").create_from_arg_string(f"{words},batchrows=2")
 
@@ -181,6 +184,14 @@ def test_a_task_that_wants_several_answers_gets_different_ones_and_the_same_agai
     answers = lm.generate_until([instance] * 4, disable_tqdm=True)
     assert len(set(answers)) == 4
     assert lm.generate_until([instance] * 4, disable_tqdm=True) == answers
+
+
+def test_an_empty_prompt_under_guidance_is_refused_before_any_is_gone_on_with(
+    saved: dict[str, Path], made: Artifacts
+) -> None:
+    lm = DenoiserLM(weights=str(saved["masked"]), tokenizer=str(made.tokenizer), guidance=1.0)
+    with pytest.raises(UserError, match=r"task task, document 1: guidance is 1\.0, but the prompt is empty"):
+        lm.generate_until(prompts(2), disable_tqdm=True)
 
 
 @pytest.mark.slow

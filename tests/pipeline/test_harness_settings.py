@@ -5,22 +5,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval._cli import HarnessCLI
+from lm_eval.config.evaluate_config import EvaluatorConfig
 
+from dlm_core.models.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.harness.command import TASKS, with_ours
 from pipeline.harness.config import read_config, with_theirs
 from pipeline.harness.generation import wish_of
 from pipeline.harness.task_data import choices, gsm8k, wikitext2
 from pipeline.inference.stops import before_stops
+from pipeline.weights import ModelRecord
+from tests.support.exports import LLAMA
 from tests.support.harness import ARTICLES, write_task_data
 
 PLACES = {"weights": "w", "tokenizer": "t"}
+
+
+def record(seq_len: int) -> ModelRecord:
+    """Of a model of masked diffusion."""
+    return ModelRecord(ModelConfig(LLAMA, 300, 0), seq_len, "masked_nelbo")
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"num_mask": 8}, "unknown setting num_mask of the model dlm; did you mean num_masks"),
-        ({"pretrained": "gpt2"}, "unknown setting pretrained of the model dlm"),
+        ({"pretrained": "gpt2"}, "unknown setting pretrained of the model dlm; it is weights here"),
         ({"workers": 0}, "workers is 0; it must be at least 1"),
         ({"length": -1}, "length is -1; it must be 0 or more"),
         ({"num_masks": 4}, "num_masks is 4; a standard error needs at least 8"),
@@ -30,6 +41,15 @@ PLACES = {"weights": "w", "tokenizer": "t"}
         ({"temperature": -1.0}, "temperature is -1.0; it must be 0 or more"),
         ({"temperature": 0.0, "top_k": 3}, "top_k and top_p change nothing at temperature 0"),
         ({"batch_rows": 0}, "batch_rows is 0; it must be at least 1"),
+        ({"batch_size": 4}, "unknown setting batch_size of the model dlm; it is batch_rows here"),
+        (
+            {"top_k": 3},
+            r"top_k and top_p change nothing at temperature 0.*A task without do_sample has that temperature unless",
+        ),
+        (
+            {"sampler": "self_speculative"},
+            r"temperature is 1\.0, but the sampler self_speculative.*A task with do_sample has that temperature unless",
+        ),
     ],
 )
 def test_settings_that_are_unknown_or_out_of_range_are_refused(given: dict[str, Any], words: str) -> None:
@@ -60,7 +80,9 @@ def test_settings_reach_what_they_are_of() -> None:
         ({}, {"do_sample": True, "temperature": 0.0, "top_p": 0.9}, (0.0, None, 1.0)),
         ({"temperature": 0.5}, {"do_sample": False, "temperature": 0.0}, (0.5, None, 1.0)),
         ({"temperature": 0.0}, {"do_sample": True, "temperature": 0.8, "top_k": 5}, (0.0, None, 1.0)),
-        ({"top_k": 3}, {"do_sample": True, "top_k": 5, "top_p": 0.5}, (1.0, 3, 0.5)),
+        ({"temperature": 0.5, "top_k": 3}, {"do_sample": False, "top_k": 5, "top_p": 0.5}, (0.5, 3, 1.0)),
+        ({"temperature": 0.5, "top_k": 3}, {"do_sample": True, "top_k": 5, "top_p": 0.5}, (0.5, 3, 0.5)),
+        ({"temperature": 0.0, "sampler": "self_speculative"}, {"do_sample": True}, (0.0, None, 1.0)),
     ],
 )
 def test_a_tasks_wishes_hold_where_the_model_has_no_setting_of_its_own(
@@ -70,34 +92,66 @@ def test_a_tasks_wishes_hold_where_the_model_has_no_setting_of_its_own(
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == drawn
 
 
-def test_what_the_harness_passes_by_default_says_nothing() -> None:
+def test_what_the_harness_passes_beside_the_settings_is_taken_at_its_word() -> None:
     given = {"device": "cpu", "batch_rows": 4}
-    assert with_theirs(given, "cuda:0", 1, None) == given
+    assert with_theirs(given, None, None, None) == with_theirs(given, "auto", "auto", None) == given
     assert with_theirs({}, "cpu", "auto", None) == {"device": "cpu"}
-    assert with_theirs({}, None, "8", None) == {"batch_rows": 8}
+    assert with_theirs({}, "cuda:0", "8", None) == {"device": "cuda:0", "batch_rows": 8}
+    assert with_theirs({}, None, 1, None) == with_theirs({}, None, "1", None) == {"batch_rows": 1}
     assert with_theirs({"batch_rows": 8}, None, 8, None) == {"batch_rows": 8}
+    for wrong in (0, "0", "-1", "auto:4", "2.5"):
+        with pytest.raises(UserError, match=r"batch_size is .*; it must be a number of rows, or auto, which searches"):
+            with_theirs({}, None, wrong, None)
     with pytest.raises(UserError, match="device is 'cpu' in model_args and 'cuda:1' beside them; leave one out"):
         with_theirs(given, "cuda:1", None, None)
     with pytest.raises(UserError, match="batch_rows is 4 in model_args and 2 beside them"):
         with_theirs(given, None, 2, None)
     with pytest.raises(UserError, match="max_batch_size is 8, but batches are not searched for"):
         with_theirs(given, None, None, 8)
-    with pytest.raises(UserError, match="batch_size is 'auto:4'; it must be a number, or auto"):
-        with_theirs({}, None, "auto:4", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "wanted"),
+    [
+        ([], "", ("auto", "auto")),
+        (["--batch_size", "1", "--device", "cuda:0"], "", ("1", "cuda:0")),
+        (["-b", "4"], "batch_size: 2\ndevice: cpu\n", ("4", "cpu")),
+        ([], "batch_size: 1\n", (1, "auto")),
+        (["--model", "hf"], "", (1, "cuda:0")),
+    ],
+)
+def test_the_command_line_says_nothing_that_nobody_said(
+    words: list[str], file: str, wanted: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"model: dlm\n{file}")
+    said = ["--tasks", "dlm_choices", *words]
+    said += ["--config", str(tmp_path / "run.yaml")] if file else ["--model", "dlm"][: 0 if "--model" in words else 2]
+    monkeypatch.setattr("sys.argv", ["lm_eval", "run", *said])
+    meant = EvaluatorConfig.from_cli(with_ours(HarnessCLI().parse_args()))
+    assert (meant.batch_size, meant.device) == wanted
+    assert meant.include_path == str(TASKS)
+    monkeypatch.setattr("sys.argv", ["lm_eval", "ls", "tasks", "--include_path", "mine"])
+    assert with_ours(HarnessCLI().parse_args()).include_path == "mine"
 
 
 def test_length_and_ends_are_those_of_the_task() -> None:
-    config = read_config(PLACES)
-    wish = wish_of({"until": ["Q:", ""], "max_gen_toks": 8}, config, 32)
+    config, long = read_config(PLACES), record(512)
+    wish = wish_of({"until": ["Q:", ""], "max_gen_toks": 8}, config, record(32))
     assert (wish.length, wish.until) == (8, ("Q:",))
-    assert wish_of({"until": "\n\n"}, config, 512).until == ("\n\n",)
-    assert wish_of({}, config, 512).length == 256
+    assert wish_of({"until": "\n\n"}, config, long).until == ("\n\n",)
+    assert [wish_of({}, config, record(size)).length for size in (1024, 512, 256)] == [256, 256, 128]
     shorter = read_config(PLACES | {"length": 16})
-    assert [wish_of({"max_gen_toks": most}, shorter, 512).length for most in (8, 64)] == [8, 16]
+    assert [wish_of({"max_gen_toks": most}, shorter, long).length for most in (8, 64)] == [8, 16]
     with pytest.raises(UserError, match=r"256 tokens are to be generated.*no room.*rows of 256; set length=128"):
-        wish_of({}, config, 256)
+        wish_of({"max_gen_toks": 256}, config, record(256))
     with pytest.raises(UserError, match="the task sets num_beams for what is generated"):
-        wish_of({"num_beams": 4}, config, 512)
+        wish_of({"num_beams": 4}, config, long)
+    for wrong in (0, "many"):
+        with pytest.raises(UserError, match=r"the task sets max_gen_toks to .*; it must be a number of tokens"):
+            wish_of({"max_gen_toks": wrong}, config, long)
+    windows = read_config(PLACES | {"block_size": 32})
+    with pytest.raises(UserError, match="40 tokens from its first mask on, which windows of 32 tokens do not divide"):
+        wish_of({"max_gen_toks": 40}, windows, long)
 
 
 @pytest.mark.parametrize(
