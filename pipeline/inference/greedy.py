@@ -1,10 +1,10 @@
 """Whether an answer is what a model writes when it takes the most likely token, from left to right."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
-from pipeline.inference.likelihood import LikelihoodConfig, Request, fitted
+from pipeline.inference.likelihood import FittedRow, LikelihoodConfig, Request, fitted
 from pipeline.inference.model import OpenModel
 from pipeline.weights import ModelRecord
 
@@ -16,11 +16,17 @@ def are_greedy(model: OpenModel, requests: Sequence[Request], config: Likelihood
     """Of every request in their order.
 
     An answer is one only if each token is the most likely after those before it, whatever the ones behind: a model of
-    masked diffusion is asked with all of these masked, and what follows an answer shown.  A pass for each token.
-    Raises UserError as ``score`` does, for guidance, and for a model of blocks.
+    masked diffusion is asked with all of these masked, and what follows an answer shown, a row for each token.  Raises
+    UserError as ``score`` does, for guidance, and for a model of blocks.
     """
+    import torch
+
     check_greedy(config, model.record)
-    return [_is_greedy(model, request, config.batch_rows) for request in requests]
+    rows = [fitted(model, request) for request in requests]
+    with torch.no_grad():
+        if model.is_autoregressive:
+            return _next_tokens(model, rows, config.batch_rows)
+        return _masked(model, rows, config.batch_rows)
 
 
 def check_greedy(config: LikelihoodConfig, record: ModelRecord) -> None:
@@ -33,30 +39,81 @@ def check_greedy(config: LikelihoodConfig, record: ModelRecord) -> None:
         raise UserError("is_greedy is true, but the model is of blocks, for which it isn't built yet; set it to false")
 
 
-def _is_greedy(model: OpenModel, request: Request, batch_rows: int) -> bool:
-    import torch
-
-    row = fitted(model, request)
-    tokens, places = torch.tensor(row.tokens), torch.arange(row.start, row.start + row.size)
-    with torch.no_grad():
-        for some in places.split(len(places) if model.is_autoregressive else batch_rows):
-            if not bool((_most_likely(model, tokens, row.before, row.stop, some) == tokens[some]).all()):
-                return False
-    return True
-
-
-def _most_likely(model: OpenModel, tokens: "Tensor", before: int, stop: int, places: "Tensor") -> "Tensor":
-    """The token that a model takes at each place, given those before it."""
+def _next_tokens(model: OpenModel, rows: Sequence[FittedRow], batch_rows: int) -> list[bool]:
+    """One pass for all tokens of an answer; what pads a row stands behind it, where causal attention never looks."""
     import torch
 
     from dlm_core.models.attention import AttentionMask
 
-    if model.is_autoregressive:
-        seen = torch.cat([torch.tensor([before]), tokens[:-1]])[None].to(model.device)
-        logits = model.denoiser(seen, places.to(model.device), mask=AttentionMask("causal"))
-        return logits.argmax(dim=-1).cpu()
-    every = torch.arange(len(tokens))
-    is_hidden = (every >= places[:, None]) & (every < stop)
-    xt = tokens.expand(len(places), -1).masked_fill(is_hidden, model.mask_token_id)
-    select = torch.arange(len(places)) * len(tokens) + places - model.record.target_offset
-    return model.denoiser(xt.to(model.device), select.to(model.device)).argmax(dim=-1).cpu()
+    found = [True] * len(rows)
+    for some in _batches([len(row.tokens) for row in rows], batch_rows):
+        width = len(rows[some[-1]].tokens)
+        seen = torch.zeros(len(some), width, dtype=torch.int64)
+        for place, number in enumerate(some):
+            row = rows[number]
+            seen[place, : len(row.tokens)] = torch.tensor([row.before, *row.tokens[:-1]])
+        asked = [
+            (place, at) for place, number in enumerate(some) for at in range(rows[number].start, rows[number].stop)
+        ]
+        select = torch.tensor([place * width + at for place, at in asked], dtype=torch.int64).to(model.device)
+        logits = model.denoiser(seen.to(model.device), select, mask=AttentionMask("causal"))
+        for (place, at), token in zip(asked, _most_likely(logits), strict=True):
+            found[some[place]] &= rows[some[place]].tokens[at] == token
+    return found
+
+
+def _masked(model: OpenModel, rows: Sequence[FittedRow], batch_rows: int) -> list[bool]:
+    """In rounds: of each answer the first token, then as many more as were right so far; most end with the first."""
+    found, num_asked = [True] * len(rows), [0] * len(rows)
+    while asked := [
+        (number, place)
+        for number, row in enumerate(rows)
+        if found[number]
+        for place in range(num_asked[number], min(row.size, 2 * num_asked[number] or 1))
+    ]:
+        for (number, place), is_right in zip(asked, _are_right(model, rows, asked, batch_rows), strict=True):
+            found[number] &= is_right
+            num_asked[number] = place + 1
+    return found
+
+
+def _are_right(
+    model: OpenModel, rows: Sequence[FittedRow], asked: Sequence[tuple[int, int]], batch_rows: int
+) -> list[bool]:
+    """Whether these (row, place in its answer) have the most likely token, with all from it on masked."""
+    import torch
+
+    from dlm_core.models.transformer import FULL
+    from dlm_core.samplers.loop import Pass
+    from dlm_core.samplers.padding import Padding, whole_rows
+
+    found = [False] * len(asked)
+    for some in _batches([len(rows[number].tokens) for number, _ in asked], batch_rows):
+        own = [rows[asked[n][0]] for n in some]
+        places = [row.start + asked[n][1] for n, row in zip(some, own, strict=True)]
+        lengths = torch.tensor([len(row.tokens) for row in own])
+        width = int(lengths.max())
+        xt = torch.full((len(own), width), model.vocabulary.special.eos_token_id)
+        for into, row, place in zip(xt, own, places, strict=True):
+            into[: len(row.tokens)] = torch.tensor(row.tokens)
+            into[place : row.stop] = model.mask_token_id
+        is_padded = bool((lengths < width).any())
+        padding = Padding.around(torch.zeros_like(lengths), lengths, width, model.device) if is_padded else None
+        predict = whole_rows(model.denoiser, FULL, padding, model.record.target_offset)
+        of = torch.arange(len(own))
+        select = (of * width + torch.tensor(places)).to(model.device)
+        logits = predict(xt.to(model.device), select, Pass(of.to(model.device), None))
+        for n, row, place, token in zip(some, own, places, _most_likely(logits), strict=True):
+            found[n] = row.tokens[place] == token
+    return found
+
+
+def _most_likely(logits: "Tensor") -> list[int]:
+    return logits.argmax(dim=-1).tolist()
+
+
+def _batches(lengths: Sequence[int], batch_rows: int) -> Iterator[list[int]]:
+    """Numbers of rows that go through the model together, the shortest first."""
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    for first in range(0, len(order), batch_rows):
+        yield order[first : first + batch_rows]

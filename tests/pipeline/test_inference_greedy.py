@@ -49,6 +49,32 @@ def test_an_answer_is_greedy_if_decoding_gives_it(models: dict[str, OpenModel], 
     assert are_greedy(model, [], CONFIG) == []
 
 
+@pytest.mark.parametrize("kind", ["masked", "shifted", "next"])
+def test_answers_of_unlike_lengths_are_asked_together(models: dict[str, OpenModel], kind: str) -> None:
+    """Right ones of all lengths among wrong ones: the same in any batch, and in few passes."""
+    model, suffix = models[kind], [] if kind == "next" else [42]
+    requests, wanted = [], []
+    for number in range(12):
+        context, size = list(range(40, 41 + number)), 1 + number % 5
+        answer = decoded(model, context, size, suffix)
+        is_right = number % 4 == 0
+        wanted.append(is_right)
+        if not is_right:
+            answer[number % size] = 7 if answer[number % size] != 7 else 8
+        requests.append(Request(context, answer, 0, suffix))
+    calls: list[int] = []
+    handle = model.denoiser.embedding.register_forward_hook(lambda _, args, out: calls.append(len(out)))
+    try:
+        for batch_rows in (1, 7, 32):
+            calls.clear()
+            assert are_greedy(model, requests, replace(CONFIG, batch_rows=batch_rows)) == wanted
+            assert max(calls) <= batch_rows
+    finally:
+        handle.remove()
+    assert len(calls) <= (1 if kind == "next" else 4)  # rounds of 1, 1, 2 and 1 tokens of an answer
+    assert calls[0] == 12
+
+
 def test_what_is_not_built_is_refused(models: dict[str, OpenModel]) -> None:
     request = [Request((5,), (6,), 0)]
     with pytest.raises(UserError, match="is_greedy is true, but the model is of blocks"):
