@@ -56,7 +56,8 @@ class AttentionMask:
     noise_seed: int | None = None
     step: int | None = None
     doc_ids: Int[Tensor, "B L"] | None = None
-    """Of the seq_len tokens of the data: both halves of block diffusion have them."""
+    """Of the seq_len tokens of the data, which both halves of block diffusion have; of the keys before them too, where
+    there are any."""
 
     def __post_init__(self) -> None:
         if self.family not in _FIELDS:
@@ -253,14 +254,13 @@ def _check_sizes(mask: AttentionMask, num_rows: int, seq_len: int, num_past: int
     for name, value, least in (("num_rows", num_rows, 1), ("seq_len", seq_len, 1), ("num_past", num_past, 0)):
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
-    if mask.doc_ids is not None and mask.doc_ids.shape != (num_rows, seq_len):
-        raise ValueError(f"doc_ids are {list(mask.doc_ids.shape)}; the batch is [{num_rows}, {seq_len}]")
     if num_past and mask.family not in _CACHEABLE:
         raise ValueError(
             f'num_past is {num_past} for mask family "{mask.family}"; it goes with {", ".join(_CACHEABLE)}'
         )
-    if num_past and mask.doc_ids is not None:
-        raise ValueError(f"num_past is {num_past}, but doc_ids say nothing of keys before the row; leave one out")
+    if mask.doc_ids is not None and mask.doc_ids.shape != (num_rows, num_past + seq_len):
+        before = f" behind {num_past} keys, which have documents too" if num_past else ""
+        raise ValueError(f"doc_ids are {list(mask.doc_ids.shape)}; the batch is [{num_rows}, {seq_len}]{before}")
 
 
 def _check_queries(backend: Planned, num_queries: int, held: int, seq_len: int) -> None:

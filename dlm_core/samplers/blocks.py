@@ -34,6 +34,7 @@ def sample_blocks(
     With ``eos_token_id`` a row ends with the first window that has drawn it: what follows the end is filled with it,
     and once all rows have ended no further pass is made.  A row counts passes up to its last window with a mask or its
     end, whatever others need.  ``on_pass`` hears of the passes that fill, not of those that take in what is filled.
+    Rows of unlike lengths lie in xt as the ``padding`` of the context says.
     Raises ValueError unless block_size divides what follows start, for a mask before it, and for a rule that the
     context refuses.
     """
@@ -51,7 +52,8 @@ def sample_blocks(
     stop, ends = max(behind.tolist(), default=0), behind.to(xt.device)  # behind the last mask
     is_over = ends == 0
     num_passes = context.begin(xt, start) if stop else 0
-    nfe = torch.where(is_over, 0, num_passes)
+    before = torch.zeros(len(xt), dtype=torch.int64) if context.padding is None else context.padding.before
+    nfe = torch.where(is_over | (before == start).to(xt.device), 0, num_passes)
     frames = [xt.clone()] if keep_frames else []
     is_busy: list[Tensor] = []
     for left in range(start, stop, block_size):
@@ -64,7 +66,7 @@ def sample_blocks(
             mask_token_id=mask_token_id,
             noise_seed=noise_seed,
             sample_ids=sample_ids,
-            first_position=left,
+            first_position=left - before,
             keeps_rows=context.keeps_rows,
             change=None if change is None else _in_row(change, left, block_size, seq_len),
             on_pass=None if on_pass is None else _of_row(on_pass, xt, left, right, num_passes),

@@ -9,6 +9,8 @@ A context makes the ``Predict`` of a window and hears when the window is done.  
     PrefixCache  models of full attention: keys and values of what lies before, from the last pass of the whole row
     DualCache    the same for what lies before and behind: a pass computes the window alone
 
+Rows of unlike lengths go together where a context is told of their ``padding``, which they then see nothing of.
+
 The last two are approximations, since under full attention all keys and values change with every token: Fast-dLLM
 (arXiv 2505.22618).  With ``refresh_every`` 1 every pass is of the whole row, and nothing is approximate.  Caches are
 for models that are not conditioned on the time.
@@ -23,8 +25,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dlm_core.models.attention import AttentionMask, KVCache
-from dlm_core.models.transformer import Denoiser
+from dlm_core.models.transformer import FULL, Denoiser
 from dlm_core.samplers.loop import Pass, Predict, Rule
+from dlm_core.samplers.padding import Padding
 
 
 class Context(ABC):
@@ -32,6 +35,8 @@ class Context(ABC):
 
     keeps_rows: bool
     """Whether every pass has to have every row."""
+    padding: Padding | None = None
+    """Where the rows lie in the batch; None where they fill it."""
     branches: ClassVar[int] = 1
     """Forward passes that one of a row counts for."""
 
@@ -55,9 +60,10 @@ class Context(ABC):
 
 @dataclass
 class Whole(Context):
-    """Every pass computes the whole row."""
+    """Every pass computes the whole row, padding included, from which ``predict`` keeps it apart (``whole_rows``)."""
 
     predict: Predict
+    padding: Padding | None = None
     keeps_rows: bool = False
 
     def begin(self, xt: Int[Tensor, "B L"], start: int) -> int:
@@ -89,6 +95,8 @@ class ExactCache(Context):
 
     model: Denoiser
     block_size: int
+    padding: Padding | None = None
+    """Before the rows alone, and of whole blocks."""
     keeps_rows: bool = True
     cache: KVCache = field(init=False)
 
@@ -119,8 +127,9 @@ class ExactCache(Context):
         return 1
 
     def _forward(self, tokens: Tensor, select: Tensor) -> Tensor:
-        mask = AttentionMask("block_causal", block_size=self.block_size)
-        logits = self.model(tokens, select, mask=mask, cache=self.cache)
+        mask, past = AttentionMask("block_causal", block_size=self.block_size), self.cache.length
+        seen = {"mask": mask} if self.padding is None else self.padding.seen(mask, past, past + tokens.shape[1])
+        logits = self.model(tokens, select, cache=self.cache, **seen)
         assert isinstance(logits, Tensor)
         return logits
 
@@ -137,6 +146,8 @@ class _Approximate(Context):
     refresh_every: int = 0
     """Steps of the rule in a window from one pass of the whole row to the next; 0 for one at its start alone."""
     target_offset: int = 0
+    padding: Padding | None = None
+    """Before the rows alone: what is computed in part stands at their end, where a mask of so few queries has it."""
     keeps_rows: bool = True
     cache: KVCache = field(init=False)
     reaches_end: ClassVar[bool]
@@ -175,9 +186,12 @@ class _Approximate(Context):
             left, right = (0, seq_len) if is_whole else part
             self.cache.replace(left, right)
             row = torch.cat([xt[:, :start], window, xt[:, stop:]], dim=1)
-            positions = torch.arange(left, right, device=xt.device).expand(len(xt), -1)
             places = _in_row(select, stop - start, right - left, base - left)
-            logits = self.model(row[:, left:right], places, positions=positions, cache=self.cache)
+            if self.padding is None:
+                seen = {"positions": torch.arange(left, right, device=xt.device).expand(len(xt), -1)}
+            else:
+                seen = self.padding.seen(FULL, left, right, num_keys=seq_len)
+            logits = self.model(row[:, left:right], places, cache=self.cache, **seen)
             assert isinstance(logits, Tensor)
             return logits
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dlm_core.samplers.contexts import Context
 from dlm_core.samplers.loop import Pass, Predict
+from dlm_core.samplers.padding import Padding
 
 
 def guided_logits(
@@ -37,6 +38,7 @@ class Guided(Context):
     w: float
     mask_token_id: int
     num_given: int = 0
+    padding: Padding | None = None
     keeps_rows: bool = False
     branches: ClassVar[int] = 2
 
@@ -46,8 +48,8 @@ class Guided(Context):
 
     def begin(self, xt: Int[Tensor, "B L"], start: int) -> int:
         """Remember the prompts."""
-        self._is_prompt: Bool[Tensor, "B L"] = xt != self.mask_token_id
-        self._is_prompt[:, : self.num_given] = False
+        places = torch.arange(xt.shape[1], device=xt.device) if self.padding is None else self.padding.positions
+        self._is_prompt: Bool[Tensor, "B L"] = (xt != self.mask_token_id) & (places >= self.num_given)
         return 0
 
     def window(self, xt: Int[Tensor, "B L"], start: int, stop: int) -> Predict:

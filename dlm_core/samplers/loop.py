@@ -101,8 +101,8 @@ class Canvas:
     noise_seed: int
     sample_ids: Int[Tensor, " B"]
     """Address the noise of the rows; on the host."""
-    first_position: int = 0
-    """Of the window in its row: noise is addressed by places in the row."""
+    first_position: int | Int[Tensor, " B"] = 0
+    """Of the window in its row, or in each: noise is addressed by places in the row; on the host."""
     keeps_rows: bool = False
     """Every pass has every row, as a cache of keys and values wants it."""
     is_open: Bool[Tensor, "B L"] = field(init=False)
@@ -134,8 +134,8 @@ class Canvas:
         return as_uniform(extend_hash(self._hashes[stream][places], step))
 
     def _addresses(self, stream: Stream) -> Int[Tensor, "B L"]:
-        positions = self.first_position + torch.arange(self.xt.shape[1])
-        return hash_words(self.noise_seed, stream, self.sample_ids[:, None], positions[None, :])
+        positions = torch.as_tensor(self.first_position).reshape(-1, 1) + torch.arange(self.xt.shape[1])
+        return hash_words(self.noise_seed, stream, self.sample_ids[:, None], positions)
 
     def ask(
         self,
@@ -240,7 +240,7 @@ def sample(
     mask_token_id: int,
     noise_seed: int,
     sample_ids: Int[Tensor, " B"] | None = None,
-    first_position: int = 0,
+    first_position: int | Int[Tensor, " B"] = 0,
     keeps_rows: bool = False,
     change: Change | None = None,
     on_pass: OnPass | None = None,
@@ -249,9 +249,9 @@ def sample(
     """Fill the masks of xt by a rule.
 
     ``sample_ids`` address the noise of the rows, 0.. by default: a row is the same in any batch.  ``first_position``
-    is that of xt in its row, where xt is a window.  ``keeps_rows`` puts every row into every pass.  ``change`` is
-    called with the logits of each pass, and ``on_pass`` after it.  Raises ValueError for suppressed ids that the logits
-    lack or that leave none, and for logits that give no distribution, after the last pass.
+    is that of xt in its row, or in each, where xt is a window.  ``keeps_rows`` puts every row into every pass.
+    ``change`` is called with the logits of each pass, and ``on_pass`` after it.  Raises ValueError for suppressed ids
+    that the logits lack or that leave none, and for logits that give no distribution, after the last pass.
     """
     ids = torch.arange(len(xt)) if sample_ids is None else sample_ids.cpu()
     canvas = Canvas(xt, mask_token_id, noise_seed, ids, first_position, keeps_rows)

@@ -13,6 +13,7 @@ from dlm_core.models.attention import AttentionMask
 from dlm_core.models.transformer import Denoiser
 from dlm_core.noise import Stream
 from dlm_core.samplers.loop import Canvas, Change, OnPass, Sampled
+from dlm_core.samplers.padding import Padding
 from dlm_core.samplers.proposal import Proposal, draw
 
 
@@ -26,6 +27,7 @@ def sample_next_tokens(
     mask_token_id: int,
     noise_seed: int,
     sample_ids: Int[Tensor, " B"] | None = None,
+    before: Int[Tensor, " B"] | None = None,
     eos_token_id: int | None = None,
     change: Change | None = None,
     on_pass: OnPass | None = None,
@@ -33,25 +35,33 @@ def sample_next_tokens(
 ) -> Sampled:
     """Fill xt from position ``start`` on, all of which is masked: L - start passes, the first of the whole prompt.
 
-    ``first_token_id`` stands before every row, so that its first token is predicted too.  With ``eos_token_id`` a row
-    ends with it: what follows is filled with it, at no cost, and the host looks after each pass whether all have ended.
-    Raises ValueError for a mask before start, a token behind it, and logits that give no distribution.
+    ``first_token_id`` stands before every row, so that its first token is predicted too.  Rows of unlike lengths end
+    together: ``before`` is the number of tokens of padding before each, of which it sees nothing.  With
+    ``eos_token_id`` a row ends with it: what follows is filled with it, at no cost, and the host looks after each pass
+    whether all have ended.  Raises ValueError for a mask before start, a token behind it, and logits that give no
+    distribution.
     """
     num_rows, seq_len = xt.shape
     is_mask = xt == mask_token_id
     if not 0 <= start <= seq_len or is_mask[:, :start].any() or not is_mask[:, start:].all():
         raise ValueError(f"a row is filled from position {start} on; it must hold no mask before and masks alone there")
-    canvas = Canvas(xt, mask_token_id, noise_seed, torch.arange(num_rows) if sample_ids is None else sample_ids.cpu())
+    ids = torch.arange(num_rows) if sample_ids is None else sample_ids.cpu()
+    shift = torch.zeros(num_rows, dtype=torch.int64) if before is None else before
+    canvas = Canvas(xt, mask_token_id, noise_seed, ids, first_position=-shift)
+    padding = None if before is None else Padding.around(before, seq_len + 1 - before, seq_len + 1, xt.device)
     nfe = torch.zeros(num_rows, dtype=torch.int64, device=xt.device)
     is_usable = torch.ones((), dtype=torch.bool, device=xt.device)
     has_ended = torch.zeros(num_rows, dtype=torch.bool, device=xt.device)
     frames = [canvas.xt.clone()] if keep_frames else []
     is_busy: list[Tensor] = []
     seen = torch.cat([torch.full_like(xt[:, :1], first_token_id), xt[:, :start]], dim=1)
-    cache, places = model.make_cache(num_rows, seq_len), canvas.rows * seq_len
+    seen = seen.scatter(1, shift.to(xt.device)[:, None], first_token_id)
+    cache, places, causal = model.make_cache(num_rows, seq_len), canvas.rows * seq_len, AttentionMask("causal")
     for position in range(start, seq_len):
         last = (canvas.rows + 1) * seen.shape[1] - 1
-        logits = model(seen, last, mask=AttentionMask("causal"), cache=cache)
+        past = cache.length
+        how = {"mask": causal} if padding is None else padding.seen(causal, past, past + seen.shape[1])
+        logits = model(seen, last, cache=cache, **how)
         assert isinstance(logits, Tensor)
         cache.advance(seen.shape[1])
         if mask_token_id < logits.shape[1]:  # a model that is never shown a mask may lack it

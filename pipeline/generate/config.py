@@ -39,5 +39,5 @@ STAGE = Stage(
     config=GenerateConfig,
     module="pipeline.generate.run",
     inputs=("weights", "tokenizer"),
-    code_version=5,
+    code_version=6,
 )

@@ -42,14 +42,15 @@ def run(config: GenerateConfig, inputs: Mapping[str, Path], context: StageContex
 def _canvases(model: "OpenModel", config: GenerateConfig) -> "list[Canvas]":
     from pipeline.inference.filling import prompted, room_behind
 
-    seq_len, given = model.record.seq_len, model.record.target_offset
-    if config.length > seq_len:
+    room = model.record.seq_len - model.record.target_offset
+    if config.length > room:
+        given = ", of which the first must be given" if model.record.target_offset else ""
         raise UserError(
-            f"generate.length is {config.length}, the model was trained on rows of {seq_len} tokens; "
-            "longer samples need a model trained on longer rows"
+            f"generate.length is {config.length}, the model was trained on rows of {model.record.seq_len} tokens"
+            f"{given}; take at most {room}, or a model trained on longer rows"
         )
     if not config.prompts:
-        length = (config.length or seq_len) - given
+        length = config.length or room
         return [prompted(model, (), length, number) for number in range(config.num_samples)]
     canvases: list[Canvas] = []
     for prompt in config.prompts:

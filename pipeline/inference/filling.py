@@ -19,10 +19,11 @@ from torch import Tensor
 from dlm_core.samplers.blocks import sample_blocks
 from dlm_core.samplers.loop import Sampled
 from dlm_core.samplers.next_tokens import sample_next_tokens
+from dlm_core.samplers.padding import Padding
 from dlm_core.samplers.proposal import Proposal
 from pipeline.errors import UserError
 from pipeline.inference.model import OpenModel
-from pipeline.inference.rules import check_sampling, make_context, make_proposal, make_rule, window_of
+from pipeline.inference.rules import check_sampling, has_windows, make_context, make_proposal, make_rule, window_of
 from pipeline.inference.sampling import SamplingConfig
 
 
@@ -117,27 +118,20 @@ def fill(
     """Fill all canvases, each told by its place in the list as it is done; one without a mask costs no pass.
 
     Those at the places ``done`` are not told, and not drawn where a whole batch is of them.
-    Rows of one length whose first masks stand at one place go together, the shortest first.  Raises UserError, before
-    the first pass, for settings that the model has no use for, and for a canvas that it cannot fill.
+    Rows of like lengths go together, the shortest first (``_batches``).  Raises UserError, before the first pass, for
+    settings that the model has no use for, and for a canvas that it cannot fill.
     """
     check_sampling(config, model.record, model.vocabulary.special)
     proposal = make_proposal(config, model)
-    rows = [_row(model, canvas, config) for canvas in canvases]
+    rows = {number: row for number, canvas in enumerate(canvases) if (row := _row(model, canvas, config))}
     for number, canvas in enumerate(canvases):
-        if rows[number] is None and number not in done:
+        if number not in rows and number not in done:
             ids = list(canvas.ids)
             yield number, Filled(ids, 0, canvas.num_cut, [ids] if keep_frames else [])
-    batches: dict[tuple[int, int], list[int]] = {}
-    for number, row in enumerate(rows):
-        if row is not None:
-            batches.setdefault((len(row.ids), row.start), []).append(number)
-    for _, alike in sorted(batches.items()):
-        for first in range(0, len(alike), config.batch_rows):
-            some = {number: row for number in alike[first : first + config.batch_rows] if (row := rows[number])}
-            if any(number not in done for number in some):
-                sampled = _draw(model, some, config, proposal, keep_frames, on_pass, change)
-                told = _told(canvases, list(some), sampled)
-                yield from (one for one in told if one[0] not in done)
+    for batch in _batches(rows, has_windows(config, model.record), config.batch_rows):
+        if any(number not in done for number in batch.rows):
+            sampled = _draw(model, batch, config, proposal, keep_frames, on_pass, change)
+            yield from (one for one in _told(canvases, batch, sampled) if one[0] not in done)
 
 
 # Rows as the samplers of the core want them
@@ -152,6 +146,75 @@ class _Row:
     length: int
     """Of the canvas."""
     sample_id: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows that go through the model together."""
+
+    rows: Mapping[int, _Row]
+    """By their places in the list of canvases."""
+    before: Mapping[int, int]
+    """Tokens of padding before each."""
+
+    @property
+    def start(self) -> int:
+        """Where the first window of the batch begins."""
+        return min(self.before[number] + row.start for number, row in self.rows.items())
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row and its padding."""
+        return max(self.before[number] + len(row.ids) for number, row in self.rows.items())
+
+    def own(self, number: int, ids: list[int]) -> list[int]:
+        """What of a row of the batch is the canvas."""
+        return ids[self.before[number] : self.before[number] + self.rows[number].length]
+
+    def tokens(self, padding_id: int) -> Tensor:
+        """All rows, with their padding."""
+        tokens = torch.full((len(self.rows), self.width), padding_id)
+        for place, (number, row) in enumerate(self.rows.items()):
+            tokens[place, self.before[number] : self.before[number] + len(row.ids)] = torch.tensor(row.ids)
+        return tokens
+
+    def padding(self, device: torch.device) -> Padding | None:
+        """None where all rows are of one length."""
+        lengths = torch.tensor([len(row.ids) for row in self.rows.values()])
+        if bool((lengths == self.width).all()):
+            return None
+        before = torch.tensor([self.before[number] for number in self.rows])
+        return Padding.around(before, lengths, self.width, device)
+
+
+_MOST_PADDING = 0.25
+"""Of the tokens of a batch: more would cost more than fewer passes save."""
+
+
+def _batches(rows: Mapping[int, _Row], has_windows: bool, batch_rows: int) -> Iterator[_Batch]:
+    """Rows of like lengths, padded behind; with windows rows of as many tokens from their first on, padded before."""
+    groups: dict[int, list[int]] = {}
+    for number, row in rows.items():
+        groups.setdefault(len(row.ids) - row.start if has_windows else 0, []).append(number)
+    for _, group in sorted(groups.items()):
+        for numbers in _cut(sorted(group, key=lambda n: len(rows[n].ids)), rows, batch_rows):
+            last = max(rows[number].start for number in numbers)
+            before = {number: last - rows[number].start if has_windows else 0 for number in numbers}
+            yield _Batch({number: rows[number] for number in numbers}, before)
+
+
+def _cut(numbers: Sequence[int], rows: Mapping[int, _Row], batch_rows: int) -> Iterator[list[int]]:
+    some: list[int] = []
+    total = 0
+    for number in numbers:
+        length = len(rows[number].ids)
+        if some and (len(some) == batch_rows or total + length < (1 - _MOST_PADDING) * length * (len(some) + 1)):
+            yield some
+            some, total = [], 0
+        some.append(number)
+        total += length
+    if some:
+        yield some
 
 
 def _row(model: OpenModel, canvas: Canvas, config: SamplingConfig) -> _Row | None:
@@ -190,29 +253,29 @@ def _row(model: OpenModel, canvas: Canvas, config: SamplingConfig) -> _Row | Non
 
 def _draw(
     model: OpenModel,
-    rows: Mapping[int, _Row],
+    batch: _Batch,
     config: SamplingConfig,
     proposal: Proposal,
     keep_frames: bool,
     on_pass: OnPass | None,
     change: Change | None,
 ) -> Sampled:
-    """Rows of one length and one start, together."""
-    one, special = next(iter(rows.values())), model.vocabulary.special
-    xt = torch.tensor([row.ids for row in rows.values()], device=model.device)
-    sample_ids = torch.tensor([row.sample_id for row in rows.values()])
-    seq_len = xt.shape[1]
+    special, width, padding = model.vocabulary.special, batch.width, batch.padding(model.device)
+    xt = batch.tokens(special.eos_token_id).to(model.device)
+    sample_ids = torch.tensor([row.sample_id for row in batch.rows.values()])
+    before = torch.tensor([batch.before[number] for number in batch.rows])
 
     def look(num_passes: int, now: Tensor) -> None:
         assert on_pass is not None
-        on_pass(num_passes, {n: ids[: rows[n].length] for n, ids in zip(rows, now.tolist(), strict=True)})
+        on_pass(num_passes, {n: batch.own(n, ids) for n, ids in zip(batch.rows, now.tolist(), strict=True)})
 
     def changed(logits: Tensor, places: Tensor) -> Tensor:
         assert change is not None
-        return change(logits, sample_ids.to(places.device)[places // seq_len], places % seq_len)
+        rows, device = places // width, places.device
+        return change(logits, sample_ids.to(device)[rows], places % width - before.to(device)[rows])
 
     common: dict[str, Any] = {
-        "start": one.start,
+        "start": batch.start,
         "mask_token_id": special.mask_token_id,
         "noise_seed": config.noise_seed,
         "sample_ids": sample_ids,
@@ -223,19 +286,18 @@ def _draw(
     }
     with torch.inference_mode():
         if model.is_autoregressive:
-            return sample_next_tokens(model.denoiser, xt, proposal, first_token_id=special.eos_token_id, **common)
-        size = window_of(config, model.record, model.record.block_size or seq_len - one.start)
-        return sample_blocks(
-            make_context(config, model), xt, make_rule(config.sampler), proposal, block_size=size, **common
-        )
+            common |= {"first_token_id": special.eos_token_id, "before": None if padding is None else before}
+            return sample_next_tokens(model.denoiser, xt, proposal, **common)
+        context, rule = make_context(config, model, padding), make_rule(config.sampler)
+        size = window_of(config, model.record, width - batch.start)
+        return sample_blocks(context, xt, rule, proposal, block_size=size, **common)
 
 
-def _told(canvases: Sequence[Canvas], numbers: Sequence[int], sampled: Sampled) -> Iterator[tuple[int, Filled]]:
+def _told(canvases: Sequence[Canvas], batch: _Batch, sampled: Sampled) -> Iterator[tuple[int, Filled]]:
     """Each row with the frames that are its own: those of the passes that it needed."""
     frames = [frame.tolist() for frame in sampled.frames[:-1]]
     busy = [needed.tolist() for needed in sampled.is_busy]
-    for place, (number, ids, nfe) in enumerate(zip(numbers, sampled.x0.tolist(), sampled.nfe.tolist(), strict=True)):
-        length = len(canvases[number].ids)
-        own = [frame[place][:length] for frame, needed in zip(frames, busy, strict=True) if needed[place]]
-        kept = [*own, ids[:length]] if sampled.frames else []
-        yield number, Filled(ids[:length], nfe, canvases[number].num_cut, kept)
+    for place, (number, ids, nfe) in enumerate(zip(batch.rows, sampled.x0.tolist(), sampled.nfe.tolist(), strict=True)):
+        own = [batch.own(number, frame[place]) for frame, needed in zip(frames, busy, strict=True) if needed[place]]
+        filled = batch.own(number, ids)
+        yield number, Filled(filled, nfe, canvases[number].num_cut, [*own, filled] if sampled.frames else [])

@@ -1,13 +1,12 @@
 """From settings to the parts of a sampler: its rule, what tokens are drawn from, what a window sees of its row."""
 
-from functools import partial
-
-from dlm_core.ar_init import shifted
 from dlm_core.models.attention import AttentionMask
+from dlm_core.models.transformer import FULL
 from dlm_core.samplers.confident import Confident, Count, EntropyBound, Factor, Threshold
 from dlm_core.samplers.contexts import Context, DualCache, ExactCache, PrefixCache, Whole
 from dlm_core.samplers.guidance import Guided
-from dlm_core.samplers.loop import Rule, without_pass
+from dlm_core.samplers.loop import Rule
+from dlm_core.samplers.padding import Padding, whole_rows
 from dlm_core.samplers.planned import Ancestral, FirstHitting, RandomOrder
 from dlm_core.samplers.proposal import Proposal
 from dlm_core.samplers.quotas import EvenQuotas, Quotas, ScheduleQuotas, TimedQuotas
@@ -124,21 +123,26 @@ def make_proposal(config: SamplingConfig, model: OpenModel) -> Proposal:
     return Proposal(config.temperature, config.top_k, config.top_p, tuple(sorted(suppressed)))
 
 
-def make_context(config: SamplingConfig, model: OpenModel) -> Context:
+def make_context(config: SamplingConfig, model: OpenModel, padding: Padding | None = None) -> Context:
     """What a window sees of its row, under settings that ``check_sampling`` lets pass."""
     record, denoiser = model.record, model.denoiser
     if record.objective == "block_nelbo":
         if config.cache == "auto" and not make_rule(config.sampler).adds_rows:
-            return ExactCache(denoiser, record.block_size)
+            return ExactCache(denoiser, record.block_size, padding)
         mask = AttentionMask("block_causal", block_size=record.block_size)
-        return Whole(without_pass(partial(denoiser, mask=mask)))
+        return Whole(whole_rows(denoiser, mask, padding), padding)
     if config.cache in _APPROXIMATE:
         kind = PrefixCache if config.cache == "prefix" else DualCache
-        return kind(denoiser, config.refresh_every, record.target_offset)
-    predict = without_pass(shifted(denoiser) if record.target_offset else denoiser)
+        return kind(denoiser, config.refresh_every, record.target_offset, padding)
+    predict = whole_rows(denoiser, FULL, padding, record.target_offset)
     if config.guidance:
-        return Guided(predict, config.guidance, model.mask_token_id, num_given=record.target_offset)
-    return Whole(predict)
+        return Guided(predict, config.guidance, model.mask_token_id, record.target_offset, padding)
+    return Whole(predict, padding)
+
+
+def has_windows(config: SamplingConfig, record: ModelRecord) -> bool:
+    """Whether rows are filled part by part from their first mask on, or keep keys and values of what lies before."""
+    return record.objective != "masked_nelbo" or bool(config.block_size) or config.cache in _APPROXIMATE
 
 
 def window_of(config: SamplingConfig, record: ModelRecord, length: int) -> int:

@@ -340,7 +340,12 @@ BLOCKS = AttentionMask("block_diffusion", block_size=2)
         (AttentionMask(doc_ids=torch.tensor(DOCS)), (2, 12), {}, r"doc_ids are \[2, 6\]; the batch is \[2, 12\]"),
         (BLOCKS, (2, 6), {"num_past": 4}, 'num_past is 4 for mask family "block_diffusion"; it goes with full, causal'),
         (AttentionMask("annealed", **ANNEALED), (2, 6), {"num_past": 1}, 'num_past is 1 for mask family "annealed"'),
-        (AttentionMask(doc_ids=torch.tensor(DOCS)), (2, 6), {"num_past": 4}, "num_past is 4, but doc_ids say nothing"),
+        (
+            AttentionMask(doc_ids=torch.tensor(DOCS)),
+            (2, 6),
+            {"num_past": 4},
+            r"doc_ids are \[2, 6\]; the batch is \[2, 6\] behind 4 keys, which have documents too",
+        ),
         (BLOCKS, (2, 6), {"num_queries": 0}, "num_queries is 0; it must lie in 1..12"),
         (BLOCKS, (2, 6), {"num_queries": 13}, "num_queries is 13; it must lie in 1..12"),
         (AttentionMask(), (2, 6), {"num_queries": 7, "num_past": 3}, "num_queries is 7; it must lie in 1..6"),

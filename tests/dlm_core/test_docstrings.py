@@ -13,9 +13,9 @@ MODULES = ["schedules", "kernels", "noise", "corruption", "blocks", "masks", "ob
 MODULES += ["likelihood", "answers", "answer_masks", "intervals", "corpus_bound", "ar_init", "upcycling"]
 MODULES += [
     f"samplers/{name}"
-    for name in ("blocks", "confident", "contexts", "guidance", "loop", "next_tokens", "planned", "proposal")
+    for name in ("blocks", "confident", "contexts", "guidance", "loop", "next_tokens", "padding", "planned")
 ]
-MODULES += [f"samplers/{name}" for name in ("quotas", "remask", "speculative")]
+MODULES += [f"samplers/{name}" for name in ("proposal", "quotas", "remask", "speculative")]
 MODULES += [f"models/{name}" for name in ("attention", "config", "feed_forward", "init", "moe", "presets", "rope")]
 MODULES += ["models/router_losses", "models/transformer"]
 
@@ -35,7 +35,8 @@ exact_count_positions expected_initial_loss expert_scores Experts Experts.forwar
 extend_hash first_of GradientSums GradientSums.of GradientSums.variance hash_event hash_integer hash_permutation
 hash_uniform hash_words Head HeadLoss KVCache KVCache.advance KVCache.append KVCache.replace logits_loss loss_output
 LossOutput mask_noise_std ModelConfig ModelConfig.is_last_selective ModelConfig.num_active_params
-ModelConfig.num_params moment_sums next_token_targets noise_positions num_blocks on_both_halves open_places Pass
+ModelConfig.num_params moment_sums next_token_targets noise_positions num_blocks on_both_halves open_places Padding
+Padding.around Padding.seen Pass
 per_token PiecewiseDensity PiecewiseDensity.bin_of PiecewiseDensity.sample Preset put RopeTables Router Router.forward
 RouterLoss RouterTap RouterTap.close RouterTap.selection_bias RowEstimate RowEstimate.per_token Rule Rule.turns sample
 sample_next_tokens Sampled Scoring Scoring.lengths sent_together shift_left stratified_counts Stream t_bins Targets

@@ -1,6 +1,7 @@
 """Keys and values kept while decoding: block by block as in one pass, apart by layer and place, and what is refused."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,6 +33,21 @@ def test_cache_block_by_block_equals_one_pass_over_both_halves(block_size):
             out = attend(q[:, :, place], keys, values)
             torch.testing.assert_close(out, expected[:, :, place], rtol=0, atol=ROUNDING)
         cache.advance(block_size)
+
+
+@pytest.mark.parametrize("num_past", [1, 2, 4])
+@pytest.mark.parametrize(
+    "mask",
+    [AttentionMask(), AttentionMask("causal"), AttentionMask("block_causal", block_size=2)],
+    ids=lambda m: m.family,
+)
+def test_documents_reach_over_the_keys_before_the_queries(mask, num_past):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, NUM_ROWS, 2, SEQ_LEN, HEAD_DIM, generator=draw, dtype=torch.float64)
+    mask = replace(mask, doc_ids=torch.tensor([[1, 1, 0, 0, 0, 1], [0, 2, 0, 0, 2, 2]]))
+    whole = plan_attention(mask, NUM_ROWS, SEQ_LEN, device="cpu")(q, k, v)
+    rest = plan_attention(mask, NUM_ROWS, SEQ_LEN - num_past, device="cpu", num_past=num_past)(q[:, :, num_past:], k, v)
+    torch.testing.assert_close(rest, whole[:, :, num_past:], rtol=0, atol=ROUNDING)
 
 
 def test_cache_keeps_layers_and_positions_apart():

@@ -201,12 +201,13 @@ def test_samples_of_a_shifted_model_begin_with_the_end_of_a_document_and_are_rea
     class NextNumber(torch.nn.Module):
         """After token n comes n + 1; asked at the place of n, whatever stands behind it."""
 
-        def forward(self, xt: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
+        def forward(self, xt: torch.Tensor, select: torch.Tensor, mask: Any) -> torch.Tensor:
             asked.append(select)
             seen = xt.flatten()[select].clamp(max=special.vocab_size - 2)
             return 100.0 * torch.nn.functional.one_hot(seen + 1, special.vocab_size)
 
     monkeypatch.setattr("pipeline.inference.model.load_denoiser", lambda _: (NextNumber(), record))
+    monkeypatch.setattr("pipeline.inference.model.load_record", lambda _: record)
     forget_models()
     config = GenerateConfig(num_samples=2, length=8, sampler=SamplerConfig(num_steps=1), num_frames=2, temperature=0.0)
     lines = generate(config, weights, made.tokenizer, tmp_path / "out")
@@ -214,8 +215,24 @@ def test_samples_of_a_shifted_model_begin_with_the_end_of_a_document_and_are_rea
     for line in lines:
         assert line["ids"][0] == special.eos_token_id
         assert line["ids"][1] == special.eos_token_id + 1
+        assert len(line["ids"]) == 1 + 8
     (places,) = asked
-    assert sorted((places % 8).tolist()) == sorted([*range(7), *range(7)])
+    assert sorted((places % 9).tolist()) == sorted([*range(8), *range(8)])
+
+
+def test_the_room_of_a_shifted_model_is_a_token_less_than_its_rows(
+    weights: Path, made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pipeline.inference.model.load_record", lambda path: replace(load_record(path), target_offset=1)
+    )
+    forget_models()
+    for prompts in ((), ("ba de",)):
+        lines = generate(replace(SMALL, length=0, prompts=prompts), weights, made.tokenizer, tmp_path / str(prompts))
+        assert {len(line["ids"]) for line in lines} == {32}
+        with pytest.raises(UserError, match=r"rows of 32 tokens, of which the first must be given; take at most 31"):
+            generate(replace(SMALL, prompts=prompts), weights, made.tokenizer, tmp_path / "out")
+    forget_models()
 
 
 def test_the_tokenizer_of_another_run_is_refused(weights: Path, tmp_path: Path) -> None:

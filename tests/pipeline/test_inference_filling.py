@@ -157,6 +157,44 @@ def test_a_canvas_is_filled_alike_in_any_batch_order_and_company(
         assert _all(model, [canvas], config, keep_frames=True) == [filled]
 
 
+WAYS: dict[str, tuple[str, SamplingConfig]] = {
+    "whole": ("masked", STEPWISE),
+    "quotas": ("masked", replace(STEPWISE, sampler=SamplerConfig("confidence", num_steps=4), ends_at_eos=True)),
+    "shifted": ("shifted", STEPWISE),
+    "windows": ("masked", replace(STEPWISE, block_size=BLOCK)),
+    "guided": ("shifted", replace(STEPWISE, block_size=BLOCK, guidance=1.0)),
+    "prefix": ("masked", replace(STEPWISE, block_size=BLOCK, cache="prefix")),
+    "dual": ("shifted", replace(STEPWISE, block_size=BLOCK, cache="dual", refresh_every=2)),
+    "blocks": ("blocks", STEPWISE),
+    "blocks without a cache": ("blocks", replace(STEPWISE, cache="none")),
+    "next": ("next", replace(PLAIN, ends_at_eos=True)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_prompts_of_unlike_lengths_go_together_and_each_is_what_it_is_alone(
+    models: dict[str, OpenModel], way: str
+) -> None:
+    """Of 16 to 20 tokens: few of whatever batch are padding."""
+    name, config = WAYS[way]
+    model, step = models[name], BLOCK if name == "blocks" else 1
+    sizes = [16 + step * (3 * i % 5) for i in range(16)]
+    canvases = [prompted(model, range(20 + i, 20 + i + size - 8), 8, 50 + i) for i, size in enumerate(sizes)]
+    found, calls = {}, {}
+    for batch_rows in (1, 7, 32):
+        seen: list[int] = []
+        handle = model.denoiser.embedding.register_forward_hook(lambda _, args, out, seen=seen: seen.append(len(out)))
+        try:
+            found[batch_rows] = _all(model, canvases, replace(config, batch_rows=batch_rows), keep_frames=True)
+        finally:
+            handle.remove()
+        calls[batch_rows] = len(seen)
+    assert found[1] == found[7] == found[32]
+    num_batches = {"blocks": 5}.get(name, 3)
+    assert calls[32] < calls[7] <= num_batches * max(one.nfe + 1 for one in found[1])
+    assert calls[1] > 4 * calls[32]
+
+
 # Costs and frames
 
 
@@ -194,7 +232,7 @@ def test_a_canvas_without_a_mask_costs_nothing(models: dict[str, OpenModel], nam
 @pytest.mark.parametrize("name", RECORDS)
 def test_each_pass_is_heard_of_with_the_rows_of_its_batch(models: dict[str, OpenModel], name: str) -> None:
     model, heard = models[name], []
-    canvases = [prompted(model, (20, 21), 6, 0), prompted(model, (22, 23), 6, 1), prompted(model, (20,), 3, 2)]
+    canvases = [prompted(model, (20, 21), 6, 0), prompted(model, (22, 23), 6, 1), prompted(model, (), 2, 2)]
     filled = _all(model, canvases, _config(name), on_pass=lambda n, rows: heard.append((n, rows)), keep_frames=True)
     pairs = [(n, rows) for n, rows in heard if 0 in rows]
     taken_in = 1 if name == "blocks" else 0  # the first block, of which there is nothing to hear

@@ -68,8 +68,9 @@ MODULES: dict[str, list[str]] = {
     "samplers/speculative": ["tests/dlm_core/test_speculative.py", "tests/dlm_core/test_every_rule.py"],
     "samplers/contexts": ["tests/dlm_core/test_sample_blocks.py", "tests/dlm_core/test_caches.py"],
     "samplers/blocks": ["tests/dlm_core/test_sample_blocks.py", "tests/dlm_core/test_caches.py"],
-    "samplers/guidance": ["tests/dlm_core/test_guidance.py"],
-    "samplers/next_tokens": ["tests/dlm_core/test_next_tokens.py"],
+    "samplers/guidance": ["tests/dlm_core/test_guidance.py", "tests/dlm_core/test_padding.py"],
+    "samplers/next_tokens": ["tests/dlm_core/test_next_tokens.py", "tests/dlm_core/test_padding.py"],
+    "samplers/padding": ["tests/dlm_core/test_padding.py"],
     "samplers/loop": [
         "tests/dlm_core/test_planned.py",
         "tests/dlm_core/test_confident.py",
