@@ -23,7 +23,7 @@ def sample_next_tokens(
     proposal: Proposal,
     *,
     start: int,
-    first_token_id: int,
+    first_token_ids: Int[Tensor, " B"],
     mask_token_id: int,
     noise_seed: int,
     sample_ids: Int[Tensor, " B"] | None = None,
@@ -35,7 +35,7 @@ def sample_next_tokens(
 ) -> Sampled:
     """Fill xt from position ``start`` on, all of which is masked: L - start passes, the first of the whole prompt.
 
-    ``first_token_id`` stands before every row, so that its first token is predicted too.  Rows of unlike lengths end
+    ``first_token_ids`` stand before the rows, so that their first tokens are predicted too.  Rows of unlike lengths end
     together: ``before`` is the number of tokens of padding before each, of which it sees nothing.  With
     ``eos_token_id`` a row ends with it: what follows is filled with it, at no cost, and the host looks after each pass
     whether all have ended.  Raises ValueError for a mask before start, a token behind it, and logits that give no
@@ -54,8 +54,8 @@ def sample_next_tokens(
     has_ended = torch.zeros(num_rows, dtype=torch.bool, device=xt.device)
     frames = [canvas.xt.clone()] if keep_frames else []
     is_busy: list[Tensor] = []
-    seen = torch.cat([torch.full_like(xt[:, :1], first_token_id), xt[:, :start]], dim=1)
-    seen = seen.scatter(1, shift.to(xt.device)[:, None], first_token_id)
+    first = first_token_ids[:, None]
+    seen = torch.cat([first, xt[:, :start]], dim=1).scatter(1, shift.to(xt.device)[:, None], first)
     cache, places, causal = model.make_cache(num_rows, seq_len), canvas.rows * seq_len, AttentionMask("causal")
     for position in range(start, seq_len):
         last = (canvas.rows + 1) * seen.shape[1] - 1

@@ -1,8 +1,8 @@
 """What a task wants written, and how it is asked of a model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import suggestion
 from pipeline.errors import UserError
@@ -11,6 +11,9 @@ from pipeline.inference.model import OpenModel
 from pipeline.inference.rules import window_of
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.weights import ModelRecord
+
+if TYPE_CHECKING:
+    from pipeline.inference.filling import Canvas
 
 _MAX_GEN_TOKS = 256
 """Where a task says nothing, as in the harness's own models; of shorter rows the half."""
@@ -80,11 +83,22 @@ def cut_prompts(prompts: Sequence[Prompt], batch_rows: int) -> list[list[Prompt]
     return [ordered[first : first + batch_rows] for first in range(0, len(ordered), batch_rows)]
 
 
+def _canvas(model: OpenModel, prompt: Prompt) -> "Canvas":
+    """Of a model of next tokens the first of the prompt stands before the row, as the harness's own models have it."""
+    from pipeline.inference.filling import prompted
+
+    if not model.is_autoregressive or not prompt.ids:
+        return prompted(model, prompt.ids, prompt.length, prompt.sample_id)
+    kept = prompt.ids[-(model.record.seq_len - prompt.length) :]
+    canvas = prompted(model, kept[1:], prompt.length, prompt.sample_id)
+    return replace(canvas, before=kept[0], num_cut=len(prompt.ids) - len(kept))
+
+
 def write(model: OpenModel, prompts: Sequence[Prompt], config: SamplingConfig) -> list[Written]:
     """Text behind each prompt, up to the first end of a text that was drawn."""
-    from pipeline.inference.filling import continuation, fill, prompted
+    from pipeline.inference.filling import continuation, fill
 
-    canvases = [prompted(model, prompt.ids, prompt.length, prompt.sample_id) for prompt in prompts]
+    canvases = [_canvas(model, prompt) for prompt in prompts]
     found: dict[int, Written] = {}
     for number, filled in fill(model, canvases, config):
         text = continuation(model, canvases[number], filled, ends_at_eos=True)

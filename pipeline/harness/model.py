@@ -19,7 +19,7 @@ from pipeline.harness.accounts import Accounts
 from pipeline.harness.addresses import address_of, repetitions
 from pipeline.harness.config import check_model, read_config, with_theirs
 from pipeline.harness.generation import Prompt, Wish, Written, cut_prompts, wish_of, write
-from pipeline.harness.pieces import cut_requests, encode_pair
+from pipeline.harness.pieces import begins_with, cut_requests, encode_pair, next_token_request
 from pipeline.inference.greedy import are_greedy
 from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
 from pipeline.inference.model import OpenModel, read_about
@@ -39,7 +39,11 @@ _LIKELIHOODS = {
 
 
 class DenoiserLM(LM):
-    """Interchange weights and their tokenizer, with the settings in model_args."""
+    """Interchange weights and their tokenizer, with the settings in model_args.
+
+    A model of next tokens is asked as the harness's own are, but that a rolling likelihood never counts the token that
+    a tokenizer begins texts with, which is no part of the text, and that the mask is never drawn.
+    """
 
     def __init__(self, **given: Any) -> None:
         super().__init__()
@@ -48,6 +52,8 @@ class DenoiserLM(LM):
         weights, tokenizer = Path(own.weights), Path(own.tokenizer)
         self._record, self._vocabulary = read_about(weights, tokenizer)
         check_model(self._config, self._record, self._vocabulary.special)
+        self._is_autoregressive = self._record.objective == "autoregressive_nll"
+        self._begin = begins_with(self._vocabulary.tokenizer) if self._is_autoregressive else ()
         self._fingerprint = load_manifest(weights).fingerprint
         self._workers = Workers(weights, tokenizer, own.device, own.workers)
         self._accounts = Accounts(own.details)
@@ -94,7 +100,9 @@ class DenoiserLM(LM):
         """What follows each context, up to the first of the strings that a task ends answers with."""
         wishes = [wish_of(_words(instance)[1], self._config, self._record) for instance in requests]
         prompts = [
-            Prompt(tuple(self._encode(_words(instance)[0])), wish.length, address_of(instance).number(repetition))
+            Prompt(
+                (*self._begin, *self._encode(_words(instance)[0])), wish.length, address_of(instance).number(repetition)
+            )
             for instance, wish, repetition in zip(requests, wishes, repetitions(requests), strict=True)
         ]
         for instance, prompt, wish in zip(requests, prompts, wishes, strict=True):
@@ -158,7 +166,10 @@ class DenoiserLM(LM):
                 f"task {instance.task_name}, document {instance.doc_id}: the answer {answer[:40]!r} has "
                 f"{len(ids)} tokens; the model takes from 1 to {room}. Leave the document out"
             )
-        return Request(tuple(context_ids), tuple(ids), address_of(instance).number())
+        number = address_of(instance).number()
+        if self._is_autoregressive:
+            return next_token_request(self._begin, context_ids, ids, number)
+        return Request(tuple(context_ids), tuple(ids), number)
 
     def _encode(self, text: str) -> list[int]:
         return self._vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
@@ -166,11 +177,12 @@ class DenoiserLM(LM):
     def _rows(self, instance: "Instance") -> list[Request]:
         (text,) = _words(instance)
         ids, address = tuple(self._encode(text)), address_of(instance)
-        size, is_exact = self._record.seq_len, self._record.objective == "autoregressive_nll"
-        size -= self._record.target_offset
-        num_seen = size if is_exact else self._record.target_offset
+        size = self._record.seq_len - self._record.target_offset
+        num_seen, before = self._record.target_offset, None
+        if self._is_autoregressive:
+            num_seen, before = size, self._begin[0] if self._begin else None
         return [
-            Request(ids[max(0, start - num_seen) : start], ids[start : start + size], address.number(start))
+            Request(ids[max(0, start - num_seen) : start], ids[start : start + size], address.number(start), (), before)
             for start in range(0, len(ids), size)
         ]
 

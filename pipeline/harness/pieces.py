@@ -6,6 +6,8 @@ computed together with, so what goes together must not.
 
 from collections.abc import Callable, Sequence
 
+from tokenizers import Tokenizer
+
 from pipeline.inference.likelihood import Request
 
 _BATCHES = 16
@@ -23,6 +25,22 @@ def encode_pair(encode: Callable[[str], list[int]], context: str, answer: str) -
     context, answer = context[: len(context) - spaces], context[len(context) - spaces :] + answer
     context_ids = encode(context)
     return context_ids, encode(context + answer)[len(context_ids) :] or encode(answer)
+
+
+def begins_with(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What a tokenizer puts before a text, as Llama's does with its <s>; most put nothing."""
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    return tuple(encoding.ids[:1]) if encoding.special_tokens_mask[0] else ()
+
+
+def next_token_request(begin: Sequence[int], context: Sequence[int], answer: Sequence[int], mask_id: int) -> Request:
+    """As the harness's own models ask one that predicts the next token.
+
+    What its tokenizer begins a text with stands before the context, and nothing else does: the first token of a context
+    is given.  Before an answer without a context stands the same, or the end of a text where there is none.
+    """
+    given = (*begin, *context)
+    return Request(given[1:], tuple(answer), mask_id, before=given[0] if given else None)
 
 
 def cut_requests(requests: Sequence[Request], num_masks: int, batch_rows: int) -> list[list[Request]]:
@@ -45,6 +63,7 @@ def _by_length(request: Request) -> tuple[object, ...]:
         request.mask_id,
         tuple(request.context),
         tuple(request.answer),
+        -1 if request.before is None else request.before,
     )
 
 

@@ -36,6 +36,8 @@ class Canvas:
     """Addresses the noise."""
     num_cut: int = 0
     """Tokens at the beginning of its prompt for which there was no room."""
+    before: int | None = None
+    """Token before the row, of a model of next tokens; None: the end of a text."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class _Row:
     length: int
     """Of the canvas."""
     sample_id: int
+    before: int
+    """Token before it, which a model of next tokens sees."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,7 @@ def _row(model: OpenModel, canvas: Canvas, config: SamplingConfig) -> _Row | Non
     if mask not in ids:
         return None
     start, end = ids.index(mask), len(ids) - ids[::-1].index(mask)
+    before = model.vocabulary.special.eos_token_id if canvas.before is None else canvas.before
     if start < record.target_offset:
         raise UserError("the first token of a row is masked, which a shifted model cannot predict; give it")
     if model.is_autoregressive:
@@ -233,7 +238,7 @@ def _row(model: OpenModel, canvas: Canvas, config: SamplingConfig) -> _Row | Non
                 "text stands behind a mask, which a model that predicts the next token does not see: it can go on "
                 "with a prompt, but not fill a gap. Use a model of masked diffusion"
             )
-        return _Row(ids, start, len(ids), canvas.sample_id)
+        return _Row(ids, start, len(ids), canvas.sample_id, before)
     if config.guidance and start == record.target_offset and ids.count(mask) == len(ids) - start:
         raise UserError(
             f"guidance is {config.guidance}, but nothing is given that it could strengthen; set it to 0, or give a "
@@ -241,14 +246,14 @@ def _row(model: OpenModel, canvas: Canvas, config: SamplingConfig) -> _Row | Non
         )
     if not (size := record.block_size):
         window_of(config, record, len(ids) - start)
-        return _Row(ids, start, len(ids), canvas.sample_id)
+        return _Row(ids, start, len(ids), canvas.sample_id, before)
     stop = -(-end // size) * size
     if len(ids) > stop:
         raise UserError(
             f"{len(ids) - stop} tokens stand behind the block of the last mask, which a model of blocks does not see; "
             "leave them out, or use a model of full attention"
         )
-    return _Row([*ids, *[mask] * (stop - len(ids))], start // size * size, len(ids), canvas.sample_id)
+    return _Row([*ids, *[mask] * (stop - len(ids))], start // size * size, len(ids), canvas.sample_id, before)
 
 
 def _draw(
@@ -286,7 +291,8 @@ def _draw(
     }
     with torch.inference_mode():
         if model.is_autoregressive:
-            common |= {"first_token_id": special.eos_token_id, "before": None if padding is None else before}
+            first = torch.tensor([row.before for row in batch.rows.values()], device=model.device)
+            common |= {"first_token_ids": first, "before": None if padding is None else before}
             return sample_next_tokens(model.denoiser, xt, proposal, **common)
         context, rule = make_context(config, model, padding), make_rule(config.sampler)
         size = window_of(config, model.record, width - batch.start)

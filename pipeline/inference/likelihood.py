@@ -52,6 +52,8 @@ class Request:
     mask_id: int
     """Addresses the masks.  Choices of one question share it, so that their differences are less noisy."""
     suffix: Sequence[int] = ()
+    before: int | None = None
+    """Token before the context, of a model of next tokens; None: the end of a text."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,9 @@ def fitted(model: OpenModel, request: Request) -> FittedRow:
     tokens = [*context[num_cut:], *request.answer, *request.suffix]
     start, size = len(context) - num_cut, len(request.answer)
     if num_cut and model.is_autoregressive:
-        return FittedRow(tokens, start, size, context[num_cut - 1], request.mask_id, num_cut - 1)
-    return FittedRow(tokens, start, size, eos, request.mask_id, num_cut)
+        num_lost = num_cut - (request.before is None)  # of a text what stood before it is lost too
+        return FittedRow(tokens, start, size, context[num_cut - 1], request.mask_id, num_lost)
+    return FittedRow(tokens, start, size, eos if request.before is None else request.before, request.mask_id, num_cut)
 
 
 def check_guidance(config: LikelihoodConfig, record: ModelRecord) -> None:

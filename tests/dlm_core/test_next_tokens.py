@@ -34,7 +34,8 @@ def model(mask: int | None = MASK) -> Denoiser:
 
 
 def fill(xt: torch.Tensor, proposal: Proposal | None = None, denoiser: Denoiser | None = None, **options):
-    settings = {"start": 0, "first_token_id": FIRST, "mask_token_id": MASK, "noise_seed": 5} | options
+    first = torch.full((len(xt),), FIRST)
+    settings = {"start": 0, "first_token_ids": first, "mask_token_id": MASK, "noise_seed": 5} | options
     return sample_next_tokens(denoiser or model(), xt, proposal or Proposal(), **settings)
 
 

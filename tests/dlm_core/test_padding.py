@@ -141,11 +141,13 @@ def test_next_tokens_behind_prompts_of_unlike_lengths_are_what_they_are_alone():
     xt = torch.full((3, 12 + TAIL), MASK)
     for place, row in enumerate(rows):
         xt[place, :12] = torch.cat([torch.zeros(12 - len(row), dtype=torch.int64), row])
-    settings = {"first_token_id": 4, "mask_token_id": MASK, "noise_seed": 3, "eos_token_id": 5}
-    together = sample_next_tokens(tiny_model(), xt, Proposal(), start=12, sample_ids=ids, before=before, **settings)
+    settings = {"mask_token_id": MASK, "noise_seed": 3, "eos_token_id": 5}
+    first = torch.tensor([4, 6, 8])
+    options = {"start": 12, "sample_ids": ids, "before": before, "first_token_ids": first}
+    together = sample_next_tokens(tiny_model(), xt, Proposal(), **options, **settings)
     for place, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         one = torch.cat([row, torch.full((TAIL,), MASK)])[None]
-        own = {"start": prompt, "sample_ids": ids[place : place + 1]}
+        own = {"start": prompt, "sample_ids": ids[place : place + 1], "first_token_ids": first[place : place + 1]}
         alone = sample_next_tokens(tiny_model(), one, Proposal(), **own, **settings)
         assert together.x0[place, 12 - prompt :].tolist() == alone.x0[0].tolist()
         assert together.nfe[place] == alone.nfe[0]

@@ -57,7 +57,8 @@ def test_likelihoods_are_those_of_score(dlm: Any, model: Any, kind: str) -> None
     for instance, (nats, is_greedy) in zip(requests, found, strict=True):
         context, choice = instance.args
         ids, given = opened.encode(context + choice), len(opened.encode(context.rstrip()))
-        request = Request(ids[:given], ids[given:], address_of(instance).number())
+        before = ids[0] if kind == "next" and given else None  # nothing but the context stands before an answer
+        request = Request(ids[before is not None : given], ids[given:], address_of(instance).number(), (), before)
         (wanted,) = score(opened, [request], LikelihoodConfig(num_masks=16))
         assert (-nats, is_greedy) == (pytest.approx(wanted.nats, rel=1e-5), False)
 
