@@ -33,7 +33,8 @@ RULES = [
     PathPlanning(6),
     SelfSpeculative(3),
 ]
-NAMES = [f"{type(rule).__name__}, {getattr(rule, 'num', getattr(rule, 'kind', ''))}" for rule in RULES]
+NAMES = ["ancestral", "first hitting", "random", "quotas", "entropy bound", "remdm", "remdm by confidence"]
+NAMES += ["path planning", "self-speculative"]
 
 
 @pytest.fixture(autouse=True)

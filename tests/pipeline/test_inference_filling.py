@@ -255,7 +255,8 @@ def test_a_change_of_logits_knows_sample_and_position(models: dict[str, OpenMode
         wanted = torch.where(sample_ids % 2 == 1, 30, 60) + positions
         return torch.nn.functional.one_hot(wanted, logits.shape[1]) * 1e4
 
-    canvases = [prompted(model, (5, 6), 7, 1), prompted(model, (5, 6), 7, 2), prompted(model, (5,), 4, 3)]
+    prompts = [((5, 6), 7), ((5, 6), 7), ((5,), 4), ((5, 6, 7, 8), 7)]
+    canvases = [prompted(model, prompt, length, number) for number, (prompt, length) in enumerate(prompts, 1)]
     found = _all(model, canvases, _config(name), change=change)
     for canvas, filled in zip(canvases, found, strict=True):
         for place, (old, new) in enumerate(zip(canvas.ids, filled.ids, strict=True)):

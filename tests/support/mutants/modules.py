@@ -22,6 +22,18 @@ LOGITS_OF_EXPORTS = [
 ]
 """Of every family in this process, beside those of our denoiser."""
 
+PADDED = [
+    f"tests/dlm_core/test_padding.py::test_{case}"
+    for case in (
+        "rows_with_padding_before_them_are_what_they_are_alone[first hitting-guided shifted]",
+        "rows_with_padding_before_them_are_what_they_are_alone[first hitting-exact]",
+        "rows_of_one_window_with_padding_behind_them_are_what_they_are_alone[first hitting-whole]",
+        "padding_is_never_read",
+        "next_tokens_behind_prompts_of_unlike_lengths_are_what_they_are_alone",
+    )
+]
+"""One sampler and the contexts that differ; all of them take a minute."""
+
 MODULES: dict[str, list[str]] = {
     "schedules": ["tests/dlm_core/test_schedules.py", "tests/dlm_core/test_schedules_chain.py"],
     "noise": ["tests/dlm_core/test_noise.py"],
@@ -67,10 +79,14 @@ MODULES: dict[str, list[str]] = {
     ],
     "samplers/speculative": ["tests/dlm_core/test_speculative.py", "tests/dlm_core/test_every_rule.py"],
     "samplers/contexts": ["tests/dlm_core/test_sample_blocks.py", "tests/dlm_core/test_caches.py"],
-    "samplers/blocks": ["tests/dlm_core/test_sample_blocks.py", "tests/dlm_core/test_caches.py"],
-    "samplers/guidance": ["tests/dlm_core/test_guidance.py", "tests/dlm_core/test_padding.py"],
-    "samplers/next_tokens": ["tests/dlm_core/test_next_tokens.py", "tests/dlm_core/test_padding.py"],
-    "samplers/padding": ["tests/dlm_core/test_padding.py"],
+    "samplers/blocks": [
+        "tests/dlm_core/test_sample_blocks.py",
+        "tests/dlm_core/test_caches.py",
+        *PADDED,
+    ],
+    "samplers/guidance": ["tests/dlm_core/test_guidance.py", *PADDED],
+    "samplers/next_tokens": ["tests/dlm_core/test_next_tokens.py", *PADDED],
+    "samplers/padding": PADDED,
     "samplers/loop": [
         "tests/dlm_core/test_planned.py",
         "tests/dlm_core/test_confident.py",
@@ -141,6 +157,30 @@ MODULES: dict[str, list[str]] = {
     ],
     "pipeline/export/hf/modeling_lladamoe": LOGITS_OF_EXPORTS,
     "pipeline/export/hf/modeling_llada2_moe": LOGITS_OF_EXPORTS,
+    "pipeline/inference/filling": [
+        f"tests/pipeline/test_inference_filling.py::test_{case}"
+        for case in (
+            "a_change_of_logits_knows_sample_and_position",
+            "each_pass_is_heard_of_with_the_rows_of_its_batch",
+        )
+    ],
+    "pipeline/inference/greedy": ["tests/pipeline/test_inference_greedy.py"],
+    "pipeline/inference/stops": [
+        "tests/pipeline/test_harness_settings.py::test_text_ends_before_the_first_string_that_ends_it"
+    ],
+    "pipeline/inference/workers": ["tests/pipeline/test_inference_workers.py"],
+    "pipeline/harness/config": ["tests/pipeline/test_harness_settings.py"],
+    "pipeline/harness/addresses": [
+        "tests/pipeline/test_harness.py::test_choices_of_a_document_share_masks_wherever_it_stands"
+    ],
+    "pipeline/harness/pieces": [
+        "tests/pipeline/test_harness.py::test_pieces_of_work_hold_every_request_once_whatever_the_order",
+        "tests/pipeline/test_harness_parity.py::test_what_a_tokenizer_begins_texts_with_stands_before_a_context",
+    ],
+    "pipeline/harness/generation": [
+        "tests/pipeline/test_harness_settings.py::test_length_and_ends_are_those_of_the_task",
+        "tests/pipeline/test_harness_evaluate.py::test_text_is_that_of_fill_whatever_the_order",
+    ],
 }
 """A module of dlm_core, or of another package by its path -> what is run against each of its mutants: the fast tests of
 some files, or single ones."""
@@ -151,6 +191,7 @@ PLANTED_ONLY = {
     *(f"samplers/{name}" for name in ("blocks", "confident", "contexts", "loop", "planned", "proposal", "quotas")),
     "samplers/guidance",
     "samplers/next_tokens",
+    "samplers/padding",
     "samplers/remask",
     "samplers/speculative",
     "pipeline/tokenizer/mask",
@@ -173,6 +214,8 @@ PLANTED_ONLY = {
     "pipeline/export/hf/modeling_dream",
     "pipeline/export/hf/modeling_lladamoe",
     "pipeline/export/hf/modeling_llada2_moe",
+    *(f"pipeline/inference/{name}" for name in ("filling", "greedy", "stops", "workers")),
+    *(f"pipeline/harness/{name}" for name in ("addresses", "config", "generation", "pieces")),
 }
 """Modules from which nothing is drawn: a phase of a training, how it begins, exports, and what only a gang of ranks
 shows, 10 s a mutant."""

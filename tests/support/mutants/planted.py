@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from tests.support.mutants.mutant import Mutant, Planted
 from tests.support.mutants.planted_answers import ANSWERS
 from tests.support.mutants.planted_conversions import CONVERSIONS
+from tests.support.mutants.planted_harness import HARNESS
 from tests.support.mutants.planted_imports import IMPORTS
 from tests.support.mutants.planted_samplers import SAMPLERS
 
@@ -472,6 +473,7 @@ PLANTED: tuple[Planted, ...] = (
         "// losses.group_seqs * config.grad_accum_steps * config.workers",
         "// losses.group_seqs * config.grad_accum_steps * config.workers // max(1, config.ep_size)",
     ),
+    *HARNESS,
     *IMPORTS,
     *CONVERSIONS,
     *SAMPLERS,

@@ -114,8 +114,8 @@ SAMPLERS: tuple[Planted, ...] = (
     Planted(
         "samplers/guidance",
         "what must be given is masked with the prompt",
-        "self._is_prompt[:, : self.num_given] = False",
-        "self._is_prompt[:, :0] = False",
+        " & (places >= self.num_given)",
+        "",
     ),
     Planted(
         "samplers/blocks",
