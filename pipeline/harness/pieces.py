@@ -8,28 +8,10 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from tokenizers import Tokenizer
-
 from pipeline.inference.likelihood import Request
 
 _BATCHES = 16
 """Of a piece: enough to fill all but the last, few enough that workers end together."""
-
-
-def begins_with(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What a tokenizer puts before a text, as Llama's does with its <s>; most put nothing."""
-    encoding = tokenizer.encode("a", add_special_tokens=True)
-    return tuple(encoding.ids[:1]) if encoding.special_tokens_mask[0] else ()
-
-
-def next_token_request(begin: Sequence[int], context: Sequence[int], answer: Sequence[int], mask_id: int) -> Request:
-    """As the harness's own models ask one that predicts the next token.
-
-    What its tokenizer begins a text with stands before the context, and nothing else does: the first token of a context
-    is given.  Before an answer without a context stands the same, or the end of a text where there is none.
-    """
-    given = (*begin, *context)
-    return Request(given[1:], tuple(answer), mask_id, before=given[0] if given else None)
 
 
 def begins_with(tokenizer: Tokenizer) -> tuple[int, ...]:
