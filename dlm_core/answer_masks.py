@@ -8,7 +8,8 @@ draws k evenly and a subset for it.  Here
     few tokens    every subset, where there are no more than ``num_masks``: nothing is left to chance
     many          all tokens once (k = n has no other subset); and 1..n - 1, of which every k has one unit of length,
                   cut into H strata: (n - 1) (h / H)^1.5 is where the h-th begins, for subsets of few tokens vary most.
-                  Two k are drawn in each, a point and its mirror image, and a subset of its own for either.
+                  Where there are n - 1 strata or more, each k has some of its own.  Two k are drawn in each stratum,
+                  a point and its mirror image, and a subset of its own for either.
 
 Within a stratum all k weigh the same, so that the level of the losses adds no noise, and their trend next to none, for
 of mirror images one is too high where the other is too low.  What is left is mostly which tokens a subset holds.  That
@@ -23,7 +24,8 @@ The fit of a stratum is one of the losses in all *other* strata: being independe
 it moves no mean, however bad it is.  Given fit and counts the two subsets of a stratum are independent, so that the
 difference of what they add is a deviation whose square tells the variance; it tells too much by what trend the fit has
 left, in strata that are wide because they are few.  That fits share data adds next to nothing.  So the error is right
-for answers of tens of tokens and 64 masks, and rather too large for hundreds of tokens or 8 masks (tests).  Of any sum
+for answers of tens of tokens and 64 masks, and for smooth losses rather too large for hundreds of tokens or 8 masks; of
+so few masks it is too small where one token decides over many (tests).  Of any sum
 of bounds the deviations are the sums of theirs, whether they share masks or not: that of a difference of two choices,
 or of two models, is told as small as common masks make it.
 
@@ -106,7 +108,14 @@ def _drawn_subsets(n: int, num_strata: int, address: Int[Tensor, "B 1"]) -> Answ
 
 def _edges(n: int, num_strata: int) -> Float[Tensor, " E"]:
     """Of strata, in [0, n - 1], where k covers [k - 1, k]."""
-    return (n - 1) * (torch.arange(num_strata + 1, dtype=torch.float64) / num_strata) ** 1.5
+    spare = num_strata - (n - 1)
+    if spare < 0:
+        return (n - 1) * (torch.arange(num_strata + 1, dtype=torch.float64) / num_strata) ** 1.5
+    shares = (spare * (torch.arange(n, dtype=torch.float64) / (n - 1)) ** (2 / 3)).round().long()
+    of_k = 1 + shares.diff()
+    below = torch.repeat_interleave(of_k)
+    place = torch.arange(num_strata) - (of_k.cumsum(0) - of_k)[below]
+    return torch.cat([below + place / of_k[below].double(), torch.tensor([n - 1.0], dtype=torch.float64)])
 
 
 def bound_of_losses(

@@ -140,7 +140,8 @@ def answer_bound(cross_entropy: CrossEntropy, a: Answers, *, num_masks: int, bat
 
     A part of one token takes one copy and is exact; an answer without tokens takes none, and is 0.  ``batch_rows``
     copies go through the denoiser together, those of rows of like length; it has no effect on the masks.  Raises
-    ValueError for a batch_rows below 1, losses that are no numbers, and as ``draw_masks`` does.
+    ValueError for a batch_rows below 1 and as ``draw_masks`` does, and FloatingPointError for losses that are not
+    finite.
     """
     if batch_rows < 1:
         raise ValueError(f"batch_rows is {batch_rows}; it must be at least 1")
@@ -150,9 +151,7 @@ def answer_bound(cross_entropy: CrossEntropy, a: Answers, *, num_masks: int, bat
     parts = a.parts()
     rows = parts.row.unique()
     rows = rows[a.lengths[rows].argsort(stable=True)]
-    at_once = max(1, _MAX_CELLS // max(1, num_masks * int(a.sizes.max())))
-    for first in range(0, len(rows), at_once):
-        some = rows[first : first + at_once]
+    for some in _chunks(rows, a.sizes[rows] * max(1, num_masks)):
         is_masked = torch.zeros(len(some), max(0, num_masks), int(a.sizes[some].max()), dtype=torch.bool)
         drawn: list[tuple[Parts, AnswerMasks, tuple[Tensor, Tensor, Tensor]]] = []
         for part in parts.by_size(some):
@@ -174,6 +173,18 @@ def answer_bound(cross_entropy: CrossEntropy, a: Answers, *, num_masks: int, bat
     return AnswerEstimate(nats, deviations, dof, num_passes)
 
 
+def _chunks(rows: Int[Tensor, " B"], cells: Int[Tensor, " B"]) -> "Iterator[Int[Tensor, ' b']]":
+    """Rows in their order, as many together as their masks leave room for."""
+    first, most = 0, 0
+    for place, of_row in enumerate(cells.tolist()):
+        most = max(most, of_row)
+        if place > first and (place + 1 - first) * most > _MAX_CELLS:
+            yield rows[first:place]
+            first, most = place, of_row
+    if len(rows):
+        yield rows[first:]
+
+
 @torch.no_grad()
 def _losses(
     cross_entropy: CrossEntropy,
@@ -192,7 +203,9 @@ def _losses(
         targets = xt.flatten()[select]
         xt.view(-1)[select] = a.mask_token_id
         losses = cross_entropy(xt, rows[row], select, targets).double().cpu()
-        if losses.isnan().any():
-            raise ValueError("the denoiser's logits hold nan, or no id of finite logit; a likelihood needs numbers")
+        if not losses.isfinite().all():
+            raise FloatingPointError(
+                "the denoiser's logits give no finite loss: they hold nan, or give a token no probability"
+            )
         found[row[copy], number[copy], place] = losses
     return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlm_core.intervals import error_of_difference
 from pipeline.config import execution
-from pipeline.errors import UserError
+from pipeline.errors import NumericsError, UserError
 from pipeline.inference.model import OpenModel
 from pipeline.weights import ModelRecord
 
@@ -28,7 +28,8 @@ class LikelihoodConfig:
     """How answers are scored."""
 
     num_masks: int = 64
-    """At most so many masked copies of a row; LLaDA (arXiv 2502.09992) takes 128, drawn one by one."""
+    """At most so many masked copies of a row; LLaDA (arXiv 2502.09992) takes 128, drawn one by one.  Of
+    fewer than 32 the standard error is rough."""
     guidance: float = 0.0
     """w of classifier-free guidance, logits c + w (c - u) with u from the row with its context masked; 0: none."""
     noise_seed: int = 2_000
@@ -163,7 +164,12 @@ def _bounds(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfi
         model.record.block_size,
     )
     of_model = _block_cross_entropy if answers.block_size else partial(_cross_entropy, guidance=config.guidance)
-    found = answer_bound(of_model(model, answers), answers, num_masks=config.num_masks, batch_rows=config.batch_rows)
+    try:
+        found = answer_bound(
+            of_model(model, answers), answers, num_masks=config.num_masks, batch_rows=config.batch_rows
+        )
+    except FloatingPointError as error:
+        raise NumericsError(str(error)) from None
     columns = (column.tolist() for column in (found.nats, found.deviations, found.dof, found.num_passes))
     return [
         Score(nats, tuple(deviations) if math.isfinite(dof) else (), dof, num_passes, row.num_cut)

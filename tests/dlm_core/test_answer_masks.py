@@ -66,11 +66,20 @@ def test_subsets_hold_all_tokens_once_and_then_as_many_as_their_strata_say(n: in
     assert masks.is_masked[:, 0].all()
     k = masks.is_masked[:, 1:].sum(dim=2).view(200, -1, 2)
     assert 1 <= int(k.min()) <= int(k.max()) <= n - 1
-    edges = (n - 1) * (torch.arange(masks.num_strata + 1, dtype=torch.float64) / masks.num_strata) ** 1.5
-    assert (k >= edges[:-1, None] - 1e-9).all()
-    assert (k - 1 <= edges[1:, None] + 1e-9).all()
-    weight = masks.weight[:, 1:].view(200, -1, 2) * k
-    torch.testing.assert_close(weight, (edges.diff()[:, None] / 2).expand_as(weight))
+    share = masks.weight[:, 1:].view(200, -1, 2) * k
+    if masks.num_strata < n - 1:
+        edges = (n - 1) * (torch.arange(masks.num_strata + 1, dtype=torch.float64) / masks.num_strata) ** 1.5
+        assert (k >= edges[:-1, None] - 1e-9).all()
+        assert (k - 1 <= edges[1:, None] + 1e-9).all()
+        torch.testing.assert_close(share, (edges.diff()[:, None] / 2).expand_as(share))
+    else:
+        of_k = k[0, :, 0]
+        assert (k == of_k[:, None]).all()
+        assert torch.equal(of_k.unique(), torch.arange(1, n))
+        assert (of_k.bincount()[1:].diff() <= 1).all()  # the fewer tokens, the more strata, up to rounding
+        torch.testing.assert_close(
+            torch.zeros(n).double().index_add_(0, of_k, share[0].sum(dim=1))[1:], torch.ones(n - 1).double()
+        )
 
 
 @pytest.mark.parametrize("num_masks", [8, 33])
@@ -135,6 +144,35 @@ def test_95_percent_intervals_hold_the_truth_19_times_in_20(n: int, num_masks: i
     if num_masks >= 64:
         assert COVERS[0] <= found.covered(truth, 1.96) <= COVERS[1]
     assert found.variance_ratio() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("n", [12, 20])
+def test_so_do_those_of_losses_that_jump_from_one_count_to_the_next(n: int) -> None:
+    """Where there is a stratum for each count, no count is noise."""
+    masks = drawn(n, 64)
+    k = masks.is_masked.sum(dim=2, keepdim=True)
+    losses = (losses_of(masks.is_masked, 0.3) + 3.0 * (k >= n - 1)) * masks.is_masked
+    bound, deviations = bound_of_losses(masks, losses)
+    far = drawn(n, 256, num=500, seed=1)
+    jump = 3.0 * (far.is_masked.sum(dim=2, keepdim=True) >= n - 1)
+    truth = bound_of_losses(far, (losses_of(far.is_masked, 0.3) + jump) * far.is_masked)[0].mean()
+    half = t_quantile(float(masks.num_strata)) * deviations.square().sum(dim=1).sqrt()
+    assert COVERS[0] <= float(((bound - truth).abs() < half).double().mean()) <= COVERS[1]
+
+
+def test_of_few_masks_errors_are_too_small_where_one_token_decides_over_many() -> None:
+    """A limit that the documentation tells: how far it goes, and that 64 masks are enough."""
+
+    def covered(num_masks: int) -> float:
+        masks = drawn(12, num_masks, num=1_000)
+        losses = (0.1 + 6.0 * masks.is_masked[..., :1]) * masks.is_masked  # the first token tells all others
+        bound, deviations = bound_of_losses(masks, losses)
+        truth = sum((0.1 * 12 + 6.0 * k) for k in range(1, 13)) / 12  # k / 12 of the subsets hold it
+        half = t_quantile(float(masks.num_strata)) * deviations.square().sum(dim=1).sqrt()
+        return float(((bound - truth).abs() < half).double().mean())
+
+    assert 0.85 < covered(8) < COVERS[0]
+    assert COVERS[0] <= covered(64) <= COVERS[1]
 
 
 @pytest.mark.parametrize(("n", "num_masks"), [(20, 64), (30, 64)])

@@ -137,10 +137,11 @@ def test_an_answer_without_tokens_costs_nothing() -> None:
     ]
 
 
-def test_losses_that_are_no_numbers_are_refused() -> None:
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_losses_that_are_no_numbers_are_refused(loss: float) -> None:
     asked = answers(ROWS[:1])
-    with pytest.raises(ValueError, match="a likelihood needs numbers"):
-        answer_bound(lambda *batch: torch.full((len(batch[2]),), math.nan), asked, num_masks=8)
+    with pytest.raises(FloatingPointError, match="give no finite loss"):
+        answer_bound(lambda *batch: torch.full((len(batch[2]),), loss), asked, num_masks=8)
 
 
 @pytest.mark.parametrize(

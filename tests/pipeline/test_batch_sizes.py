@@ -14,7 +14,7 @@ from pipeline.artifact import load_manifest
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.evaluate.config import STAGE, EvaluateConfig
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
-from pipeline.inference.model import open_model
+from pipeline.inference.model import forget_models, open_model
 from tests.support.exports import LLAMA
 from tests.support.interchange import drawn, random_model, save_model
 from tests.support.tiny_run import Artifacts, run_stage
@@ -61,13 +61,20 @@ def test_scores_of_answers_over_batch_sizes(dtype: torch.dtype, asked: Path, mad
 @pytest.mark.parametrize("asked", ["masked", "blocks"], indirect=True)
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
 def test_evaluation_over_batch_sizes(
-    dtype: torch.dtype, asked: Path, made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    asked: Path,
+    made: Artifacts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     def load(path: Path) -> tuple[Any, interchange.ModelRecord]:
         model, record = interchange.load_denoiser(path)
         return model.to(dtype), record
 
-    monkeypatch.setattr("pipeline.evaluate.run.load_denoiser", load)
+    monkeypatch.setattr("pipeline.inference.model.load_denoiser", load)
+    forget_models()  # of another precision
+    request.addfinalizer(forget_models)
     inputs = {"weights": asked, "tokens": made.tokens, "tokenizer": made.tokenizer, "corpus": made.corpus}
     found: list[dict[str, float]] = []
     for rows in BATCHES:
