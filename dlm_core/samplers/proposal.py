@@ -123,24 +123,23 @@ def _draw_rows(
         allowed[:, token_id] = -torch.inf
     if is_greedy:
         best, x0 = allowed.max(dim=-1)
-        is_usable = best.isfinite()
         if score is None:
-            return _unscored(x0, is_usable)
-        return Drawn(x0, *_scores(allowed.softmax(dim=-1), x0, held, score, with_entropy), is_usable)
+            return _unscored(x0, best.isfinite())
+        weights = allowed.sub_(best[:, None]).exp_()
+        return Drawn(x0, *_scores(weights, x0, held, score, with_entropy), best.isfinite())
+    best = allowed.amax(dim=-1)  # nan where any is
+    allowed -= best[:, None]
     plain = None
     if proposal.temperature != 1.0:
-        plain = allowed.softmax(dim=-1) if score is not None and not is_tempered else None
-        allowed -= allowed.amax(dim=-1, keepdim=True)  # no temperature is so low that a quotient is inf
-        allowed /= proposal.temperature
-    probs = allowed.softmax(dim=-1)
-    is_usable = probs[:, 0].isfinite()  # nan for all ids if for one
-    weights = _truncated(probs, proposal)
-    x0 = _inverse_cdf(weights, u)
+        plain = allowed.exp() if score is not None and not is_tempered else None
+        allowed /= proposal.temperature  # no temperature is so low that a quotient is inf
+    weights = allowed.exp_()
+    kept = _truncated(weights, proposal)
+    x0 = _inverse_cdf(kept, u)
     if score is None:
-        return _unscored(x0, is_usable)
-    untempered = probs if plain is None else plain
-    scored = weights / weights.sum(dim=-1, keepdim=True) if is_tempered else untempered
-    return Drawn(x0, *_scores(scored, x0, held, score, with_entropy), is_usable)
+        return _unscored(x0, best.isfinite())
+    untempered = weights if plain is None else plain
+    return Drawn(x0, *_scores(kept if is_tempered else untempered, x0, held, score, with_entropy), best.isfinite())
 
 
 def _unscored(x0: Int[Tensor, " M"], is_usable: Bool[Tensor, " M"]) -> Drawn:
@@ -148,8 +147,11 @@ def _unscored(x0: Int[Tensor, " M"], is_usable: Bool[Tensor, " M"]) -> Drawn:
     return Drawn(x0, none, none, is_usable)
 
 
-def _truncated(probs: Float[Tensor, "M V"], proposal: Proposal) -> Float[Tensor, "M V"]:
-    """Weights with 0 for what is cut off; they need not add up to 1."""
+def _truncated(weights: Float[Tensor, "M V"], proposal: Proposal) -> Float[Tensor, "M V"]:
+    """With 0 for what is cut off."""
+    if proposal.top_p == 1.0 and proposal.top_k is None:
+        return weights
+    probs = weights / weights.sum(dim=-1, keepdim=True)
     if proposal.top_p < 1.0:
         ordered = probs.sort(dim=-1, descending=True).values
         is_kept = ordered.cumsum(dim=-1) - ordered < proposal.top_p
@@ -168,21 +170,24 @@ def _inverse_cdf(weights: Float[Tensor, "M V"], u: Float[Tensor, " M"]) -> Int[T
 
 
 def _scores(
-    probs: Float[Tensor, "M V"],
+    weights: Float[Tensor, "M V"],
     x0: Int[Tensor, " M"],
     held: Int[Tensor, " M"] | None,
     score: Score,
     with_entropy: bool,
 ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
-    """Score and entropy; ``probs`` are used up."""
+    """Score and entropy of weights, which are used up."""
+    total = weights.sum(dim=-1)
     if score == "entropy" or with_entropy:
-        entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
+        weights /= total[:, None]
+        entropy, total = -torch.special.xlogy(weights, weights).sum(dim=-1), torch.ones_like(total)
     else:
-        entropy = torch.zeros_like(x0, dtype=torch.float64)
+        entropy = torch.zeros_like(total)
     if score == "probability":
         token = x0 if held is None else torch.where(held < 0, x0, held)
-        return probs.gather(-1, token[:, None]).squeeze(1), entropy
+        return weights.gather(-1, token[:, None]).squeeze(1) / total, entropy
     if score == "margin":
-        best, place = probs.max(dim=-1)
-        return best - probs.scatter_(1, place[:, None], 0.0).amax(dim=-1), entropy  # topk sorts whole rows
+        best, place = weights.max(dim=-1)
+        second = weights.scatter_(1, place[:, None], 0.0).amax(dim=-1)  # topk sorts whole rows
+        return (best - second) / total, entropy
     return -entropy, entropy
