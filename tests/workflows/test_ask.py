@@ -1,6 +1,7 @@
 """Tasks of a recipe, and of a checkpoint without one: asked for by settings, run through the command line."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,19 @@ def test_settings_of_a_step_that_nobody_asked_for_are_refused(
 
 def test_settings_of_a_step_that_nobody_asked_for_may_say_what_the_recipe_says() -> None:
     assert runs.plan_recipe("quickstart", [("tasks.track", True)]) == runs.plan_recipe("quickstart", [])
+
+
+def test_tasks_that_a_resume_would_add_are_told_to_need_a_run_of_their_own(dlm: Dlm, store: Store) -> None:
+    runs.create_run(store, runs.plan_recipe("quickstart", []), "local", "r1")
+    asked = 'tasks.tasks.which={"kind": "text", "file": "how.jsonl"}'
+    done = dlm("resume", "r1", "--set", asked)
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: tasks.tasks.which cannot be set in this run, which was made without the step tasks. Start a new run "
+        "with it, which makes again only what changes: dlm run quickstart --executor local --set "
+        f"{shlex.quote(asked)} --store {store.root.path}\n"
+    )
+    assert "unknown setting taks.tasks.which" in dlm("resume", "r1", "--set", asked.replace("tasks", "taks", 1)).stderr
 
 
 def test_permission_to_run_programs_without_namespaces_is_an_option_of_run_and_resume(
