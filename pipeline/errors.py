@@ -16,6 +16,10 @@ class UserError(ValueError):
     """
 
 
+class NotGivenError(UserError):
+    """What a recipe leaves to its user was not given: nothing was asked for yet, and nothing is wrong with it."""
+
+
 class NumericsError(RuntimeError):
     """Training diverged, or its weights are not what they should be.  Never retried."""
 

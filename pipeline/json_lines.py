@@ -2,13 +2,14 @@
 
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import parse_json
-from pipeline.errors import UserError
+from pipeline.errors import UserError, classify
 
 _MAX_LINE_BYTES = 64_000_000
 _SHOWN_CHARS = 80
@@ -41,11 +42,13 @@ def _lines(path: Path, where: str) -> Iterator[tuple[int, bytes]]:
                     raise UserError(f"{where}, line {number} is longer than {_MAX_LINE_BYTES:,} bytes; cut the file")
                 if line.strip():
                     yield number, line
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{where} cannot be read: {error.strerror}. Name a file of JSON lines") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         place = f" after line {number}" if number else ""
         raise UserError(f"{where} cannot be read{place}: {error}. Fetch it again") from None
+    except OSError as error:
+        if classify(error) == "transient":
+            raise
+        raise UserError(f"{where} cannot be read: {error.strerror}. Name a file of JSON lines") from None
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
@@ -59,6 +62,10 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is no JSON that can be read: it is nested too deeply") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    except ValueError:  # what json says of it is advice for programmers
+        raise UserError(
+            f"{where} is no JSON that can be read: a number has more than {sys.get_int_max_str_digits():,} digits"
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{where} is {shown(value)}; a JSON object is wanted")
     return value

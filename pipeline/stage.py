@@ -82,7 +82,8 @@ class Stage:
     of the stage which makes the input "rows".  Called when a workflow is planned.
     """
     ready: Callable[[Any, str], None] | None = None
-    """ready(config, step) raises UserError for what a recipe leaves to its user: asked before a run, not for a plan."""
+    """ready(config, step) raises NotGivenError for what a recipe leaves to its user, and UserError for what else keeps
+    it from running here: asked before a run, not for a plan."""
     advice: Callable[[Any], list[str]] | None = None
     """advice(config) -> sentences that begin with the name of a field, on what is allowed and hardly ever meant."""
     cpus: float = 1.0

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from workflows import snapshot
 from workflows.lease import LeaseHeldError, find_holder
 from workflows.plan import DriftError, Plan, PlannedStep, artifact_of, check_drift, resolved, step_config
+from workflows.recipes import load_recipe
 from workflows.selection import dependents, require_steps
 from workflows.step import Step
 from workflows.store import RunPlace, Store
@@ -123,6 +124,7 @@ def prepare(store: Store, run: RunPlace, wishes: Wishes, again: str) -> Amendmen
 def _with_settings(plan: Plan, settings: list[tuple[str, Any]], again: str) -> dict[str, Any]:
     """Configurations with execution settings applied."""
     old = {step.name: step_config(step) for step in plan.steps}
+    _refuse_added(plan, [path for path, _ in settings if path.partition(".")[0] not in old], again)
     new = apply_settings(old, settings)
     for name, config in new.items():
         changed = diff(identity(old[name]), identity(config))
@@ -132,6 +134,22 @@ def _with_settings(plan: Plan, settings: list[tuple[str, Any]], again: str) -> d
                 f"Start a new run, which makes again only what changes: {again}"
             )
     return new
+
+
+def _refuse_added(plan: Plan, unknown: Sequence[str], again: str) -> None:
+    """UserError for a setting, among those of no step of a run, of one that its recipe has if it is asked for."""
+    if not unknown:
+        return
+    try:
+        names = {step.name for step in load_recipe(plan.recipe or plan.workflow).steps}
+    except UserError:
+        return  # then it is a setting that nothing is known of
+    for path in unknown:
+        if (name := path.partition(".")[0]) in names:
+            raise UserError(
+                f"{path} cannot be set in this run, which was made without the step {name}. Start a new run with it, "
+                f"which makes again only what changes: {again}"
+            )
 
 
 def _refuse_accepted(store: Store, plan: Plan, accept: Iterable[str], anew: frozenset[str], drifted: Drift) -> None:

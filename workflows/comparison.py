@@ -4,6 +4,7 @@ Both were asked the same, so the difference is taken question by question (or do
 questions hard for both adds nothing to its standard error.  Without torch.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -129,6 +130,9 @@ def _compare_tasks(step: str, a: Path, b: Path, found: Comparison) -> None:
         settings = [table[name]["settings"] for table in tables]
         if other := sorted(key for key in settings[0].keys() | settings[1].keys() if _differ(settings, key)):
             found.notes.append(f"{of}: the runs differ in {', '.join(other)}")
+        if early := sum(any(map(_is_early, side)) for side in zip(*pairs, strict=True)):
+            kept_nothing = f"{early} of the two kept nothing of single masks"
+            found.notes.append(f"{of}: {kept_nothing}, so that the difference has no mc_se; ask again")
         if pairs:
             are_bounds = [any("nelbo" in metric for metric in table[name]["metrics"]) for table in tables]
             _compare_records(of, kinds[0], pairs, are_bounds, found)
@@ -181,21 +185,30 @@ def _ratio(metric: str, unit: str, cost: Callable[[Record], float], size: Callab
 
     def measure(of: str, pairs: Pairs) -> Difference:
         sides = [([cost(p[side]) for p in pairs], [size(p[side]) for p in pairs]) for side in (0, 1)]
-        totals = [math.fsum(sizes) for _, sizes in sides]
-        noise = [
-            error_of_difference(*([one / total for one in _deviations(r)] for r, total in zip(p, totals, strict=True)))
-            for p in pairs
-        ]
-        found = difference_of_ratios(sides[0], sides[1], math.hypot(*noise) or None)
+        mc_se = None
+        if not any(map(_is_early, itertools.chain(*pairs))):
+            mc_se = _noise(pairs, [math.fsum(sizes) for _, sizes in sides])
+        found = difference_of_ratios(sides[0], sides[1], mc_se)
         return Difference(of, metric, unit, *found, None, len(pairs))
 
     return measure
 
 
+def _is_early(record: Record) -> bool:
+    """Whether masks were drawn and nothing was kept of how each of them deviates, as in an older version."""
+    return "deviations" not in record and bool(np.any(record.get("mc_se", 0.0)))
+
+
+def _noise(pairs: Pairs, totals: Sequence[float]) -> float | None:
+    """mc_se of the difference, from deviations of masks that the two may have in common."""
+    scaled = (([one / t for one in _deviations(r)] for r, t in zip(pair, totals, strict=True)) for pair in pairs)
+    return math.hypot(*(error_of_difference(*both) for both in scaled)) or None
+
+
 def _deviations(record: Record) -> Sequence[float]:
     """Of what a record costs: of the right answer, where there are several."""
     found: Any = record.get("deviations", ())
-    return found[record["answer"]] if "answer" in record else found
+    return found[record["answer"]] if found and "answer" in record else found
 
 
 def _cheapest_is_right(record: Record, size: str = "") -> bool:

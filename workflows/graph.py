@@ -4,7 +4,7 @@ from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
 
-from pipeline.errors import UserError
+from pipeline.errors import NotGivenError, UserError
 from workflows.step import Step, Workflow, load_stage
 
 
@@ -39,29 +39,40 @@ def ordered_steps(workflow: Workflow) -> list[Step]:
 
 
 def wanted_steps(workflow: Workflow) -> tuple[Step, ...]:
-    """The steps without those optional ones that their user has not asked for, and without what would come of these.
-
-    Raises UserError as ``ordered_steps``.
-    """
-    left_out: set[str] = set()
-    for step in ordered_steps(workflow):
-        if step.optional and (left_out & set(step.inputs.values()) or not _is_ready(step)):
-            left_out.add(step.name)
+    """The steps without those that are left out; UserError as ``ordered_steps``."""
+    without = left_out(workflow)
     return tuple(
-        replace(step, inputs={name: source for name, source in step.inputs.items() if source not in left_out})
+        replace(step, inputs={name: source for name, source in step.inputs.items() if source not in without})
         for step in workflow.steps
-        if step.name not in left_out
+        if step.name not in without
     )
 
 
-def _is_ready(step: Step) -> bool:
+def left_out(workflow: Workflow) -> dict[str, str]:
+    """Optional steps that their user has not asked for, and what would come of these: step -> what was not given.
+
+    Raises UserError as ``ordered_steps``.
+    """
+    found: dict[str, str] = {}
+    for step in ordered_steps(workflow):
+        if step.optional:
+            reasons = [*(found.get(source, "") for source in step.inputs.values()), _not_given(step)]
+            if reason := next(filter(None, reasons), ""):
+                found[step.name] = reason
+    return found
+
+
+def _not_given(step: Step) -> str:
+    """What the user of a step has not given, in the words of its stage; what else is wrong is said before a run."""
     ready = load_stage(step.stage).ready
     try:
         if ready is not None:
             ready(step.config, step.name)
+    except NotGivenError as error:
+        return str(error)
     except UserError:
-        return False
-    return True
+        pass
+    return ""
 
 
 def _check_step(workflow: Workflow, step: Step, by_name: dict[str, Step]) -> None:

@@ -17,7 +17,7 @@ from pipeline.stage import PERMISSION, environment, has_permission
 from pipeline.storage import Place
 from workflows import snapshot
 from workflows.amendments import describe_drift, effective_plan, newest_code
-from workflows.graph import wanted_steps
+from workflows.graph import left_out, wanted_steps
 from workflows.plan import DriftError, Plan, PlannedStep, check_drift, make_plan, step_config
 from workflows.recipes import load_recipe
 from workflows.step import Step, Workflow, load_stage
@@ -38,7 +38,16 @@ def configured(recipe: str, settings: list[tuple[str, Any]]) -> Workflow:
     configs = apply_settings({step.name: step.config for step in workflow.steps}, settings)
     steps = tuple(dataclasses.replace(step, config=configs[step.name]) for step in workflow.steps)
     configured = Workflow(workflow.name, workflow.summary, steps)
+    _refuse_idle(workflow, configured)
     return dataclasses.replace(configured, steps=wanted_steps(configured))
+
+
+def _refuse_idle(recipe: Workflow, configured: Workflow) -> None:
+    """UserError for a setting of a step that is left out, which would change nothing."""
+    own, given = ({step.name: to_json(step.config) for step in one.steps} for one in (recipe, configured))
+    for name, reason in left_out(configured).items():
+        for path, (_, value) in diff(own[name], given[name]).items():
+            raise UserError(f"{name}.{path} is {value!r}, but the step {name} is left out: {reason}")
 
 
 def merged_values(recipe: str, settings: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 
 from pipeline.config import execution
 from pipeline.corpus.filters import Filters
-from pipeline.errors import UserError
+from pipeline.errors import NotGivenError
 from pipeline.stage import Stage
 
 STDLIB = "stdlib"
@@ -238,9 +238,9 @@ def filters_of(config: CorpusConfig) -> Mapping[str, Filters]:
 
 
 def check_ready(config: CorpusConfig, step: str) -> None:
-    """UserError if there is no text yet: a plan can be looked at and sized without, but not run."""
+    """NotGivenError if there is no text yet: a plan can be looked at and sized without, but not run."""
     if not config.source:
-        raise UserError(
+        raise NotGivenError(
             f"{step}.source is empty: the text that is to be trained on does not come with the recipe. Give a file, a "
             f"folder, a glob, a URL or a dataset, as in --set {step}.source=PATH or --set {step}.source=hf:NAME"
         )

@@ -8,15 +8,27 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
 import pipeline.harness
+from pipeline.errors import UserError
 
 TASKS = Path(pipeline.harness.__file__).parent / "tasks"
+_NO_TASK = "Tasks not found: "
+"""How the harness begins what it says of names that it does not know."""
 
 
 def run_harness() -> None:
-    """Do what the words of this process say, as the harness's own command does."""
+    """Do what the words of this process say, as the harness's own command does; UserError for a task it lacks."""
     setup_logging()
     parser = HarnessCLI()
-    parser.execute(with_ours(parser.parse_args()))
+    try:
+        parser.execute(with_ours(parser.parse_args()))
+    except ValueError as error:
+        if not str(error).startswith(_NO_TASK):
+            raise
+        ours = ", ".join(sorted(path.stem for path in TASKS.glob("*.yaml")))
+        raise UserError(
+            f"there is no task {str(error).removeprefix(_NO_TASK)}; this project's are {ours}, and all are listed by: "
+            "python -m pipeline.harness ls tasks"
+        ) from None
 
 
 def with_ours(args: Namespace) -> Namespace:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 
 from pipeline.artifact import file_sha256
 from pipeline.config import execution
-from pipeline.errors import UserError
+from pipeline.errors import NotGivenError, UserError
 from pipeline.import_checkpoint.source import HUB_PREFIX, files_read, find_source, license_of
 from pipeline.stage import Stage
 
@@ -83,9 +83,9 @@ def gguf_path(config: ImportConfig, path: Path) -> Path | None:
 
 
 def check_ready(config: ImportConfig, step: str) -> None:
-    """UserError if there is no checkpoint yet: a plan can be looked at without, but not run."""
+    """NotGivenError if there is no checkpoint yet: a plan can be looked at without, but not run."""
     if not config.path:
-        raise UserError(
+        raise NotGivenError(
             f"{step}.path is empty: the checkpoint does not come with the recipe. Give a directory, a .gguf file, or "
             f"--set {step}.path={HUB_PREFIX}OWNER/NAME@COMMIT"
         )

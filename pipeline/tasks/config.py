@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator
 
 from pipeline.config import diff, execution, identity
-from pipeline.errors import UserError
+from pipeline.errors import NotGivenError, UserError
 from pipeline.inference.likelihood import LikelihoodConfig
 from pipeline.inference.places import check_places
 from pipeline.inference.sampling import SamplingConfig
@@ -175,9 +175,9 @@ def _refuse_idle_likelihood(config: TasksConfig) -> None:
 
 
 def check_ready(config: TasksConfig, step: str) -> None:
-    """UserError if there is no task yet: a plan can be looked at without, but not run."""
+    """NotGivenError if there is no task yet: a plan can be looked at without, but not run."""
     if not config.tasks:
-        raise UserError(
+        raise NotGivenError(
             f"{step}.tasks is empty; give tasks, as in --set "
             f'{step}.tasks.NAME=\'{{"kind": "multiple_choice", "file": "PATH.jsonl"}}\''
         )

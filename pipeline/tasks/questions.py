@@ -13,6 +13,8 @@ from pipeline.sandbox.humaneval import read_problems
 from pipeline.tasks.config import Kind, TasksConfig
 
 Question = Mapping[str, Any]
+Fields = Mapping[str, Callable[[Mapping[str, Any], str, str], Any]]
+"""Name -> what takes the field of that name out of an object; UserError, which tells where it stands."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +60,25 @@ def _read(where: str, kind: Kind, path: Path, state: tuple[int, ...]) -> TaskFil
             return TaskFile(file_sha256(path), tuple(asdict(problem) for problem in read_problems(path)))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-    fields, named = _FIELDS[kind], f"{where}: {path}"
+    return TaskFile(file_sha256(path), read_questions(path, FIELDS[kind], f"{where}: {path}"))
+
+
+def read_questions(path: Path, fields: Fields, where: str) -> tuple[dict[str, Any], ...]:
+    """What is read of every line of a file; UserError, which calls it ``where``, for one that is no such question."""
     questions = tuple(
-        {name: take(value, name, f"{named}, line {number}") for name, take in fields.items()}
-        for number, value in json_objects(path, named)
+        {name: take(value, name, f"{where}, line {number}") for name, take in fields.items()}
+        for number, value in json_objects(path, where)
     )
     if not questions:
-        raise UserError(f"{where}: {path} has no question; give one a line")
-    return TaskFile(file_sha256(path), questions)
+        raise UserError(f"{where} has no question; give one a line")
+    return questions
 
 
 # Fields
 
 
-def _text(value: Mapping[str, Any], name: str, where: str, *, may_be_empty: bool = False) -> str:
+def take_text(value: Mapping[str, Any], name: str, where: str, *, may_be_empty: bool = False) -> str:
+    """A field that is a text."""
     if name not in value:
         raise UserError(f'{where} has no "{name}"; it has {", ".join(map(repr, value)) or "nothing"}')
     return _as_text(value[name], f'{where}: "{name}"', may_be_empty)
@@ -90,7 +97,7 @@ def _as_text(found: Any, what: str, may_be_empty: bool = False) -> str:
 
 
 def _text_or_nothing(value: Mapping[str, Any], name: str, where: str) -> str:
-    return _text(value, name, where, may_be_empty=True)
+    return take_text(value, name, where, may_be_empty=True)
 
 
 def _choices(value: Mapping[str, Any], name: str, where: str) -> list[str]:
@@ -109,10 +116,10 @@ def _place(value: Mapping[str, Any], name: str, where: str) -> int:
     return found
 
 
-_FIELDS: Mapping[Kind, Mapping[str, Callable[[Mapping[str, Any], str, str], Any]]] = {
+FIELDS: Mapping[Kind, Fields] = {
     "multiple_choice": {"context": _text_or_nothing, "choices": _choices, "answer": _place},
-    "text": {"text": _text},
-    "match": {"prompt": _text_or_nothing, "answer": _text},
-    "infill": {"prefix": _text_or_nothing, "middle": _text, "suffix": _text_or_nothing},
+    "text": {"text": take_text},
+    "match": {"prompt": _text_or_nothing, "answer": take_text},
+    "infill": {"prefix": _text_or_nothing, "middle": take_text, "suffix": _text_or_nothing},
 }
 """What is read of a line; other fields it may have are left alone."""

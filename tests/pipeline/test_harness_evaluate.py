@@ -198,6 +198,19 @@ def test_an_empty_prompt_under_guidance_is_refused_before_any_is_gone_on_with(
         lm.generate_until(prompts(2), disable_tqdm=True)
 
 
+def test_a_task_that_is_not_known_is_refused_in_one_line() -> None:
+    words = ["--model", "dlm", "--tasks", "dlm_choices,dlm_choice,nothing", "--model_args", "weights=w,tokenizer=t"]
+    done = subprocess.run([sys.executable, "-m", "pipeline.harness", *words], capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("20")]  # those of the log
+    assert (done.returncode, errors) == (
+        2,
+        [
+            "error: there is no task dlm_choice, nothing; this project's are dlm_choices, dlm_gsm8k, dlm_wikitext2, "
+            "and all are listed by: python -m pipeline.harness ls tasks"
+        ],
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_command_line_knows_the_model_and_the_tasks(

@@ -1,11 +1,14 @@
 """Tasks of a recipe, and of a checkpoint without one: asked for by settings, run through the command line."""
 
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.adaptation_checkpoint import make_checkpoint
+from pipeline.errors import UserError
 from tests.support.executors import RAY_LIMIT_S
 from tests.support.questions import choices, texts, write
 from tests.support.tiny_run import write_text
@@ -68,6 +71,46 @@ def test_a_checkpoint_without_questions_and_questions_without_one_are_refused(dl
     done = dlm("run", "ask", "--set", f'tasks.tasks.how={{"kind": "text", "file": "{file}"}}')
     assert done.code == 2
     assert "import_checkpoint.path is empty" in done.stderr
+
+
+NO_SCORER = r"left out: import_scorer\.path is empty: .*--set import_scorer\.path="
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "words"),
+    [
+        (
+            "quickstart",
+            [("tasks.num_shards", 4)],
+            r"^tasks\.num_shards is 4, but .*: tasks\.tasks is empty; give tasks,",
+        ),
+        ("quickstart", [("tasks.track", False)], r"^tasks\.track is False, but the step tasks is left out"),
+        ("ask", [("scorer_tokenizer.vocab_size", 500)], rf"^scorer_tokenizer\.vocab_size is 500, but .*{NO_SCORER}"),
+        ("ask", [("import_scorer.proof", "tensors")], rf"^import_scorer\.proof is 'tensors', but .*{NO_SCORER}"),
+    ],
+)
+def test_settings_of_a_step_that_nobody_asked_for_are_refused(
+    recipe: str, settings: list[tuple[str, Any]], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        runs.plan_recipe(recipe, settings)
+
+
+def test_settings_of_a_step_that_nobody_asked_for_may_say_what_the_recipe_says() -> None:
+    assert runs.plan_recipe("quickstart", [("tasks.track", True)]) == runs.plan_recipe("quickstart", [])
+
+
+def test_tasks_that_a_resume_would_add_are_told_to_need_a_run_of_their_own(dlm: Dlm, store: Store) -> None:
+    runs.create_run(store, runs.plan_recipe("quickstart", []), "local", "r1")
+    asked = 'tasks.tasks.which={"kind": "text", "file": "how.jsonl"}'
+    done = dlm("resume", "r1", "--set", asked)
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: tasks.tasks.which cannot be set in this run, which was made without the step tasks. Start a new run "
+        "with it, which makes again only what changes: dlm run quickstart --executor local --set "
+        f"{shlex.quote(asked)} --store {store.root.path}\n"
+    )
+    assert "unknown setting taks.tasks.which" in dlm("resume", "r1", "--set", asked.replace("tasks", "taks", 1)).stderr
 
 
 def test_permission_to_run_programs_without_namespaces_is_an_option_of_run_and_resume(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dlm_core.intervals import t_quantile
+from pipeline.artifact import MANIFEST, load_manifest, record_file, write_json
 from pipeline.inference.likelihood import LikelihoodConfig
 from pipeline.tasks.config import TaskConfig
 from pipeline.tasks.run import read_records
@@ -220,3 +221,38 @@ def test_what_is_exact_is_not_compared_with_a_bound(tmp_path: Path, store: Store
     not_alike = "one run's figures are exact, the other's are bounds: their difference says nothing"
     assert {f"{of}: {not_alike}" for of in ("evaluate", "tasks.which, answer", "tasks.how, bpb")} <= set(found["notes"])
     assert rows_of(dlm, "exact", "exact")["evaluate", "nll"]["difference"] == 0.0
+
+
+def make_older(artifact: Path) -> None:
+    """Records as an older version wrote them: with the errors of what was drawn, and nothing of single masks."""
+    for file in artifact.glob("*.jsonl"):
+        records = read_records(file)
+        for record in records:
+            deviations = record.pop("deviations")
+            record.setdefault("mc_se", [0.1 if one else 0.0 for one in deviations])
+        file.unlink()
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    manifest = load_manifest(artifact)
+    files = [record_file(artifact, Path(file.path)) for file in manifest.files]
+    write_json(artifact / MANIFEST, replace(manifest, files=files))
+
+
+def test_records_that_kept_nothing_of_their_masks_give_no_noise_and_a_note(
+    tmp_path: Path, store: Store, asked: Asked, dlm: Dlm
+) -> None:
+    config = both(tmp_path)
+    outputs = [finish(store, name, asked.plan(config, name)) for name in ("a", "bbb")]
+    figures = [("tasks.which", "answer_nelbo"), ("tasks.how", "bpb_bound")]
+    before = rows_of(dlm, "a", "bbb")
+    assert all(before[figure]["mc_se"] > 0 for figure in figures)
+    for count, output in enumerate(outputs, 1):
+        make_older(output["tasks"])
+        rows = rows_of(dlm, "a", "bbb")
+        for figure in figures:
+            assert rows[figure] == before[figure] | {"mc_se": None}
+            note = f"{figure[0]}: {count} of the two kept nothing of single masks"
+            assert f"note: {note}, so that the difference has no mc_se; ask again" in dlm("compare", "a", "bbb").stdout
+
+    exact = finish(store, "exact", asked.plan(config, "next", objective="autoregressive_nll"))
+    make_older(exact["tasks"])
+    assert "nothing of single masks" not in dlm("compare", "exact", "exact").stdout

@@ -1,15 +1,17 @@
+import importlib.util
 from dataclasses import replace
 
 import pytest
 
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateConfig
+from pipeline.export.config import ExportConfig
 from pipeline.import_checkpoint.config import ImportConfig
 from pipeline.tokenizer.config import TokenizerConfig
 from tests.support.toy_workflow import toy_workflow
 from workflows.graph import ordered_steps, wanted_steps
 from workflows.recipes import RECIPES
-from workflows.step import Step, Workflow
+from workflows.step import Step, Workflow, load_stage
 
 TOY = toy_workflow()
 SOURCE, DOUBLE, ASIDE, TOTAL = TOY.steps
@@ -54,6 +56,18 @@ def test_an_optional_step_that_lacks_what_its_user_gives_is_left_out_with_all_th
     everything = {"words": {"checkpoint": "given"}, "given": {}, "last": {"checkpoint": "given"}}
     assert wanted(words, ready, last) == everything
     assert wanted(words, replace(given, optional=False), last) == everything  # to be refused when it is run
+
+
+def test_an_optional_step_that_cannot_run_here_is_refused_when_it_is_run_and_not_left_out(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
+    given = Step("given", "pipeline.import_checkpoint", ImportConfig("x"))
+    last = Step("last", "pipeline.export", ExportConfig(proof="logits"), {"weights": "given"}, optional=True)
+    ready = load_stage(last.stage).ready
+    assert ready is not None
+    with pytest.raises(UserError):
+        ready(last.config, last.name)
+    assert wanted(given, last) == {"given": {}, "last": {"weights": "given"}}
 
 
 @pytest.mark.parametrize(
