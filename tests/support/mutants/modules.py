@@ -256,6 +256,7 @@ MODULES: dict[str, list[str]] = {
     ],
     "pipeline/harness/pieces": [
         "tests/pipeline/test_harness.py::test_pieces_of_work_hold_every_request_once_whatever_the_order",
+        "tests/pipeline/test_harness.py::test_pieces_count_the_copies_that_there_are",
         "tests/pipeline/test_harness_parity.py::test_what_a_tokenizer_begins_texts_with_stands_before_a_context",
     ],
     "pipeline/harness/generation": [

@@ -88,6 +88,12 @@ HARNESS: tuple[Planted, ...] = (
         "dict.fromkeys(requests)",
     ),
     Planted(
+        "pipeline/harness/pieces",
+        "answers to a model of blocks counted as if masked whole",
+        "block_size or len(request.answer)",
+        "len(request.answer)",
+    ),
+    Planted(
         "pipeline/harness/generation",
         "more tokens than the task wants",
         "min(at_most, config.own.length or at_most)",
