@@ -10,6 +10,7 @@ from pipeline.harness.config import HarnessConfig
 from pipeline.inference.model import OpenModel
 from pipeline.inference.rules import window_of
 from pipeline.inference.sampling import SamplingConfig
+from pipeline.inference.stops import before_end
 from pipeline.weights import ModelRecord
 
 if TYPE_CHECKING:
@@ -96,11 +97,12 @@ def _canvas(model: OpenModel, prompt: Prompt) -> "Canvas":
 
 def write(model: OpenModel, prompts: Sequence[Prompt], config: SamplingConfig) -> list[Written]:
     """Text behind each prompt, up to the first end of a text that was drawn."""
-    from pipeline.inference.filling import continuation, fill
+    from pipeline.inference.filling import drawn_ids, fill
 
     canvases = [_canvas(model, prompt) for prompt in prompts]
     found: dict[int, Written] = {}
+    eos = model.vocabulary.special.eos_token_id
     for number, filled in fill(model, canvases, config):
-        text = continuation(model, canvases[number], filled, ends_at_eos=True)
+        text = model.vocabulary.decode(before_end(drawn_ids(model, canvases[number], filled), eos))
         found[number] = Written(text, filled.nfe, filled.num_cut)
     return [found[number] for number in range(len(prompts))]

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.inference.filling import Canvas, Filled, fill, patterned, prompted, why_not
+from pipeline.inference.filling import Canvas, Filled, drawn_ids, fill, patterned, prompted, why_not
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
 from pipeline.inference.sampling import SamplingConfig
-from pipeline.inference.stops import before_stops
+from pipeline.inference.stops import before_end, before_stops
 from pipeline.tasks.config import TaskConfig
 from pipeline.tasks.likelihoods import Record, mask_id
 from pipeline.tasks.questions import Question
@@ -36,7 +36,7 @@ class Written:
     drawn: list[int]
     """Ids, one for each mask."""
     ids: list[int]
-    """Those of the text: where rows end with the first end that is drawn, what comes before it."""
+    """Those of the text: what comes before the first end that is drawn."""
     text: str
     nfe: int
     num_cut: int
@@ -166,7 +166,7 @@ def _records(
     reasons = [next(filter(None, (_why_not(model, one, sampling) for one in some)), "") for some in canvases]
     able = [one for some, reason in zip(canvases, reasons, strict=True) if not reason for one in some]
     found = dict(fill(model, able, sampling))
-    written = (_written(model, one, found[place], sampling) for place, one in enumerate(able))
+    written = (_written(model, one, found[place]) for place, one in enumerate(able))
     return [
         {"number": number, **({"failed": reason} if reason else record_of(question, [next(written) for _ in some]))}
         for (number, question), some, reason in zip(numbered, canvases, reasons, strict=True)
@@ -180,8 +180,7 @@ def _why_not(model: "OpenModel", canvas: Canvas, sampling: SamplingConfig) -> st
     return why_not(model, canvas, sampling)
 
 
-def _written(model: "OpenModel", canvas: Canvas, filled: Filled, sampling: SamplingConfig) -> Written:
-    drawn = [new for new, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id]
-    end = model.vocabulary.special.eos_token_id
-    ids = drawn[: drawn.index(end)] if sampling.ends_at_eos and end in drawn else drawn
+def _written(model: "OpenModel", canvas: Canvas, filled: Filled) -> Written:
+    drawn = drawn_ids(model, canvas, filled)
+    ids = before_end(drawn, model.vocabulary.special.eos_token_id)
     return Written(drawn, ids, model.vocabulary.decode(ids), filled.nfe, filled.num_cut)

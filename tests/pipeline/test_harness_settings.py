@@ -92,6 +92,13 @@ def test_a_tasks_wishes_hold_where_the_model_has_no_setting_of_its_own(
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == drawn
 
 
+@pytest.mark.parametrize(
+    ("given", "ends"), [({}, True), ({"suppresses_eos": True}, False), ({"ends_at_eos": False}, False)]
+)
+def test_nothing_is_drawn_behind_an_end_unless_it_is_wanted(given: dict[str, Any], ends: bool) -> None:
+    assert read_config(PLACES | given).sampling_of({}).ends_at_eos is ends
+
+
 def test_what_the_harness_passes_beside_the_settings_is_taken_at_its_word() -> None:
     given = {"device": "cpu", "batch_rows": 4}
     assert with_theirs(given, None, None, None) == with_theirs(given, "auto", "auto", None) == given

@@ -76,7 +76,7 @@ TASKS = [
             "programs_are_those_of_a_loop_over_one_sample_at_a_time[masked]",
             "without_namespaces_programs_are_refused_before_weights_are_read",
             "pass_at_k_is_that_of_all_subsets",
-            "what_is_filled_in_behind_an_end_counts_for_nothing",
+            "what_is_drawn_behind_an_end_counts_for_nothing",
             "a_scorer_with_another_tokenizer_reads_the_text",
             "a_process_reads_model_and_scorer_once_for_all_pieces",
             "a_length_beyond_the_rows_is_refused",

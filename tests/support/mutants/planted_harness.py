@@ -59,6 +59,12 @@ HARNESS: tuple[Planted, ...] = (
     ),
     Planted(
         "pipeline/harness/config",
+        "passes behind the end of an answer",
+        'not settings.get("suppresses_eos", False)',
+        "False",
+    ),
+    Planted(
+        "pipeline/harness/config",
         "a batch size of 1 says nothing",
         "    return int(batch_size)",
         "    return int(batch_size) if int(batch_size) > 1 else None",

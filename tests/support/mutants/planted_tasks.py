@@ -74,9 +74,9 @@ TASKS: tuple[Planted, ...] = (
     Planted("pipeline/tasks/generations", "one program several times", "mask_id(number, sample)", "mask_id(number)"),
     Planted(
         "pipeline/tasks/generations",
-        "rows that end though they should not",
-        "if sampling.ends_at_eos and end in drawn",
-        "if end in drawn",
+        "texts that go on behind their end",
+        "ids = before_end(drawn, model.vocabulary.special.eos_token_id)",
+        "ids = drawn",
     ),
     Planted(
         "pipeline/tasks/generations",
