@@ -15,6 +15,7 @@ from pipeline.inference.likelihood import LikelihoodConfig, Request, score
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.inference.stops import before_end, before_stops
 from pipeline.tasks.config import TaskConfig
+from pipeline.tasks.fit import length_of
 from pipeline.tasks.likelihoods import Record, mask_id
 from pipeline.tasks.questions import Question
 
@@ -44,9 +45,10 @@ class Written:
 
 def match(model: "OpenModel", numbered: Numbered, task: TaskConfig) -> list[Record]:
     """What stands behind each prompt, and whether the answer taken out of it is the one that is wanted."""
+    length = length_of(task, model.record)
 
     def canvases(number: int, question: Question) -> list[Canvas]:
-        return [prompted(model, model.encode(question["prompt"]), task.value("length"), mask_id(number))]
+        return [prompted(model, model.encode(question["prompt"]), length, mask_id(number))]
 
     def record(question: Question, written: Sequence[Written]) -> Record:
         (one,) = written
@@ -101,10 +103,10 @@ def code(model: "OpenModel", numbered: Numbered, task: TaskConfig, isolation: An
     from pipeline.sandbox.isolation import run_many
     from pipeline.sandbox.limits import SandboxError
 
-    num_samples = task.value("num_samples")
+    num_samples, length = task.value("num_samples"), length_of(task, model.record)
 
     def canvases(number: int, question: Question) -> list[Canvas]:
-        prompt, length = model.encode(question["prompt"]), task.value("length")
+        prompt = model.encode(question["prompt"])
         return [prompted(model, prompt, length, mask_id(number, sample)) for sample in range(num_samples)]
 
     def record(question: Question, written: Sequence[Written]) -> Record:
@@ -128,7 +130,7 @@ def code(model: "OpenModel", numbered: Numbered, task: TaskConfig, isolation: An
 
 def samples(model: "OpenModel", numbered: Numbered, task: TaskConfig) -> list[Record]:
     """Texts from nothing; of one that ends early, what comes before its end counts."""
-    length = task.value("length") or model.record.seq_len - model.record.target_offset
+    length = length_of(task, model.record)
 
     def canvases(number: int, question: Question) -> list[Canvas]:
         return [prompted(model, (), length, mask_id(number))]

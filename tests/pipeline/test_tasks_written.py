@@ -19,7 +19,7 @@ from pipeline.config import to_json
 from pipeline.errors import UserError
 from pipeline.inference.filling import Canvas, Filled, fill, prompted
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
-from pipeline.inference.model import OpenModel, forget_models, open_model
+from pipeline.inference.model import OpenModel, forget_models, open_model, read_about
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.sandbox import isolation
@@ -28,6 +28,7 @@ from pipeline.sandbox.limits import Outcome, SandboxError
 from pipeline.stage import main
 from pipeline.tasks import generations, tables
 from pipeline.tasks.config import STAGE, TaskConfig, TasksConfig, check_scorer
+from pipeline.tasks.fit import check_fit, length_of
 from pipeline.tasks.likelihoods import mask_id
 from pipeline.tasks.run import read_records
 from pipeline.tracking import WandbRun
@@ -109,6 +110,32 @@ def test_answers_are_those_of_a_loop_over_one_prompt_at_a_time(
     lengths = [max(len(model.encode(prompt)), model.record.target_offset) for prompt in prompts]
     assert [record["cut"] for record in records] == [max(0, length - 20) for length in lengths]
     assert found["num_cut"] == sum(length > 20 for length in lengths) > 0
+
+
+def test_answers_have_half_a_row_unless_a_task_says_how_long(
+    weights: dict[str, Path], made: Artifacts, tmp_path: Path, sandbox: list[str]
+) -> None:
+    """A prompt keeps what it has in the other half."""
+    prompt = words(random.Random(0), 6, 6)
+    model = open_model(weights["masked"], made.tokenizer, "cpu")
+    assert len(model.encode(prompt)) > 16
+    files = {
+        "m": write(tmp_path / "m.jsonl", [{"prompt": prompt, "answer": "x"}]),
+        "c": write(tmp_path / "c.jsonl", [{**PROBLEMS[0], "prompt": prompt}]),
+    }
+    tasks = {
+        "m": TaskConfig("match", str(files["m"]), sampling=SAMPLING),
+        "c": TaskConfig("code", str(files["c"]), sampling=SAMPLING),
+    }
+    found = ask(replace(CONFIG, tasks=tasks), weights["masked"], made.tokenizer, tmp_path / "out")
+    for name in files:
+        assert found[name]["settings"]["length"] == 16
+        (record,) = read_records(tmp_path / "out" / f"{name}.jsonl")
+        assert record["cut"] == len(model.encode(prompt)) - 16
+    for size, wanted in ((256, 128), (4096, 128), (200, 100)):
+        assert length_of(tasks["m"], replace(model.record, seq_len=size)) == wanted
+    assert length_of(replace(tasks["c"], length=150), replace(model.record, seq_len=256)) == 150
+    assert length_of(TaskConfig("samples"), replace(model.record, seq_len=256, target_offset=1)) == 255
 
 
 @pytest.mark.parametrize(
@@ -430,6 +457,20 @@ def test_a_length_beyond_the_rows_is_refused(weights: dict[str, Path], made: Art
     config = replace(CONFIG, tasks={"s": TaskConfig("samples", length=32)})
     with pytest.raises(UserError, match=r"tasks\.s\.length is 32, but rows of the model have room for 31 tokens"):
         ask(config, weights["shifted"], made.tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "length"), [("masked", 32), ("shifted", 31), ("next", 32)])
+@pytest.mark.parametrize("kind", ["match", "code"])
+def test_a_length_that_leaves_no_room_for_a_prompt_is_refused(
+    kind: Any, name: str, length: int, weights: dict[str, Path], made: Artifacts
+) -> None:
+    record, vocabulary = read_about(weights[name], made.tokenizer)
+    task = TaskConfig(kind, "q.jsonl", length=length, sampling=sampling(name))
+    with pytest.raises(
+        UserError, match=rf"tasks\.q\.length is {length}, .* no room for a prompt in rows of 32; set it to 16"
+    ):
+        check_fit(replace(CONFIG, tasks={"q": task}), record, vocabulary.special)
+    check_fit(replace(CONFIG, tasks={"q": replace(task, length=length - 1)}), record, vocabulary.special)
 
 
 @pytest.mark.parametrize(
