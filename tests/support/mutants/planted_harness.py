@@ -47,6 +47,12 @@ HARNESS: tuple[Planted, ...] = (
         "min(row.size, 2 * num_asked[number] or 1)",
         "min(row.size, 1)",
     ),
+    Planted(
+        "pipeline/inference/greedy",
+        "all logits of a batch at once",
+        "sizes, batch_rows, most)",
+        "sizes, batch_rows, 1 << 60)",
+    ),
     Planted("pipeline/inference/stops", "a text ends with its last stop", "text[: min(", "text[: max("),
     Planted(
         "pipeline/inference/workers", "two workers are one", "if self._num_workers == 1:", "if self._num_workers < 3:"
