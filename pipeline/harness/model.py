@@ -42,8 +42,9 @@ _LIKELIHOODS = {
 class DenoiserLM(LM):
     """Interchange weights and their tokenizer, with the settings in model_args.
 
-    A model of next tokens is asked as the harness's own are, but that a rolling likelihood never counts the token that
-    a tokenizer begins texts with, which is no part of the text, and that the mask is never drawn.
+    A model of next tokens is asked as the harness's own are, but that an answer is never scored in part, where a token
+    would hold its beginning and the end of its context (pipeline/inference/pairs.py), that a rolling likelihood never
+    counts the token that a tokenizer begins texts with, which is no part of the text, and that the mask is never drawn.
     """
 
     def __init__(self, **given: Any) -> None:

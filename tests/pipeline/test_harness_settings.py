@@ -156,6 +156,14 @@ def test_length_and_ends_are_those_of_the_task() -> None:
     for wrong in (0, "many"):
         with pytest.raises(UserError, match=r"the task sets max_gen_toks to .*; it must be a number of tokens"):
             wish_of({"max_gen_toks": wrong}, config, long)
+    many = {"max_completion_tokens": 4, "max_tokens": 5, "max_new_tokens": 6, "max_gen_toks": 7}
+    for name, most in many.items():  # each goes before those that stand before it
+        assert wish_of({other: many[other] for other in many if many[other] <= most}, config, long).length == most
+        with pytest.raises(UserError, match=rf"600 tokens are to be generated \({name}\)"):
+            wish_of({name: 600}, config, long)
+        with pytest.raises(UserError, match=f"the task sets {name} to 0; it must be a number of tokens"):
+            wish_of({name: 0}, config, long)
+    assert wish_of({"max_gen_toks": None, "max_tokens": 5}, config, long).length == 5
     windows = read_config(PLACES | {"block_size": 32})
     with pytest.raises(UserError, match="40 tokens from its first mask on, which windows of 32 tokens do not divide"):
         wish_of({"max_gen_toks": 40}, windows, long)
