@@ -57,6 +57,7 @@ class HarnessConfig:
         """How a task is answered that wants do_sample, temperature, top_k or top_p; settings of the model win.
 
         As in transformers, nothing is drawn without do_sample, nor anything but the most likely at temperature 0.
+        Windows behind the end of an answer make no pass, nor do next tokens: its text is the same without.
         """
         asked = {name: wanted[name] for name in _DRAWN if wanted.get(name) is not None}
         do_sample = wanted.get("do_sample")
@@ -64,7 +65,8 @@ class HarnessConfig:
         settings = {**({"temperature": 1.0, **asked} if is_drawn else {"temperature": 0.0}), **self.sampling}
         if settings["temperature"] == 0:
             settings = {"temperature": 0.0, **self.sampling}
-        return from_json(SamplingConfig, settings)
+        ends = {"ends_at_eos": not settings.get("suppresses_eos", False)}
+        return from_json(SamplingConfig, ends | settings)
 
 
 _SAMPLER = {"sampler": "kind"} | {f.name: f.name for f in fields(SamplerConfig) if f.name != "kind"}

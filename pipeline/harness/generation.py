@@ -10,6 +10,7 @@ from pipeline.harness.config import HarnessConfig
 from pipeline.inference.model import OpenModel
 from pipeline.inference.rules import window_of
 from pipeline.inference.sampling import SamplingConfig
+from pipeline.inference.stops import before_end
 from pipeline.weights import ModelRecord
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 _MAX_GEN_TOKS = 256
 """Where a task says nothing, as in the harness's own models; of shorter rows the half."""
-_KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names of one setting, of which the first that is there holds, as in the harness's own models."""
+_KNOWN = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p")
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,12 @@ def wish_of(wanted: Mapping[str, Any], config: HarnessConfig, record: ModelRecor
             raise UserError(f"the task sets {name} for what is generated{suggestion(name, _KNOWN)}")
     until = wanted.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(until)
-    at_most = _number(wanted.get("max_gen_toks"), min(_MAX_GEN_TOKS, seq_len // 2))
+    said = next((name for name in _LENGTHS if wanted.get(name) is not None), None)
+    at_most = _number(said, wanted[said]) if said else min(_MAX_GEN_TOKS, seq_len // 2)
     length = min(at_most, config.own.length or at_most)
     if length >= seq_len:
         raise UserError(
-            f"{length} tokens are to be generated (max_gen_toks), which leaves no room for a prompt in rows of "
+            f"{length} tokens are to be generated ({said}), which leaves no room for a prompt in rows of "
             f"{seq_len}; set length={seq_len // 2} in model_args, or less, and the beginning of longer prompts is cut"
         )
     sampling = config.sampling_of(wanted)
@@ -69,11 +73,9 @@ def wish_of(wanted: Mapping[str, Any], config: HarnessConfig, record: ModelRecor
     return Wish(length, tuple(text for text in until if text), sampling)
 
 
-def _number(wanted: Any, otherwise: int) -> int:
-    if wanted is None:
-        return otherwise
+def _number(name: str, wanted: Any) -> int:
     if not isinstance(wanted, int) or wanted < 1:
-        raise UserError(f"the task sets max_gen_toks to {wanted!r}; it must be a number of tokens, at least 1")
+        raise UserError(f"the task sets {name} to {wanted!r}; it must be a number of tokens, at least 1")
     return wanted
 
 
@@ -96,11 +98,12 @@ def _canvas(model: OpenModel, prompt: Prompt) -> "Canvas":
 
 def write(model: OpenModel, prompts: Sequence[Prompt], config: SamplingConfig) -> list[Written]:
     """Text behind each prompt, up to the first end of a text that was drawn."""
-    from pipeline.inference.filling import continuation, fill
+    from pipeline.inference.filling import drawn_ids, fill
 
     canvases = [_canvas(model, prompt) for prompt in prompts]
     found: dict[int, Written] = {}
+    eos = model.vocabulary.special.eos_token_id
     for number, filled in fill(model, canvases, config):
-        text = continuation(model, canvases[number], filled, ends_at_eos=True)
+        text = model.vocabulary.decode(before_end(drawn_ids(model, canvases[number], filled), eos))
         found[number] = Written(text, filled.nfe, filled.num_cut)
     return [found[number] for number in range(len(prompts))]

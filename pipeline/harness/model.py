@@ -4,7 +4,7 @@ The harness sees one process: requests are handed to workers in here, in pieces 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from pipeline.harness.accounts import Accounts
 from pipeline.harness.addresses import address_of, repetitions
 from pipeline.harness.config import check_model, read_config, with_theirs
 from pipeline.harness.generation import Prompt, Wish, Written, cut_prompts, wish_of, write
-from pipeline.harness.pieces import begins_with, cut_requests, next_token_request
+from pipeline.harness.pieces import begins_with, cut_requests, masked_copies, next_token_request, one_copy
 from pipeline.inference.greedy import are_greedy
 from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
 from pipeline.inference.model import OpenModel, read_about
@@ -42,8 +42,9 @@ _LIKELIHOODS = {
 class DenoiserLM(LM):
     """Interchange weights and their tokenizer, with the settings in model_args.
 
-    A model of next tokens is asked as the harness's own are, but that a rolling likelihood never counts the token that
-    a tokenizer begins texts with, which is no part of the text, and that the mask is never drawn.
+    A model of next tokens is asked as the harness's own are, but that an answer is never scored in part, where a token
+    would hold its beginning and the end of its context (pipeline/inference/pairs.py), that a rolling likelihood never
+    counts the token that a tokenizer begins texts with, which is no part of the text, and that the mask is never drawn.
     """
 
     def __init__(self, **given: Any) -> None:
@@ -80,7 +81,7 @@ class DenoiserLM(LM):
         self._account("loglikelihood", requests, lines)
         greedy = dict.fromkeys(asked, False)
         if self._config.own.is_greedy:
-            greedy = self._ask(are_greedy, asked, self._config.likelihood, "greedy answers", disable_tqdm)
+            greedy = self._ask(are_greedy, asked, one_copy, "greedy answers", disable_tqdm)
         return self._kept(
             "loglikelihood", requests, [(-line["nats"], greedy[one]) for one, line in zip(asked, lines, strict=True)]
         )
@@ -188,12 +189,21 @@ class DenoiserLM(LM):
         ]
 
     def _scores(self, requests: Sequence[Request], what: str, disable_tqdm: bool) -> dict[Request, Score]:
-        return self._ask(score, requests, self._config.likelihood, what, disable_tqdm)
+        of_bound = partial(
+            masked_copies, num_masks=self._config.likelihood.num_masks, block_size=self._record.block_size
+        )
+        return self._ask(score, requests, one_copy if self._is_autoregressive else of_bound, what, disable_tqdm)
 
     def _ask(
-        self, ask: Any, requests: Sequence[Request], config: LikelihoodConfig, what: str, disable_tqdm: bool
+        self,
+        ask: Any,
+        requests: Sequence[Request],
+        num_copies: Callable[[Request], int],
+        what: str,
+        disable_tqdm: bool,
     ) -> dict[Request, Any]:
-        pieces = cut_requests(requests, config.num_masks, config.batch_rows)
+        config = self._config.likelihood
+        pieces = cut_requests(requests, num_copies, config.batch_rows)
         with tqdm(total=len(pieces), desc=f"Pieces of {what}", disable=disable_tqdm) as bar:
             found = self._workers.map(partial(_asked, ask=ask, config=config), pieces, bar.update)
         return {

@@ -4,7 +4,7 @@ Neither their order nor the workers change a piece.  A score in float32 depends 
 computed together with, so what goes together must not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 
@@ -30,8 +30,13 @@ def next_token_request(begin: Sequence[int], context: Sequence[int], answer: Seq
     return Request(given[1:], tuple(answer), mask_id, before=given[0] if given else None)
 
 
-def cut_requests(requests: Sequence[Request], num_masks: int, batch_rows: int) -> list[list[Request]]:
-    """Every request once, those of like length together, the most costly pieces first."""
+def cut_requests(
+    requests: Sequence[Request], num_copies: Callable[[Request], int], batch_rows: int
+) -> list[list[Request]]:
+    """Every request once, those of like length together, the most costly pieces first.
+
+    ``num_copies``: rows of a request that go through the model, of which pieces hold whole batches.
+    """
     pieces: list[list[Request]] = []
     rows = full = _BATCHES * batch_rows
     for request in sorted(set(requests), key=_by_length):
@@ -39,8 +44,19 @@ def cut_requests(requests: Sequence[Request], num_masks: int, batch_rows: int) -
             pieces.append([])
             rows = 0
         pieces[-1].append(request)
-        rows += _num_rows(request, num_masks)
-    return sorted(pieces, key=lambda piece: -sum(_num_rows(one, num_masks) * _num_tokens(one) for one in piece))
+        rows += num_copies(request)
+    return sorted(pieces, key=lambda piece: -sum(num_copies(one) * _num_tokens(one) for one in piece))
+
+
+def masked_copies(request: Request, num_masks: int, block_size: int) -> int:
+    """Rows of a bound: each subset of what is masked together if that is short, else as many as are allowed."""
+    size = min(len(request.answer), block_size or len(request.answer))
+    return min(num_masks, 2 ** min(size, 30) - 1)
+
+
+def one_copy(request: Request) -> int:
+    """Of what is exact; and of a greedy answer, most of which end with the first row."""
+    return 1
 
 
 def _by_length(request: Request) -> tuple[object, ...]:
@@ -56,8 +72,3 @@ def _by_length(request: Request) -> tuple[object, ...]:
 
 def _num_tokens(request: Request) -> int:
     return len(request.context) + len(request.answer) + len(request.suffix)
-
-
-def _num_rows(request: Request, num_masks: int) -> int:
-    """Masked copies: each subset of a short answer, as many as are allowed of a long one."""
-    return min(num_masks, 2 ** min(len(request.answer), 30) - 1)

@@ -98,13 +98,9 @@ def patterned(model: OpenModel, parts: Sequence[Sequence[int] | int], sample_id:
     return Canvas(ids, sample_id)
 
 
-def continuation(model: OpenModel, canvas: Canvas, filled: Filled, *, ends_at_eos: bool = False) -> str:
-    """Text of what was drawn from the first mask on, up to the first drawn end if rows end with it."""
-    drawn = [i for i, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id]
-    eos = model.vocabulary.special.eos_token_id
-    if ends_at_eos and eos in drawn:
-        drawn = drawn[: drawn.index(eos)]
-    return model.vocabulary.decode(drawn)
+def drawn_ids(model: OpenModel, canvas: Canvas, filled: Filled) -> list[int]:
+    """What the masks of a canvas became, an id for each."""
+    return [new for new, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id]
 
 
 def fill(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
-from pipeline.inference.likelihood import FittedRow, LikelihoodConfig, Request, fitted
+from pipeline.inference.likelihood import FittedRow, LikelihoodConfig, Request, cut_by_size, fitted, most_asked
 from pipeline.inference.model import OpenModel
 from pipeline.weights import ModelRecord
 
@@ -46,7 +46,8 @@ def _next_tokens(model: OpenModel, rows: Sequence[FittedRow], batch_rows: int) -
     from dlm_core.models.attention import AttentionMask
 
     found = [True] * len(rows)
-    for some in _batches([len(row.tokens) for row in rows], batch_rows):
+    lengths, sizes = [len(row.tokens) for row in rows], [row.size for row in rows]
+    for some in _batches(lengths, sizes, batch_rows, most_asked(model)):
         width = len(rows[some[-1]].tokens)
         seen = torch.zeros(len(some), width, dtype=torch.int64)
         for place, number in enumerate(some):
@@ -88,7 +89,8 @@ def _are_right(
     from dlm_core.samplers.padding import Padding, whole_rows
 
     found = [False] * len(asked)
-    for some in _batches([len(rows[number].tokens) for number, _ in asked], batch_rows):
+    sizes = [1] * len(asked)
+    for some in _batches([len(rows[number].tokens) for number, _ in asked], sizes, batch_rows, most_asked(model)):
         own = [rows[asked[n][0]] for n in some]
         places = [row.start + asked[n][1] for n, row in zip(some, own, strict=True)]
         lengths = torch.tensor([len(row.tokens) for row in own])
@@ -112,8 +114,6 @@ def _most_likely(logits: "Tensor") -> list[int]:
     return logits.argmax(dim=-1).tolist()
 
 
-def _batches(lengths: Sequence[int], batch_rows: int) -> Iterator[list[int]]:
-    """Numbers of rows that go through the model together, the shortest first."""
-    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
-    for first in range(0, len(order), batch_rows):
-        yield order[first : first + batch_rows]
+def _batches(lengths: Sequence[int], sizes: Sequence[int], batch_rows: int, most: int) -> Iterator[list[int]]:
+    """Numbers of rows that go through the model together, the shortest first; ``sizes``: tokens they ask for."""
+    return cut_by_size(sorted(range(len(lengths)), key=lengths.__getitem__), sizes, batch_rows, most)

@@ -8,9 +8,8 @@ A request's numbers depend on the request alone: neither the others, nor their o
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dlm_core.intervals import error_of_difference
@@ -21,6 +20,8 @@ from pipeline.weights import ModelRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from dlm_core.answers import CrossEntropy
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,11 @@ _MAX_LOGITS = 1 << 25
 """That are held at once.  Of so few the last layer is computed where it is asked for alone; for a loss it is not."""
 
 
+def most_asked(model: OpenModel) -> int:
+    """Tokens whose logits may be held at once."""
+    return max(1, _MAX_LOGITS // model.record.model.vocab_size)
+
+
 def _bounds(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfig) -> list[Score]:
     import torch
 
@@ -163,11 +169,15 @@ def _bounds(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfi
         config.noise_seed,
         model.record.block_size,
     )
-    of_model = _block_cross_entropy if answers.block_size else partial(_cross_entropy, guidance=config.guidance)
+    if answers.block_size:
+        cross_entropy = _in_parts(_block_cross_entropy(model, answers), most_asked(model))
+    elif config.guidance:
+        most = most_asked(model) // 2  # of either side
+        cross_entropy = _in_parts(_guided_cross_entropy(model, answers, config.guidance), most)
+    else:
+        cross_entropy = _cross_entropy(model, answers)
     try:
-        found = answer_bound(
-            of_model(model, answers), answers, num_masks=config.num_masks, batch_rows=config.batch_rows
-        )
+        found = answer_bound(cross_entropy, answers, num_masks=config.num_masks, batch_rows=config.batch_rows)
     except FloatingPointError as error:
         raise NumericsError(str(error)) from None
     columns = (column.tolist() for column in (found.nats, found.deviations, found.dof, found.num_passes))
@@ -177,10 +187,61 @@ def _bounds(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfi
     ]
 
 
-def _cross_entropy(model: OpenModel, answers: Any, guidance: float) -> "Callable[..., Tensor]":
+def _in_parts(cross_entropy: "CrossEntropy", most: int) -> "CrossEntropy":
+    """Batches are cut where more tokens are asked for than ``most``, but for those of a single row."""
+    import torch
+
+    def of_parts(xt: "Tensor", rows: "Tensor", select: "Tensor", targets: "Tensor") -> "Tensor":
+        width = xt.shape[1]
+        sizes: list[int] = torch.bincount(select // width, minlength=len(xt)).tolist()
+        found: list[Tensor] = []
+        first = 0
+        for numbers in cut_by_size(range(len(xt)), sizes, len(xt), most):
+            own = slice(numbers[0], numbers[-1] + 1)
+            asked = slice(first, first + sum(sizes[own]))
+            found.append(cross_entropy(xt[own], rows[own], select[asked] - numbers[0] * width, targets[asked]))
+            first = asked.stop
+        return torch.cat(found)
+
+    return of_parts
+
+
+def cut_by_size(numbers: Iterable[int], sizes: Sequence[int], most_rows: int, most: int) -> Iterator[list[int]]:
+    """Neighbours of at most so many rows together, whose sizes add up to ``most`` at most; one row at least."""
+    some: list[int] = []
+    total = 0
+    for number in numbers:
+        if some and (len(some) == most_rows or total + sizes[number] > most):
+            yield some
+            some, total = [], 0
+        some.append(number)
+        total += sizes[number]
+    if some:
+        yield some
+
+
+def _cross_entropy(model: OpenModel, answers: Any) -> "CrossEntropy":
     import torch
 
     from dlm_core.cross_entropy import HeadLoss, token_cross_entropy
+
+    offset = model.record.target_offset
+
+    def cross_entropy(xt: "Tensor", rows: "Tensor", select: "Tensor", targets: "Tensor") -> "Tensor":
+        mask = _of_lengths(xt, answers.lengths[rows]).to(model.device)
+        asked, wanted = (select - offset).to(model.device), targets.to(model.device)
+        if len(select) > most_asked(model):
+            ones = torch.ones(len(select), device=model.device)
+            return HeadLoss(*model.denoiser(xt.to(model.device), asked, wanted, ones, mask=mask)).cross_entropy
+        return token_cross_entropy(model.denoiser(xt.to(model.device), asked, mask=mask), wanted)
+
+    return cross_entropy
+
+
+def _guided_cross_entropy(model: OpenModel, answers: Any, guidance: float) -> "CrossEntropy":
+    import torch
+
+    from dlm_core.cross_entropy import token_cross_entropy
     from dlm_core.samplers.guidance import guided_logits
 
     offset = model.record.target_offset
@@ -188,12 +249,7 @@ def _cross_entropy(model: OpenModel, answers: Any, guidance: float) -> "Callable
     def cross_entropy(xt: "Tensor", rows: "Tensor", select: "Tensor", targets: "Tensor") -> "Tensor":
         mask = _of_lengths(xt, answers.lengths[rows]).to(model.device)
         asked, wanted = (select - offset).to(model.device), targets.to(model.device)
-        if not guidance and len(select) * model.record.model.vocab_size > _MAX_LOGITS:
-            ones = torch.ones(len(select), device=model.device)
-            return HeadLoss(*model.denoiser(xt.to(model.device), asked, wanted, ones, mask=mask)).cross_entropy
         conditional = model.denoiser(xt.to(model.device), asked, mask=mask)
-        if not guidance:
-            return token_cross_entropy(conditional, wanted)
         places = torch.arange(xt.shape[1])
         is_context = (places >= offset) & (places < answers.starts[rows][:, None])
         unguided = xt.masked_fill(is_context, model.mask_token_id).to(model.device)
@@ -213,7 +269,7 @@ def _of_lengths(xt: "Tensor", lengths: "Tensor", family: Any = "full", **fields:
     return AttentionMask(family, doc_ids=is_padding.long() if is_padding.any() else None, **fields)
 
 
-def _block_cross_entropy(model: OpenModel, answers: Any) -> "Callable[..., Tensor]":
+def _block_cross_entropy(model: OpenModel, answers: Any) -> "CrossEntropy":
     """Rows in whole blocks, noised ones beside clean ones."""
     import torch
 
@@ -223,7 +279,9 @@ def _block_cross_entropy(model: OpenModel, answers: Any) -> "Callable[..., Tenso
 
     def cross_entropy(xt: "Tensor", rows: "Tensor", select: "Tensor", targets: "Tensor") -> "Tensor":
         width = -(-xt.shape[1] // size) * size
-        noised, clean = (torch.nn.functional.pad(half, (0, width - xt.shape[1])) for half in (xt, answers.padded(rows)))
+        noised, clean = (
+            torch.nn.functional.pad(half, (0, width - half.shape[1])) for half in (xt, answers.padded(rows))
+        )
         asked = select // xt.shape[1] * width + select % xt.shape[1] - offset
         mask = _of_lengths(noised, answers.lengths[rows], "block_diffusion", block_size=size)
         sent = (column.to(model.device) for column in (noised, asked))

@@ -52,7 +52,7 @@ class TaskConfig:
     limit: int | None = None
     """Only so many questions, from the beginning of the file; null: all."""
     length: int | None = None
-    """Tokens that are written: 128 by default; of samples all that there is room for."""
+    """Tokens that are written: 128 by default, or half a row if that is less; of samples all that there is room for."""
     num_samples: int | None = None
     """Programs for each problem, 1 by default; or samples, 64 by default."""
     ks: tuple[int, ...] | None = None
@@ -110,10 +110,8 @@ class TaskConfig:
 
 
 _DEFAULTS: Mapping[tuple[str, str], Any] = {
-    ("", "length"): 128,
     ("code", "num_samples"): 1,
     ("samples", "num_samples"): 64,
-    ("samples", "length"): None,
     ("", "ks"): (1,),
     ("", "stop"): (),
     ("code", "stop"): STOP_WORDS,

@@ -5,6 +5,20 @@ from pipeline.errors import UserError
 from pipeline.tasks.config import BY_LIKELIHOOD, TAKES, TaskConfig, TasksConfig
 from pipeline.weights import ModelRecord
 
+ANSWER_LENGTH = 128
+"""Tokens of an answer or a program at most, unless a task says how many."""
+
+
+def length_of(task: TaskConfig, record: ModelRecord) -> int:
+    """Tokens that are written: unless told, of a sample all that there is room for, else half a row at most."""
+    if task.length is not None:
+        return task.length
+    return _room(record) if task.kind == "samples" else min(ANSWER_LENGTH, record.seq_len // 2)
+
+
+def _room(record: ModelRecord) -> int:
+    return record.seq_len - record.target_offset
+
 
 def check_fit(config: TasksConfig, record: ModelRecord, special: SpecialTokens) -> None:
     """UserError for settings with which no question of a task could be asked of a model."""
@@ -23,10 +37,14 @@ def check_fit(config: TasksConfig, record: ModelRecord, special: SpecialTokens) 
 def _check_written(where: str, task: TaskConfig, record: ModelRecord, special: SpecialTokens) -> None:
     from pipeline.inference.rules import check_sampling, window_of
 
-    room = record.seq_len - record.target_offset
-    length = task.value("length") or room if "length" in TAKES[task.kind] else None
+    room, length = _room(record), length_of(task, record) if "length" in TAKES[task.kind] else None
     if length is not None and length > room:
         raise UserError(f"{where}.length is {length}, but rows of the model have room for {room} tokens; set it lower")
+    if length == room and task.kind != "samples":
+        raise UserError(
+            f"{where}.length is {length}, which leaves no room for a prompt in rows of {record.seq_len}; set it to "
+            f"{record.seq_len // 2} or less, and the beginning of longer prompts is cut"
+        )
     try:
         check_sampling(task.value("sampling"), record, special)
         if length is not None and record.objective == "masked_nelbo":

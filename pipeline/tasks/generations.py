@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.inference.filling import Canvas, Filled, fill, patterned, prompted, why_not
+from pipeline.inference.filling import Canvas, Filled, drawn_ids, fill, patterned, prompted, why_not
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
 from pipeline.inference.sampling import SamplingConfig
-from pipeline.inference.stops import before_stops
+from pipeline.inference.stops import before_end, before_stops
 from pipeline.tasks.config import TaskConfig
+from pipeline.tasks.fit import length_of
 from pipeline.tasks.likelihoods import Record, mask_id
 from pipeline.tasks.questions import Question
 
@@ -36,7 +37,7 @@ class Written:
     drawn: list[int]
     """Ids, one for each mask."""
     ids: list[int]
-    """Those of the text: where rows end with the first end that is drawn, what comes before it."""
+    """Those of the text: what comes before the first end that is drawn."""
     text: str
     nfe: int
     num_cut: int
@@ -44,9 +45,10 @@ class Written:
 
 def match(model: "OpenModel", numbered: Numbered, task: TaskConfig) -> list[Record]:
     """What stands behind each prompt, and whether the answer taken out of it is the one that is wanted."""
+    length = length_of(task, model.record)
 
     def canvases(number: int, question: Question) -> list[Canvas]:
-        return [prompted(model, model.encode(question["prompt"]), task.value("length"), mask_id(number))]
+        return [prompted(model, model.encode(question["prompt"]), length, mask_id(number))]
 
     def record(question: Question, written: Sequence[Written]) -> Record:
         (one,) = written
@@ -101,10 +103,10 @@ def code(model: "OpenModel", numbered: Numbered, task: TaskConfig, isolation: An
     from pipeline.sandbox.isolation import run_many
     from pipeline.sandbox.limits import SandboxError
 
-    num_samples = task.value("num_samples")
+    num_samples, length = task.value("num_samples"), length_of(task, model.record)
 
     def canvases(number: int, question: Question) -> list[Canvas]:
-        prompt, length = model.encode(question["prompt"]), task.value("length")
+        prompt = model.encode(question["prompt"])
         return [prompted(model, prompt, length, mask_id(number, sample)) for sample in range(num_samples)]
 
     def record(question: Question, written: Sequence[Written]) -> Record:
@@ -128,7 +130,7 @@ def code(model: "OpenModel", numbered: Numbered, task: TaskConfig, isolation: An
 
 def samples(model: "OpenModel", numbered: Numbered, task: TaskConfig) -> list[Record]:
     """Texts from nothing; of one that ends early, what comes before its end counts."""
-    length = task.value("length") or model.record.seq_len - model.record.target_offset
+    length = length_of(task, model.record)
 
     def canvases(number: int, question: Question) -> list[Canvas]:
         return [prompted(model, (), length, mask_id(number))]
@@ -166,7 +168,7 @@ def _records(
     reasons = [next(filter(None, (_why_not(model, one, sampling) for one in some)), "") for some in canvases]
     able = [one for some, reason in zip(canvases, reasons, strict=True) if not reason for one in some]
     found = dict(fill(model, able, sampling))
-    written = (_written(model, one, found[place], sampling) for place, one in enumerate(able))
+    written = (_written(model, one, found[place]) for place, one in enumerate(able))
     return [
         {"number": number, **({"failed": reason} if reason else record_of(question, [next(written) for _ in some]))}
         for (number, question), some, reason in zip(numbered, canvases, reasons, strict=True)
@@ -180,8 +182,7 @@ def _why_not(model: "OpenModel", canvas: Canvas, sampling: SamplingConfig) -> st
     return why_not(model, canvas, sampling)
 
 
-def _written(model: "OpenModel", canvas: Canvas, filled: Filled, sampling: SamplingConfig) -> Written:
-    drawn = [new for new, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id]
-    end = model.vocabulary.special.eos_token_id
-    ids = drawn[: drawn.index(end)] if sampling.ends_at_eos and end in drawn else drawn
+def _written(model: "OpenModel", canvas: Canvas, filled: Filled) -> Written:
+    drawn = drawn_ids(model, canvas, filled)
+    ids = before_end(drawn, model.vocabulary.special.eos_token_id)
     return Written(drawn, ids, model.vocabulary.decode(ids), filled.nfe, filled.num_cut)

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.tasks.config import TaskConfig, TasksConfig
+from pipeline.tasks.fit import ANSWER_LENGTH
 from pipeline.tasks.questions import Question, TaskFile
 
 _BYTES_PER_TOKEN = 4
 """Costs are compared with each other only: it need not be that of the tokenizer."""
-
-
 _A_ROW = 1024
-"""Tokens of a sample as long as there is room for."""
+"""Tokens of a sample as long as there is room for: a guess, like that of an answer, as rows are not known here."""
 
 
 def cost_of(question: Question, task: TaskConfig, passes: int) -> float:
@@ -28,7 +27,7 @@ def cost_of(question: Question, task: TaskConfig, passes: int) -> float:
             middle = _tokens(question["middle"])
             return (_tokens(question["prefix"]) + middle + _tokens(question["suffix"])) * _steps(middle, task)
         case "match" | "code" | "samples":
-            length = task.value("length") or _A_ROW
+            length = task.length or (_A_ROW if task.kind == "samples" else ANSWER_LENGTH)
             num_samples = task.value("num_samples") if task.kind == "code" else 1
             return (_tokens(question.get("prompt", "")) + length) * _steps(length, task) * num_samples
 

@@ -19,6 +19,7 @@ from pipeline.config import identity
 from pipeline.inference.likelihood import LikelihoodConfig
 from pipeline.sandbox.pass_at_k import pass_at_k
 from pipeline.tasks.config import BY_LIKELIHOOD, TAKES, TaskConfig
+from pipeline.tasks.fit import length_of
 from pipeline.weights import ModelRecord
 
 Record = Mapping[str, Any]
@@ -80,6 +81,8 @@ _ESTIMATORS = {
 def _settings(task: TaskConfig, model: ModelRecord, config: LikelihoodConfig) -> dict[str, Any]:
     if task.kind not in BY_LIKELIHOOD:
         given = {name: task.value(name) for name in TAKES[task.kind] if name != "file"}
+        if task.kind in ("match", "code"):  # of samples null says all the room that there is
+            given["length"] = length_of(task, model)
         return {"seq_len": model.seq_len, **identity(given)}
     drawn = {"num_masks": config.num_masks, "noise_seed": config.noise_seed, "guidance": config.guidance}
     is_exact = model.objective == "autoregressive_nll"

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dlm_core.models.attention import AttentionMask
 from pipeline.errors import UserError
 from pipeline.harness.addresses import address_of
 from pipeline.harness.model import DenoiserLM
-from pipeline.harness.pieces import cut_requests
+from pipeline.harness.pieces import cut_requests, masked_copies
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
 from pipeline.inference.model import OpenModel, open_model
 from tests.support.harness import ARTICLES, KINDS, asked, questions, save_models
@@ -82,14 +83,38 @@ def test_choices_of_a_document_share_masks_wherever_it_stands(dlm: Any) -> None:
 def test_pieces_of_work_hold_every_request_once_whatever_the_order() -> None:
     requests = [Request(range(i % 7), range(1 + i % 5), mask_id) for i in range(40) for mask_id in (i % 3, i % 3, 5)]
     requests = [Request(tuple(one.context), tuple(one.answer), one.mask_id) for one in requests]
-    pieces = cut_requests(requests, 8, 2)
+    copies = partial(masked_copies, num_masks=8, block_size=0)
+    pieces = cut_requests(requests, copies, 2)
     assert sorted(map(repr, itertools.chain(*pieces))) == sorted({repr(one) for one in requests})
     assert len(pieces) > 3
     assert all(len({len(one.answer) for one in piece}) <= 2 for piece in pieces)
-    assert cut_requests(requests[::-1], 8, 2) == cut_requests(requests[7:] + requests[:7], 8, 2) == pieces
+    for turned in (requests[::-1], requests[7:] + requests[:7]):
+        assert cut_requests(turned, copies, 2) == pieces
     costs = [sum((len(r.context) + len(r.answer)) * min(8, 2 ** len(r.answer) - 1) for r in piece) for piece in pieces]
     assert costs == sorted(costs, reverse=True)
-    assert cut_requests([], 8, 2) == []
+    assert cut_requests([], copies, 2) == []
+
+
+def test_pieces_count_the_copies_that_there_are() -> None:
+    short, long = (Request((5,), tuple(range(9, 9 + size)), 0) for size in (3, 20))
+    assert [masked_copies(one, 64, 0) for one in (short, long)] == [7, 64]
+    assert [masked_copies(one, 64, 4) for one in (short, long)] == [7, 15]
+
+
+@pytest.mark.parametrize("kind", ["next", "masked"])
+def test_batches_of_one_row_a_request_are_full(dlm: Any, model: Any, kind: str) -> None:
+    """Likelihoods of next tokens, and the first round of greedy answers: pieces of few requests would cut them."""
+    requests, rows = questions(("ba be bi", [f" {c}a {c}e {c}i {c}o {c}u {c}a" for c in "bdfgklmnp"])), list[int]()
+    handle = model(kind).denoiser.embedding.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    try:
+        dlm(kind, num_masks=64, batch_rows=4, device="cpu").loglikelihood(requests, disable_tqdm=True)
+        num_scored = len(rows)
+        assert kind == "masked" or rows == [4, 4, 1]
+        lm = dlm(kind, num_masks=64, batch_rows=4, device="cpu", is_greedy=True)
+        lm.loglikelihood(requests, disable_tqdm=True)
+    finally:
+        handle.remove()
+    assert rows[2 * num_scored :][:3] == [4, 4, 1]
 
 
 @pytest.mark.parametrize("kind", ["masked", "next"])

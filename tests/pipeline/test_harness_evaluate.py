@@ -17,9 +17,10 @@ import pipeline.harness
 from pipeline.errors import UserError
 from pipeline.harness.addresses import address_of
 from pipeline.harness.model import DenoiserLM
-from pipeline.inference.filling import continuation, fill, prompted
+from pipeline.inference.filling import fill, prompted
 from pipeline.inference.model import open_model
 from pipeline.inference.sampling import SamplingConfig
+from pipeline.inference.stops import before_end
 from tests.support.harness import KINDS, asked, save_models, write_task_data
 from tests.support.tiny_run import Artifacts
 
@@ -149,27 +150,35 @@ def test_text_is_that_of_fill_whatever_the_order(kind: str, saved: dict[str, Pat
             before, *ids = ids
         canvas = replace(prompted(model, ids, 6, address_of(instance).number(0)), before=before)
         ((_, filled),) = fill(model, [canvas], SamplingConfig(temperature=1.0))
-        wanted.append(continuation(model, canvas, filled, ends_at_eos=True))
+        wanted.append(model.vocabulary.decode(before_end(filled.ids[-6:], model.vocabulary.special.eos_token_id)))
     assert found == wanted
     assert lm.generate_until(requests[::-1], disable_tqdm=True)[::-1] == found
     told = lm.get_model_info()["accounts"]["generate_until"]["task"]
     assert (told["num_requests"], told["num_cut_requests"]) == (12, 2)
 
 
-def test_text_ends_with_the_first_end_that_is_drawn(saved: dict[str, Path], made: Artifacts) -> None:
-    model = open_model(saved["masked"], made.tokenizer, "cpu")
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_text_ends_with_the_first_end_that_is_drawn(kind: str, saved: dict[str, Path], made: Artifacts) -> None:
+    """As if all had been drawn; what goes from left to right makes no pass behind the end."""
+    model = open_model(saved[kind], made.tokenizer, "cpu")
     special, requests = model.vocabulary.special, prompts(6, do_sample=True)
     suppressed = tuple({*range(special.vocab_size)} - {special.eos_token_id, special.mask_token_id, 70, 71})
-    lm = DenoiserLM(weights=str(saved["masked"]), tokenizer=str(made.tokenizer), suppressed=suppressed)
-    found, num_ended = lm.generate_until(requests, disable_tqdm=True), 0
+    lm = DenoiserLM(weights=str(saved[kind]), tokenizer=str(made.tokenizer), suppressed=suppressed)
+    found, num_ended, num_passes = lm.generate_until(requests, disable_tqdm=True), 0, 0
     for instance, text in zip(requests, found, strict=True):
-        canvas = prompted(model, model.encode(instance.args[0]), 6, address_of(instance).number(0))
+        ids, before = model.encode(instance.args[0])[-26:], None
+        if kind == "next" and ids:
+            before, *ids = ids
+        canvas = replace(prompted(model, ids, 6, address_of(instance).number(0)), before=before)
         ((_, filled),) = fill(model, [canvas], SamplingConfig(temperature=1.0, suppressed=suppressed))
         drawn = filled.ids[-6:]
         stop = drawn.index(special.eos_token_id) if special.eos_token_id in drawn else 6
         num_ended += 0 < stop < 5
+        num_passes += filled.nfe
         assert text == model.vocabulary.decode(drawn[:stop])
     assert num_ended > 0
+    told = lm.get_model_info()["accounts"]["generate_until"]["task"]["num_passes"]
+    assert told < num_passes if kind in ("blocks", "next") else told == num_passes
 
 
 def test_text_stops_where_the_task_says(saved: dict[str, Path], made: Artifacts) -> None:

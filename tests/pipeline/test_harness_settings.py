@@ -92,6 +92,13 @@ def test_a_tasks_wishes_hold_where_the_model_has_no_setting_of_its_own(
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == drawn
 
 
+@pytest.mark.parametrize(
+    ("given", "ends"), [({}, True), ({"suppresses_eos": True}, False), ({"ends_at_eos": False}, False)]
+)
+def test_nothing_is_drawn_behind_an_end_unless_it_is_wanted(given: dict[str, Any], ends: bool) -> None:
+    assert read_config(PLACES | given).sampling_of({}).ends_at_eos is ends
+
+
 def test_what_the_harness_passes_beside_the_settings_is_taken_at_its_word() -> None:
     given = {"device": "cpu", "batch_rows": 4}
     assert with_theirs(given, None, None, None) == with_theirs(given, "auto", "auto", None) == given
@@ -149,6 +156,14 @@ def test_length_and_ends_are_those_of_the_task() -> None:
     for wrong in (0, "many"):
         with pytest.raises(UserError, match=r"the task sets max_gen_toks to .*; it must be a number of tokens"):
             wish_of({"max_gen_toks": wrong}, config, long)
+    many = {"max_completion_tokens": 4, "max_tokens": 5, "max_new_tokens": 6, "max_gen_toks": 7}
+    for name, most in many.items():  # each goes before those that stand before it
+        assert wish_of({other: many[other] for other in many if many[other] <= most}, config, long).length == most
+        with pytest.raises(UserError, match=rf"600 tokens are to be generated \({name}\)"):
+            wish_of({name: 600}, config, long)
+        with pytest.raises(UserError, match=f"the task sets {name} to 0; it must be a number of tokens"):
+            wish_of({name: 0}, config, long)
+    assert wish_of({"max_gen_toks": None, "max_tokens": 5}, config, long).length == 5
     windows = read_config(PLACES | {"block_size": 32})
     with pytest.raises(UserError, match="40 tokens from its first mask on, which windows of 32 tokens do not divide"):
         wish_of({"max_gen_toks": 40}, windows, long)

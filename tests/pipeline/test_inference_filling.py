@@ -14,10 +14,11 @@ from dlm_core.samplers.proposal import Proposal, draw
 from pipeline.artifact import load_manifest
 from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
-from pipeline.inference.filling import Canvas, Filled, continuation, fill, prompted
+from pipeline.inference.filling import Canvas, Filled, drawn_ids, fill, prompted
 from pipeline.inference.model import OpenModel, open_model
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
+from pipeline.inference.stops import before_end
 from tests.support.exports import LLAMA
 from tests.support.interchange import drawn, random_model, save_model
 from tests.support.tiny_run import Artifacts, make_artifacts
@@ -349,7 +350,7 @@ def test_a_row_ends_with_its_first_end_and_its_text_before_it(models: dict[str, 
     drawn = [44, 45, 46, 47, 48]
     assert filled.ids == [eos, 20, 21, 22, *drawn, *[eos] * 11] if name == "next" else filled.ids[9:] == [eos] * 11
     assert filled.frames[-1] == filled.ids
-    assert continuation(model, canvas, filled, ends_at_eos=True) == model.vocabulary.decode(drawn)
+    assert before_end(drawn_ids(model, canvas, filled), eos) == drawn
     assert filled.nfe == {"masked": 8, "blocks": 8 + 2, "next": 6}[name]
 
 

@@ -75,6 +75,25 @@ def test_answers_of_unlike_lengths_are_asked_together(models: dict[str, OpenMode
     assert calls[0] == 12
 
 
+@pytest.mark.parametrize(("kind", "most"), [("masked", 4), ("next", 13)])
+def test_no_more_logits_are_held_than_there_is_room_for(
+    models: dict[str, OpenModel], kind: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same answers from batches of fewer rows."""
+    model, asked = models[kind], list[int]()
+    requests = [Request((5, 9 + number), decoded(model, [5, 9 + number], 5, []), 0) for number in range(6)]
+    requests[2] = replace(requests[2], answer=(7, 7, 7))
+    wanted = are_greedy(model, requests, replace(CONFIG, batch_rows=32))
+    monkeypatch.setattr("pipeline.inference.likelihood._MAX_LOGITS", most * model.record.model.vocab_size)
+    handle = model.denoiser.register_forward_hook(lambda _, args, out: asked.append(len(out)))
+    try:
+        assert are_greedy(model, requests, replace(CONFIG, batch_rows=32)) == wanted
+    finally:
+        handle.remove()
+    assert wanted == [number != 2 for number in range(6)]
+    assert max(asked) == most
+
+
 def test_what_is_not_built_is_refused(models: dict[str, OpenModel]) -> None:
     request = [Request((5,), (6,), 0)]
     with pytest.raises(UserError, match="is_greedy is true, but the model is of blocks"):

@@ -134,13 +134,30 @@ def test_scores_depend_on_their_request_alone(models: dict[str, OpenModel], name
         assert score(models[name], requests, replace(config, noise_seed=1)) != whole
 
 
+@pytest.mark.parametrize(
+    ("name", "guidance", "most"), [("masked", 0.0, 0), ("masked", 0.5, 20), ("shifted", 0.5, 20), ("blocks", 0.0, 40)]
+)
 def test_scores_are_the_same_where_logits_are_too_many_to_be_held(
-    models: dict[str, OpenModel], monkeypatch: pytest.MonkeyPatch
+    name: str, guidance: float, most: int, models: dict[str, OpenModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = score(models["masked"], LONG, CONFIG)
-    monkeypatch.setattr("pipeline.inference.likelihood._MAX_LOGITS", 0)
-    for one, other in zip(held, score(models["masked"], LONG, CONFIG), strict=True):
+    """Without guidance the core counts a loss in parts, elsewhere batches have fewer rows."""
+    model, config, asked = models[name], replace(CONFIG, guidance=guidance), list[int]()
+    held = score(model, LONG, config)
+    sides = 2 if guidance else 1
+    monkeypatch.setattr("pipeline.inference.likelihood._MAX_LOGITS", sides * most * model.record.model.vocab_size)
+
+    def look(_: object, args: tuple[torch.Tensor, ...], out: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        asked.append(len(out) if isinstance(out, torch.Tensor) else 0)
+
+    handle = model.denoiser.register_forward_hook(look)
+    try:
+        cut = score(model, LONG, config)
+    finally:
+        handle.remove()
+    for one, other in zip(held, cut, strict=True):
         assert one.nats == pytest.approx(other.nats, rel=1e-9)
+        assert one.mc_se == pytest.approx(other.mc_se, rel=1e-6, abs=1e-9)
+    assert most // 2 < max(asked) <= most if most else max(asked) == 0
 
 
 def test_guidance_masks_the_context_of_the_side_without_it(models: dict[str, OpenModel]) -> None:

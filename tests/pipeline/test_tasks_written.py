@@ -17,9 +17,9 @@ import torch
 from dlm_core.intervals import mean_interval
 from pipeline.config import to_json
 from pipeline.errors import UserError
-from pipeline.inference.filling import Canvas, fill, prompted
+from pipeline.inference.filling import Canvas, Filled, fill, prompted
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
-from pipeline.inference.model import OpenModel, forget_models, open_model
+from pipeline.inference.model import OpenModel, forget_models, open_model, read_about
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.sandbox import isolation
@@ -28,6 +28,7 @@ from pipeline.sandbox.limits import Outcome, SandboxError
 from pipeline.stage import main
 from pipeline.tasks import generations, tables
 from pipeline.tasks.config import STAGE, TaskConfig, TasksConfig, check_scorer
+from pipeline.tasks.fit import check_fit, length_of
 from pipeline.tasks.likelihoods import mask_id
 from pipeline.tasks.run import read_records
 from pipeline.tracking import WandbRun
@@ -70,6 +71,12 @@ def alone(model: OpenModel, canvas: Canvas, config: SamplingConfig) -> list[int]
     return [new for new, old in zip(filled.ids, canvas.ids, strict=True) if old == model.mask_token_id]
 
 
+def before_end(model: OpenModel, drawn: list[int]) -> list[int]:
+    """Those of a text, which ends where its end is drawn."""
+    end = model.vocabulary.special.eos_token_id
+    return drawn[: drawn.index(end)] if end in drawn else drawn
+
+
 @pytest.mark.parametrize("name", list(RECORDS))
 def test_answers_are_those_of_a_loop_over_one_prompt_at_a_time(
     name: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path
@@ -81,7 +88,7 @@ def test_answers_are_those_of_a_loop_over_one_prompt_at_a_time(
     wanted = []
     for number, prompt in enumerate(prompts):
         drawn = alone(model, prompted(model, model.encode(prompt), 12, mask_id(number)), sampling(name))
-        text = model.vocabulary.decode(drawn).split("é")[0]
+        text = model.vocabulary.decode(before_end(model, drawn)).split("é")[0]
         found = re.search(pattern, text)
         wanted.append(found[1] if found else None)
     questions = [
@@ -103,6 +110,32 @@ def test_answers_are_those_of_a_loop_over_one_prompt_at_a_time(
     lengths = [max(len(model.encode(prompt)), model.record.target_offset) for prompt in prompts]
     assert [record["cut"] for record in records] == [max(0, length - 20) for length in lengths]
     assert found["num_cut"] == sum(length > 20 for length in lengths) > 0
+
+
+def test_answers_have_half_a_row_unless_a_task_says_how_long(
+    weights: dict[str, Path], made: Artifacts, tmp_path: Path, sandbox: list[str]
+) -> None:
+    """A prompt keeps what it has in the other half."""
+    prompt = words(random.Random(0), 6, 6)
+    model = open_model(weights["masked"], made.tokenizer, "cpu")
+    assert len(model.encode(prompt)) > 16
+    files = {
+        "m": write(tmp_path / "m.jsonl", [{"prompt": prompt, "answer": "x"}]),
+        "c": write(tmp_path / "c.jsonl", [{**PROBLEMS[0], "prompt": prompt}]),
+    }
+    tasks = {
+        "m": TaskConfig("match", str(files["m"]), sampling=SAMPLING),
+        "c": TaskConfig("code", str(files["c"]), sampling=SAMPLING),
+    }
+    found = ask(replace(CONFIG, tasks=tasks), weights["masked"], made.tokenizer, tmp_path / "out")
+    for name in files:
+        assert found[name]["settings"]["length"] == 16
+        (record,) = read_records(tmp_path / "out" / f"{name}.jsonl")
+        assert record["cut"] == len(model.encode(prompt)) - 16
+    for size, wanted in ((256, 128), (4096, 128), (200, 100)):
+        assert length_of(tasks["m"], replace(model.record, seq_len=size)) == wanted
+    assert length_of(replace(tasks["c"], length=150), replace(model.record, seq_len=256)) == 150
+    assert length_of(TaskConfig("samples"), replace(model.record, seq_len=256, target_offset=1)) == 255
 
 
 @pytest.mark.parametrize(
@@ -224,7 +257,9 @@ def test_programs_are_those_of_a_loop_over_one_sample_at_a_time(
     model, wanted = open_model(weights[name], made.tokenizer, "cpu"), []
     for number, problem in enumerate(PROBLEMS):
         canvases = [prompted(model, model.encode(problem["prompt"]), 8, mask_id(number, sample)) for sample in (0, 1)]
-        texts = [model.vocabulary.decode(alone(model, canvas, sampling(name))) for canvas in canvases]
+        texts = [
+            model.vocabulary.decode(before_end(model, alone(model, canvas, sampling(name)))) for canvas in canvases
+        ]
         assert texts[0] != texts[1], "a weak test"
         wanted.append([text.split("é")[0] for text in texts])
     assert [record["completions"] for record in read_records(tmp_path / "out" / "q.jsonl")] == wanted
@@ -303,7 +338,10 @@ def test_figures_of_samples_are_those_counted_from_their_tokens(
     config = replace(CONFIG, tasks={"s": task})
     found = ask(config, weights[name], made.tokenizer, tmp_path / "out", scorer=weights["next"])["s"]
     model, scorer = open_model(weights[name], made.tokenizer, "cpu"), None
-    drawn = [alone(model, prompted(model, (), 16, mask_id(number)), sampling(name)) for number in range(5)]
+    drawn = [
+        before_end(model, alone(model, prompted(model, (), 16, mask_id(number)), sampling(name))) for number in range(5)
+    ]
+    assert all(drawn), "a weak test"
     assert [record["ids"] for record in read_records(tmp_path / "out" / "s.jsonl")] == drawn
     metrics = {metric: row["value"] for metric, row in found["metrics"].items()}
 
@@ -313,26 +351,46 @@ def test_figures_of_samples_are_those_counted_from_their_tokens(
     assert metrics["entropy"] == pytest.approx(sum(map(entropy, drawn)) / 5, rel=1e-12)
     assert metrics["unigram_entropy"] == pytest.approx(entropy(list(itertools.chain(*drawn))), rel=1e-12)
     for n in (1, 2, 3):
-        runs = [str(ids[i : i + n]) for ids in drawn for i in range(16 - n + 1)]
+        runs = [str(ids[i : i + n]) for ids in drawn for i in range(len(ids) - n + 1)]
         assert metrics[f"distinct_{n}"] == len(set(runs)) / len(runs)
     scorer = open_model(weights["next"], made.tokenizer, "cpu")
     nats = [score(scorer, [Request((), ids, 0)], LikelihoodConfig())[0].nats for ids in drawn]
-    assert metrics["gen_nll"] == pytest.approx(math.fsum(nats) / 80, rel=1e-5)
-    assert metrics["gen_ppl"] == pytest.approx(math.exp(math.fsum(nats) / 80), rel=1e-4)
+    nll = math.fsum(nats) / sum(map(len, drawn))
+    assert metrics["gen_nll"] == pytest.approx(nll, rel=1e-5)
+    assert metrics["gen_ppl"] == pytest.approx(math.exp(nll), rel=1e-4)
 
 
-@pytest.mark.parametrize(("ends", "wanted"), [(True, 1), (False, 4)])
-def test_what_is_filled_in_behind_an_end_counts_for_nothing(
-    ends: bool, wanted: int, weights: dict[str, Path], made: Artifacts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_is_drawn_behind_an_end_counts_for_nothing(
+    ends: bool, weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    sandbox: list[str],
+) -> None:  # fmt: skip
+    """Whether the passes behind it are saved or not; a gap has all of its tokens."""
     model = open_model(weights["masked"], made.tokenizer, "cpu")
-    end = model.vocabulary.special.eos_token_id
-    ((_, filled),) = fill(model, [prompted(model, (), 4, 0)], SAMPLING)
-    ended = replace(filled, ids=[9, end, end, end])
-    monkeypatch.setattr("pipeline.tasks.generations.fill", lambda *_: [(0, ended)])
-    task = TaskConfig("samples", num_samples=1, length=4, sampling=replace(SAMPLING, ends_at_eos=ends))
-    (record,) = generations.samples(model, [(0, {})], task)
-    assert record["ids"] == [9, end, end, end][:wanted]
+    end, drawn = model.vocabulary.special.eos_token_id, model.encode("7 8x")
+    drawn[2:2] = [end]
+
+    def fill_with_drawn(_: Any, canvases: list[Canvas], config: SamplingConfig) -> Iterator[tuple[int, Filled]]:
+        for number, canvas in enumerate(canvases):
+            start = canvas.ids.index(model.mask_token_id)
+            yield number, Filled([*canvas.ids[:start], *drawn], 1, 0, [])
+
+    monkeypatch.setattr("pipeline.tasks.generations.fill", fill_with_drawn)
+    how: dict[str, Any] = {"sampling": replace(SAMPLING, ends_at_eos=ends)}
+    before = model.vocabulary.decode(drawn[:2])
+    (record,) = generations.samples(model, [(0, {})], TaskConfig("samples", length=len(drawn), **how))
+    assert (record["ids"], record["text"]) == (drawn[:2], before)
+    task = TaskConfig("match", "q.jsonl", length=len(drawn), **how)
+    (record,) = generations.match(model, [(0, {"prompt": "ba", "answer": before})], task)
+    assert (record["text"], record["hit"]) == (before, True)
+    task = TaskConfig("code", "q.jsonl", length=len(drawn), **how)
+    (record,) = generations.code(model, [(0, PROBLEMS[0])], task, Isolation("namespaces", "in words"))
+    assert record["completions"] == [before]
+    task = TaskConfig("infill", "q.jsonl", **how)
+    middle = "z" * len(drawn)
+    assert len(model.encode(middle)) == len(drawn)
+    (record,) = generations.infill(model, [(0, {"prefix": "ba", "middle": middle, "suffix": ""})], task)
+    assert record["text"] == model.vocabulary.decode(drawn) != before
 
 
 def test_a_scorer_with_another_tokenizer_reads_the_text(
@@ -399,6 +457,20 @@ def test_a_length_beyond_the_rows_is_refused(weights: dict[str, Path], made: Art
     config = replace(CONFIG, tasks={"s": TaskConfig("samples", length=32)})
     with pytest.raises(UserError, match=r"tasks\.s\.length is 32, but rows of the model have room for 31 tokens"):
         ask(config, weights["shifted"], made.tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "length"), [("masked", 32), ("shifted", 31), ("next", 32)])
+@pytest.mark.parametrize("kind", ["match", "code"])
+def test_a_length_that_leaves_no_room_for_a_prompt_is_refused(
+    kind: Any, name: str, length: int, weights: dict[str, Path], made: Artifacts
+) -> None:
+    record, vocabulary = read_about(weights[name], made.tokenizer)
+    task = TaskConfig(kind, "q.jsonl", length=length, sampling=sampling(name))
+    with pytest.raises(
+        UserError, match=rf"tasks\.q\.length is {length}, .* no room for a prompt in rows of 32; set it to 16"
+    ):
+        check_fit(replace(CONFIG, tasks={"q": task}), record, vocabulary.special)
+    check_fit(replace(CONFIG, tasks={"q": replace(task, length=length - 1)}), record, vocabulary.special)
 
 
 @pytest.mark.parametrize(

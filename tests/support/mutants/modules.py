@@ -76,10 +76,12 @@ TASKS = [
             "programs_are_those_of_a_loop_over_one_sample_at_a_time[masked]",
             "without_namespaces_programs_are_refused_before_weights_are_read",
             "pass_at_k_is_that_of_all_subsets",
-            "what_is_filled_in_behind_an_end_counts_for_nothing",
+            "what_is_drawn_behind_an_end_counts_for_nothing",
             "a_scorer_with_another_tokenizer_reads_the_text",
             "a_process_reads_model_and_scorer_once_for_all_pieces",
             "a_length_beyond_the_rows_is_refused",
+            "a_length_that_leaves_no_room_for_a_prompt_is_refused[match-shifted-31]",
+            "answers_have_half_a_row_unless_a_task_says_how_long",
         )
     ),
     "tests/pipeline/test_tasks_misfits.py::test_what_cannot_be_written_fails_by_itself",
@@ -256,6 +258,7 @@ MODULES: dict[str, list[str]] = {
     ],
     "pipeline/harness/pieces": [
         "tests/pipeline/test_harness.py::test_pieces_of_work_hold_every_request_once_whatever_the_order",
+        "tests/pipeline/test_harness.py::test_pieces_count_the_copies_that_there_are",
         "tests/pipeline/test_harness_parity.py::test_what_a_tokenizer_begins_texts_with_stands_before_a_context",
     ],
     "pipeline/harness/generation": [

@@ -47,6 +47,12 @@ HARNESS: tuple[Planted, ...] = (
         "min(row.size, 2 * num_asked[number] or 1)",
         "min(row.size, 1)",
     ),
+    Planted(
+        "pipeline/inference/greedy",
+        "all logits of a batch at once",
+        "sizes, batch_rows, most)",
+        "sizes, batch_rows, 1 << 60)",
+    ),
     Planted("pipeline/inference/stops", "a text ends with its last stop", "text[: min(", "text[: max("),
     Planted(
         "pipeline/inference/workers", "two workers are one", "if self._num_workers == 1:", "if self._num_workers < 3:"
@@ -56,6 +62,12 @@ HARNESS: tuple[Planted, ...] = (
         "tasks that say nothing are drawn from",
         'asked.get("temperature", 0.0) > 0',
         'asked.get("temperature", 0.0) >= 0',
+    ),
+    Planted(
+        "pipeline/harness/config",
+        "passes behind the end of an answer",
+        'not settings.get("suppresses_eos", False)',
+        "False",
     ),
     Planted(
         "pipeline/harness/config",
@@ -86,6 +98,12 @@ HARNESS: tuple[Planted, ...] = (
         "pieces in the order of the requests",
         "sorted(set(requests), key=_by_length)",
         "dict.fromkeys(requests)",
+    ),
+    Planted(
+        "pipeline/harness/pieces",
+        "answers to a model of blocks counted as if masked whole",
+        "block_size or len(request.answer)",
+        "len(request.answer)",
     ),
     Planted(
         "pipeline/harness/generation",

@@ -74,9 +74,9 @@ TASKS: tuple[Planted, ...] = (
     Planted("pipeline/tasks/generations", "one program several times", "mask_id(number, sample)", "mask_id(number)"),
     Planted(
         "pipeline/tasks/generations",
-        "rows that end though they should not",
-        "if sampling.ends_at_eos and end in drawn",
-        "if end in drawn",
+        "texts that go on behind their end",
+        "ids = before_end(drawn, model.vocabulary.special.eos_token_id)",
+        "ids = drawn",
     ),
     Planted(
         "pipeline/tasks/generations",
@@ -85,6 +85,8 @@ TASKS: tuple[Planted, ...] = (
         'return ""',
     ),
     Planted("pipeline/tasks/fit", "a token more than there is room for", "length > room:", "length > room + 1:"),
+    Planted("pipeline/tasks/fit", "answers that leave a prompt no room", "if length == room and", "if False and"),
+    Planted("pipeline/tasks/fit", "answers as long as rows", "record.seq_len // 2)", "record.seq_len)"),
     Planted(
         "pipeline/inference/pairs",
         "an answer without its first letters",
