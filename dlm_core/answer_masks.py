@@ -8,8 +8,8 @@ draws k evenly and a subset for it.  Here
     few tokens    every subset, where there are no more than ``num_masks``: nothing is left to chance
     many          all tokens once (k = n has no other subset); and 1..n - 1, of which every k has one unit of length,
                   cut into H strata: (n - 1) (h / H)^1.5 is where the h-th begins, for subsets of few tokens vary most.
-                  Where there are n - 1 strata or more, each k has some of its own.  Two k are drawn in each stratum,
-                  a point and its mirror image, and a subset of its own for either.
+                  Where there are n - 1 strata or more, they begin and end between two counts, or within one.  Two k
+                  are drawn in each stratum, a point and its mirror image, and a subset of its own for either.
 
 Within a stratum all k weigh the same, so that the level of the losses adds no noise, and their trend next to none, for
 of mirror images one is too high where the other is too low.  What is left is mostly which tokens a subset holds.  That
@@ -108,14 +108,16 @@ def _drawn_subsets(n: int, num_strata: int, address: Int[Tensor, "B 1"]) -> Answ
 
 def _edges(n: int, num_strata: int) -> Float[Tensor, " E"]:
     """Of strata, in [0, n - 1], where k covers [k - 1, k]."""
-    spare = num_strata - (n - 1)
-    if spare < 0:
+    if num_strata < n - 1:
         return (n - 1) * (torch.arange(num_strata + 1, dtype=torch.float64) / num_strata) ** 1.5
-    shares = (spare * (torch.arange(n, dtype=torch.float64) / (n - 1)) ** (2 / 3)).round().long()
-    of_k = 1 + shares.diff()
-    below = torch.repeat_interleave(of_k)
-    place = torch.arange(num_strata) - (of_k.cumsum(0) - of_k)[below]
-    return torch.cat([below + place / of_k[below].double(), torch.tensor([n - 1.0], dtype=torch.float64)])
+    k = torch.arange(n)
+    behind = (num_strata * (k.double() / (n - 1)) ** (2 / 3)).round().long()  # strata that end at k
+    is_edge = torch.cat([behind.diff() > 0, torch.ones(1, dtype=torch.bool)])
+    k, behind = k[is_edge], behind[is_edge]
+    step = torch.repeat_interleave(behind.diff())
+    place = torch.arange(num_strata) - behind[step]
+    inner = k[step] + place * (k.diff() / behind.diff().double())[step]
+    return torch.cat([inner, torch.tensor([n - 1.0], dtype=torch.float64)])
 
 
 def bound_of_losses(

@@ -128,6 +128,7 @@ def _draw_rows(
         weights = allowed.sub_(best[:, None]).exp_()
         return Drawn(x0, *_scores(weights, x0, held, score, with_entropy), best.isfinite())
     best = allowed.amax(dim=-1)  # nan where any is
+    is_usable = best.isfinite()
     allowed -= best[:, None]
     plain = None
     if proposal.temperature != 1.0:
@@ -137,9 +138,9 @@ def _draw_rows(
     kept = _truncated(weights, proposal)
     x0 = _inverse_cdf(kept, u)
     if score is None:
-        return _unscored(x0, best.isfinite())
+        return _unscored(x0, is_usable)
     untempered = weights if plain is None else plain
-    return Drawn(x0, *_scores(kept if is_tempered else untempered, x0, held, score, with_entropy), best.isfinite())
+    return Drawn(x0, *_scores(kept if is_tempered else untempered, x0, held, score, with_entropy), is_usable)
 
 
 def _unscored(x0: Int[Tensor, " M"], is_usable: Bool[Tensor, " M"]) -> Drawn:

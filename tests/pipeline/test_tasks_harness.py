@@ -39,11 +39,14 @@ TASK = {
 }
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "next"])
 def test_choices_have_the_figures_of_the_harness(
     kind: str, made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of answers so short that no mask is drawn: the harness addresses masks by a question's text, we by its number."""
+    """Of answers so short that no mask is drawn: the harness addresses masks by a question's text, we by its number.
+
+    A model of next tokens is asked by the harness without the end of a text before its context (test_harness_parity).
+    """
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     weights = save_models(tmp_path / "weights", made.tokenizer, kind)[kind]
     file = write(tmp_path / "q.jsonl", QUESTIONS)
@@ -64,11 +67,8 @@ def test_choices_have_the_figures_of_the_harness(
     nats = [[-float(ll) for ((ll, _),) in sample["resps"]] for sample in theirs["samples"]["ours"]]
     mean = sum(costs[one["answer"]] for costs, one in zip(nats, QUESTIONS, strict=True)) / len(QUESTIONS)
     (answer,) = (row for name, row in found.items() if name.startswith("answer_"))
-    if kind == "blocks":  # draws masks of its own for any answer
-        assert abs(answer["value"] - mean) < 6 * 2**0.5 * answer["mc_se"]
-    else:
-        assert answer["mc_se"] == 0.0, "a weak test"
-        assert answer["value"] == pytest.approx(mean, rel=1e-5)
+    assert answer["mc_se"] == 0.0, "a weak test"
+    assert answer["value"] == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ SAMPLERS: tuple[Planted, ...] = (
     Planted(
         "samplers/proposal",
         "the draw in float32, which cuts the tails off",
-        "    probs = allowed.softmax(dim=-1)",
-        "    probs = allowed.float().softmax(dim=-1)",
+        "    weights = allowed.exp_()",
+        "    weights = allowed.float().exp_()",
     ),
     Planted(
         "samplers/proposal", "top_p without the token that reaches it", "- ordered < proposal.top_p", "< proposal.top_p"
@@ -219,7 +219,7 @@ SAMPLERS: tuple[Planted, ...] = (
     Planted(
         "samplers/proposal",
         "a quotient of inf at a tiny temperature",
-        "allowed -= allowed.amax(dim=-1, keepdim=True)",
+        "    allowed -= best[:, None]",
         "allowed -= 0.0",
     ),
     Planted(
