@@ -219,7 +219,7 @@ SAMPLERS: tuple[Planted, ...] = (
     Planted(
         "samplers/proposal",
         "a quotient of inf at a tiny temperature",
-        "    allowed -= best[:, None]",
+        "allowed -= best[:, None]",
         "allowed -= 0.0",
     ),
     Planted(
