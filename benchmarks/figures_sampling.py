@@ -45,7 +45,7 @@ def draw_sampling(report: Mapping[str, Any]) -> str:
     parts = [_legend(curves)]
     for left, key, title, is_log in (
         (62.0, "ppl", "Generative perplexity (lower: likelier text)", True),
-        (500.0, "unigram_entropy", "Unigram entropy of a sample, nats (higher: more varied)", False),
+        (500.0, "unigram_entropy", "Unigram entropy, nats (higher: more varied)", False),
     ):
         level = figures["text"][key]
         values = [point[key] for points in curves.values() for point in points] + [level]
