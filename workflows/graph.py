@@ -63,7 +63,7 @@ def left_out(workflow: Workflow) -> dict[str, str]:
 
 
 def _not_given(step: Step) -> str:
-    """What the user of a step has not given, in the words of its stage; what else is wrong is said before a run."""
+    """What the user of a step has not given, in the words of its stage."""
     ready = load_stage(step.stage).ready
     try:
         if ready is not None:
@@ -71,7 +71,7 @@ def _not_given(step: Step) -> str:
     except NotGivenError as error:
         return str(error)
     except UserError:
-        pass
+        pass  # what was given is wrong: the step stays, and require_ready says it before a run
     return ""
 
 
