@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +20,10 @@ from pipeline.tokenization.config import TokenizationConfig
 from pipeline.tokenizer.config import STAGE as TOKENIZER
 from pipeline.tokenizer.config import TokenizerConfig
 from tests.support.sandboxed import are_namespaces_allowed
+
+if TYPE_CHECKING:
+    from pipeline.inference.model import OpenModel
+    from tests.support.tiny_run import Artifacts
 
 AWKWARD = (
     "a [MASK] and <|endoftext|> and [PAD] inside the text",
@@ -130,3 +134,33 @@ def tokens(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer: Pa
     """The committed token shards of the corpus."""
     out = tmp_path_factory.mktemp("tokens") / "tokens"
     return make_artifact(TOKENIZATION, TokenizationConfig(), {"corpus": corpus, "tokenizer": tokenizer}, out)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory, made: "Artifacts") -> dict[str, Path]:
+    """Weights of a random model of each kind."""
+    from tests.support.model_kinds import save_models
+
+    return save_models(tmp_path_factory.mktemp("saved"), made.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def doubles(saved: dict[str, Path], made: "Artifacts") -> "dict[str, OpenModel]":
+    """The models of ``saved`` in float64."""
+    from pipeline.inference.model import open_model
+
+    opened = {kind: open_model(weights, made.tokenizer, "cpu") for kind, weights in saved.items()}
+    for model in opened.values():
+        model.denoiser.double()
+    return opened
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """Undo what a stage sets for its process."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(threads)

@@ -4,7 +4,7 @@ import json
 import lzma
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from torch import Tensor
 
 from pipeline.artifact import MANIFEST, Manifest, checked_files, load_manifest, record_files, write_json
@@ -26,21 +25,12 @@ from pipeline.scoring import Scoring
 from pipeline.weights import load_denoiser, save_weights
 from tests.support.tiny_run import Artifacts, make_artifacts, run_stage
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("torch_settings")]
 CUTS = 1e-8
 """Relative bar for other shards and batches, whose float32 products sum in another order: 3e-10 is found.
 
 One mask drawn differently would show at 1e-4.
 """
-
-
-@pytest.fixture(autouse=True)
-def torch_settings() -> Iterator[None]:
-    """Undo the process-wide settings of the stage."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_flush_denormal(False)
-    torch.set_num_threads(threads)
 
 
 def evaluate(config: EvaluateConfig, weights: Path, made: Artifacts, out: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from tests.support.exports import LLAMA
 from tests.support.interchange import drawn, random_model, save_model
 from tests.support.tiny_run import Artifacts, make_artifacts, run_stage, sha256
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("torch_settings")]
 SMALL = GenerateConfig(num_samples=3, length=32, sampler=SamplerConfig(num_steps=16), num_frames=6)
 KINDS = [
     SamplerConfig(kind, **settings)
@@ -45,14 +44,6 @@ KINDS = [
     }.items()
 ]
 """One of each."""
-
-
-@pytest.fixture(autouse=True)
-def torch_settings() -> Iterator[None]:
-    """Undo the process-wide settings of the stage."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def generate(config: GenerateConfig, weights: Path, tokenizer: Path, out: Path) -> list[dict[str, Any]]:

@@ -20,16 +20,12 @@ from pipeline.harness.model import DenoiserLM
 from pipeline.harness.pieces import cut_requests, masked_copies
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
 from pipeline.inference.model import OpenModel, open_model
-from tests.support.harness import ARTICLES, KINDS, asked, questions, save_models
+from tests.support.harness import ARTICLES, asked, questions
+from tests.support.model_kinds import KINDS
 from tests.support.tiny_run import Artifacts
 
 SEQ_LEN = 32
 DOCUMENTS = (("ba be bi", [" bo", " bu da", " de di do du fa fe"]), ("ga ", ["ge", "gi"]), ("", ["ba be", " bi"]))
-
-
-@pytest.fixture(scope="module")
-def saved(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_models(tmp_path_factory.mktemp("weights"), made.tokenizer)
 
 
 @pytest.fixture

@@ -21,18 +21,14 @@ from pipeline.inference.filling import fill, prompted
 from pipeline.inference.model import open_model
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.inference.stops import before_end
-from tests.support.harness import KINDS, asked, save_models, write_task_data
+from tests.support.harness import asked, write_task_data
+from tests.support.model_kinds import KINDS
 from tests.support.tiny_run import Artifacts
 
 pytestmark = pytest.mark.timeout(180)
 TASKS = Path(pipeline.harness.__file__).parent / "tasks"
 SETTINGS = {"num_masks": 8, "batch_rows": 2, "length": 8, "temperature": 1.0}
 """Small batches: every kind of request is several pieces of work."""
-
-
-@pytest.fixture(scope="module")
-def saved(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_models(tmp_path_factory.mktemp("weights"), made.tokenizer)
 
 
 @pytest.fixture(scope="module")

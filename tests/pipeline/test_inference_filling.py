@@ -11,26 +11,16 @@ import torch
 from dlm_core.models.attention import AttentionMask
 from dlm_core.noise import Stream, hash_uniform
 from dlm_core.samplers.proposal import Proposal, draw
-from pipeline.artifact import load_manifest
-from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
 from pipeline.inference.filling import Canvas, Filled, drawn_ids, fill, prompted
-from pipeline.inference.model import OpenModel, open_model
+from pipeline.inference.model import OpenModel
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.inference.stops import before_end
-from tests.support.exports import LLAMA
-from tests.support.interchange import drawn, random_model, save_model
-from tests.support.tiny_run import Artifacts, make_artifacts
+from tests.support.model_kinds import KINDS
 
 pytestmark = pytest.mark.timeout(120)
 SEQ_LEN, BLOCK = 32, 4
-RECORDS: dict[str, dict[str, Any]] = {
-    "masked": {},
-    "shifted": {"target_offset": 1},
-    "blocks": {"objective": "block_nelbo", "block_size": BLOCK},
-    "next": {"objective": "autoregressive_nll"},
-}
 STEPWISE = SamplingConfig(SamplerConfig("first_hitting"), temperature=1.0, noise_seed=3)
 PLAIN = SamplingConfig(temperature=1.0, noise_seed=3)
 """What a model of next tokens takes."""
@@ -42,25 +32,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    return make_artifacts(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="module")
-def models(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, OpenModel]:
-    """One of each kind, in float64."""
-    special = load_vocabulary(made.tokenizer).special
-    root = tmp_path_factory.mktemp("weights")
-    opened = {}
-    for name, record in RECORDS.items():
-        model = random_model(drawn(LLAMA), special.vocab_size, special.mask_token_id)
-        weights = save_model(root / name, model, tokenizer=load_manifest(made.tokenizer).fingerprint, **record)
-        opened[name] = open_model(weights, made.tokenizer, "cpu")
-        opened[name].denoiser.double()
-    return opened
 
 
 def _config(name: str) -> SamplingConfig:
@@ -117,9 +88,9 @@ def _naive_next_tokens(model: OpenModel, canvas: Canvas, seed: int) -> list[int]
     return ids[1:]
 
 
-@pytest.mark.parametrize("name", RECORDS)
-def test_prompts_are_continued_as_a_naive_loop_does_it(models: dict[str, OpenModel], name: str) -> None:
-    model, naive = models[name], _naive_next_tokens if name == "next" else _naive_first_hitting
+@pytest.mark.parametrize("name", KINDS)
+def test_prompts_are_continued_as_a_naive_loop_does_it(doubles: dict[str, OpenModel], name: str) -> None:
+    model, naive = doubles[name], _naive_next_tokens if name == "next" else _naive_first_hitting
     canvases = _prompts(model)
     with torch.no_grad():
         wanted = [naive(model, canvas, 3) for canvas in canvases]
@@ -130,9 +101,9 @@ def test_prompts_are_continued_as_a_naive_loop_does_it(models: dict[str, OpenMod
 
 @pytest.mark.parametrize("name", ["masked", "shifted", "blocks"])
 def test_gaps_are_filled_as_a_naive_loop_does_it_and_what_is_given_stays(
-    models: dict[str, OpenModel], name: str
+    doubles: dict[str, OpenModel], name: str
 ) -> None:
-    model = models[name]
+    model = doubles[name]
     canvases = _gaps(model)
     with torch.no_grad():
         wanted = [_naive_first_hitting(model, canvas, 3) for canvas in canvases]
@@ -143,11 +114,11 @@ def test_gaps_are_filled_as_a_naive_loop_does_it_and_what_is_given_stays(
 
 
 @pytest.mark.parametrize("sampler", [SamplerConfig("first_hitting"), SamplerConfig("remdm", num_steps=9, eta=0.3)])
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_canvas_is_filled_alike_in_any_batch_order_and_company(
-    models: dict[str, OpenModel], name: str, sampler: SamplerConfig
+    doubles: dict[str, OpenModel], name: str, sampler: SamplerConfig
 ) -> None:
-    model = models[name]
+    model = doubles[name]
     config = PLAIN if name == "next" else replace(STEPWISE, sampler=sampler)
     canvases = _prompts(model) + (_gaps(model) if name != "next" else [])
     together = _all(model, canvases, config, keep_frames=True)
@@ -174,11 +145,11 @@ WAYS: dict[str, tuple[str, SamplingConfig]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_prompts_of_unlike_lengths_go_together_and_each_is_what_it_is_alone(
-    models: dict[str, OpenModel], way: str
+    doubles: dict[str, OpenModel], way: str
 ) -> None:
     """Of 16 to 20 tokens: few of whatever batch are padding."""
     name, config = WAYS[way]
-    model, step = models[name], BLOCK if name == "blocks" else 1
+    model, step = doubles[name], BLOCK if name == "blocks" else 1
     sizes = [16 + step * (3 * i % 5) for i in range(16)]
     canvases = [prompted(model, range(20 + i, 20 + i + size - 8), 8, 50 + i) for i, size in enumerate(sizes)]
     found, calls = {}, {}
@@ -200,9 +171,9 @@ def test_prompts_of_unlike_lengths_go_together_and_each_is_what_it_is_alone(
 
 
 @pytest.mark.parametrize(("name", "commits"), [("masked", 0), ("shifted", 0), ("blocks", 2), ("next", 0)])
-def test_every_forward_pass_is_counted(models: dict[str, OpenModel], name: str, commits: int) -> None:
+def test_every_forward_pass_is_counted(doubles: dict[str, OpenModel], name: str, commits: int) -> None:
     """A pass a token; of a model of blocks one more for the prompt and for each block but the last."""
-    model, calls = models[name], []
+    model, calls = doubles[name], []
     handle = model.denoiser.embedding.register_forward_hook(lambda *_: calls.append(1))
     try:
         (filled,) = _all(model, [prompted(model, range(20, 24), 8, 5)], _config(name))
@@ -211,9 +182,9 @@ def test_every_forward_pass_is_counted(models: dict[str, OpenModel], name: str, 
     assert filled.nfe == len(calls) == 8 + commits
 
 
-@pytest.mark.parametrize("name", RECORDS)
-def test_frames_are_the_row_before_each_of_its_passes_and_at_the_end(models: dict[str, OpenModel], name: str) -> None:
-    model = models[name]
+@pytest.mark.parametrize("name", KINDS)
+def test_frames_are_the_row_before_each_of_its_passes_and_at_the_end(doubles: dict[str, OpenModel], name: str) -> None:
+    model = doubles[name]
     canvases = _prompts(model)
     for canvas, filled in zip(canvases, _all(model, canvases, _config(name), keep_frames=True), strict=True):
         assert filled.frames[0] == canvas.ids
@@ -224,15 +195,15 @@ def test_frames_are_the_row_before_each_of_its_passes_and_at_the_end(models: dic
             assert len(changed) == 1 or (name == "blocks" and not changed)  # a token behind the row
 
 
-@pytest.mark.parametrize("name", RECORDS)
-def test_a_canvas_without_a_mask_costs_nothing(models: dict[str, OpenModel], name: str) -> None:
-    found = _all(models[name], [Canvas([5, 6, 7], 0, num_cut=2), Canvas([], 1)], PLAIN, keep_frames=True)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_canvas_without_a_mask_costs_nothing(doubles: dict[str, OpenModel], name: str) -> None:
+    found = _all(doubles[name], [Canvas([5, 6, 7], 0, num_cut=2), Canvas([], 1)], PLAIN, keep_frames=True)
     assert found == [Filled([5, 6, 7], 0, 2, [[5, 6, 7]]), Filled([], 0, 0, [[]])]
 
 
-@pytest.mark.parametrize("name", RECORDS)
-def test_each_pass_is_heard_of_with_the_rows_of_its_batch(models: dict[str, OpenModel], name: str) -> None:
-    model, heard = models[name], []
+@pytest.mark.parametrize("name", KINDS)
+def test_each_pass_is_heard_of_with_the_rows_of_its_batch(doubles: dict[str, OpenModel], name: str) -> None:
+    model, heard = doubles[name], []
     canvases = [prompted(model, (20, 21), 6, 0), prompted(model, (22, 23), 6, 1), prompted(model, (), 2, 2)]
     filled = _all(model, canvases, _config(name), on_pass=lambda n, rows: heard.append((n, rows)), keep_frames=True)
     pairs = [(n, rows) for n, rows in heard if 0 in rows]
@@ -247,10 +218,10 @@ def test_each_pass_is_heard_of_with_the_rows_of_its_batch(models: dict[str, Open
     }
 
 
-@pytest.mark.parametrize("name", RECORDS)
-def test_a_change_of_logits_knows_sample_and_position(models: dict[str, OpenModel], name: str) -> None:
+@pytest.mark.parametrize("name", KINDS)
+def test_a_change_of_logits_knows_sample_and_position(doubles: dict[str, OpenModel], name: str) -> None:
     """Token 30 + position for odd samples, 60 + position for others."""
-    model = models[name]
+    model = doubles[name]
 
     def change(logits: torch.Tensor, sample_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         wanted = torch.where(sample_ids % 2 == 1, 30, 60) + positions
@@ -285,8 +256,8 @@ def _naive_guided(model: OpenModel, canvas: Canvas, w: float) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["masked", "shifted"])
-def test_guidance_follows_a_naive_loop_and_counts_two_passes_for_one(models: dict[str, OpenModel], name: str) -> None:
-    model, calls = models[name], []
+def test_guidance_follows_a_naive_loop_and_counts_two_passes_for_one(doubles: dict[str, OpenModel], name: str) -> None:
+    model, calls = doubles[name], []
     canvases = [*_prompts(model)[1:4], *_gaps(model)]
     with torch.no_grad():
         wanted = [_naive_guided(model, canvas, 1.5) for canvas in canvases]
@@ -301,9 +272,9 @@ def test_guidance_follows_a_naive_loop_and_counts_two_passes_for_one(models: dic
     assert filled.nfe == 16
 
 
-def test_windows_have_the_same_prompt_under_guidance(models: dict[str, OpenModel]) -> None:
+def test_windows_have_the_same_prompt_under_guidance(doubles: dict[str, OpenModel]) -> None:
     """What a window has filled is no prompt of the next."""
-    model, config = models["masked"], replace(STEPWISE, guidance=1.0, block_size=1, temperature=0.0)
+    model, config = doubles["masked"], replace(STEPWISE, guidance=1.0, block_size=1, temperature=0.0)
     (canvas,) = [prompted(model, (20, 21, 22), 4, 0)]
     ids = list(canvas.ids)
     for place in range(3, 7):
@@ -316,9 +287,9 @@ def test_windows_have_the_same_prompt_under_guidance(models: dict[str, OpenModel
 
 
 @pytest.mark.parametrize("name", ["masked", "shifted"])
-def test_no_guidance_is_the_plain_sampler_bit_for_bit(models: dict[str, OpenModel], name: str) -> None:
+def test_no_guidance_is_the_plain_sampler_bit_for_bit(doubles: dict[str, OpenModel], name: str) -> None:
     """Its context with w 0 gives the same logits, and w 0 takes no second branch."""
-    model, seen = models[name], []
+    model, seen = doubles[name], []
 
     def look(logits: torch.Tensor, sample_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         seen.append(logits.clone())
@@ -335,8 +306,8 @@ def test_no_guidance_is_the_plain_sampler_bit_for_bit(models: dict[str, OpenMode
 
 
 @pytest.mark.parametrize("name", ["masked", "blocks", "next"])
-def test_a_row_ends_with_its_first_end_and_its_text_before_it(models: dict[str, OpenModel], name: str) -> None:
-    model = models[name]
+def test_a_row_ends_with_its_first_end_and_its_text_before_it(doubles: dict[str, OpenModel], name: str) -> None:
+    model = doubles[name]
     eos = model.vocabulary.special.eos_token_id
     windows = {"block_size": BLOCK} if name == "masked" else {}
     config = replace(_config(name), ends_at_eos=True, **windows)
@@ -354,9 +325,9 @@ def test_a_row_ends_with_its_first_end_and_its_text_before_it(models: dict[str, 
     assert filled.nfe == {"masked": 8, "blocks": 8 + 2, "next": 6}[name]
 
 
-@pytest.mark.parametrize("name", RECORDS)
-def test_suppressed_tokens_are_never_drawn(models: dict[str, OpenModel], name: str) -> None:
-    model, special = models[name], models[name].vocabulary.special
+@pytest.mark.parametrize("name", KINDS)
+def test_suppressed_tokens_are_never_drawn(doubles: dict[str, OpenModel], name: str) -> None:
+    model, special = doubles[name], doubles[name].vocabulary.special
     allowed = {30, 31, 32}
     suppressed = tuple(i for i in range(special.vocab_size) if i not in {*allowed, special.eos_token_id})
     config = replace(_config(name), suppressed=suppressed, suppresses_eos=True)
@@ -367,8 +338,8 @@ def test_suppressed_tokens_are_never_drawn(models: dict[str, OpenModel], name: s
 # Prompts
 
 
-def test_a_prompt_is_cut_from_the_left_where_it_leaves_no_room(models: dict[str, OpenModel]) -> None:
-    for name, model in models.items():
+def test_a_prompt_is_cut_from_the_left_where_it_leaves_no_room(doubles: dict[str, OpenModel]) -> None:
+    for name, model in doubles.items():
         mask, eos = model.mask_token_id, model.vocabulary.special.eos_token_id
         assert prompted(model, range(20, 60), 12, 5) == Canvas([*range(40, 60), *[mask] * 12], 5, num_cut=20), name
         assert prompted(model, range(20, 25), 12, 5) == Canvas([*range(20, 25), *[mask] * 12], 5)
@@ -376,7 +347,7 @@ def test_a_prompt_is_cut_from_the_left_where_it_leaves_no_room(models: dict[str,
         with pytest.raises(UserError, match="33 tokens are to be drawn, but rows of the model have 32"):
             prompted(model, (5,), 33, 0)
     with pytest.raises(UserError, match=r"32 tokens are to be drawn, .* of which the first must be given; ask for"):
-        prompted(models["shifted"], (5,), 32, 0)
+        prompted(doubles["shifted"], (5,), 32, 0)
 
 
 # Bad input
@@ -404,7 +375,7 @@ def test_a_prompt_is_cut_from_the_left_where_it_leaves_no_room(models: dict[str,
     ],
 )
 def test_what_a_model_cannot_fill_or_use_is_refused_before_any_pass(
-    models: dict[str, OpenModel], name: str, ids: list[int], changes: dict[str, Any], words: str
+    doubles: dict[str, OpenModel], name: str, ids: list[int], changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        next(fill(models[name], [Canvas([5, 6], 0), Canvas(ids, 1)], replace(PLAIN, **changes)))
+        next(fill(doubles[name], [Canvas([5, 6], 0), Canvas(ids, 1)], replace(PLAIN, **changes)))

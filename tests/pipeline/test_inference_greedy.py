@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.inference.greedy import are_greedy
 from pipeline.inference.likelihood import LikelihoodConfig, Request
 from pipeline.inference.model import OpenModel, open_model
-from tests.support.harness import save_models
+from tests.support.model_kinds import save_models
 from tests.support.tiny_run import Artifacts
 
 CONFIG = LikelihoodConfig(batch_rows=2)

@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from dlm_core.models.attention import AttentionMask
-from pipeline.artifact import load_manifest
-from pipeline.data.vocabulary import load_vocabulary
 from pipeline.errors import UserError
 from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
-from pipeline.inference.model import OpenModel, open_model
-from tests.support.exports import LLAMA
-from tests.support.interchange import drawn, random_model, save_model
-from tests.support.tiny_run import Artifacts, make_artifacts
+from pipeline.inference.model import OpenModel
 
 pytestmark = pytest.mark.timeout(120)
 SEQ_LEN, BLOCK = 32, 4
@@ -25,30 +20,6 @@ CONFIG = LikelihoodConfig(num_masks=16)
 SHORT = (Request((5, 9, 12), (7, 8, 30), 0), Request((), (11, 12, 13, 14), 1), Request((40,), (41,), 2, (42, 43)))
 """Whose masks are all taken."""
 LONG = tuple(Request(range(20, 20 + 2 * i), range(50 + i, 56 + 2 * i), i // 2, range(90, 90 + i % 3)) for i in range(6))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    return make_artifacts(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="module")
-def models(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, OpenModel]:
-    special = load_vocabulary(made.tokenizer).special
-    root = tmp_path_factory.mktemp("weights")
-    records = {
-        "masked": {},
-        "shifted": {"target_offset": 1},
-        "blocks": {"objective": "block_nelbo", "block_size": BLOCK},
-        "next": {"objective": "autoregressive_nll"},
-    }
-    opened = {}
-    for name, record in records.items():
-        model = random_model(drawn(LLAMA), special.vocab_size, special.mask_token_id)
-        weights = save_model(root / name, model, tokenizer=load_manifest(made.tokenizer).fingerprint, **record)
-        opened[name] = open_model(weights, made.tokenizer, "cpu")
-        opened[name].denoiser.double()
-    return opened
 
 
 def naive_loss(model: OpenModel, row: list[int], masked: Sequence[int], mask: AttentionMask = EVERYWHERE) -> float:
@@ -73,14 +44,14 @@ def enumerated(model: OpenModel, request: Request) -> float:
 
 
 @pytest.mark.parametrize("name", ["masked", "shifted"])
-def test_short_answers_are_scored_by_every_subset_of_their_tokens(models: dict[str, OpenModel], name: str) -> None:
-    scores = score(models[name], SHORT, CONFIG)
-    assert [s.nats for s in scores] == pytest.approx([enumerated(models[name], r) for r in SHORT], rel=1e-10)
+def test_short_answers_are_scored_by_every_subset_of_their_tokens(doubles: dict[str, OpenModel], name: str) -> None:
+    scores = score(doubles[name], SHORT, CONFIG)
+    assert [s.nats for s in scores] == pytest.approx([enumerated(doubles[name], r) for r in SHORT], rel=1e-10)
     assert [(s.mc_se, s.dof, s.num_passes) for s in scores] == [(0.0, math.inf, n) for n in (7, 15, 1)]
 
 
-def test_answers_of_a_next_token_model_are_scored_exactly(models: dict[str, OpenModel]) -> None:
-    model, requests = models["next"], [*SHORT, *LONG]
+def test_answers_of_a_next_token_model_are_scored_exactly(doubles: dict[str, OpenModel]) -> None:
+    model, requests = doubles["next"], [*SHORT, *LONG]
     wanted = []
     for request in requests:
         row = [model.vocabulary.special.eos_token_id, *request.context, *request.answer]
@@ -92,9 +63,9 @@ def test_answers_of_a_next_token_model_are_scored_exactly(models: dict[str, Open
     assert all((s.mc_se, s.num_passes) == (0.0, 1) for s in scores)
 
 
-def test_answers_of_a_model_of_blocks_are_a_chain_over_blocks(models: dict[str, OpenModel]) -> None:
+def test_answers_of_a_model_of_blocks_are_a_chain_over_blocks(doubles: dict[str, OpenModel]) -> None:
     """Every subset of an answer's tokens in a block, given the clean blocks before it alone."""
-    model, requests = models["blocks"], [*SHORT, *LONG]
+    model, requests = doubles["blocks"], [*SHORT, *LONG]
     wanted: list[float] = []
     for request in requests:
         row, total = [*request.context, *request.answer, *request.suffix], 0.0
@@ -113,35 +84,35 @@ def test_answers_of_a_model_of_blocks_are_a_chain_over_blocks(models: dict[str, 
 
 
 @pytest.mark.parametrize("name", ["masked", "shifted", "blocks", "next"])
-def test_scores_depend_on_their_request_alone(models: dict[str, OpenModel], name: str) -> None:
+def test_scores_depend_on_their_request_alone(doubles: dict[str, OpenModel], name: str) -> None:
     """Of blocks, with fewer masks than their tokens have subsets."""
     requests, config = [*SHORT, *LONG], replace(CONFIG, num_masks=8) if name == "blocks" else CONFIG
-    whole = score(models[name], requests, config)
+    whole = score(doubles[name], requests, config)
     assert max(s.mc_se for s in whole) > 0 or name == "next"
     for changed in (
-        [score(models[name], [request], config)[0] for request in requests],
-        score(models[name], requests[::-1], config)[::-1],
-        score(models[name], requests, replace(config, batch_rows=1)),
-        score(models[name], requests, replace(config, batch_rows=7)),
+        [score(doubles[name], [request], config)[0] for request in requests],
+        score(doubles[name], requests[::-1], config)[::-1],
+        score(doubles[name], requests, replace(config, batch_rows=1)),
+        score(doubles[name], requests, replace(config, batch_rows=7)),
     ):
         for one, other in zip(whole, changed, strict=True):
             assert one.nats == pytest.approx(other.nats, rel=1e-6 if name == "next" else 1e-9)
             assert one.mc_se == pytest.approx(other.mc_se, rel=1e-6, abs=1e-9)
             assert (one.num_passes, one.num_cut) == (other.num_passes, other.num_cut)
-    again = score(models[name], requests, config)
+    again = score(doubles[name], requests, config)
     assert again == whole
     if name != "next":
-        assert score(models[name], requests, replace(config, noise_seed=1)) != whole
+        assert score(doubles[name], requests, replace(config, noise_seed=1)) != whole
 
 
 @pytest.mark.parametrize(
     ("name", "guidance", "most"), [("masked", 0.0, 0), ("masked", 0.5, 20), ("shifted", 0.5, 20), ("blocks", 0.0, 40)]
 )
 def test_scores_are_the_same_where_logits_are_too_many_to_be_held(
-    name: str, guidance: float, most: int, models: dict[str, OpenModel], monkeypatch: pytest.MonkeyPatch
+    name: str, guidance: float, most: int, doubles: dict[str, OpenModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without guidance the core counts a loss in parts, elsewhere batches have fewer rows."""
-    model, config, asked = models[name], replace(CONFIG, guidance=guidance), list[int]()
+    model, config, asked = doubles[name], replace(CONFIG, guidance=guidance), list[int]()
     held = score(model, LONG, config)
     sides = 2 if guidance else 1
     monkeypatch.setattr("pipeline.inference.likelihood._MAX_LOGITS", sides * most * model.record.model.vocab_size)
@@ -160,8 +131,8 @@ def test_scores_are_the_same_where_logits_are_too_many_to_be_held(
     assert most // 2 < max(asked) <= most if most else max(asked) == 0
 
 
-def test_guidance_masks_the_context_of_the_side_without_it(models: dict[str, OpenModel]) -> None:
-    model, request, w = models["masked"], Request((5, 9, 12), (7,), 0, (42,)), 1.5
+def test_guidance_masks_the_context_of_the_side_without_it(doubles: dict[str, OpenModel]) -> None:
+    model, request, w = doubles["masked"], Request((5, 9, 12), (7,), 0, (42,)), 1.5
     row, mask = [*request.context, *request.answer, *request.suffix], model.mask_token_id
     sides = [torch.tensor([[*context, mask, 42]]) for context in (row[:3], [mask] * 3)]
     c, u = (model.denoiser(side, torch.tensor([3]))[0] for side in sides)
@@ -170,21 +141,21 @@ def test_guidance_masks_the_context_of_the_side_without_it(models: dict[str, Ope
     assert found.nats == pytest.approx(wanted, rel=1e-6)
     for name in ("next", "blocks"):
         with pytest.raises(UserError, match=r"guidance is 1\.5, but the model"):
-            score(models[name], [request], replace(CONFIG, guidance=w))
+            score(doubles[name], [request], replace(CONFIG, guidance=w))
 
 
 @pytest.mark.parametrize("name", ["masked", "shifted", "blocks"])
-def test_a_context_without_room_loses_its_beginning_and_says_how_much(models: dict[str, OpenModel], name: str) -> None:
+def test_a_context_without_room_loses_its_beginning_and_says_how_much(doubles: dict[str, OpenModel], name: str) -> None:
     context, answer, suffix = range(5, 55), (60, 61), (62, 63)
     long, cut = score(
-        models[name], [Request(context, answer, 3, suffix), Request(context[22:], answer, 3, suffix)], CONFIG
+        doubles[name], [Request(context, answer, 3, suffix), Request(context[22:], answer, 3, suffix)], CONFIG
     )
     assert (long.num_cut, cut.num_cut) == (22, 0)
     assert (long.nats, long.mc_se) == (cut.nats, cut.mc_se)
 
 
-def test_next_tokens_are_given_the_last_token_for_which_there_was_no_room(models: dict[str, OpenModel]) -> None:
-    model, context, answer = models["next"], range(5, 55), (60, 61)
+def test_next_tokens_are_given_the_last_token_for_which_there_was_no_room(doubles: dict[str, OpenModel]) -> None:
+    model, context, answer = doubles["next"], range(5, 55), (60, 61)
     row = [*context[19:], *answer]
     log_probs = model.denoiser(torch.tensor([row[:-1]]), mask=AttentionMask("causal")).log_softmax(-1)
     (found,) = score(model, [Request(context, answer, 0)], CONFIG)
@@ -192,17 +163,17 @@ def test_next_tokens_are_given_the_last_token_for_which_there_was_no_room(models
     assert found.num_cut == 19
 
 
-def test_an_answer_longer_than_a_row_is_refused(models: dict[str, OpenModel]) -> None:
+def test_an_answer_longer_than_a_row_is_refused(doubles: dict[str, OpenModel]) -> None:
     with pytest.raises(UserError, match="an answer has 33 tokens and 0 follow it, but rows of the model have 32;"):
-        score(models["masked"], [Request((), range(5, 38), 0)], CONFIG)
+        score(doubles["masked"], [Request((), range(5, 38), 0)], CONFIG)
     with pytest.raises(UserError, match="of which the first must be given; shorten it"):
-        score(models["shifted"], [Request((), range(5, 37), 0)], CONFIG)
+        score(doubles["shifted"], [Request((), range(5, 37), 0)], CONFIG)
 
 
-def test_nothing_is_asked_of_empty_answers_and_no_requests(models: dict[str, OpenModel]) -> None:
-    assert score(models["masked"], [], CONFIG) == []
-    for name in models:
-        assert score(models[name], [Request((5,), (), 0)], CONFIG) == [Score(0.0, (), math.inf, 0, 0)]
+def test_nothing_is_asked_of_empty_answers_and_no_requests(doubles: dict[str, OpenModel]) -> None:
+    assert score(doubles["masked"], [], CONFIG) == []
+    for name in doubles:
+        assert score(doubles[name], [Request((5,), (), 0)], CONFIG) == [Score(0.0, (), math.inf, 0, 0)]
 
 
 @pytest.mark.parametrize(

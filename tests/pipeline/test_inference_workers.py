@@ -10,7 +10,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.inference.model import OpenModel
 from pipeline.inference.workers import Workers
-from tests.support.harness import save_models
+from tests.support.model_kinds import save_models
 from tests.support.tiny_run import Artifacts
 
 pytestmark = pytest.mark.timeout(120)

@@ -3,7 +3,6 @@
 import gzip
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from dlm_core.intervals import t_quantile
 from pipeline.errors import UserError
@@ -22,41 +20,12 @@ from pipeline.tasks.likelihoods import mask_id
 from pipeline.tasks.questions import external_data
 from pipeline.tasks.run import read_records
 from pipeline.tracking import WandbRun
-from tests.support.questions import (
-    CONFIG,
-    RECORDS,
-    FakeWandbRun,
-    ask,
-    both,
-    choices,
-    make_weights,
-    numbers,
-    texts,
-    write,
-)
-from tests.support.tiny_run import Artifacts, make_artifacts, run_stage
+from tests.support.model_kinds import KINDS
+from tests.support.questions import CONFIG, FakeWandbRun, ask, both, choices, numbers, texts, write
+from tests.support.tiny_run import Artifacts, run_stage
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("torch_settings")]
 SEQ_LEN = 32
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    return make_artifacts(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="module")
-def weights(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_weights(tmp_path_factory.mktemp("weights"), made)
-
-
-@pytest.fixture(autouse=True)
-def torch_settings() -> Iterator[None]:
-    """Undo the process-wide settings of the stage."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_flush_denormal(False)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +51,12 @@ def turned(one: tuple[float, np.ndarray], other: tuple[float, np.ndarray]) -> fl
     return NormalDist().cdf(-abs(other[0] - one[0]) / se) if se else 0.0
 
 
-@pytest.mark.parametrize("name", list(RECORDS))
+@pytest.mark.parametrize("name", list(KINDS))
 def test_choices_are_those_of_a_loop_over_one_question_at_a_time(
-    name: str, weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
+    name: str, saved: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
 ) -> None:
-    found = ask(config, weights[name], made.tokenizer, tmp_path / "out")["which"]
-    model = open_model(weights[name], made.tokenizer, "cpu")
+    found = ask(config, saved[name], made.tokenizer, tmp_path / "out")["which"]
+    model = open_model(saved[name], made.tokenizer, "cpu")
     right, right_norm, right_bytes, nats, noise, margins, turning, risks = [], [], [], [], [], [], [], []
     for number, question in enumerate(choices()):
         answers = question["choices"]
@@ -136,13 +105,13 @@ def test_choices_are_those_of_a_loop_over_one_question_at_a_time(
             assert min(metrics["acc"]["mc_se"], metrics["turning"]["value"]) > 0
 
 
-@pytest.mark.parametrize("name", list(RECORDS))
+@pytest.mark.parametrize("name", list(KINDS))
 def test_texts_are_those_of_a_loop_over_one_row_at_a_time(
-    name: str, weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
+    name: str, saved: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
 ) -> None:
-    found = ask(config, weights[name], made.tokenizer, tmp_path / "out")["how"]["metrics"]
-    model = open_model(weights[name], made.tokenizer, "cpu")
-    size = SEQ_LEN - RECORDS[name].get("target_offset", 0)
+    found = ask(config, saved[name], made.tokenizer, tmp_path / "out")["how"]["metrics"]
+    model = open_model(saved[name], made.tokenizer, "cpu")
+    size = SEQ_LEN - KINDS[name].get("target_offset", 0)
     nats, noise, tokens, num_bytes, num_words, most_rows = [], 0.0, [], 0, 0, 0
     for number, question in enumerate(texts()):
         ids = model.encode(question["text"])
@@ -177,17 +146,17 @@ def test_texts_are_those_of_a_loop_over_one_row_at_a_time(
 @pytest.mark.parametrize("batch_rows", [1, 7])
 @pytest.mark.parametrize("name", ["masked", "next"])
 def test_batches_and_shards_change_no_printed_digit_in_float64(
-    name: str, batch_rows: int, weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
+    name: str, batch_rows: int, saved: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
 ) -> None:
     assert config.likelihood.batch_rows == 32
-    single = ask(config, weights[name], made.tokenizer, tmp_path / "single")
-    model = open_model(weights[name], made.tokenizer, "cpu")
+    single = ask(config, saved[name], made.tokenizer, tmp_path / "single")
+    model = open_model(saved[name], made.tokenizer, "cpu")
     model.denoiser.double()
     try:
-        whole = ask(config, weights[name], made.tokenizer, tmp_path / "whole")
+        whole = ask(config, saved[name], made.tokenizer, tmp_path / "whole")
         likelihood = replace(config.likelihood, batch_rows=batch_rows)
         other = ask(
-            replace(config, likelihood=likelihood, num_shards=1), weights[name], made.tokenizer, tmp_path / "other"
+            replace(config, likelihood=likelihood, num_shards=1), saved[name], made.tokenizer, tmp_path / "other"
         )
     finally:
         model.denoiser.float()
@@ -197,10 +166,10 @@ def test_batches_and_shards_change_no_printed_digit_in_float64(
 
 
 def test_records_tell_each_question_and_are_the_same_bytes_again(
-    weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
+    saved: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
 ) -> None:
-    ask(config, weights["masked"], made.tokenizer, tmp_path / "one")
-    ask(config, weights["masked"], made.tokenizer, tmp_path / "two")
+    ask(config, saved["masked"], made.tokenizer, tmp_path / "one")
+    ask(config, saved["masked"], made.tokenizer, tmp_path / "two")
     for file in ("results.json", "which.jsonl", "how.jsonl"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     records = read_records(tmp_path / "one" / "which.jsonl")
@@ -212,11 +181,11 @@ def test_records_tell_each_question_and_are_the_same_bytes_again(
 
 
 def test_a_limit_takes_the_first_questions_with_the_same_masks(
-    weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
+    saved: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path
 ) -> None:
     few = {"which": replace(config.tasks["which"], limit=5)}
-    ask(replace(CONFIG, tasks=few, num_shards=1), weights["masked"], made.tokenizer, tmp_path / "few")
-    ask(config, weights["masked"], made.tokenizer, tmp_path / "all")
+    ask(replace(CONFIG, tasks=few, num_shards=1), saved["masked"], made.tokenizer, tmp_path / "few")
+    ask(config, saved["masked"], made.tokenizer, tmp_path / "all")
     some, every = (read_records(tmp_path / name / "which.jsonl") for name in ("few", "all"))
     assert len(some) == 5
     assert numbers(some) == pytest.approx(numbers(every[:5]), rel=1e-5)
@@ -225,7 +194,7 @@ def test_a_limit_takes_the_first_questions_with_the_same_masks(
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_counted_and_listed(weights: dict[str, Path], made: Artifacts, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_counted_and_listed(saved: dict[str, Path], made: Artifacts, tmp_path: Path) -> None:
     long = "abc " * 40
     questions = [
         {"context": "one", "choices": [" two", " three"], "answer": 0},
@@ -234,7 +203,7 @@ def test_what_does_not_fit_is_counted_and_listed(weights: dict[str, Path], made:
     ]
     file = write(tmp_path / "q.jsonl", questions)
     config = replace(CONFIG, tasks={"q": TaskConfig("multiple_choice", str(file))})
-    found = ask(config, weights["masked"], made.tokenizer, tmp_path / "out")["q"]
+    found = ask(config, saved["masked"], made.tokenizer, tmp_path / "out")["q"]
     assert (found["n"], found["num_failed"], found["num_cut"]) == (2, 1, 1)
     (failed,) = found["failed"]
     assert failed["number"] == 1
@@ -346,14 +315,14 @@ def test_a_task_that_makes_no_sense_is_refused(fields: dict[str, Any], words: st
 
 
 def test_a_stage_without_tasks_is_refused_before_it_runs(
-    weights: dict[str, Path], made: Artifacts, tmp_path: Path
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"tasks\.tasks is empty; give tasks, as in --set tasks\.tasks\.NAME="):
-        run_stage(STAGE, CONFIG, {"weights": weights["masked"], "tokenizer": made.tokenizer}, tmp_path / "out")
+        run_stage(STAGE, CONFIG, {"weights": saved["masked"], "tokenizer": made.tokenizer}, tmp_path / "out")
 
 
 def test_a_file_that_changes_meanwhile_is_refused(
-    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.tasks import run
 
@@ -368,15 +337,15 @@ def test_a_file_that_changes_meanwhile_is_refused(
     monkeypatch.setattr(run, "list_shards", change_behind_its_back)
     config = replace(CONFIG, tasks={"q": TaskConfig("multiple_choice", str(file))})
     with pytest.raises(UserError, match=r"tasks\.q\.file: .*q\.jsonl has changed since the run was planned"):
-        run_stage(STAGE, config, {"weights": weights["masked"], "tokenizer": made.tokenizer}, tmp_path / "out")
+        run_stage(STAGE, config, {"weights": saved["masked"], "tokenizer": made.tokenizer}, tmp_path / "out")
 
 
 def test_results_go_to_wandb_as_values_of_a_run(
-    weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeWandbRun()
     monkeypatch.setattr(WandbRun, "_start", lambda *_: fake)
-    found = ask(replace(config, track=True), weights["masked"], made.tokenizer, tmp_path / "out")
+    found = ask(replace(config, track=True), saved["masked"], made.tokenizer, tmp_path / "out")
     assert fake.is_finished
     acc = found["which"]["metrics"]["acc"]
     prefix = "tasks/which/acc"
@@ -388,14 +357,14 @@ def test_results_go_to_wandb_as_values_of_a_run(
 
 
 def test_results_are_there_though_wandb_is_broken(
-    weights: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path,
+    saved: dict[str, Path], made: Artifacts, config: TasksConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def fail(*arguments: Any) -> Any:
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(WandbRun, "_start", fail)
-    assert ask(replace(config, track=True), weights["next"], made.tokenizer, tmp_path / "out")["which"]["n"] == 14
+    assert ask(replace(config, track=True), saved["next"], made.tokenizer, tmp_path / "out")["which"]["n"] == 14
     assert "warning: Weights & Biases is off for the rest of this stage: RuntimeError: out of order" in (
         capsys.readouterr().err
     )

@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 import pipeline.harness
 from pipeline.inference.pairs import encode_pair
 from pipeline.tasks.config import TaskConfig
-from tests.support.harness import KINDS, save_models
+from tests.support.model_kinds import KINDS, save_models
 from tests.support.questions import CONFIG, ask, write
 from tests.support.tiny_run import Artifacts
 

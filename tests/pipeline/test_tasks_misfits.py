@@ -1,12 +1,10 @@
 """What a model cannot be asked: refused before its weights are read, or one question's failure and no other's."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline.errors import UserError
 from pipeline.inference.likelihood import LikelihoodConfig
@@ -15,33 +13,14 @@ from pipeline.inference.sampling import SamplingConfig
 from pipeline.sandbox.isolation import Isolation
 from pipeline.sandbox.limits import Outcome
 from pipeline.tasks.config import TaskConfig, TasksConfig
-from tests.support.questions import ask, choices, make_weights, write
-from tests.support.tiny_run import Artifacts, make_artifacts
+from tests.support.questions import ask, choices, write
+from tests.support.tiny_run import Artifacts
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("torch_settings")]
 CONFIG = TasksConfig(device="cpu", track=False, num_shards=2)
 WINDOWS = SamplingConfig(SamplerConfig("confidence", num_steps=2), block_size=4)
 GUIDED = SamplingConfig(SamplerConfig("confidence", num_steps=2), guidance=1.0)
 PROBLEM = {"task_id": "a", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "", "test": ""}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    return make_artifacts(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="module")
-def weights(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_weights(tmp_path_factory.mktemp("weights"), made)
-
-
-@pytest.fixture(autouse=True)
-def torch_settings() -> Iterator[None]:
-    """Undo the process-wide settings of the stage."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_flush_denormal(False)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -78,10 +57,10 @@ NOTHING_GIVEN = "guidance is 1.0, but nothing is given that it could strengthen"
 )
 def test_what_cannot_be_written_fails_by_itself(
     kind: Any, questions: list[Any], settings: dict[str, Any], model: str, failed: list[int] | None, reason: str,
-    weights: dict[str, Path], made: Artifacts, tmp_path: Path,
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path,
 ) -> None:  # fmt: skip
     task = TaskConfig(kind, str(write(tmp_path / "q.jsonl", questions)), **settings)
-    found = ask(replace(CONFIG, tasks={"q": task}), weights[model], made.tokenizer, tmp_path / "out")["q"]
+    found = ask(replace(CONFIG, tasks={"q": task}), saved[model], made.tokenizer, tmp_path / "out")["q"]
     numbers = [one["number"] for one in found["failed"]]
     assert 0 < len(numbers) == found["num_failed"] < len(questions)
     assert failed is None or numbers == failed
@@ -106,7 +85,7 @@ def test_what_cannot_be_written_fails_by_itself(
 )  # fmt: skip
 def test_what_fits_no_question_is_refused_before_weights_are_read(
     kind: Any, settings: dict[str, Any], model: str, words: str,
-    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("pipeline.inference.model.load_denoiser", lambda *_: pytest.fail("the weights are read"))
     file = (
@@ -114,18 +93,18 @@ def test_what_fits_no_question_is_refused_before_weights_are_read(
     )
     config = replace(CONFIG, tasks={"q": TaskConfig(kind, **file, **settings)})
     with pytest.raises(UserError, match=words):
-        ask(config, weights[model], made.tokenizer, tmp_path / "out")
+        ask(config, saved[model], made.tokenizer, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("model", "words"), [("blocks", "is of blocks"), ("next", "predicts the next token")])
 def test_guidance_of_a_likelihood_that_no_model_has_is_refused_before_weights_are_read(
-    model: str, words: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, words: str, saved: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.inference.model.load_denoiser", lambda *_: pytest.fail("the weights are read"))
     task = TaskConfig("multiple_choice", str(write(tmp_path / "q.jsonl", choices())))
     config = replace(CONFIG, tasks={"q": task}, likelihood=LikelihoodConfig(guidance=0.5))
     with pytest.raises(UserError, match=f"likelihood.guidance is 0.5, but the model of 'q' {words}"):
-        ask(config, weights[model], made.tokenizer, tmp_path / "out")
+        ask(config, saved[model], made.tokenizer, tmp_path / "out")
 
 
 def test_guidance_of_samples_is_refused() -> None:

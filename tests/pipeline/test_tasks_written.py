@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dlm_core.intervals import mean_interval
 from pipeline.config import to_json
@@ -33,32 +32,14 @@ from pipeline.tasks.likelihoods import mask_id
 from pipeline.tasks.run import read_records
 from pipeline.tracking import WandbRun
 from pipeline.weights import load_denoiser
-from tests.support.questions import RECORDS, FakeWandbRun, ask, make_weights, words, write
+from tests.support.model_kinds import KINDS, save_models
+from tests.support.questions import FakeWandbRun, ask, words, write
 from tests.support.tiny_run import Artifacts, make_artifacts
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("torch_settings")]
 CONFIG = TasksConfig(device="cpu", track=False, num_shards=3)
 SAMPLING = SamplingConfig(SamplerConfig("confidence", num_steps=4), temperature=0.7, noise_seed=5)
 NEXT = SamplingConfig(temperature=0.7, noise_seed=5)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    return make_artifacts(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="module")
-def weights(made: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_weights(tmp_path_factory.mktemp("weights"), made)
-
-
-@pytest.fixture(autouse=True)
-def torch_settings() -> Iterator[None]:
-    """Undo the process-wide settings of the stage."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_flush_denormal(False)
-    torch.set_num_threads(threads)
 
 
 def sampling(name: str) -> SamplingConfig:
@@ -77,14 +58,14 @@ def before_end(model: OpenModel, drawn: list[int]) -> list[int]:
     return drawn[: drawn.index(end)] if end in drawn else drawn
 
 
-@pytest.mark.parametrize("name", list(RECORDS))
+@pytest.mark.parametrize("name", list(KINDS))
 def test_answers_are_those_of_a_loop_over_one_prompt_at_a_time(
-    name: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path
+    name: str, saved: dict[str, Path], made: Artifacts, tmp_path: Path
 ) -> None:
     chance = random.Random(3)
     prompts = [words(chance, 0, 8) for _ in range(9)] + [words(chance, 30, 40)]
     pattern, stop = "([a-z]{2,})", ("é",)
-    model = open_model(weights[name], made.tokenizer, "cpu")
+    model = open_model(saved[name], made.tokenizer, "cpu")
     wanted = []
     for number, prompt in enumerate(prompts):
         drawn = alone(model, prompted(model, model.encode(prompt), 12, mask_id(number)), sampling(name))
@@ -99,7 +80,7 @@ def test_answers_are_those_of_a_loop_over_one_prompt_at_a_time(
     questions = [{**q, "answer": q["answer"].removeprefix("so it is ")} for q in questions]
     file = write(tmp_path / "q.jsonl", questions)
     task = TaskConfig("match", str(file), length=12, pattern=pattern, stop=stop, sampling=sampling(name))
-    found = ask(replace(CONFIG, tasks={"q": task}), weights[name], made.tokenizer, tmp_path / "out")["q"]
+    found = ask(replace(CONFIG, tasks={"q": task}), saved[name], made.tokenizer, tmp_path / "out")["q"]
     records = read_records(tmp_path / "out" / "q.jsonl")
     assert [record["found"] for record in records] == wanted
     hits = [bool(number % 2 and one) for number, one in enumerate(wanted)]
@@ -113,11 +94,11 @@ def test_answers_are_those_of_a_loop_over_one_prompt_at_a_time(
 
 
 def test_answers_have_half_a_row_unless_a_task_says_how_long(
-    weights: dict[str, Path], made: Artifacts, tmp_path: Path, sandbox: list[str]
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path, sandbox: list[str]
 ) -> None:
     """A prompt keeps what it has in the other half."""
     prompt = words(random.Random(0), 6, 6)
-    model = open_model(weights["masked"], made.tokenizer, "cpu")
+    model = open_model(saved["masked"], made.tokenizer, "cpu")
     assert len(model.encode(prompt)) > 16
     files = {
         "m": write(tmp_path / "m.jsonl", [{"prompt": prompt, "answer": "x"}]),
@@ -127,7 +108,7 @@ def test_answers_have_half_a_row_unless_a_task_says_how_long(
         "m": TaskConfig("match", str(files["m"]), sampling=SAMPLING),
         "c": TaskConfig("code", str(files["c"]), sampling=SAMPLING),
     }
-    found = ask(replace(CONFIG, tasks=tasks), weights["masked"], made.tokenizer, tmp_path / "out")
+    found = ask(replace(CONFIG, tasks=tasks), saved["masked"], made.tokenizer, tmp_path / "out")
     for name in files:
         assert found[name]["settings"]["length"] == 16
         (record,) = read_records(tmp_path / "out" / f"{name}.jsonl")
@@ -153,13 +134,13 @@ def test_an_answer_is_taken_out_by_its_pattern(text: str, pattern: str | None, f
     assert generations._taken_out(text, pattern) == found
 
 
-@pytest.mark.parametrize("name", list(RECORDS))
+@pytest.mark.parametrize("name", list(KINDS))
 def test_gaps_are_those_of_a_loop_over_one_gap_at_a_time(
-    name: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path
+    name: str, saved: dict[str, Path], made: Artifacts, tmp_path: Path
 ) -> None:
     chance = random.Random(4)
     suffix = "" if name in ("blocks", "next") else " " + words(chance, 1, 2)
-    model = open_model(weights[name], made.tokenizer, "cpu")
+    model = open_model(saved[name], made.tokenizer, "cpu")
     questions, wanted = [], []
     for number in range(8):
         prefix = words(chance, 0 if number == 1 else 1, 3)
@@ -173,7 +154,7 @@ def test_gaps_are_those_of_a_loop_over_one_gap_at_a_time(
         wanted.append((drawn, middle))
     file = write(tmp_path / "q.jsonl", questions)
     task = TaskConfig("infill", str(file), sampling=sampling(name))
-    found = ask(replace(CONFIG, tasks={"q": task}), weights[name], made.tokenizer, tmp_path / "out")["q"]
+    found = ask(replace(CONFIG, tasks={"q": task}), saved[name], made.tokenizer, tmp_path / "out")["q"]
     hits = [model.vocabulary.decode(drawn) == middle for drawn, middle in wanted]
     assert 0 < sum(hits) < len(hits), "a weak test"
     assert found["metrics"]["exact_match"]["value"] == sum(hits) / len(hits)
@@ -183,7 +164,7 @@ def test_gaps_are_those_of_a_loop_over_one_gap_at_a_time(
 
 
 def test_gaps_that_a_model_cannot_fill_are_counted_and_listed(
-    weights: dict[str, Path], made: Artifacts, tmp_path: Path
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path
 ) -> None:
     questions = [
         {"prefix": "one", "middle": " two", "suffix": ""},
@@ -192,7 +173,7 @@ def test_gaps_that_a_model_cannot_fill_are_counted_and_listed(
     ]
     file = write(tmp_path / "q.jsonl", questions)
     task = TaskConfig("infill", str(file), sampling=NEXT)
-    found = ask(replace(CONFIG, tasks={"q": task}), weights["next"], made.tokenizer, tmp_path / "out")["q"]
+    found = ask(replace(CONFIG, tasks={"q": task}), saved["next"], made.tokenizer, tmp_path / "out")["q"]
     assert (found["n"], found["num_failed"]) == (1, 2)
     assert [one["number"] for one in found["failed"]] == [1, 2]
     assert "text stands behind a mask, which a model that predicts the next token" in found["failed"][0]["reason"]
@@ -229,7 +210,7 @@ def sandbox(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_programs_that_pass_are_counted_and_a_failing_sandbox_is_listed(
-    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: list[str]
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: list[str]
 ) -> None:
     written = iter(["    return a + b\ndef more", "    return a", "    return a + b", "    return b"] + ["sandbox"] * 2)
     written_of = generations._written
@@ -237,7 +218,7 @@ def test_programs_that_pass_are_counted_and_a_failing_sandbox_is_listed(
     file = write(tmp_path / "q.jsonl", PROBLEMS)
     task = TaskConfig("code", str(file), length=4, num_samples=2, ks=(1, 2), sampling=SAMPLING)
     config = replace(CONFIG, tasks={"q": task}, num_shards=1)
-    found = ask(config, weights["masked"], made.tokenizer, tmp_path / "out")["q"]
+    found = ask(config, saved["masked"], made.tokenizer, tmp_path / "out")["q"]
     assert (found["n"], found["failed"]) == (
         2, [{"number": 2, "reason": "the sandbox did not work: no pipe"}],
     )  # fmt: skip
@@ -247,14 +228,14 @@ def test_programs_that_pass_are_counted_and_a_failing_sandbox_is_listed(
     assert read_records(tmp_path / "out" / "q.jsonl")[0]["outcomes"] == [["passed", ""], ["failed", "at 0x"]]
 
 
-@pytest.mark.parametrize("name", list(RECORDS))
+@pytest.mark.parametrize("name", list(KINDS))
 def test_programs_are_those_of_a_loop_over_one_sample_at_a_time(
-    name: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path, sandbox: list[str]
+    name: str, saved: dict[str, Path], made: Artifacts, tmp_path: Path, sandbox: list[str]
 ) -> None:
     file = write(tmp_path / "q.jsonl", PROBLEMS)
     task = TaskConfig("code", str(file), length=8, num_samples=2, stop=("é",), sampling=sampling(name))
-    ask(replace(CONFIG, tasks={"q": task}), weights[name], made.tokenizer, tmp_path / "out")
-    model, wanted = open_model(weights[name], made.tokenizer, "cpu"), []
+    ask(replace(CONFIG, tasks={"q": task}), saved[name], made.tokenizer, tmp_path / "out")
+    model, wanted = open_model(saved[name], made.tokenizer, "cpu"), []
     for number, problem in enumerate(PROBLEMS):
         canvases = [prompted(model, model.encode(problem["prompt"]), 8, mask_id(number, sample)) for sample in (0, 1)]
         texts = [
@@ -277,17 +258,17 @@ def code_config(tmp_path: Path) -> TasksConfig:
 
 
 def test_without_namespaces_programs_are_refused_before_weights_are_read(
-    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_namespaces(monkeypatch)
     monkeypatch.setattr("pipeline.inference.model.load_denoiser", lambda *_: pytest.fail("the weights are read"))
     with pytest.raises(UserError, match=r"not allowed here \(not permitted\).*or give --allow-unsandboxed"):
-        ask(code_config(tmp_path), weights["masked"], made.tokenizer, tmp_path / "out")
+        ask(code_config(tmp_path), saved["masked"], made.tokenizer, tmp_path / "out")
     assert not (tmp_path / "out.state" / "shards").exists()  # nor are the pieces of other tasks begun
 
 
 def test_the_option_of_the_stage_alone_runs_programs_without_namespaces_and_results_and_wandb_say_so(
-    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_namespaces(monkeypatch)
     monkeypatch.setattr(isolation, "run_all", lambda programs, **_: [Outcome("passed", "", 0.0, "")] * len(programs))
@@ -295,9 +276,7 @@ def test_the_option_of_the_stage_alone_runs_programs_without_namespaces_and_resu
     monkeypatch.setattr(WandbRun, "_start", lambda *_: fake)
     config = replace(code_config(tmp_path), track=True)
     (tmp_path / "c.json").write_text(json.dumps(to_json(config)))
-    inputs = [
-        f"--input={name}={path}" for name, path in (("weights", weights["masked"]), ("tokenizer", made.tokenizer))
-    ]
+    inputs = [f"--input={name}={path}" for name, path in (("weights", saved["masked"]), ("tokenizer", made.tokenizer))]
     words = ["tasks", f"--config={tmp_path / 'c.json'}", *inputs, f"--out={tmp_path / 'out'}", "--allow-unsandboxed"]
     monkeypatch.setattr("sys.argv", words)
     main(STAGE)
@@ -330,14 +309,14 @@ def test_pass_at_k_is_that_of_all_subsets() -> None:
     assert (single["doc_se"], single["interval"]) == (None, None)
 
 
-@pytest.mark.parametrize("name", list(RECORDS))
+@pytest.mark.parametrize("name", list(KINDS))
 def test_figures_of_samples_are_those_counted_from_their_tokens(
-    name: str, weights: dict[str, Path], made: Artifacts, tmp_path: Path
+    name: str, saved: dict[str, Path], made: Artifacts, tmp_path: Path
 ) -> None:
     task = TaskConfig("samples", num_samples=5, length=16, sampling=sampling(name))
     config = replace(CONFIG, tasks={"s": task})
-    found = ask(config, weights[name], made.tokenizer, tmp_path / "out", scorer=weights["next"])["s"]
-    model, scorer = open_model(weights[name], made.tokenizer, "cpu"), None
+    found = ask(config, saved[name], made.tokenizer, tmp_path / "out", scorer=saved["next"])["s"]
+    model, scorer = open_model(saved[name], made.tokenizer, "cpu"), None
     drawn = [
         before_end(model, alone(model, prompted(model, (), 16, mask_id(number)), sampling(name))) for number in range(5)
     ]
@@ -353,7 +332,7 @@ def test_figures_of_samples_are_those_counted_from_their_tokens(
     for n in (1, 2, 3):
         runs = [str(ids[i : i + n]) for ids in drawn for i in range(len(ids) - n + 1)]
         assert metrics[f"distinct_{n}"] == len(set(runs)) / len(runs)
-    scorer = open_model(weights["next"], made.tokenizer, "cpu")
+    scorer = open_model(saved["next"], made.tokenizer, "cpu")
     nats = [score(scorer, [Request((), ids, 0)], LikelihoodConfig())[0].nats for ids in drawn]
     nll = math.fsum(nats) / sum(map(len, drawn))
     assert metrics["gen_nll"] == pytest.approx(nll, rel=1e-5)
@@ -362,11 +341,11 @@ def test_figures_of_samples_are_those_counted_from_their_tokens(
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_is_drawn_behind_an_end_counts_for_nothing(
-    ends: bool, weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    ends: bool, saved: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     sandbox: list[str],
 ) -> None:  # fmt: skip
     """Whether the passes behind it are saved or not; a gap has all of its tokens."""
-    model = open_model(weights["masked"], made.tokenizer, "cpu")
+    model = open_model(saved["masked"], made.tokenizer, "cpu")
     end, drawn = model.vocabulary.special.eos_token_id, model.encode("7 8x")
     drawn[2:2] = [end]
 
@@ -394,14 +373,14 @@ def test_what_is_drawn_behind_an_end_counts_for_nothing(
 
 
 def test_a_scorer_with_another_tokenizer_reads_the_text(
-    weights: dict[str, Path], made: Artifacts, tmp_path: Path
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path
 ) -> None:
     other = make_artifacts(tmp_path, seed=1, vocab_size=280)
-    theirs = make_weights(tmp_path / "weights", other)["next"]
+    theirs = save_models(tmp_path / "weights", other.tokenizer)["next"]
     task = TaskConfig("samples", num_samples=3, sampling=SAMPLING)
     inputs = {"scorer": theirs, "scorer_tokenizer": other.tokenizer}
     config = replace(CONFIG, tasks={"s": task})
-    ask(config, weights["masked"], made.tokenizer, tmp_path / "out", **inputs)
+    ask(config, saved["masked"], made.tokenizer, tmp_path / "out", **inputs)
     scorer = open_model(theirs, other.tokenizer, "cpu")
     for record in read_records(tmp_path / "out" / "s.jsonl"):
         ids = scorer.encode(record["text"])
@@ -410,11 +389,11 @@ def test_a_scorer_with_another_tokenizer_reads_the_text(
         nats = [score(scorer, [Request((), row, 0)], LikelihoodConfig())[0].nats for row in rows]
         assert record["scored_nats"] == pytest.approx(math.fsum(nats), rel=1e-5)
     with pytest.raises(UserError, match="is not that of the weights in"):
-        ask(config, weights["masked"], made.tokenizer, tmp_path / "bad", scorer=theirs)
+        ask(config, saved["masked"], made.tokenizer, tmp_path / "bad", scorer=theirs)
 
 
 def test_a_process_reads_model_and_scorer_once_for_all_pieces(
-    weights: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
     monkeypatch.setattr(
@@ -423,24 +402,22 @@ def test_a_process_reads_model_and_scorer_once_for_all_pieces(
     forget_models()
     tasks = {name: TaskConfig("samples", num_samples=5, length=8, sampling=SAMPLING) for name in ("a", "b")}
     config = replace(CONFIG, tasks=tasks, num_shards=6)
-    ask(config, weights["masked"], made.tokenizer, tmp_path / "out", scorer=weights["next"])
+    ask(config, saved["masked"], made.tokenizer, tmp_path / "out", scorer=saved["next"])
     assert len(list((tmp_path / "out.state" / "shards").iterdir())) == 6
-    assert opened == [weights["masked"], weights["next"]]
+    assert opened == [saved["masked"], saved["next"]]
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
-def test_a_scorer_that_is_not_there_or_none_is_refused(
-    weights: dict[str, Path], made: Artifacts, tmp_path: Path
-) -> None:
+def test_a_scorer_that_is_not_there_or_none_is_refused(saved: dict[str, Path], made: Artifacts, tmp_path: Path) -> None:
     config = replace(CONFIG, tasks={"s": TaskConfig("samples")})
     with pytest.raises(UserError, match="nowhere"):
-        ask(config, weights["masked"], made.tokenizer, tmp_path / "a", scorer=tmp_path / "nowhere")
+        ask(config, saved["masked"], made.tokenizer, tmp_path / "a", scorer=tmp_path / "nowhere")
     with pytest.raises(UserError, match='"scorer" of tasks was trained for masked_nelbo, which gives bounds'):
-        ask(config, weights["masked"], made.tokenizer, tmp_path / "b", scorer=weights["masked"])
+        ask(config, saved["masked"], made.tokenizer, tmp_path / "b", scorer=saved["masked"])
     with pytest.raises(UserError, match='"scorer_tokenizer" and no "scorer"'):
-        ask(config, weights["masked"], made.tokenizer, tmp_path / "c", scorer_tokenizer=made.tokenizer)
+        ask(config, saved["masked"], made.tokenizer, tmp_path / "c", scorer_tokenizer=made.tokenizer)
 
 
 def test_a_scorer_that_cannot_be_one_is_refused_when_planned() -> None:
@@ -453,18 +430,18 @@ def test_a_scorer_that_cannot_be_one_is_refused_when_planned() -> None:
         check_scorer(replace(CONFIG, tasks={"t": TaskConfig("text", "t.jsonl")}), {"scorer": {}}, "later")
 
 
-def test_a_length_beyond_the_rows_is_refused(weights: dict[str, Path], made: Artifacts, tmp_path: Path) -> None:
+def test_a_length_beyond_the_rows_is_refused(saved: dict[str, Path], made: Artifacts, tmp_path: Path) -> None:
     config = replace(CONFIG, tasks={"s": TaskConfig("samples", length=32)})
     with pytest.raises(UserError, match=r"tasks\.s\.length is 32, but rows of the model have room for 31 tokens"):
-        ask(config, weights["shifted"], made.tokenizer, tmp_path / "out")
+        ask(config, saved["shifted"], made.tokenizer, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("name", "length"), [("masked", 32), ("shifted", 31), ("next", 32)])
 @pytest.mark.parametrize("kind", ["match", "code"])
 def test_a_length_that_leaves_no_room_for_a_prompt_is_refused(
-    kind: Any, name: str, length: int, weights: dict[str, Path], made: Artifacts
+    kind: Any, name: str, length: int, saved: dict[str, Path], made: Artifacts
 ) -> None:
-    record, vocabulary = read_about(weights[name], made.tokenizer)
+    record, vocabulary = read_about(saved[name], made.tokenizer)
     task = TaskConfig(kind, "q.jsonl", length=length, sampling=sampling(name))
     with pytest.raises(
         UserError, match=rf"tasks\.q\.length is {length}, .* no room for a prompt in rows of 32; set it to 16"

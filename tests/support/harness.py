@@ -1,4 +1,4 @@
-"""Random models of every kind, files of tasks, and requests as lm-evaluation-harness sends them."""
+"""Files of tasks, and requests as lm-evaluation-harness sends them."""
 
 import json
 from pathlib import Path
@@ -6,29 +6,10 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 
-from pipeline.artifact import load_manifest
-from pipeline.data.vocabulary import load_vocabulary
-from tests.support.exports import LLAMA
-from tests.support.interchange import drawn, random_model, save_model
-
-KINDS: dict[str, dict[str, Any]] = {
-    "masked": {},
-    "shifted": {"target_offset": 1},
-    "blocks": {"objective": "block_nelbo", "block_size": 4},
-    "next": {"objective": "autoregressive_nll"},
-}
-"""Fields of the record of each, whose rows have 32 tokens."""
 ARTICLES = (
     " = Ba = \n \n ba be bi bo . \n = = Bu = = \n \n " + "ba <unk> be bi bo bu da de " * 6,
     " = De = \n \n do du ",
 )
-
-
-def save_models(root: Path, tokenizer: Path, *kinds: str) -> dict[str, Path]:
-    """Weights of the kinds, by default of all."""
-    special, own = load_vocabulary(tokenizer).special, load_manifest(tokenizer).fingerprint
-    model = random_model(drawn(LLAMA), special.vocab_size, special.mask_token_id)
-    return {kind: save_model(root / kind, model, tokenizer=own, **KINDS[kind]) for kind in kinds or KINDS}
 
 
 def write_task_data(root: Path) -> Path:

@@ -3,36 +3,19 @@
 import gzip
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import load_manifest
-from pipeline.data.vocabulary import load_vocabulary
 from pipeline.inference.likelihood import LikelihoodConfig
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.tasks.config import STAGE, TAKES, TaskConfig, TasksConfig
-from tests.support.exports import LLAMA
-from tests.support.interchange import drawn, random_model, save_model
-from tests.support.tiny_run import Artifacts, run_stage
+from tests.support.tiny_run import run_stage
 
 CONFIG = TasksConfig(likelihood=LikelihoodConfig(num_masks=8), device="cpu", track=False, num_shards=4)
-RECORDS: Mapping[str, dict[str, Any]] = {
-    "masked": {},
-    "shifted": {"target_offset": 1},
-    "blocks": {"objective": "block_nelbo", "block_size": 4},
-    "next": {"objective": "autoregressive_nll"},
-}
-
-
-def make_weights(root: Path, made: Artifacts) -> dict[str, Path]:
-    """The same random tensors as models of several kinds."""
-    special = load_vocabulary(made.tokenizer).special
-    model = random_model(drawn(LLAMA), special.vocab_size, special.mask_token_id)
-    made_with = load_manifest(made.tokenizer).fingerprint
-    return {name: save_model(root / name, model, tokenizer=made_with, **record) for name, record in RECORDS.items()}
 
 
 def words(chance: random.Random, few: int, many: int) -> str:
@@ -81,7 +64,7 @@ def both(root: Path, config: TasksConfig = CONFIG, **changes: Any) -> TasksConfi
 
 
 def every_kind(root: Path, model: str, config: TasksConfig = CONFIG, **changes: Any) -> TasksConfig:
-    """A task of each kind, a few questions each, that a model of ``RECORDS`` can be asked."""
+    """A task of each kind, a few questions each, that a model of ``KINDS`` can be asked."""
     chance = random.Random(2)
     sampler = SamplerConfig() if model == "next" else SamplerConfig("confidence", num_steps=4)
     sampling = SamplingConfig(sampler, temperature=0.7, noise_seed=5)

@@ -17,7 +17,8 @@ from pipeline.errors import UserError
 from pipeline.tasks.config import TaskConfig
 from tests.support.asked_runs import Asked
 from tests.support.executors import RAY_LIMIT_S, Inline, Kept, ray_executor
-from tests.support.questions import CONFIG, RECORDS, both, every_kind, texts, write
+from tests.support.model_kinds import KINDS
+from tests.support.questions import CONFIG, both, every_kind, texts, write
 from tests.support.toy_workflow import coordinate
 from workflows import runs
 from workflows.plan import Plan
@@ -46,16 +47,16 @@ def copied(tmp_path: Path, asked: Asked, name: str, model: str) -> Store:
     """A store that has what the tasks of a model need."""
     whole = tmp_path / "before"
     if not whole.exists():
-        before = asked.plan(None, model, **RECORDS[model])
+        before = asked.plan(None, model, **KINDS[model])
         coordinate(open_store(whole), before, Inline)
     shutil.copytree(whole, tmp_path / name)
     return open_store(tmp_path / name)
 
 
-@pytest.mark.parametrize("model", list(RECORDS))
+@pytest.mark.parametrize("model", list(KINDS))
 def test_every_bit_is_the_same_for_any_order(tmp_path: Path, asked: Asked, model: str) -> None:
     config = every_kind(tmp_path, model, num_shards=12)
-    plan = asked.plan(config, model, **RECORDS[model])
+    plan = asked.plan(config, model, **KINDS[model])
     wanted = files_of(open_store(tmp_path / "one"), plan, Inline)
     assert {file.path for file in wanted} == {"results.json", *(f"{name}.jsonl" for name in config.tasks)}
     assert files_of(open_store(tmp_path / "two"), plan, lambda: Inline(num_cpus=99, newest_first=True)) == wanted
@@ -65,7 +66,7 @@ def test_every_bit_is_the_same_for_any_order(tmp_path: Path, asked: Asked, model
 def test_every_bit_is_the_same_for_any_number_of_workers(
     tmp_path: Path, asked: Asked, workers: int, model: str
 ) -> None:
-    plan = asked.plan(every_kind(tmp_path, model, num_shards=6), model, **RECORDS[model])
+    plan = asked.plan(every_kind(tmp_path, model, num_shards=6), model, **KINDS[model])
     wanted = files_of(copied(tmp_path, asked, "inline", model), plan, Inline)
     assert files_of(copied(tmp_path, asked, "workers", model), plan, lambda: LocalExecutor(workers)) == wanted
 
