@@ -68,22 +68,39 @@ def wilson_interval(share: float, num_trials: int, level: float = 0.95) -> tuple
     return _score_interval(share, float(num_trials), t_quantile(math.inf, level))
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+def mean_interval(
+    values: Sequence[float], weights: Sequence[float] | None = None, level: float = 0.95
+) -> tuple[float, float]:
     """Interval of the mean that values in [0, 1] are drawn around, such as estimates of a probability for each problem.
 
-    Wilson's, with as many trials as the values are worth: their number over how their squared deviations compare with
-    those of as many zeros and ones of the same mean.  Both sums are taken with 1 more, the most that one further trial
-    adds, since the spread of values that happen to be alike is not known to be 0; and Student's t takes the place of
-    the normal law.  Raises ValueError for less than two values, and for one outside [0, 1].
+    Wilson's, with as many trials as the values are worth: as many as zeros and ones of the same mean and ``weights``
+    (1 by default) are worth, (sum w)^2 / sum w^2, over how their squared deviations compare with those of the zeros and
+    ones.  Both sums are taken with the largest w^2 more, the most that one further trial adds, since the spread of
+    values that happen to be alike is not known to be 0; and Student's t takes the place of the normal law.  Raises
+    ValueError for less than two values, for one outside [0, 1], and for a weight that is not above 0.
     """
     n = len(values)
     if n < 2:
         raise ValueError(f"there are {n} values; an interval of their mean needs at least 2")
     if not all(0.0 <= value <= 1.0 for value in values):
         raise ValueError(f"values lie in [{min(values)}, {max(values)}]; they must lie in [0, 1]")
-    mean = min(1.0, math.fsum(values) / n)
-    spread = math.fsum((value - mean) ** 2 for value in values)
-    return _score_interval(mean, n * (n * mean * (1 - mean) + 1) / (spread + 1), t_quantile(n - 1.0, level))
+    w = [1.0] * n if weights is None else list(weights)
+    if not min(w) > 0.0:
+        raise ValueError(f"the least weight is {min(w)}; weights must be above 0")
+    total, squares, further = math.fsum(w), math.fsum(one**2 for one in w), max(w) ** 2
+    mean = min(1.0, math.fsum(one * value for one, value in zip(w, values, strict=True)) / total)
+    spread = math.fsum((one * (value - mean)) ** 2 for one, value in zip(w, values, strict=True))
+    num_trials = total**2 / squares * (squares * mean * (1 - mean) + further) / (spread + further)
+    return _score_interval(mean, num_trials, t_quantile(n - 1.0, level))
+
+
+def difference_interval(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean of b - a, of pairs of values in [0, 1]: that of the mean of (1 + b - a) / 2, brought back.
+
+    It stays within [-1, 1], and has a length where no pair differs.  Raises ValueError as ``mean_interval`` does.
+    """
+    low, high = mean_interval([(1.0 + second - first) / 2 for first, second in zip(a, b, strict=True)], level=level)
+    return 2 * low - 1, 2 * high - 1
 
 
 def _score_interval(share: float, num_trials: float, z: float) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dlm_core.intervals import error_of_difference, t_quantile
+from dlm_core.intervals import difference_interval, error_of_difference, t_quantile
 from pipeline.artifact import Manifest, checked, load_manifest, read_json
 from pipeline.errors import UserError
 from workflows.copies import local_copy
@@ -42,7 +42,7 @@ class Difference:
     mc_se: float | None
     """Of b - a, from the drawn masks, of which what both find hard goes out; None where none are drawn."""
     interval: tuple[float, float] | None
-    """Of b - a, 95 % over questions, Student's t."""
+    """Of b - a, 95 % over questions: Student's t, of shares ``difference_interval``."""
     p: float | None
     """McNemar's exact p, of shares: how often chance alone would make the two differ so much."""
     n: int
@@ -172,7 +172,7 @@ def _share(metric: str, is_hit: Callable[[Record], bool]) -> Measure:
     def measure(of: str, pairs: Pairs) -> Difference:
         hits = [[float(is_hit(pair[side])) for pair in pairs] for side in (0, 1)]
         ones = [1.0] * len(pairs)
-        found = difference_of_ratios((hits[0], ones), (hits[1], ones))
+        found = difference_of_ratios((hits[0], ones), (hits[1], ones), are_shares=True)
         only_a = sum(one > other for one, other in zip(*hits, strict=True))
         only_b = sum(one < other for one, other in zip(*hits, strict=True))
         return Difference(of, metric, "share", *found, mcnemar_p(only_a, only_b), len(pairs))
@@ -188,7 +188,7 @@ def _ratio(metric: str, unit: str, cost: Callable[[Record], float], size: Callab
         mc_se = None
         if not any(map(_is_early, itertools.chain(*pairs))):
             mc_se = _noise(pairs, [math.fsum(sizes) for _, sizes in sides])
-        found = difference_of_ratios(sides[0], sides[1], mc_se)
+        found = difference_of_ratios(sides[0], sides[1], mc_se, are_shares=unit == "share")
         return Difference(of, metric, unit, *found, None, len(pairs))
 
     return measure
@@ -292,9 +292,12 @@ Ratio = tuple[Sequence[float], Sequence[float]]
 
 
 def difference_of_ratios(
-    a: Ratio, b: Ratio, mc_se: float | None = None
+    a: Ratio, b: Ratio, mc_se: float | None = None, *, are_shares: bool = False
 ) -> tuple[float, float, float | None, float | None, tuple[float, float] | None]:
-    """(ratio a, ratio b, standard error of b - a over pairs, mc_se, interval of b - a)."""
+    """(ratio a, ratio b, standard error of b - a over pairs, mc_se, interval of b - a).
+
+    ``are_shares``: what is added up are shares themselves, and the sizes are 1.
+    """
     n, values = len(a[0]), [math.fsum(costs) / math.fsum(sizes) for costs, sizes in (a, b)]
     if n < 2:
         return values[0], values[1], None, mc_se, None
@@ -305,7 +308,8 @@ def difference_of_ratios(
     squares = math.fsum((second - first) ** 2 for first, second in zip(*parts, strict=True))
     se = math.sqrt(squares * n / (n - 1))
     half, difference = t_quantile(float(n - 1)) * se, values[1] - values[0]
-    return values[0], values[1], se, mc_se, (difference - half, difference + half)
+    interval = difference_interval(a[0], b[0]) if are_shares else (difference - half, difference + half)
+    return values[0], values[1], se, mc_se, interval
 
 
 def mcnemar_p(only_a: int, only_b: int) -> float:

@@ -3,7 +3,7 @@
 ``doc_se`` is over questions (or texts), as if others of the kind might have been asked; the noise of the masks is part
 of their spread.  ``mc_se`` is the noise of the drawn masks alone, for these very questions.  An interval holds what
 all questions of the kind would give with a probability of 95 %: Wilson's of a share, its form for unequal spreads of
-pass@k from several programs (dlm_core/intervals.py), Student's t of anything else.
+pass@k from several programs and of the tokens of gaps (dlm_core/intervals.py), Student's t of anything else.
 
 Sums are exact (math.fsum), of records in the order of their file: no bit depends on who made them.
 """
@@ -184,7 +184,7 @@ def gaps_table(records: Sequence[Record], is_exact: bool) -> dict[str, Row]:
     """How often a gap is filled as it was, and how many of its tokens are."""
     return {
         "exact_match": _share([r["hit"] for r in records], None),
-        "token_acc": _ratio([r["right"] for r in records], [r["tokens"] for r in records], "share", None),
+        "token_acc": _share_of_parts([r["right"] for r in records], [r["tokens"] for r in records]),
         "nfe": _mean([r["nfe"] for r in records], "passes", None),
     }
 
@@ -197,7 +197,8 @@ def programs_table(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Ro
         if num_samples == 1:
             rows["pass@1"] = _share([r["passed"] == 1 for r in records], None)
         else:
-            rows[f"pass@{k}"] = _mean_share([pass_at_k(num_samples, r["passed"], k) for r in records])
+            estimates = [pass_at_k(num_samples, r["passed"], k) for r in records]
+            rows[f"pass@{k}"] = _share_of_parts(estimates, [1.0] * len(estimates))
     return rows | {"nfe": _mean([r["nfe"] for r in records], "passes", None)}
 
 
@@ -257,14 +258,18 @@ def _mean(values: Sequence[float], unit: str, mc_se: float | None) -> Row:
     return _ratio(values, [1.0] * len(values), unit, None if mc_se is None else mc_se * len(values))
 
 
-def _mean_share(values: Sequence[float]) -> Row:
-    """Of estimates of a share for each question: unlike Student's t, its interval holds near 0 and 1 too."""
-    row = _mean(values, "share", None)
-    return {**row, "interval": list(mean_interval(values)) if len(values) > 1 else None}
+def _share_of_parts(hits: Sequence[float], sizes: Sequence[float]) -> Row:
+    """Of what each question has several of: unlike Student's t, its interval holds near 0 and 1 too."""
+    row, weights = _ratio(hits, sizes, "share", None), [float(size) for size in sizes]
+    shares = [hit / size for hit, size in zip(hits, weights, strict=True)]
+    return {**row, "interval": list(mean_interval(shares, weights)) if len(shares) > 1 else None}
 
 
 def _ratio(sums: Sequence[float], sizes: Sequence[float], unit: str, mc_se: float | None) -> Row:
-    """Sum of sums over sum of sizes, with the standard error of such a ratio; ``mc_se`` is that of the sum of sums."""
+    """Sum of sums over sum of sizes, with the standard error of such a ratio; ``mc_se`` is that of the sum of sums.
+
+    No figure is below 0, and so no interval is, unless drawn masks put the figure itself there.
+    """
     n, size = len(sums), math.fsum(sizes)
     value = math.fsum(sums) / size
     doc_se, interval = None, None
@@ -272,7 +277,7 @@ def _ratio(sums: Sequence[float], sizes: Sequence[float], unit: str, mc_se: floa
         residuals = (one - value * of_size for one, of_size in zip(sums, sizes, strict=True))
         doc_se = math.sqrt(math.fsum(r**2 for r in residuals) * n / (n - 1)) / size
         half = t_quantile(float(n - 1)) * doc_se
-        interval = [value - half, value + half]
+        interval = [max(value - half, min(value, 0.0)), value + half]
     return {
         "value": value,
         "unit": unit,

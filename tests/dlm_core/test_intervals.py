@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlm_core.intervals import mean_interval, t_quantile, wilson_interval
+from dlm_core.intervals import difference_interval, mean_interval, t_quantile, wilson_interval
 
 TABLE = {1.0: 12.7062, 2.0: 4.3027, 3.0: 3.1824, 7.0: 2.3646, 30.0: 2.0423, 1000.0: 1.9623, math.inf: 1.9600}
 """Two-sided, 95 %: as printed in textbooks."""
@@ -88,6 +88,58 @@ def test_intervals_of_pass_at_k_hold_its_mean_over_problems(
         low, high = mean_interval([estimates[c] for c in counts])
         held += low <= mean <= high
     assert held / repeats > 0.95 - 4 * math.sqrt(0.95 * 0.05 / repeats)
+
+
+@pytest.mark.parametrize("n", [20, 60])
+@pytest.mark.parametrize(("a", "b"), [(0.1, 0.4), (0.5, 0.5), (5.0, 5.0), (0.5, 20.0), (20.0, 0.5)])
+def test_intervals_of_shares_of_unlike_parts_hold_the_share(n: int, a: float, b: float) -> None:
+    """Each of n gaps has 1 to 12 tokens and a chance of its own, the same for all of them."""
+    chance, repeats = np.random.default_rng([n, int(10 * a), int(10 * b)]), 1000
+    sizes = 1 + np.arange(n) % 12
+    hits = chance.binomial(sizes, chance.beta(a, b, (repeats, n)))
+    held = 0
+    for right in hits / sizes:
+        low, high = mean_interval(right.tolist(), sizes.astype(float).tolist())
+        held += low <= a / (a + b) <= high
+    assert held / repeats > 0.95 - 4 * math.sqrt(0.95 * 0.05 / repeats)
+
+
+def test_weights_of_a_mean_count_by_their_proportions_alone() -> None:
+    values = [0.1, 0.9, 0.4, 0.7]
+    assert mean_interval(values, [3.0] * 4) == pytest.approx(mean_interval(values), rel=1e-12)
+    assert mean_interval(values, [2.0, 4.0, 6.0, 8.0]) == pytest.approx(
+        mean_interval(values, [1.0, 2.0, 3.0, 4.0]), rel=1e-12
+    )
+    (low, high), (low_2, high_2) = mean_interval([0.0] * 9), mean_interval([0.0] * 9, [1.0] * 8 + [50.0])
+    assert low == pytest.approx(0.0, abs=1e-15) == low_2
+    assert high_2 > 2 * high  # nearly all of it is one trial
+    with pytest.raises(ValueError, match=r"the least weight is 0\.0"):
+        mean_interval(values, [1.0, 0.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("n", [12, 40])
+@pytest.mark.parametrize(("p_a", "p_b"), [(0.0, 0.05), (0.02, 0.02), (0.1, 0.1), (0.05, 0.3), (0.4, 0.4), (0.1, 0.8)])
+def test_intervals_of_differences_of_shares_hold_them(n: int, p_a: float, p_b: float) -> None:
+    """All outcomes of n pairs, of which a alone succeeds with probability p_a and b alone with p_b."""
+    held = 0.0
+    for a in range(n + 1):
+        for b in range(n - a + 1):
+            pairs = [1.0] * a + [0.0] * b, [0.0] * a + [1.0] * b
+            low, high = difference_interval(*(side + [0.5] * (n - a - b) for side in pairs))
+            ways = math.comb(n, a) * math.comb(n - a, b)
+            held += ways * p_a**a * p_b**b * (1 - p_a - p_b) ** (n - a - b) * (low <= p_b - p_a <= high)
+    assert 0.93 < held <= 1.0 + 1e-9
+
+
+def test_interval_of_a_difference_turns_with_its_sides_stays_in_its_range_and_never_closes() -> None:
+    a, b = [0.0, 0.25, 0.5, 1.0, 0.75], [1.0, 0.0, 0.5, 0.75, 0.75]
+    low, high = difference_interval(a, b)
+    assert difference_interval(b, a) == pytest.approx((-high, -low), abs=1e-12)
+    assert low < sum(b) / 5 - sum(a) / 5 < high
+    low, high = difference_interval([1.0] * 40, [1.0] * 40)
+    assert low == pytest.approx(-high)
+    assert 0.05 < high < 0.15
+    assert difference_interval([0.0] * 2, [1.0] * 2)[1] == pytest.approx(1.0)
 
 
 def test_interval_of_a_mean_uses_how_alike_the_values_are() -> None:

@@ -37,7 +37,7 @@ TASKS: tuple[Planted, ...] = (
     Planted(
         "pipeline/tasks/tables",
         "an interval of pass@k that closes near 0 and 1",
-        "list(mean_interval(values)) if",
+        "list(mean_interval(shares, weights)) if",
         'row["interval"] if',
     ),
     Planted(
