@@ -264,10 +264,9 @@ def merge_settings(configs: Mapping[str, Any], settings: Sequence[tuple[str, Any
 
 def _elsewhere(path: str, values: Mapping[str, Any]) -> str:
     """Settings of other configurations that end like a path, for one that was looked for in the wrong place."""
-    name, _, rest = path.partition(".")
-    last = f".{rest.rpartition('.')[2]}"
+    name, last = path.partition(".")[0], "." + path.rpartition(".")[2]
     found = [other for other in flatten(values) if other.endswith(last) and other.partition(".")[0] != name]
-    return f" (there is {' and '.join(found[:3])})" if rest and found else ""
+    return f" (there is {' and '.join(found[:3])})" if found else ""
 
 
 def _merged(current: Any, rest: Sequence[str], value: Any, path: str, hint: Any) -> Any:

@@ -66,7 +66,7 @@ class HarnessConfig:
         if settings["temperature"] == 0:
             settings = {"temperature": 0.0, **self.sampling}
         ends = {"ends_at_eos": not settings.get("suppresses_eos", False)}
-        return from_json(SamplingConfig, ends | settings)
+        return from_json(SamplingConfig, ends | settings, "sampling")
 
 
 _SAMPLER = {"sampler": "kind"} | {f.name: f.name for f in fields(SamplerConfig) if f.name != "kind"}
@@ -88,8 +88,9 @@ def read_config(given: Mapping[str, Any]) -> HarnessConfig:
             raise UserError(f"unknown setting {name} of the model dlm{hint}")
     own, likelihood, sampling = ({f.name: given[f.name] for f in fields(part) if f.name in given} for part in _PARTS)
     sampler = {field: given[name] for name, field in _SAMPLER.items() if name in given}
-    sampling |= {"sampler": asdict(from_json(SamplerConfig, sampler))}
-    config = HarnessConfig(from_json(OwnConfig, own), from_json(LikelihoodConfig, likelihood), sampling)
+    where = "model_args"
+    sampling |= {"sampler": asdict(from_json(SamplerConfig, sampler, where))}
+    config = HarnessConfig(from_json(OwnConfig, own, where), from_json(LikelihoodConfig, likelihood, where), sampling)
     _check_for_tasks(config)
     return config
 

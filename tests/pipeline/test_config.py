@@ -384,6 +384,7 @@ def test_apply_settings_of_one_path_twice_takes_the_last() -> None:
     ("path", "value", "message"),
     [
         ("pretrian.num_steps", 1, "did you mean pretrain?"),
+        ("lr", 1, "unknown setting lr; allowed here: pretrain, corpus (there is pretrain.optimizer.lr)"),
         ("pretrain.num_step", 1, "did you mean num_steps?"),
         ("pretrain.optimizer.lrr", 1, "did you mean lr?"),
         ("pretrain.num_steps.deep", 1, "unknown setting pretrain.num_steps.deep"),

@@ -203,8 +203,9 @@ def test_an_empty_prompt_under_guidance_is_refused_before_any_is_gone_on_with(
         lm.generate_until(prompts(2), disable_tqdm=True)
 
 
-def test_a_task_that_is_not_known_is_refused_in_one_line() -> None:
-    words = ["--model", "dlm", "--tasks", "dlm_choices,dlm_choice,nothing", "--model_args", "weights=w,tokenizer=t"]
+def test_a_task_that_is_not_known_is_refused_in_one_line(saved: dict[str, Path], made: Artifacts) -> None:
+    places = f"weights={saved['masked']},tokenizer={made.tokenizer}"
+    words = ["--model", "dlm", "--tasks", "dlm_choices,dlm_choice,nothing", "--model_args", places]
     done = subprocess.run([sys.executable, "-m", "pipeline.harness", *words], capture_output=True, text=True)
     errors = [line for line in done.stderr.splitlines() if not line.startswith("20")]  # those of the log
     assert (done.returncode, errors) == (

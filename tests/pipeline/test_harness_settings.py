@@ -10,7 +10,7 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from dlm_core.models.config import ModelConfig
 from pipeline.errors import UserError
-from pipeline.harness.command import TASKS, with_ours
+from pipeline.harness.command import TASKS, check_model_args, with_ours
 from pipeline.harness.config import read_config, with_theirs
 from pipeline.harness.generation import wish_of
 from pipeline.harness.task_data import choices, gsm8k, wikitext2
@@ -18,6 +18,7 @@ from pipeline.inference.stops import before_stops
 from pipeline.weights import ModelRecord
 from tests.support.exports import LLAMA
 from tests.support.harness import ARTICLES, write_task_data
+from tests.support.tiny_run import Artifacts
 
 PLACES = {"weights": "w", "tokenizer": "t"}
 
@@ -32,14 +33,14 @@ def record(seq_len: int) -> ModelRecord:
     [
         ({"num_mask": 8}, "unknown setting num_mask of the model dlm; did you mean num_masks"),
         ({"pretrained": "gpt2"}, "unknown setting pretrained of the model dlm; it is weights here"),
-        ({"workers": 0}, "workers is 0; it must be at least 1"),
+        ({"workers": 0}, "^model_args: workers is 0; it must be at least 1"),
         ({"length": -1}, "length is -1; it must be 0 or more"),
         ({"num_masks": 4}, "num_masks is 4; a standard error needs at least 8"),
-        ({"is_greedy": "often"}, "is_greedy is 'often'"),
+        ({"is_greedy": "often"}, "^model_args.is_greedy is 'often'"),
         ({"sampler": "ancestor"}, "kind is 'ancestor'"),
         ({"sampler": "confidence", "tau": 0.5}, "tau is 0.5, but kind 'confidence' has no use for it"),
         ({"temperature": -1.0}, "temperature is -1.0; it must be 0 or more"),
-        ({"temperature": 0.0, "top_k": 3}, "top_k and top_p change nothing at temperature 0"),
+        ({"temperature": 0.0, "top_k": 3}, "^sampling: top_k and top_p change nothing at temperature 0"),
         ({"batch_rows": 0}, "batch_rows is 0; it must be at least 1"),
         ({"batch_size": 4}, "unknown setting batch_size of the model dlm; it is batch_rows here"),
         (
@@ -139,6 +140,30 @@ def test_the_command_line_says_nothing_that_nobody_said(
     assert meant.include_path == str(TASKS)
     monkeypatch.setattr("sys.argv", ["lm_eval", "ls", "tasks", "--include_path", "mine"])
     assert with_ours(HarnessCLI().parse_args()).include_path == "mine"
+
+
+def test_arguments_of_the_model_are_looked_at_before_the_tasks(
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.inference.model.load_denoiser", lambda *_: pytest.fail("the weights are read"))
+
+    def check(*words: str) -> None:
+        monkeypatch.setattr("sys.argv", ["lm_eval", "run", "--tasks", "t", *words])
+        check_model_args(with_ours(HarnessCLI().parse_args()))
+
+    places = ["--model", "dlm", "--model_args", f"weights={saved['masked']}", f"tokenizer={made.tokenizer}"]
+    (tmp_path / "run.yaml").write_text("model: dlm\nmodel_args: weights=w,tokenizer=t,worker=2\n")
+    check(*places)
+    check("--model", "hf", "--model_args", "worker=2")
+    for words, reason in (
+        ([*places, "worker=2"], "unknown setting worker of the model dlm; did you mean workers"),
+        ([*places, "batch_rows=2", "--batch_size", "3"], "batch_rows is 2 in model_args and 3 beside them"),
+        ([*places[:-1], "tokenizer=absent"], "absent"),
+        (["--model", "dlm"], "weights is missing"),
+        (["--config", str(tmp_path / "run.yaml")], "unknown setting worker"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            check(*words)
 
 
 def test_length_and_ends_are_those_of_the_task() -> None:

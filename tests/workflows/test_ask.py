@@ -56,6 +56,8 @@ def test_a_checkpoint_is_asked_by_one_command(executor: str, dlm: Dlm, store: St
     found = json.loads((runs.committed_outputs(store, store.run("r1"))["tasks"].path / "results.json").read_text())
     assert {name: table["n"] for name, table in found["tasks"].items()} == {"which": 14, "how": 9, "free": 3}
     acc = found["tasks"]["which"]["metrics"]["acc"]
+    shown = done.stdout.splitlines()[-1].removeprefix("all figures of tasks").strip()
+    assert json.loads(Path(shown).read_text()) == found
     assert f"acc {acc['value']:.4f} ({acc['interval'][0]:.4f} to {acc['interval'][1]:.4f}) share, 14 q" in done.stdout
     assert found["tasks"]["free"]["metrics"]["gen_nll"]["value"] > 0
     page = Path(dlm("report", "r1").stdout.strip().splitlines()[-1]).read_text(encoding="utf-8")

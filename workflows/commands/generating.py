@@ -1,10 +1,10 @@
 """``dlm generate``: text of a model, in the terminal, as JSON lines, or as a film."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -15,6 +15,7 @@ from workflows.commands.common import (
     SetOption,
     StoreOption,
     console,
+    errors,
     find_store,
     parse_settings,
     print_json,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from workflows.generation import Sample, Source
     from workflows.report.film_page import Film
     from workflows.requests import Request
+
+T = TypeVar("T")
 
 
 def generate(
@@ -136,6 +139,7 @@ def _generate(
             keep_frames=film is not None,
             on_pass=look if is_live else None,
         )
+        drawn = drawn if out is None or is_live else _told(drawn, len(wanted) - len(done))
         for sample, canvas, filled in drawn:
             record = drawing.record_of(model, sample, canvas, filled, settings)
             if handle is not None:
@@ -158,6 +162,13 @@ def _generate(
         lead = f"{len(films)} drawn by {name}, from masks to text."
         film.write_text(film_page(f"Text of {name}", lead, films), encoding="utf-8")
         say(f"{film}: the paths of {len(films)}")
+
+
+def _told(drawn: Iterator[T], total: int) -> Iterator[T]:
+    """In a terminal, how many have been drawn."""
+    from rich.progress import track
+
+    return iter(track(drawn, "Drawn", total=total, console=errors, transient=True, disable=not errors.is_terminal))
 
 
 def _requests(text: str | None, prompt: str | None, infill: str | None, prompts: str, length: int) -> "list[Request]":

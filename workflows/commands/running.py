@@ -274,6 +274,7 @@ def _print_figures(store: Store, run: RunPlace) -> None:
     if "tasks" in outputs:
         tasks = read_json(outputs["tasks"] / "results.json")["tasks"]
         figures += [(name, _first_figure(found)) for name, found in tasks.items()]
+        figures.append(("all figures of tasks", str(local_copy(outputs["tasks"]) / "results.json")))
     if "pretrain" in outputs:
         stats = read_json(outputs["pretrain"] / "manifest.json")["stats"]
         if stats["tokens_per_s"] is not None:
@@ -288,7 +289,7 @@ def _print_figures(store: Store, run: RunPlace) -> None:
 def _first_figure(task: Mapping[str, Any]) -> str:
     """What a task is about, with its interval, and how many questions it is from."""
     left_out = f", {task['num_failed']:,} left out" if task["num_failed"] else ""
-    asked = f"{task['n']:,} questions{left_out}"
+    asked = f"{task['n']:,} {'question' if task['n'] == 1 else 'questions'}{left_out}"
     if not task["metrics"]:
         return f"no figure: {asked}"
     name, row = next(iter(task["metrics"].items()))

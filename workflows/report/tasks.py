@@ -71,7 +71,7 @@ def _meaning(name: str) -> str:
 
 def _remark(found: Mapping[str, Any]) -> str:
     """How many questions count, what happened to the others, and what defines the figures."""
-    told = [f"{found['kind']}, {count(found['n'])} questions."]
+    told = [f"{found['kind']}, {count(found['n'])} {'question' if found['n'] == 1 else 'questions'}."]
     if found["num_failed"]:
         some = [f"{one['number']} ({one['reason']})" for one in found["failed"][:_SHOWN_FAILURES]]
         more = ", …" if found["num_failed"] > len(some) else ""
