@@ -152,7 +152,7 @@ def _truncated(weights: Float[Tensor, "M V"], proposal: Proposal) -> Float[Tenso
     """With 0 for what is cut off."""
     if proposal.top_p == 1.0 and proposal.top_k is None:
         return weights
-    probs = weights / weights.sum(dim=-1, keepdim=True)
+    probs = weights / _row_sums(weights)[:, None]
     if proposal.top_p < 1.0:
         ordered = probs.sort(dim=-1, descending=True).values
         is_kept = ordered.cumsum(dim=-1) - ordered < proposal.top_p
@@ -162,6 +162,11 @@ def _truncated(weights: Float[Tensor, "M V"], proposal: Proposal) -> Float[Tenso
         least = probs.topk(proposal.top_k, dim=-1).values[:, -1:]
         probs = probs.masked_fill(probs < least, 0.0)
     return probs
+
+
+def _row_sums(values: Float[Tensor, "M V"]) -> Float[Tensor, " M"]:
+    """The same of a row in any company: of a single one torch adds up parts, one for each thread."""
+    return values.expand(2, -1).sum(dim=-1)[:1] if len(values) == 1 else values.sum(dim=-1)
 
 
 def _inverse_cdf(weights: Float[Tensor, "M V"], u: Float[Tensor, " M"]) -> Int[Tensor, " M"]:
@@ -178,10 +183,10 @@ def _scores(
     with_entropy: bool,
 ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
     """Score and entropy of weights, which are used up."""
-    total = weights.sum(dim=-1)
+    total = _row_sums(weights)
     if score == "entropy" or with_entropy:
         weights /= total[:, None]
-        entropy, total = -torch.special.xlogy(weights, weights).sum(dim=-1), torch.ones_like(total)
+        entropy, total = -_row_sums(torch.special.xlogy(weights, weights)), torch.ones_like(total)
     else:
         entropy = torch.zeros_like(total)
     if score == "probability":

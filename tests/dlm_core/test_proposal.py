@@ -115,6 +115,22 @@ def test_rows_in_chunks_are_drawn_and_scored_bit_for_bit_as_at_once(monkeypatch,
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("score", ["probability", "margin", "entropy"])
+@pytest.mark.parametrize("proposal", [Proposal(), Proposal(0.0), Proposal(0.7, top_p=0.9)])
+def test_a_row_alone_is_drawn_and_scored_bit_for_bit_as_in_company(proposal, score):
+    """Of so many ids that threads would divide the sum of a single row among them."""
+    logits = 3 * torch.randn(12, 50_257, generator=torch.Generator().manual_seed(0))
+    u = torch.linspace(0.05, 0.95, 12, dtype=torch.float64)
+    torch.set_num_threads(2)
+    try:
+        together = draw(proposal, logits, u, score)
+        for row in range(12):
+            alone = draw(proposal, logits[row : row + 1], u[row : row + 1], score)
+            assert all(torch.equal(one[0], column[row]) for one, column in zip(alone, together, strict=True))
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("proposal", [Proposal(), Proposal(0.0)])
 def test_no_rows_are_drawn_for_no_positions(proposal):
     found = draw(proposal, torch.zeros(0, 5), torch.zeros(0, dtype=torch.float64), "margin")
