@@ -8,7 +8,8 @@ draws k evenly and a subset for it.  Here
     few tokens    every subset, where there are no more than ``num_masks``: nothing is left to chance
     many          all tokens once (k = n has no other subset); and 1..n - 1, of which every k has one unit of length,
                   cut into H strata: (n - 1) (h / H)^1.5 is where the h-th begins, for subsets of few tokens vary most.
-                  Where there are n - 1 strata or more, they begin and end between two counts, or within one.  Two k
+                  Where there are n - 1 strata or more, they begin and end between two counts, or within one; from
+                  3 (n - 1) / 2 on each k has its own, and the rest go one by one where the most is claimed.  Two k
                   are drawn in each stratum, a point and its mirror image, and a subset of its own for either.
 
 Within a stratum all k weigh the same, so that the level of the losses adds no noise, and their trend next to none, for
@@ -24,10 +25,10 @@ The fit of a stratum is one of the losses in all *other* strata: being independe
 it moves no mean, however bad it is.  Given fit and counts the two subsets of a stratum are independent, so that the
 difference of what they add is a deviation whose square tells the variance; it tells too much by what trend the fit has
 left, in strata that are wide because they are few.  That fits share data adds next to nothing.  So the error is right
-for answers of tens of tokens and 64 masks, and for smooth losses rather too large for hundreds of tokens or 8 masks; of
-so few masks it is too small where one token decides over many (tests).  Of any sum
-of bounds the deviations are the sums of theirs, whether they share masks or not: that of a difference of two choices,
-or of two models, is told as small as common masks make it.
+for answers of tens of tokens, by the normal law from 64 masks on and by Student's t of ``effective_dof`` from 8 on, and
+rather too large for hundreds of tokens, or for more than ten at 8 masks (tests).  Of any sum of bounds the deviations
+are the sums of theirs, whether they share masks or not: that of a difference of two choices, or of two models, is told
+as small as common masks make it.
 
 What lives here: subsets, weights, the bound and its deviations.  What must not: rows, models.
 
@@ -39,6 +40,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -111,7 +113,13 @@ def _edges(n: int, num_strata: int) -> Float[Tensor, " E"]:
     if num_strata < n - 1:
         return (n - 1) * (torch.arange(num_strata + 1, dtype=torch.float64) / num_strata) ** 1.5
     k = torch.arange(n)
-    behind = (num_strata * (k.double() / (n - 1)) ** (2 / 3)).round().long()  # strata that end at k
+    share = (k.double() / (n - 1)) ** (2 / 3)
+    if 2 * num_strata >= 3 * (n - 1):
+        claims = share.diff()[:, None] / torch.arange(num_strata)  # every k has one, the next goes where it is needed
+        of_k = (claims.flatten().argsort(descending=True, stable=True)[:num_strata] // num_strata).bincount()
+        behind = F.pad(of_k.cumsum(dim=0), (1, 0))
+    else:
+        behind = (num_strata * share).round().long()  # strata that end at k
     is_edge = torch.cat([behind.diff() > 0, torch.ones(1, dtype=torch.bool)])
     k, behind = k[is_edge], behind[is_edge]
     step = torch.repeat_interleave(behind.diff())

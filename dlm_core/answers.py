@@ -124,8 +124,6 @@ class AnswerEstimate:
     nats: Float[Tensor, " B"]
     deviations: Float[Tensor, "B H"]
     """Noise of the drawn masks by stratum; 0 where every mask was taken.  Those of a sum of answers are the sums."""
-    dof: Float[Tensor, " B"]
-    """Degrees of freedom of mc_se, the strata of a part; inf where nothing was drawn."""
     num_passes: Int[Tensor, " B"]
     """Masked copies of the row that went through the denoiser."""
 
@@ -147,7 +145,7 @@ def answer_bound(cross_entropy: CrossEntropy, a: Answers, *, num_masks: int, bat
         raise ValueError(f"batch_rows is {batch_rows}; it must be at least 1")
     nats = torch.zeros(len(a.lengths), dtype=torch.float64)
     deviations = torch.zeros(len(a.lengths), max(0, num_masks - 1) // 2, dtype=torch.float64)
-    dof, num_passes = torch.full_like(nats, torch.inf), torch.zeros(len(a.lengths), dtype=torch.int64)
+    num_passes = torch.zeros(len(a.lengths), dtype=torch.int64)
     parts = a.parts()
     rows = parts.row.unique()
     rows = rows[a.lengths[rows].argsort(stable=True)]
@@ -169,8 +167,7 @@ def answer_bound(cross_entropy: CrossEntropy, a: Answers, *, num_masks: int, bat
             nats.index_add_(0, part.row, bound)
             if masks.num_strata:
                 deviations.index_add_(0, part.row, of_part)
-                dof[part.row] = masks.num_strata
-    return AnswerEstimate(nats, deviations, dof, num_passes)
+    return AnswerEstimate(nats, deviations, num_passes)
 
 
 def _chunks(rows: Int[Tensor, " B"], cells: Int[Tensor, " B"]) -> "Iterator[Int[Tensor, ' b']]":

@@ -23,6 +23,21 @@ def error_of_difference(deviations: Sequence[float], others: Sequence[float] = (
     return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip_longest(deviations, others, fillvalue=0.0)))
 
 
+def effective_dof(deviations: Sequence[float]) -> float:
+    """Degrees of freedom of a variance that is the sum of squares of independent deviations, each of mean 0.
+
+    (sum_h sigma_h^2)^2 / sum_h sigma_h^4  (Satterthwaite, Biometrics Bull. 2, 1946), from 1 up to their number: fewer
+    where few of them are large.  Of normal deviations d_h the square of sum_h d_h^2 has the mean numerator + 2
+    denominator, and sum_h d_h^4 that of 3 denominator, whence  3 (sum_h d_h^2)^2 / sum_h d_h^4 - 2.  inf of none.
+    """
+    largest = max(map(abs, deviations), default=0.0)
+    if largest == 0.0:
+        return math.inf
+    squares = [(deviation / largest) ** 2 for deviation in deviations]  # of which not all are too small for a float
+    found = 3 * math.fsum(squares) ** 2 / math.fsum(square**2 for square in squares) - 2
+    return min(found, float(sum(square > 0 for square in squares)))
+
+
 @cache
 def t_quantile(dof: float, level: float = 0.95) -> float:
     """Half-width in standard errors of an interval that holds the truth with probability ``level``.

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dlm_core.intervals import error_of_difference
+from dlm_core.intervals import effective_dof, error_of_difference
 from pipeline.config import execution
 from pipeline.errors import NumericsError, UserError
 from pipeline.inference.model import OpenModel
@@ -30,7 +30,7 @@ class LikelihoodConfig:
 
     num_masks: int = 64
     """At most so many masked copies of a row; LLaDA (arXiv 2502.09992) takes 128, drawn one by one.  Of
-    fewer than 32 the standard error is rough."""
+    fewer than 64 an interval of a single answer is one of Student's t, with the dof of its score."""
     guidance: float = 0.0
     """w of classifier-free guidance, logits c + w (c - u) with u from the row with its context masked; 0: none."""
     noise_seed: int = 2_000
@@ -66,8 +66,6 @@ class Score:
     nats: float
     deviations: tuple[float, ...]
     """Noise of the drawn masks by stratum; none where nothing was drawn.  Those of a sum of scores are the sums."""
-    dof: float
-    """Of mc_se; inf where nothing was drawn."""
     num_passes: int
     num_cut: int
     """Tokens at the beginning of the context for which there was no room."""
@@ -76,6 +74,11 @@ class Score:
     def mc_se(self) -> float:
         """Standard error of nats from the drawn masks."""
         return error_of_difference(self.deviations)
+
+    @property
+    def dof(self) -> float:
+        """Degrees of freedom of mc_se, for an interval of a single answer; inf where nothing was drawn."""
+        return effective_dof(self.deviations)
 
 
 @dataclass(frozen=True)
@@ -180,10 +183,10 @@ def _bounds(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfi
         found = answer_bound(cross_entropy, answers, num_masks=config.num_masks, batch_rows=config.batch_rows)
     except FloatingPointError as error:
         raise NumericsError(str(error)) from None
-    columns = (column.tolist() for column in (found.nats, found.deviations, found.dof, found.num_passes))
+    columns = (column.tolist() for column in (found.nats, found.deviations, found.num_passes))
     return [
-        Score(nats, tuple(deviations) if math.isfinite(dof) else (), dof, num_passes, row.num_cut)
-        for row, nats, deviations, dof, num_passes in zip(rows, *columns, strict=True)
+        Score(nats, tuple(deviations) if any(deviations) else (), num_passes, row.num_cut)
+        for row, nats, deviations, num_passes in zip(rows, *columns, strict=True)
     ]
 
 
@@ -320,4 +323,4 @@ def _next_tokens(model: OpenModel, rows: Sequence[FittedRow], batch_rows: int) -
             losses = HeadLoss(*model.denoiser(*sent, mask=AttentionMask("causal"))).cross_entropy.double().cpu()
             sums = torch.zeros(len(some), dtype=torch.float64).index_add_(0, select // width, losses)
             nats.update(zip(some, sums.tolist(), strict=True))
-    return [Score(nats[number], (), math.inf, 1 if row.size else 0, row.num_cut) for number, row in enumerate(rows)]
+    return [Score(nats[number], (), 1 if row.size else 0, row.num_cut) for number, row in enumerate(rows)]

@@ -21,7 +21,7 @@ MODULES += ["models/router_losses", "models/transformer"]
 
 SOURCE = re.compile(
     r"(arXiv\s+|\()\d{4}\.\d{5}\b|Box and Muller, 1958|OOPSLA 2014"
-    r"|(Biometrika|Stat\. Assoc\.|Stat\. Med\.) \d+, \d{4}"
+    r"|(Biometrika|Biometrics Bull\.|Stat\. Assoc\.|Stat\. Med\.) \d+, \d{4}"
 )
 
 # Ours alone: bookkeeping around the formulas, with no paper to name.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlm_core.intervals import difference_interval, mean_interval, t_quantile, wilson_interval
+from dlm_core.intervals import difference_interval, effective_dof, mean_interval, t_quantile, wilson_interval
 
 TABLE = {1.0: 12.7062, 2.0: 4.3027, 3.0: 3.1824, 7.0: 2.3646, 30.0: 2.0423, 1000.0: 1.9623, math.inf: 1.9600}
 """Two-sided, 95 %: as printed in textbooks."""
@@ -28,6 +28,24 @@ def test_intervals_of_means_of_few_hold_the_truth_as_often_as_they_say() -> None
     half_width = t_quantile(7.0) * draws.std(dim=1) / math.sqrt(8)
     covered = float((draws.mean(dim=1).abs() < half_width).double().mean())
     assert covered == pytest.approx(0.95, abs=5 * math.sqrt(0.95 * 0.05 / 20_000))
+
+
+@pytest.mark.parametrize("sigmas", [[1.0] * 7, [1.0, 2.0, 3.0], [5.0, 0.1, 0.1, 0.1]])
+def test_degrees_of_a_sum_of_squares_come_from_moments_that_are_right_in_the_mean(sigmas: list[float]) -> None:
+    """3 S^2 - 2 Q over Q, of S = sum d^2 and Q = sum d^4: numerator and denominator are those of Satterthwaite."""
+    scale = torch.tensor(sigmas, dtype=torch.float64)
+    d = scale * torch.randn(400_000, len(sigmas), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total, fourth = d.square().sum(dim=1), d.pow(4).sum(dim=1)
+    wanted = float(scale.square().sum() ** 2 / scale.pow(4).sum())
+    assert float((3 * total**2 - 2 * fourth).mean() / fourth.mean()) == pytest.approx(wanted, rel=0.03)
+    for row, s, q in zip(d[:50].tolist(), total.tolist(), fourth.tolist(), strict=False):
+        assert effective_dof(row) == pytest.approx(min(3 * s**2 / q - 2, len(sigmas)), rel=1e-9)
+
+
+def test_degrees_are_between_one_and_the_number_of_deviations_whatever_their_scale() -> None:
+    assert effective_dof([0.3] * 5) == effective_dof([-1e-200] * 5) == effective_dof([1e200] * 5) == 5.0
+    assert effective_dof([1.0, 1e-9, 0.0]) == pytest.approx(1.0)
+    assert effective_dof([]) == effective_dof([0.0, 0.0]) == math.inf
 
 
 @pytest.mark.parametrize(("dof", "level", "words"), [(0.5, 0.95, r"dof is 0\.5"), (math.nan, 0.95, "dof is nan")])

@@ -95,5 +95,7 @@ ANSWERS: tuple[Planted, ...] = (
         "rows = rows[a.lengths[rows].argsort(stable=True)]",
         "rows = rows",
     ),
+    Planted("answer_masks", "strata by rounding alone", "if 2 * num_strata >= 3 * (n - 1):", "if n < 1:"),
+    Planted("intervals", "degrees as if all deviated alike", "return min(found, float(", "return max(found, float("),
     Planted("intervals", "the normal law for every number of degrees", "if dof > 1e6:", "if dof > 1:"),
 )
