@@ -142,8 +142,8 @@ def test_intervals_of_differences_of_shares_hold_them(n: int, p_a: float, p_b: f
     held = 0.0
     for a in range(n + 1):
         for b in range(n - a + 1):
-            pairs = [1.0] * a + [0.0] * b, [0.0] * a + [1.0] * b
-            low, high = difference_interval(*(side + [0.5] * (n - a - b) for side in pairs))
+            alike = [0.5] * (n - a - b)
+            low, high = difference_interval([1.0] * a + [0.0] * b + alike, [0.0] * a + [1.0] * b + alike)
             ways = math.comb(n, a) * math.comb(n - a, b)
             held += ways * p_a**a * p_b**b * (1 - p_a - p_b) ** (n - a - b) * (low <= p_b - p_a <= high)
     assert 0.93 < held <= 1.0 + 1e-9

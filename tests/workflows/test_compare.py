@@ -71,9 +71,10 @@ def test_differences_are_those_of_the_records_taken_pair_by_pair(
     assert acc["se"] == pytest.approx(np.std(differences, ddof=1) / math.sqrt(n), rel=1e-12)
     assert acc["p"] == mcnemar_p(differences.count(-1), differences.count(1))
     half = t_quantile(float(n - 1)) * acc["se"]
+    first, second = ([float(hit) for hit in side] for side in hits)
     around = [max(acc["difference"] - half, -1.0), min(acc["difference"] + half, 1.0)]
     assert acc["interval"] == pytest.approx(around, abs=0.3 * half)  # drawn towards 0, and somewhat wider
-    assert acc["interval"] == pytest.approx(difference_interval(*(list(map(float, side)) for side in hits)), rel=1e-12)
+    assert acc["interval"] == pytest.approx(difference_interval(first, second), rel=1e-12)
     answer = rows["tasks.which", "answer_nelbo"]
     nats = [[one["nats"][one["answer"]] for one in side] for side in which]
     assert answer["difference"] == pytest.approx(np.mean(np.subtract(nats[1], nats[0])), rel=1e-9)
