@@ -4,7 +4,7 @@ The harness sees one process: requests are handed to workers in here, in pieces 
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from pipeline.harness.config import check_model, read_config, with_theirs
 from pipeline.harness.generation import Prompt, Wish, Written, cut_prompts, wish_of, write
 from pipeline.harness.pieces import begins_with, cut_requests, masked_copies, next_token_request, one_copy
 from pipeline.inference.greedy import are_greedy
-from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
+from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score, why_unguided
 from pipeline.inference.model import OpenModel, read_about
 from pipeline.inference.pairs import encode_pair
 from pipeline.inference.sampling import SamplingConfig
@@ -76,6 +76,7 @@ class DenoiserLM(LM):
         """(log p of each answer or a bound on it, whether it is the greedy one); choices of a document share masks."""
         self._refuse_greedy_tasks(requests)
         asked = [self._request(instance) for instance in requests]
+        self._refuse_unguided(zip(requests, asked, strict=True))
         scores = self._scores(asked, "likelihoods", disable_tqdm)
         lines = [_figures(scores[request]) for request in asked]
         self._account("loglikelihood", requests, lines)
@@ -93,6 +94,7 @@ class DenoiserLM(LM):
         much as it can.
         """
         texts = [self._rows(instance) for instance in requests]
+        self._refuse_unguided((one, row) for one, rows in zip(requests, texts, strict=True) for row in rows)
         scores = self._scores([row for rows in texts for row in rows], "rows of text", disable_tqdm)
         lines = [_figures(*(scores[row] for row in rows)) | {"num_cut": 0} for rows in texts]
         self._account("loglikelihood_rolling", requests, lines)
@@ -172,6 +174,12 @@ class DenoiserLM(LM):
         if self._is_autoregressive:
             return next_token_request(self._begin, context_ids, ids, number)
         return Request(tuple(context_ids), tuple(ids), number)
+
+    def _refuse_unguided(self, asked: "Iterable[tuple[Instance, Request]]") -> None:
+        """What guidance has no effect on, all that is rolling among it."""
+        for instance, request in asked:
+            if reason := why_unguided(request, self._config.likelihood, self._record):
+                raise UserError(f"task {instance.task_name}, document {instance.doc_id}: {reason}")
 
     def _encode(self, text: str) -> list[int]:
         return self._vocabulary.tokenizer.encode(text, add_special_tokens=False).ids

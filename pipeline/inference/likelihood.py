@@ -103,11 +103,15 @@ def score(model: OpenModel, requests: Sequence[Request], config: LikelihoodConfi
     """The score of every request, in their order.
 
     A context is cut from the left where a row would be longer than those that the model was trained on.  Raises
-    UserError for an answer and suffix that have no room by themselves, and for guidance that a model has no use for.
+    UserError for an answer and suffix that have no room by themselves, for guidance that a model has no use for, and
+    for a request on which it would have no effect.
     """
     if not requests:
         return []
     check_guidance(config, model.record)
+    for request in requests:
+        if reason := why_unguided(request, config, model.record):
+            raise UserError(reason)
     rows = [fitted(model, request) for request in requests]
     if model.is_autoregressive:
         return _next_tokens(model, rows, config.batch_rows)
@@ -144,6 +148,17 @@ def check_guidance(config: LikelihoodConfig, record: ModelRecord) -> None:
     }
     if config.guidance and record.objective in reasons:
         raise UserError(f"guidance is {config.guidance}, but the model {reasons[record.objective]}; set it to 0")
+
+
+def why_unguided(request: Request, config: LikelihoodConfig, record: ModelRecord) -> str:
+    """Why guidance would have no effect on a score, or nothing: what is left of the context has no token to mask."""
+    room = record.seq_len - len(request.answer) - len(request.suffix)
+    if not config.guidance or min(len(request.context), room) > record.target_offset:
+        return ""
+    return (
+        f"guidance is {config.guidance}, but no context stands before the answer that it could strengthen, or there is "
+        "no room for one; set it to 0, or leave the question out"
+    )
 
 
 # Diffusion

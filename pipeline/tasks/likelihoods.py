@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from pipeline.errors import NumericsError
-from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
+from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score, why_unguided
 from pipeline.inference.model import OpenModel
 from pipeline.inference.pairs import encode_pair
 from pipeline.tasks.questions import Question
@@ -29,11 +29,12 @@ def choose(model: OpenModel, numbered: Sequence[tuple[int, Question]], config: L
     requests: list[Request] = []
     for number, question in numbered:
         pairs = [encode_pair(model.encode, question["context"], choice) for choice in question["choices"]]
+        own = [Request(context, answer, mask_id(number)) for context, answer in pairs]
         records.append({"number": number})
-        if why_not := _misfit(model, [answer for _, answer in pairs]):
+        if why_not := _misfit(model, own, config):
             records[-1]["failed"] = why_not
             continue
-        requests += [Request(context, answer, mask_id(number)) for context, answer in pairs]
+        requests += own
     scores = iter(score(model, requests, config))
     for (number, question), record in zip(numbered, records, strict=True):
         if "failed" in record:
@@ -52,14 +53,16 @@ def choose(model: OpenModel, numbered: Sequence[tuple[int, Question]], config: L
     return records
 
 
-def _misfit(model: OpenModel, answers: Sequence[Sequence[int]]) -> str:
-    """Why answers cannot be asked about, or nothing."""
+def _misfit(model: OpenModel, choices: Sequence[Request], config: LikelihoodConfig) -> str:
+    """Why choices cannot be asked about, or nothing."""
     room = model.record.seq_len - model.record.target_offset
-    for place, answer in enumerate(answers):
-        if not answer:
+    for place, choice in enumerate(choices):
+        if not choice.answer:
             return f"choice {place} has no tokens"
-        if len(answer) > room:
-            return f"choice {place} has {len(answer)} tokens; rows of the model have room for {room}"
+        if len(choice.answer) > room:
+            return f"choice {place} has {len(choice.answer)} tokens; rows of the model have room for {room}"
+        if why_not := why_unguided(choice, config, model.record):
+            return f"choice {place}: {why_not}"
     return ""
 
 

@@ -196,6 +196,19 @@ def test_an_answer_without_tokens_or_room_is_refused_by_task_and_document(dlm: A
         dlm().loglikelihood(instances, disable_tqdm=True)
 
 
+@pytest.mark.parametrize("kind", ["masked", "shifted"])
+def test_guidance_without_a_context_is_refused_by_task_and_document(dlm: Any, kind: str) -> None:
+    lm, words = dlm(kind, guidance=0.5), r"guidance is 0\.5, but no context stands before the answer"
+    with pytest.raises(UserError, match=rf"task task, document 2: {words}"):
+        lm.loglikelihood(questions(*DOCUMENTS), disable_tqdm=True)
+    for text in ARTICLES:
+        (instance,) = asked("loglikelihood_rolling", [(text,)], doc_id=5, task="wiki")
+        with pytest.raises(UserError, match=rf"task wiki, document 5: {words}"):
+            lm.loglikelihood_rolling([instance], disable_tqdm=True)
+    assert lm.get_model_info()["accounts"] == {}
+    lm.loglikelihood(questions(*DOCUMENTS[:2]), disable_tqdm=True)
+
+
 def test_a_task_of_single_answers_is_refused_unless_greedy_decoding_is_decided_on(dlm: Any) -> None:
     requests = questions(("ba be", [" bi"]), ("ga", [" ge"]), task="lambada")
     with pytest.raises(UserError, match=r"task lambada has one answer for a document.*Set is_greedy=true"):

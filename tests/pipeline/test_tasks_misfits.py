@@ -41,6 +41,11 @@ GAPS = [
 PROMPTS = [{"prompt": "one", "answer": "two"}, {"prompt": "", "answer": "two"}, {"prompt": "three", "answer": "four"}]
 PROGRAMS = [PROBLEM, {**PROBLEM, "task_id": "b", "prompt": ""}, {**PROBLEM, "task_id": "c"}]
 NOTHING_GIVEN = "guidance is 1.0, but nothing is given that it could strengthen"
+CHOICES = [
+    {"context": "one", "choices": [" two", " three"], "answer": 0},
+    {"context": " ", "choices": ["two", "three"], "answer": 0},
+    {"context": "four", "choices": [" two", " three"], "answer": 1},
+]
 
 
 @pytest.mark.usefixtures("sandbox")
@@ -67,6 +72,18 @@ def test_what_cannot_be_written_fails_by_itself(
     assert found["n"] == len(questions) - len(numbers)
     for one in found["failed"]:
         assert reason in one["reason"]
+
+
+@pytest.mark.parametrize("model", ["masked", "shifted"])
+def test_a_choice_behind_nothing_under_guidance_fails_by_itself(
+    model: str, saved: dict[str, Path], made: Artifacts, tmp_path: Path
+) -> None:
+    task = TaskConfig("multiple_choice", str(write(tmp_path / "q.jsonl", CHOICES)))
+    config = replace(CONFIG, tasks={"q": task}, likelihood=LikelihoodConfig(num_masks=8, guidance=1.0))
+    found = ask(config, saved[model], made.tokenizer, tmp_path / "out")["q"]
+    (failed,) = found["failed"]
+    assert (found["n"], failed["number"]) == (2, 1)
+    assert failed["reason"].startswith("choice 0: guidance is 1.0, but no context stands before the answer")
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ TASKS: tuple[Planted, ...] = (
     Planted(
         "pipeline/tasks/likelihoods",
         "masks by the place in the piece",
-        "requests += [Request(context, answer, mask_id(number))",
-        "requests += [Request(context, answer, mask_id(len(records) - 1))",
+        "own = [Request(context, answer, mask_id(number))",
+        "own = [Request(context, answer, mask_id(len(records)))",
     ),
     Planted(
         "pipeline/tasks/likelihoods",
         "masks of its own for each choice",
-        "requests += [Request(context, answer, mask_id(number))",
-        "requests += [Request(context, answer, mask_id(number, len(answer)))",
+        "own = [Request(context, answer, mask_id(number))",
+        "own = [Request(context, answer, mask_id(number, len(answer)))",
     ),
     Planted(
         "pipeline/tasks/likelihoods",
