@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dlm_core.answer_masks import AnswerMasks, bound_of_losses, draw_masks
+from dlm_core.cross_entropy import check_losses
 
 CrossEntropy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(xt [b, L], rows [b], select [M], targets [M]) -> -log p [M] of the targets at the flat positions of xt.
@@ -138,8 +139,7 @@ def answer_bound(cross_entropy: CrossEntropy, a: Answers, *, num_masks: int, bat
 
     A part of one token takes one copy and is exact; an answer without tokens takes none, and is 0.  ``batch_rows``
     copies go through the denoiser together, those of rows of like length; it has no effect on the masks.  Raises
-    ValueError for a batch_rows below 1 and as ``draw_masks`` does, and FloatingPointError for losses that are not
-    finite.
+    ValueError for a batch_rows below 1 and as ``draw_masks`` does, and LossError for losses that are not finite.
     """
     if batch_rows < 1:
         raise ValueError(f"batch_rows is {batch_rows}; it must be at least 1")
@@ -200,9 +200,6 @@ def _losses(
         targets = xt.flatten()[select]
         xt.view(-1)[select] = a.mask_token_id
         losses = cross_entropy(xt, rows[row], select, targets).double().cpu()
-        if not losses.isfinite().all():
-            raise FloatingPointError(
-                "the denoiser's logits give no finite loss: they hold nan, or give a token no probability"
-            )
+        check_losses(losses, rows[row][copy])
         found[row[copy], number[copy], place] = losses
     return found

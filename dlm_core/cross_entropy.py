@@ -57,6 +57,24 @@ def token_cross_entropy(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"]
     return F.cross_entropy(logits.to(compute_dtype(logits.dtype)), targets, reduction="none", ignore_index=no_id)
 
 
+class LossError(FloatingPointError):
+    """A token of ``row`` costs nan, or more than any number: its logits hold nan, or give it no probability."""
+
+    def __init__(self, row: int, nats: float) -> None:
+        super().__init__(row, nats)
+        self.row, self.nats = row, nats
+
+    def __str__(self) -> str:
+        return f"a token of row {self.row} costs {self.nats} nats: logits hold nan, or give it no probability"
+
+
+def check_losses(cross_entropy: Float[Tensor, " M"], rows: Int[Tensor, " M"]) -> None:
+    """Raise LossError for a loss that is not finite; ``rows`` are those of the tokens."""
+    if not (is_finite := cross_entropy.isfinite()).all():
+        first = int((~is_finite).nonzero()[0])
+        raise LossError(int(rows[first]), float(cross_entropy[first]))
+
+
 def _check_counts(num_rows: int, targets: Tensor, weight: Tensor) -> None:
     if not num_rows == len(targets) == len(weight):
         raise ValueError(

@@ -120,7 +120,7 @@ def _block_losses(
         logits = predict(xt, x0, select)
         nats = token_cross_entropy(logits, x0.flatten()[select].to(logits.device)).double().cpu()
         if nats.isnan().any():
-            raise ValueError("the denoiser's logits hold nan, or no id of finite logit; a likelihood needs numbers")
+            raise FloatingPointError("the denoiser's logits hold nan, or no id of finite logit: no loss is a number")
         block = jobs[select // seq_len] * num + select % seq_len // block_size
         total.index_add_(0, block, nats * weight[jobs].flatten()[select])
     return total.view(len(rows), num)

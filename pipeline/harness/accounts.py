@@ -70,7 +70,7 @@ class Accounts:
             with self._details.open("a", encoding="utf-8") as handle:
                 for instance, line in zip(instances, lines, strict=True):
                     place = {"kind": kind, "task": instance.task_name, "doc_id": instance.doc_id, "idx": instance.idx}
-                    handle.write(json.dumps(place | dict(line)) + "\n")
+                    handle.write(json.dumps(place | dict(line), allow_nan=False) + "\n")
 
     def cut(self, kind: str) -> dict[str, tuple[int, int]]:
         """Requests of each task whose context was cut, of how many."""

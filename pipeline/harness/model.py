@@ -4,7 +4,7 @@ The harness sees one process: requests are handed to workers in here, in pieces 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,14 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from pipeline.artifact import load_manifest
-from pipeline.errors import UserError
+from pipeline.errors import NumericsError, UserError
 from pipeline.harness.accounts import Accounts
 from pipeline.harness.addresses import address_of, repetitions
 from pipeline.harness.config import check_model, read_config, with_theirs
 from pipeline.harness.generation import Prompt, Wish, Written, cut_prompts, wish_of, write
 from pipeline.harness.pieces import begins_with, cut_requests, masked_copies, next_token_request, one_copy
 from pipeline.inference.greedy import are_greedy
-from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score, why_unguided
+from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, ScoreError, score, why_unguided
 from pipeline.inference.model import OpenModel, read_about
 from pipeline.inference.pairs import encode_pair
 from pipeline.inference.sampling import SamplingConfig
@@ -76,8 +76,7 @@ class DenoiserLM(LM):
         """(log p of each answer or a bound on it, whether it is the greedy one); choices of a document share masks."""
         self._refuse_greedy_tasks(requests)
         asked = [self._request(instance) for instance in requests]
-        self._refuse_unguided(zip(requests, asked, strict=True))
-        scores = self._scores(asked, "likelihoods", disable_tqdm)
+        scores = self._scores(list(zip(requests, asked, strict=True)), "likelihoods", disable_tqdm)
         lines = [_figures(scores[request]) for request in asked]
         self._account("loglikelihood", requests, lines)
         greedy = dict.fromkeys(asked, False)
@@ -94,8 +93,8 @@ class DenoiserLM(LM):
         much as it can.
         """
         texts = [self._rows(instance) for instance in requests]
-        self._refuse_unguided((one, row) for one, rows in zip(requests, texts, strict=True) for row in rows)
-        scores = self._scores([row for rows in texts for row in rows], "rows of text", disable_tqdm)
+        asked = [(instance, row) for instance, rows in zip(requests, texts, strict=True) for row in rows]
+        scores = self._scores(asked, "rows of text", disable_tqdm)
         lines = [_figures(*(scores[row] for row in rows)) | {"num_cut": 0} for rows in texts]
         self._account("loglikelihood_rolling", requests, lines)
         return self._kept("loglikelihood_rolling", requests, [-line["nats"] for line in lines])
@@ -112,8 +111,8 @@ class DenoiserLM(LM):
         for instance, prompt, wish in zip(requests, prompts, wishes, strict=True):
             if wish.sampling.guidance and not prompt.ids:
                 raise UserError(
-                    f"task {instance.task_name}, document {instance.doc_id}: guidance is {wish.sampling.guidance}, but "
-                    "the prompt is empty, which leaves nothing to strengthen; set it to 0, or leave the document out"
+                    f"{_place_of(instance)}: guidance is {wish.sampling.guidance}, but the prompt is empty, which "
+                    "leaves nothing to strengthen; set it to 0, or leave the document out"
                 )
         written = self._write(prompts, wishes, disable_tqdm)
         lines = [{"num_passes": one.nfe, "num_cut": one.num_cut} for one in written]
@@ -167,19 +166,13 @@ class DenoiserLM(LM):
         room = self._record.seq_len - self._record.target_offset
         if not 0 < len(ids) <= room:
             raise UserError(
-                f"task {instance.task_name}, document {instance.doc_id}: the answer {answer[:40]!r} has "
-                f"{len(ids)} tokens; the model takes from 1 to {room}. Leave the document out"
+                f"{_place_of(instance)}: the answer {answer[:40]!r} has {len(ids)} tokens; the model takes from 1 to "
+                f"{room}. Leave the document out"
             )
         number = address_of(instance).number()
         if self._is_autoregressive:
             return next_token_request(self._begin, context_ids, ids, number)
         return Request(tuple(context_ids), tuple(ids), number)
-
-    def _refuse_unguided(self, asked: "Iterable[tuple[Instance, Request]]") -> None:
-        """What guidance has no effect on, all that is rolling among it."""
-        for instance, request in asked:
-            if reason := why_unguided(request, self._config.likelihood, self._record):
-                raise UserError(f"task {instance.task_name}, document {instance.doc_id}: {reason}")
 
     def _encode(self, text: str) -> list[int]:
         return self._vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
@@ -196,11 +189,22 @@ class DenoiserLM(LM):
             for start in range(0, len(ids), size)
         ]
 
-    def _scores(self, requests: Sequence[Request], what: str, disable_tqdm: bool) -> dict[Request, Score]:
+    def _scores(
+        self, asked: "Sequence[tuple[Instance, Request]]", what: str, disable_tqdm: bool
+    ) -> dict[Request, Score]:
+        """Of each request; UserError for what guidance has no effect on, all that is rolling among it."""
+        for instance, request in asked:
+            if reason := why_unguided(request, self._config.likelihood, self._record):
+                raise UserError(f"{_place_of(instance)}: {reason}")
         of_bound = partial(
             masked_copies, num_masks=self._config.likelihood.num_masks, block_size=self._record.block_size
         )
-        return self._ask(score, requests, one_copy if self._is_autoregressive else of_bound, what, disable_tqdm)
+        num_copies, requests = one_copy if self._is_autoregressive else of_bound, [request for _, request in asked]
+        try:
+            return self._ask(score, requests, num_copies, what, disable_tqdm)
+        except ScoreError as error:
+            instance, _ = asked[requests.index(error.request)]
+            raise NumericsError(f"{_place_of(instance)}: {error}") from None
 
     def _ask(
         self,
@@ -263,6 +267,10 @@ class DenoiserLM(LM):
 
 def _words(instance: "Instance") -> tuple[Any, ...]:
     return instance.args
+
+
+def _place_of(instance: "Instance") -> str:
+    return f"task {instance.task_name}, document {instance.doc_id}"
 
 
 def _asked(model: OpenModel, piece: Sequence[Request], ask: Any, config: LikelihoodConfig) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.errors import UserError
+from pipeline.errors import NumericsError, UserError
 from pipeline.inference.likelihood import FittedRow, LikelihoodConfig, Request, cut_by_size, fitted, most_asked
 from pipeline.inference.model import OpenModel
 from pipeline.weights import ModelRecord
@@ -17,7 +17,7 @@ def are_greedy(model: OpenModel, requests: Sequence[Request], config: Likelihood
 
     An answer is one only if each token is the most likely after those before it, whatever the ones behind: a model of
     masked diffusion is asked with all of these masked, and what follows an answer shown, a row for each token.  Raises
-    UserError as ``score`` does, for guidance, and for a model of blocks.
+    UserError as ``score`` does, for guidance, and for a model of blocks, and NumericsError for logits of nan.
     """
     import torch
 
@@ -111,7 +111,10 @@ def _are_right(
 
 
 def _most_likely(logits: "Tensor") -> list[int]:
-    return logits.argmax(dim=-1).tolist()
+    most, ids = logits.max(dim=-1)
+    if not most.isfinite().all():  # nan is the largest of all
+        raise NumericsError(f"the largest logit of a token is {float(most[~most.isfinite()][0])}; it must be finite")
+    return ids.tolist()
 
 
 def _batches(lengths: Sequence[int], sizes: Sequence[int], batch_rows: int, most: int) -> Iterator[list[int]]:

@@ -99,12 +99,23 @@ class FittedRow:
         return self.start + self.size
 
 
+class ScoreError(NumericsError):
+    """No finite score of ``request``, which its asker can name."""
+
+    def __init__(self, request: Request, nats: float) -> None:
+        super().__init__(request, nats)
+        self.request, self.nats = request, nats
+
+    def __str__(self) -> str:
+        return f"a token costs {self.nats} nats: the weights give no finite loss"
+
+
 def score(model: OpenModel, requests: Sequence[Request], config: LikelihoodConfig) -> list[Score]:
     """The score of every request, in their order.
 
     A context is cut from the left where a row would be longer than those that the model was trained on.  Raises
     UserError for an answer and suffix that have no room by themselves, for guidance that a model has no use for, and
-    for a request on which it would have no effect.
+    for a request on which it would have no effect; ScoreError where a loss is not finite.
     """
     if not requests:
         return []
@@ -112,10 +123,13 @@ def score(model: OpenModel, requests: Sequence[Request], config: LikelihoodConfi
     for request in requests:
         if reason := why_unguided(request, config, model.record):
             raise UserError(reason)
+    from dlm_core.cross_entropy import LossError
+
     rows = [fitted(model, request) for request in requests]
-    if model.is_autoregressive:
-        return _next_tokens(model, rows, config.batch_rows)
-    return _bounds(model, rows, config)
+    try:
+        return _next_tokens(model, rows, config.batch_rows) if model.is_autoregressive else _bounds(model, rows, config)
+    except LossError as error:
+        raise ScoreError(requests[error.row], error.nats) from None
 
 
 def fitted(model: OpenModel, request: Request) -> FittedRow:
@@ -194,10 +208,7 @@ def _bounds(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfi
         cross_entropy = _in_parts(_guided_cross_entropy(model, answers, config.guidance), most)
     else:
         cross_entropy = _cross_entropy(model, answers)
-    try:
-        found = answer_bound(cross_entropy, answers, num_masks=config.num_masks, batch_rows=config.batch_rows)
-    except FloatingPointError as error:
-        raise NumericsError(str(error)) from None
+    found = answer_bound(cross_entropy, answers, num_masks=config.num_masks, batch_rows=config.batch_rows)
     columns = (column.tolist() for column in (found.nats, found.deviations, found.num_passes))
     return [
         Score(nats, tuple(deviations) if any(deviations) else (), num_passes, row.num_cut)
@@ -316,7 +327,7 @@ def _next_tokens(model: OpenModel, rows: Sequence[FittedRow], batch_rows: int) -
     """Each token given those before it; the first of a text given the end of one."""
     import torch
 
-    from dlm_core.cross_entropy import HeadLoss
+    from dlm_core.cross_entropy import HeadLoss, check_losses
     from dlm_core.models.attention import AttentionMask
 
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].tokens))
@@ -336,6 +347,8 @@ def _next_tokens(model: OpenModel, rows: Sequence[FittedRow], batch_rows: int) -
             columns = (seen, select, targets.flatten()[select], torch.ones(len(select)))
             sent = (column.to(model.device) for column in columns)
             losses = HeadLoss(*model.denoiser(*sent, mask=AttentionMask("causal"))).cross_entropy.double().cpu()
-            sums = torch.zeros(len(some), dtype=torch.float64).index_add_(0, select // width, losses)
+            place = select // width
+            check_losses(losses, torch.tensor(some)[place])
+            sums = torch.zeros(len(some), dtype=torch.float64).index_add_(0, place, losses)
             nats.update(zip(some, sums.tolist(), strict=True))
     return [Score(nats[number], (), 1 if row.size else 0, row.num_cut) for number, row in enumerate(rows)]

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from pipeline.errors import NumericsError
-from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score, why_unguided
+from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, ScoreError, score, why_unguided
 from pipeline.inference.model import OpenModel
 from pipeline.inference.pairs import encode_pair
 from pipeline.tasks.questions import Question
@@ -27,6 +27,7 @@ def choose(model: OpenModel, numbered: Sequence[tuple[int, Question]], config: L
     """For each choice -log p of it behind its context, or a bound; choices of one question share their masks."""
     records: list[Record] = []
     requests: list[Request] = []
+    asked: list[int] = []
     for number, question in numbered:
         pairs = [encode_pair(model.encode, question["context"], choice) for choice in question["choices"]]
         own = [Request(context, answer, mask_id(number)) for context, answer in pairs]
@@ -35,12 +36,13 @@ def choose(model: OpenModel, numbered: Sequence[tuple[int, Question]], config: L
             records[-1]["failed"] = why_not
             continue
         requests += own
-    scores = iter(score(model, requests, config))
-    for (number, question), record in zip(numbered, records, strict=True):
+        asked += [number] * len(own)
+    scores = iter(_scores(model, requests, asked, config))
+    for (_, question), record in zip(numbered, records, strict=True):
         if "failed" in record:
             continue
         choices = question["choices"]
-        found = [_finite(next(scores), number) for _ in choices]
+        found = [next(scores) for _ in choices]
         record |= {
             "answer": question["answer"],
             "nats": [one.nats for one in found],
@@ -78,11 +80,21 @@ def roll(model: OpenModel, numbered: Sequence[tuple[int, Question]], config: Lik
     for number, ids in rows:
         requests.append(Request((), ids, mask_id(number, len(parts[number]))))
         parts[number].append(ids)
-    scores = iter(score(model, requests, config))
+    scores = iter(_scores(model, requests, [number for number, _ in rows], config))
     return [
-        _rolled(number, question["text"], parts[number], [_finite(next(scores), number) for _ in parts[number]])
+        _rolled(number, question["text"], parts[number], [next(scores) for _ in parts[number]])
         for number, question in numbered
     ]
+
+
+def _scores(
+    model: OpenModel, requests: Sequence[Request], numbers: Sequence[int], config: LikelihoodConfig
+) -> list[Score]:
+    """Those of questions of these numbers, one for each request."""
+    try:
+        return score(model, requests, config)
+    except ScoreError as error:
+        raise NumericsError(f"question {numbers[requests.index(error.request)]}: {error}") from None
 
 
 def _rolled(number: int, text: str, rows: Sequence[Sequence[int]], scores: Sequence[Score]) -> Record:
@@ -105,9 +117,3 @@ def _rolled(number: int, text: str, rows: Sequence[Sequence[int]], scores: Seque
 def _kept(deviations: Sequence[float]) -> list[float]:
     """To a millionth of a nat: they are many."""
     return [round(one, 6) for one in deviations]
-
-
-def _finite(found: Score, number: int) -> Score:
-    if not math.isfinite(found.nats):
-        raise NumericsError(f"question {number} costs {found.nats} nats: the weights give no finite loss")
-    return found

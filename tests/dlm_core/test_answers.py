@@ -11,6 +11,7 @@ import torch
 
 from dlm_core.answer_masks import bound_of_losses, draw_masks
 from dlm_core.answers import AnswerEstimate, Answers, answer_bound
+from dlm_core.cross_entropy import LossError
 
 MASK, NUM_MASKS = 99, 24
 
@@ -137,10 +138,13 @@ def test_an_answer_without_tokens_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_losses_that_are_no_numbers_are_refused(loss: float) -> None:
-    asked = answers(ROWS[:1])
-    with pytest.raises(FloatingPointError, match="give no finite loss"):
-        answer_bound(lambda *batch: torch.full((len(batch[2]),), loss), asked, num_masks=8)
+def test_losses_that_are_no_numbers_are_refused_and_tell_their_row(loss: float) -> None:
+    def cross_entropy(xt: torch.Tensor, rows: torch.Tensor, select: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return torch.where(rows[select // xt.shape[1]] == 2, loss, 1.0)
+
+    with pytest.raises(LossError, match=f"a token of row 2 costs {loss} nats") as refused:
+        answer_bound(cross_entropy, answers(ROWS), num_masks=8)
+    assert refused.value.row == 2
 
 
 @pytest.mark.parametrize(

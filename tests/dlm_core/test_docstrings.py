@@ -30,20 +30,20 @@ able_backends AnswerEstimate AnswerEstimate.mc_se AnswerMasks Answers Answers.of
 Architecture Architecture.head_size Architecture.is_sparse Architecture.kv_heads Architecture.rotary_dim as_uniform Ask
 Attend Attend.narrowed Attend.noisy_half AttentionMask AttentionMask.predicate AttentionMask.to block_length
 BoundEstimate BoundEstimate.ppl_bound by_score Canvas Canvas.ask Canvas.device Canvas.draws Canvas.place Canvas.uniforms
-Canvas.write check_score check_tokens compute_dtype Condition Condition.modulate ConfidenceLoss Context Context.begin
-Context.check Context.finish Context.window Corrupted Corrupted.is_masked counts_at dense_mask difference_interval Drawn
-error_of_difference estimate_bound exact_count_positions expected_initial_loss expert_scores Experts Experts.forward
-experts_grouped experts_loop extend_hash first_of GradientSums GradientSums.of GradientSums.variance hash_event
-hash_integer hash_permutation hash_uniform hash_words Head HeadLoss KVCache KVCache.advance KVCache.append
-KVCache.replace logits_loss loss_output LossOutput mask_noise_std mean_interval ModelConfig
-ModelConfig.is_last_selective ModelConfig.num_active_params ModelConfig.num_params moment_sums next_token_targets
-noise_positions num_blocks on_both_halves open_places Padding Padding.around Padding.seen Parts Parts.by_size Pass
-per_token PiecewiseDensity PiecewiseDensity.bin_of PiecewiseDensity.sample Preset put RopeTables Router Router.forward
-RouterLoss RouterTap RouterTap.close RouterTap.selection_bias RowEstimate RowEstimate.per_token Rule Rule.turns sample
-sample_next_tokens Sampled Scoring Scoring.lengths sent_together shift_left stratified_counts Stream t_bins Targets tiny
-token_cross_entropy tokens_per_expert tokens_per_expert_and_bin unigram_entropy variance_of_sums WeightedTimes Weighting
-Weighting.is_bound Weighting.token_weight Whole Whole.begin Whole.finish Whole.window why_not_grouped within
-without_pass
+Canvas.write check_losses check_score check_tokens compute_dtype Condition Condition.modulate ConfidenceLoss Context
+Context.begin Context.check Context.finish Context.window Corrupted Corrupted.is_masked counts_at dense_mask
+difference_interval Drawn error_of_difference estimate_bound exact_count_positions expected_initial_loss expert_scores
+Experts Experts.forward experts_grouped experts_loop extend_hash first_of GradientSums GradientSums.of
+GradientSums.variance hash_event hash_integer hash_permutation hash_uniform hash_words Head HeadLoss KVCache
+KVCache.advance KVCache.append KVCache.replace logits_loss loss_output LossError LossOutput mask_noise_std mean_interval
+ModelConfig ModelConfig.is_last_selective ModelConfig.num_active_params ModelConfig.num_params moment_sums
+next_token_targets noise_positions num_blocks on_both_halves open_places Padding Padding.around Padding.seen Parts
+Parts.by_size Pass per_token PiecewiseDensity PiecewiseDensity.bin_of PiecewiseDensity.sample Preset put RopeTables
+Router Router.forward RouterLoss RouterTap RouterTap.close RouterTap.selection_bias RowEstimate RowEstimate.per_token
+Rule Rule.turns sample sample_next_tokens Sampled Scoring Scoring.lengths sent_together shift_left stratified_counts
+Stream t_bins Targets tiny token_cross_entropy tokens_per_expert tokens_per_expert_and_bin unigram_entropy
+variance_of_sums WeightedTimes Weighting Weighting.is_bound Weighting.token_weight Whole Whole.begin Whole.finish
+Whole.window why_not_grouped within without_pass
 """
 OWN = set(_OWN.split())
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import runpy
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,14 +15,14 @@ import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dlm_core.models.attention import AttentionMask
-from pipeline.errors import UserError
+from pipeline.errors import NumericsError, UserError
 from pipeline.harness.addresses import address_of
 from pipeline.harness.model import DenoiserLM
 from pipeline.harness.pieces import cut_requests, masked_copies
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
 from pipeline.inference.model import OpenModel, open_model
 from tests.support.harness import ARTICLES, asked, questions
-from tests.support.model_kinds import KINDS
+from tests.support.model_kinds import KINDS, spoilt
 from tests.support.tiny_run import Artifacts
 
 SEQ_LEN = 32
@@ -207,6 +208,34 @@ def test_guidance_without_a_context_is_refused_by_task_and_document(dlm: Any, ki
             lm.loglikelihood_rolling([instance], disable_tqdm=True)
     assert lm.get_model_info()["accounts"] == {}
     lm.loglikelihood(questions(*DOCUMENTS[:2]), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_that_costs_no_number_is_named(
+    dlm: Any, model: Any, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = spoilt(model(kind), "q")
+    monkeypatch.setattr("pipeline.inference.workers.open_model", lambda *_: broken)
+    lm = dlm(kind, details=str(tmp_path / "details.jsonl"))
+    with pytest.raises(NumericsError, match=r"^task task, document 1: a token costs nan nats"):
+        lm.loglikelihood(questions(("ba", [" be", " bi"]), ("ba q", [" be", " bi"])), disable_tqdm=True)
+    texts = [asked("loglikelihood_rolling", [(text,)], doc_id=i)[0] for i, text in enumerate(("ba", "be q bi bo"))]
+    with pytest.raises(NumericsError, match=r"^task task, document 1: a token costs nan nats"):
+        lm.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert ((tmp_path / "details.jsonl").read_text(), lm.get_model_info()["accounts"]) == ("", {})
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("as set"), 2), (NumericsError("as trained"), 3)])
+def test_the_command_ends_in_one_line(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_harness() -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.harness.command.run_harness", run_harness)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("pipeline.harness", run_name="__main__")
+    assert (ended.value.code, capsys.readouterr().err) == (code, f"error: {error}\n")
 
 
 def test_a_task_of_single_answers_is_refused_unless_greedy_decoding_is_decided_on(dlm: Any) -> None:

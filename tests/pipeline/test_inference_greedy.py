@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dlm_core.models.attention import AttentionMask
-from pipeline.errors import UserError
+from pipeline.errors import NumericsError, UserError
 from pipeline.inference.greedy import are_greedy
 from pipeline.inference.likelihood import LikelihoodConfig, Request
 from pipeline.inference.model import OpenModel, open_model
-from tests.support.model_kinds import save_models
+from tests.support.model_kinds import save_models, spoilt
 from tests.support.tiny_run import Artifacts
 
 CONFIG = LikelihoodConfig(batch_rows=2)
@@ -100,3 +100,10 @@ def test_what_is_not_built_is_refused(models: dict[str, OpenModel]) -> None:
         are_greedy(models["blocks"], request, CONFIG)
     with pytest.raises(UserError, match=r"is_greedy is true, but guidance is 0\.5"):
         are_greedy(models["masked"], request, replace(CONFIG, guidance=0.5))
+
+
+@pytest.mark.parametrize("kind", ["masked", "shifted", "next"])
+def test_logits_without_a_largest_are_refused(models: dict[str, OpenModel], kind: str) -> None:
+    model = spoilt(models[kind], "q")
+    with pytest.raises(NumericsError, match="the largest logit of a token is nan; it must be finite"):
+        are_greedy(model, [Request((5, 9), (7, 8), 0), Request((5, *model.encode("q")), (7, 8), 0)], CONFIG)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from dlm_core.models.attention import AttentionMask
-from pipeline.errors import UserError
-from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, score
+from pipeline.errors import UserError, classify
+from pipeline.inference.likelihood import LikelihoodConfig, Request, Score, ScoreError, score
 from pipeline.inference.model import OpenModel
+from tests.support.model_kinds import KINDS, spoilt
 
 pytestmark = pytest.mark.timeout(120)
 SEQ_LEN, BLOCK = 32, 4
@@ -185,6 +187,20 @@ def test_an_answer_longer_than_a_row_is_refused(doubles: dict[str, OpenModel]) -
         score(doubles["masked"], [Request((), range(5, 38), 0)], CONFIG)
     with pytest.raises(UserError, match="of which the first must be given; shorten it"):
         score(doubles["shifted"], [Request((), range(5, 37), 0)], CONFIG)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_loss_that_is_no_number_is_refused_and_tells_its_request(doubles: dict[str, OpenModel], name: str) -> None:
+    model = spoilt(doubles[name], "q")
+    (token,) = model.encode("q")
+    bad = Request((5, token), (7, 8, 9), 3)
+    for requests in ([*SHORT, bad, *LONG], [bad]):
+        with pytest.raises(ScoreError, match="a token costs nan nats: the weights give no finite loss") as refused:
+            score(model, requests, CONFIG)
+        assert refused.value.request == bad
+        assert classify(refused.value) == "numerics"
+        assert pickle.loads(pickle.dumps(refused.value)).request == bad  # as from a worker
+    assert score(model, SHORT, CONFIG) == score(doubles[name], SHORT, CONFIG)
 
 
 def test_nothing_is_asked_of_empty_answers_and_no_requests(doubles: dict[str, OpenModel]) -> None:

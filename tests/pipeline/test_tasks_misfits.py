@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.errors import NumericsError, UserError
 from pipeline.inference.likelihood import LikelihoodConfig
+from pipeline.inference.model import OpenModel
 from pipeline.inference.sampler import SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.sandbox.isolation import Isolation
 from pipeline.sandbox.limits import Outcome
 from pipeline.tasks.config import TaskConfig, TasksConfig
+from pipeline.tasks.likelihoods import choose, roll
+from tests.support.model_kinds import KINDS, spoilt
 from tests.support.questions import ask, choices, write
 from tests.support.tiny_run import Artifacts
 
@@ -72,6 +75,20 @@ def test_what_cannot_be_written_fails_by_itself(
     assert found["n"] == len(questions) - len(numbers)
     for one in found["failed"]:
         assert reason in one["reason"]
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_a_question_that_costs_no_number_ends_its_task_and_is_named(model: str, doubles: dict[str, OpenModel]) -> None:
+    broken, config = spoilt(doubles[model], "q"), LikelihoodConfig(num_masks=8)
+    words = "question 7: a token costs nan nats"
+    whole, bad = ({"context": f"one{end}", "choices": [" two", " three"], "answer": 0} for end in ("", " q"))
+    assert len(choose(broken, [(3, whole)], config)) == 1
+    with pytest.raises(NumericsError, match=words):
+        choose(broken, [(3, whole), (7, bad), (8, bad)], config)
+    texts = [(5, {"text": "one two " * 20}), (7, {"text": "one two " * 20 + "q three"})]
+    assert len(roll(broken, texts[:1], config)) == 1
+    with pytest.raises(NumericsError, match=words):
+        roll(broken, texts, config)
 
 
 @pytest.mark.parametrize("model", ["masked", "shifted"])

@@ -1,11 +1,15 @@
 """Random models of every kind, whose rows have 32 tokens."""
 
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import load_manifest
 from pipeline.data.vocabulary import load_vocabulary
+from pipeline.inference.model import OpenModel
 from tests.support.exports import LLAMA
 from tests.support.interchange import drawn, random_model, save_model
 
@@ -24,3 +28,11 @@ def save_models(root: Path, tokenizer: Path, *kinds: str) -> dict[str, Path]:
     special, own = load_vocabulary(tokenizer).special, load_manifest(tokenizer).fingerprint
     model = random_model(drawn(LLAMA), special.vocab_size, special.mask_token_id)
     return {kind: save_model(root / kind, model, tokenizer=own, **KINDS[kind]) for kind in kinds or KINDS}
+
+
+def spoilt(model: OpenModel, text: str) -> OpenModel:
+    """The model with nan for what it sees of the only token of a text."""
+    (token,) = model.encode(text)
+    denoiser = deepcopy(model.denoiser)
+    denoiser.embedding.weight[token] = nan
+    return replace(model, denoiser=denoiser)

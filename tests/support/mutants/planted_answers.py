@@ -97,5 +97,11 @@ ANSWERS: tuple[Planted, ...] = (
     ),
     Planted("answer_masks", "strata by rounding alone", "if 2 * num_strata >= 3 * (n - 1):", "if n < 1:"),
     Planted("intervals", "degrees as if all deviated alike", "return min(found, float(", "return max(found, float("),
+    Planted(
+        "answers",
+        "a loss that is no number blamed on another row",
+        "check_losses(losses, rows[row][copy])",
+        "check_losses(losses, copy)",
+    ),
     Planted("intervals", "the normal law for every number of degrees", "if dof > 1e6:", "if dof > 1:"),
 )
