@@ -35,7 +35,8 @@ class LikelihoodConfig:
     """w of classifier-free guidance, logits c + w (c - u) with u from the row with its context masked; 0: none."""
     noise_seed: int = 2_000
     batch_rows: int = execution(32)
-    """Copies that go through the model together; no effect on the masks."""
+    """Copies that go through the model together, under guidance at most, as it holds the logits of both sides; no effect
+    on the masks."""
 
     def __post_init__(self) -> None:
         if self.num_masks < 8:
@@ -202,7 +203,7 @@ def _bounds(model: OpenModel, rows: Sequence[FittedRow], config: LikelihoodConfi
         model.record.block_size,
     )
     if answers.block_size:
-        cross_entropy = _in_parts(_block_cross_entropy(model, answers), most_asked(model))
+        cross_entropy = _block_cross_entropy(model, answers)
     elif config.guidance:
         most = most_asked(model) // 2  # of either side
         cross_entropy = _in_parts(_guided_cross_entropy(model, answers, config.guidance), most)
@@ -250,21 +251,28 @@ def cut_by_size(numbers: Iterable[int], sizes: Sequence[int], most_rows: int, mo
 
 
 def _cross_entropy(model: OpenModel, answers: Any) -> "CrossEntropy":
+    offset = model.record.target_offset
+
+    def cross_entropy(xt: "Tensor", rows: "Tensor", select: "Tensor", targets: "Tensor") -> "Tensor":
+        return _asked_losses(model, xt, select - offset, targets, mask=_of_lengths(xt, answers.lengths[rows]))
+
+    return cross_entropy
+
+
+def _asked_losses(
+    model: OpenModel, xt: "Tensor", asked: "Tensor", targets: "Tensor", *, mask: Any, x0: "Tensor | None" = None
+) -> "Tensor":
+    """-log p of the targets, in the way that has no more logits at once than there is room for."""
     import torch
 
     from dlm_core.cross_entropy import HeadLoss, token_cross_entropy
 
-    offset = model.record.target_offset
-
-    def cross_entropy(xt: "Tensor", rows: "Tensor", select: "Tensor", targets: "Tensor") -> "Tensor":
-        mask = _of_lengths(xt, answers.lengths[rows]).to(model.device)
-        asked, wanted = (select - offset).to(model.device), targets.to(model.device)
-        if len(select) > most_asked(model):
-            ones = torch.ones(len(select), device=model.device)
-            return HeadLoss(*model.denoiser(xt.to(model.device), asked, wanted, ones, mask=mask)).cross_entropy
-        return token_cross_entropy(model.denoiser(xt.to(model.device), asked, mask=mask), wanted)
-
-    return cross_entropy
+    xt, asked, targets = (column.to(model.device) for column in (xt, asked, targets))
+    named = {"mask": mask.to(model.device), "x0": None if x0 is None else x0.to(model.device)}
+    if len(asked) <= most_asked(model):
+        return token_cross_entropy(model.denoiser(xt, asked, **named), targets)
+    ones = torch.ones(len(asked), device=model.device)
+    return HeadLoss(*model.denoiser(xt, asked, targets, ones, **named)).cross_entropy
 
 
 def _guided_cross_entropy(model: OpenModel, answers: Any, guidance: float) -> "CrossEntropy":
@@ -302,8 +310,6 @@ def _block_cross_entropy(model: OpenModel, answers: Any) -> "CrossEntropy":
     """Rows in whole blocks, noised ones beside clean ones."""
     import torch
 
-    from dlm_core.cross_entropy import token_cross_entropy
-
     offset, size = model.record.target_offset, answers.block_size
 
     def cross_entropy(xt: "Tensor", rows: "Tensor", select: "Tensor", targets: "Tensor") -> "Tensor":
@@ -313,9 +319,7 @@ def _block_cross_entropy(model: OpenModel, answers: Any) -> "CrossEntropy":
         )
         asked = select // xt.shape[1] * width + select % xt.shape[1] - offset
         mask = _of_lengths(noised, answers.lengths[rows], "block_diffusion", block_size=size)
-        sent = (column.to(model.device) for column in (noised, asked))
-        logits = model.denoiser(*sent, x0=clean.to(model.device), mask=mask.to(model.device))
-        return token_cross_entropy(logits, targets.to(model.device))
+        return _asked_losses(model, noised, asked, targets, mask=mask, x0=clean)
 
     return cross_entropy
 

@@ -107,30 +107,43 @@ def test_scores_depend_on_their_request_alone(doubles: dict[str, OpenModel], nam
         assert score(doubles[name], requests, replace(config, noise_seed=1)) != whole
 
 
+@pytest.mark.parametrize("batch_rows", [1, 7, 32])
 @pytest.mark.parametrize(
-    ("name", "guidance", "most"), [("masked", 0.0, 0), ("masked", 0.5, 20), ("shifted", 0.5, 20), ("blocks", 0.0, 40)]
+    ("name", "guidance", "most"),
+    [("masked", 0.0, 0), ("shifted", 0.0, 0), ("blocks", 0.0, 0), ("masked", 0.5, 20), ("shifted", 0.5, 20)],
 )
 def test_scores_are_the_same_where_logits_are_too_many_to_be_held(
-    name: str, guidance: float, most: int, doubles: dict[str, OpenModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without guidance the core counts a loss in parts, elsewhere batches have fewer rows."""
-    model, config, asked = doubles[name], replace(CONFIG, guidance=guidance), list[int]()
-    held = score(model, LONG[1:], config)
-    sides = 2 if guidance else 1
-    monkeypatch.setattr("pipeline.inference.likelihood._MAX_LOGITS", sides * most * model.record.model.vocab_size)
+    name: str, guidance: float, most: int, batch_rows: int, doubles: dict[str, OpenModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The core counts a loss in parts, of the same batches; under guidance batches have fewer rows."""
+    model, config = doubles[name], replace(CONFIG, num_masks=8, guidance=guidance, batch_rows=batch_rows)
+    rows, asked = list[int](), list[int]()
 
     def look(_: object, args: tuple[torch.Tensor, ...], out: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        rows.append(len(args[0]))
         asked.append(len(out) if isinstance(out, torch.Tensor) else 0)
 
     handle = model.denoiser.register_forward_hook(look)
     try:
+        held, batches = score(model, LONG[1:], config), rows.copy()
+        rows.clear()
+        asked.clear()
+        monkeypatch.setattr(
+            "pipeline.inference.likelihood._MAX_LOGITS",
+            (2 if guidance else 1) * most * model.record.model.vocab_size,
+        )
         cut = score(model, LONG[1:], config)
     finally:
         handle.remove()
     for one, other in zip(held, cut, strict=True):
         assert one.nats == pytest.approx(other.nats, rel=1e-9)
         assert one.mc_se == pytest.approx(other.mc_se, rel=1e-6, abs=1e-9)
-    assert most // 2 < max(asked) <= most if most else max(asked) == 0
+    if guidance:
+        assert most // 2 < max(asked) <= most
+    else:
+        assert (rows, max(batches)) == (batches, batch_rows)
+        assert max(asked) <= 1  # of a single token the logits are no more than the least that is held
 
 
 def test_guidance_masks_the_context_of_the_side_without_it(doubles: dict[str, OpenModel]) -> None:
