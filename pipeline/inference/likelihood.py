@@ -30,13 +30,14 @@ class LikelihoodConfig:
 
     num_masks: int = 64
     """At most so many masked copies of a row; LLaDA (arXiv 2502.09992) takes 128, drawn one by one.  Of
-    fewer than 64 an interval of a single answer is one of Student's t, with the dof of its score."""
+    fewer than 64 an interval of a single answer is one of Student's t, with the dof of its score.  A model of next
+    tokens, whose scores are exact, has no use for it."""
     guidance: float = 0.0
     """w of classifier-free guidance, logits c + w (c - u) with u from the row with its context masked; 0: none."""
     noise_seed: int = 2_000
     batch_rows: int = execution(32)
-    """Copies that go through the model together, under guidance at most, as it holds the logits of both sides; no effect
-    on the masks."""
+    """Copies that go through the model together; under guidance, which holds the logits of both sides, at most.  No
+    effect on the masks."""
 
     def __post_init__(self) -> None:
         if self.num_masks < 8:
