@@ -10,8 +10,9 @@ from tokenizers import Tokenizer
 
 from pipeline.inference.likelihood import Request
 
-_BATCHES = 16
-"""Of a piece: enough to fill all but the last, few enough that workers end together."""
+_FEW_BATCHES, _MANY_BATCHES = 2, 16
+"""Of a piece whose last batch is full too, as where requests are of one row; and of others, so many that one that is
+not hardly counts.  Few enough that there is work for all workers, and that they end together."""
 
 
 def begins_with(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -37,14 +38,16 @@ def cut_requests(
 
     ``num_copies``: rows of a request that go through the model, of which pieces hold whole batches.
     """
-    pieces: list[list[Request]] = []
-    rows = full = _BATCHES * batch_rows
+    pieces: list[list[Request]] = [[]]
+    rows = 0
     for request in sorted(set(requests), key=_by_length):
-        if rows >= full:
-            pieces.append([])
-            rows = 0
         pieces[-1].append(request)
         rows += num_copies(request)
+        if rows >= (_MANY_BATCHES if rows % batch_rows else _FEW_BATCHES) * batch_rows:
+            pieces.append([])
+            rows = 0
+    if not pieces[-1]:
+        pieces.pop()
     return sorted(pieces, key=lambda piece: -sum(num_copies(one) * _num_tokens(one) for one in piece))
 
 

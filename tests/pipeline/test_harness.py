@@ -18,7 +18,7 @@ from dlm_core.models.attention import AttentionMask
 from pipeline.errors import NumericsError, UserError
 from pipeline.harness.addresses import address_of
 from pipeline.harness.model import DenoiserLM
-from pipeline.harness.pieces import cut_requests, masked_copies
+from pipeline.harness.pieces import cut_requests, masked_copies, one_copy
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
 from pipeline.inference.model import OpenModel, open_model
 from tests.support.harness import ARTICLES, asked, questions
@@ -90,6 +90,17 @@ def test_pieces_of_work_hold_every_request_once_whatever_the_order() -> None:
     costs = [sum((len(r.context) + len(r.answer)) * min(8, 2 ** len(r.answer) - 1) for r in piece) for piece in pieces]
     assert costs == sorted(costs, reverse=True)
     assert cut_requests([], copies, 2) == []
+
+
+def test_pieces_of_requests_of_one_row_are_small_and_their_batches_full() -> None:
+    """Enough of them for several workers; of more rows so many that the last batch hardly counts."""
+    requests = [Request(tuple(range(n % 5)), (9, 10, 11), n) for n in range(150)]
+    for copies in (one_copy, partial(masked_copies, num_masks=64, block_size=1)):
+        assert sorted(len(piece) for piece in cut_requests(requests, copies, 32)) == [22, 64, 64]
+    of_bounds = cut_requests(requests, partial(masked_copies, num_masks=64, block_size=0), 32)  # 7 rows of each
+    assert sorted(len(piece) for piece in of_bounds) == [22, 32, 32, 32, 32]
+    of_many = cut_requests(requests, lambda _: 62, 32)
+    assert sorted(len(piece) for piece in of_many) == [6, *[9] * 16]
 
 
 def test_pieces_count_the_copies_that_there_are() -> None:
