@@ -53,6 +53,16 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 
+_NO_FILE = {
+    errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM,
+}  # fmt: skip
+
+
+def is_wrong_path(error: OSError) -> bool:
+    """Whether what was named is no file that may be read: another name, or other rights, would mend that."""
+    return error.errno in _NO_FILE
+
+
 _LOST_PEER = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|Broken pipe|Socket Timeout|Timed out waiting|"
     r"failed to connect|NCCL (communicator was aborted|remote process exited)",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import parse_json
-from pipeline.errors import UserError, classify
+from pipeline.errors import UserError, is_wrong_path
 
 _MAX_LINE_BYTES = 64_000_000
 _SHOWN_CHARS = 80
@@ -46,7 +46,7 @@ def _lines(path: Path, where: str) -> Iterator[tuple[int, bytes]]:
         place = f" after line {number}" if number else ""
         raise UserError(f"{where} cannot be read{place}: {error}. Fetch it again") from None
     except OSError as error:
-        if classify(error) == "transient":
+        if not is_wrong_path(error):
             raise
         raise UserError(f"{where} cannot be read: {error.strerror}. Name a file of JSON lines") from None
 

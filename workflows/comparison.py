@@ -40,7 +40,10 @@ class Difference:
     se: float | None
     """Of b - a, over questions, paired; None for a single one."""
     mc_se: float | None
-    """Of b - a, from the drawn masks, of which what both find hard goes out; None where none are drawn."""
+    """Of b - a, from the drawn masks, of which what both find hard goes out.
+
+    None where none are drawn, and where a record is of an older version, which kept nothing of single masks.
+    """
     interval: tuple[float, float] | None
     """Of b - a, 95 % over questions: Student's t, of shares ``difference_interval``."""
     p: float | None

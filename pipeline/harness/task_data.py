@@ -9,11 +9,12 @@ They lie in a folder that the environment variable DLM_TASK_DATA names, or task_
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_wrong_path
 from pipeline.json_lines import shown
 from pipeline.tasks.questions import FIELDS, Fields, read_questions, take_text
 
@@ -66,23 +67,30 @@ def _folder(task_data: str) -> Path:
     return Path(folder).expanduser()
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """UserError, with where its folder comes from, if a path leads to no file."""
+    try:
+        yield
+    except OSError as error:
+        if not is_wrong_path(error):
+            raise
+        folder = f"its folder is {FOLDER}, or --metadata task_data=DIR"
+        raise UserError(f"{path} cannot be read: {error.strerror}; {folder}") from None
+
+
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise _missing(path) from None
+        with _named(path):
+            return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from None
 
 
-def _missing(path: Path) -> UserError:
-    return UserError(f"there is no file {path}; its folder is {FOLDER}, or --metadata task_data=DIR")
-
-
 def _records(path: Path, fields: Fields) -> "Dataset":
     """Lines of JSON, of which these fields are kept."""
-    if not path.exists():
-        raise _missing(path)
+    with _named(path):
+        path.stat()
     return _dataset(read_questions(path, fields, str(path)))
 
 

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 
 def encode_pair(encode: Callable[[str], list[int]], context: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a context and of an answer to it, as lm-evaluation-harness has them.
+    """Token ids of a context and of an answer to it.
 
     Both are encoded as one text, as texts are in training, and the answer's are those behind the context's; blanks at
-    the end of the context go to the answer.  Where a token holds the end of one and the beginning of the other, each
-    is encoded by itself: the harness's own models would then score a part of the answer for all of it.
+    the end of the context go to the answer.  So lm-evaluation-harness has them, but for a token that would hold the end
+    of one and the beginning of the other: each is then encoded by itself here, where the harness's own models score a
+    part of the answer for all of it.
     """
     kept = context.rstrip()
     context, answer = kept, context[len(kept) :] + answer

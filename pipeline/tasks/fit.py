@@ -1,8 +1,11 @@
 """What of the settings does not fit a model: told by its record, before its weights are read."""
 
+from collections.abc import Mapping
+
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.errors import UserError
 from pipeline.tasks.config import BY_LIKELIHOOD, TAKES, TaskConfig, TasksConfig
+from pipeline.tasks.questions import TaskFile
 from pipeline.weights import ModelRecord
 
 ANSWER_LENGTH = 128
@@ -20,8 +23,8 @@ def _room(record: ModelRecord) -> int:
     return record.seq_len - record.target_offset
 
 
-def check_fit(config: TasksConfig, record: ModelRecord, special: SpecialTokens) -> None:
-    """UserError for settings with which no question of a task could be asked of a model."""
+def check_fit(config: TasksConfig, files: Mapping[str, TaskFile], record: ModelRecord, special: SpecialTokens) -> None:
+    """UserError for settings with which no question of a task could be asked of a model as it stands in its file."""
     if config.likelihood.guidance and record.objective != "masked_nelbo":
         what = "predicts the next token" if record.objective == "autoregressive_nll" else "is of blocks"
         names = [name for name, task in config.tasks.items() if task.kind in BY_LIKELIHOOD]
@@ -31,16 +34,16 @@ def check_fit(config: TasksConfig, record: ModelRecord, special: SpecialTokens) 
         )
     for name, task in config.tasks.items():
         if "sampling" in TAKES[task.kind]:
-            _check_written(f"tasks.{name}", task, record, special)
+            _check_written(f"tasks.{name}", task, files[name], record, special)
 
 
-def _check_written(where: str, task: TaskConfig, record: ModelRecord, special: SpecialTokens) -> None:
+def _check_written(where: str, task: TaskConfig, file: TaskFile, record: ModelRecord, special: SpecialTokens) -> None:
     from pipeline.inference.rules import check_sampling, window_of
 
     room, length = _room(record), length_of(task, record) if "length" in TAKES[task.kind] else None
     if length is not None and length > room:
         raise UserError(f"{where}.length is {length}, but rows of the model have room for {room} tokens; set it lower")
-    if length == room and task.kind != "samples":
+    if length == record.seq_len and any(question.get("prompt") for question in file.questions):
         raise UserError(
             f"{where}.length is {length}, which leaves no room for a prompt in rows of {record.seq_len}; set it to "
             f"{record.seq_len // 2} or less, and the beginning of longer prompts is cut"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import file_sha256
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_wrong_path
 from pipeline.json_lines import json_objects, shown
 from pipeline.sandbox.humaneval import read_problems
 from pipeline.tasks.config import Kind, TasksConfig
@@ -45,6 +45,8 @@ def read_task(name: str, config: TasksConfig) -> TaskFile:
     try:
         state = path.stat()
     except OSError as error:
+        if not is_wrong_path(error):
+            raise
         raise UserError(f"{where}: {path} cannot be read: {error.strerror}") from None
     if not path.is_file():
         raise UserError(f"{where}: {path} is no file")

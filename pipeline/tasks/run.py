@@ -33,9 +33,9 @@ def list_shards(config: TasksConfig, inputs: Mapping[str, Path], context: StageC
     if config.runs_programs:
         choose_isolation(allow_unsandboxed=config.allow_unsandboxed)
     record, vocabulary = read_about(inputs["weights"], inputs["tokenizer"])
-    check_fit(config, record, vocabulary.special)
-    _check_scorer(config, inputs)
     files = {name: read_task(name, config) for name in config.tasks}
+    check_fit(config, files, record, vocabulary.special)
+    _check_scorer(config, inputs)
     passes = 1 if record.objective == "autoregressive_nll" else config.likelihood.num_masks
     return cut(files, config, passes)
 

@@ -1,7 +1,9 @@
 """What stands in model_args, what a task wants written, and files of tasks: all that is refused."""
 
+import errno
 import json
-from pathlib import Path
+import os
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from dlm_core.models.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.harness import task_data
 from pipeline.harness.command import TASKS, check_model_args, with_ours
 from pipeline.harness.config import read_config, with_theirs
 from pipeline.harness.generation import wish_of
@@ -222,7 +225,7 @@ def test_documents_are_those_of_the_files(tmp_path: Path) -> None:
         (gsm8k, "gsm8k/test.jsonl", '{"question": "a"', "line 1 is no JSON"),
         (gsm8k, "gsm8k/test.jsonl", '{"question": "a", "answer": 1}', r'line 1: "answer" is 1; it must be a text'),
         (gsm8k, "gsm8k/train.jsonl", "", "train.jsonl has no question; give one a line"),
-        (gsm8k, "gsm8k/train.jsonl", None, "there is no file .*train.jsonl; its folder is DLM_TASK_DATA"),
+        (gsm8k, "gsm8k/train.jsonl", None, "train.jsonl cannot be read: No such file .*; its folder is DLM"),
         (gsm8k, "gsm8k/train.jsonl", b"\xff", "train.jsonl, line 1 is not UTF-8"),
         (gsm8k, "gsm8k/train.jsonl", '\n \n{"question": "a"}', """line 3 has no "answer"; it has 'question'"""),
         (wikitext2, "wikitext2/test.txt", "text", "that a line of one blank follows; no line is such a title"),
@@ -254,6 +257,45 @@ def test_files_of_tasks_that_do_not_parse_are_refused_by_line(
         (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=words):
         load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("load", "file"), [(gsm8k, "gsm8k/train.jsonl"), (wikitext2, "wikitext2/test.txt"), (choices, "choices.jsonl")]
+)
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("folder", "Is a directory"),
+        ("circle", "Too many levels of symbolic links"),
+        ("behind a file", "Not a directory"),
+        ("f" * 300, "File name too long"),
+    ],
+)
+def test_a_path_that_leads_to_no_file_is_refused(load: Any, file: str, place: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / place / file
+    if place == "folder":
+        path.mkdir(parents=True)
+    elif place == "circle":
+        path.parent.mkdir(parents=True)
+        path.symlink_to(path)
+    elif place == "behind a file":
+        (tmp_path / place).touch()
+    with pytest.raises(UserError, match=rf"\.(jsonl|txt) cannot be read: {words}"):
+        load(str(tmp_path / place))
+
+
+@pytest.mark.parametrize("load", [wikitext2, choices])
+def test_an_error_of_the_storage_is_not_called_the_users(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(PosixPath):
+        def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+            raise OSError(errno.EIO, "Input/output error")
+
+        def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(task_data, "Path", Failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        load("data")
 
 
 def test_a_folder_of_data_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,15 @@ def test_a_file_that_is_no_gzip_is_to_be_fetched_again(tmp_path: Path) -> None:
         list(json_objects(tmp_path / "f.jsonl.gz", "f"))
 
 
-def test_an_error_of_the_storage_that_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENOMEM, errno.ENOTCONN])
+def test_an_error_that_no_other_path_mends_is_not_called_the_users(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Failing(io.BytesIO):
         def readline(self, size: int | None = -1, /) -> bytes:
-            raise OSError(errno.EIO, "Input/output error")
+            raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(json_lines, "open", lambda path, mode: Failing(), raising=False)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match=os.strerror(number)) as raised:
         list(json_objects(tmp_path / "f.jsonl", "f"))
+    assert raised.value.errno == number

@@ -1,10 +1,12 @@
 """Tasks by likelihood: what a naive loop over one question at a time says, however the questions are worked on."""
 
+import errno
 import gzip
 import math
+import os
 import re
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PosixPath
 from statistics import NormalDist
 from typing import Any
 
@@ -15,6 +17,7 @@ from dlm_core.intervals import t_quantile
 from pipeline.errors import UserError
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
 from pipeline.inference.model import OpenModel, open_model
+from pipeline.tasks import questions
 from pipeline.tasks.config import STAGE, TaskConfig, TasksConfig
 from pipeline.tasks.likelihoods import mask_id
 from pipeline.tasks.questions import external_data
@@ -249,6 +252,16 @@ def test_files_that_cannot_be_read_or_hold_nothing_are_refused(tmp_path: Path) -
     assert "plain.jsonl.gz cannot be read: Not a gzipped file" in refused("plain.jsonl.gz", b'{"text": "a"}\n')
     (tmp_path / "folder.jsonl").mkdir()
     assert "folder.jsonl is no file" in refused("folder.jsonl", None)
+
+
+def test_an_error_of_the_storage_is_not_called_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(PosixPath):
+        def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(questions, "Path", Failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        external_data(TasksConfig({"q": TaskConfig("text", "q.jsonl")}))
 
 
 def test_questions_are_identified_by_their_bytes_and_not_by_their_place(tmp_path: Path) -> None:

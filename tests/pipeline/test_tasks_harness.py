@@ -1,4 +1,4 @@
-"""Tasks and lm-evaluation-harness: the same figures for the same questions."""
+"""Tasks and lm-evaluation-harness: the same figures for the same questions, where no mask is drawn."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -16,6 +16,8 @@ import pytest
 from dlm_core.intervals import mean_interval
 from pipeline.config import to_json
 from pipeline.errors import UserError
+from pipeline.harness.config import read_config
+from pipeline.harness.generation import wish_of
 from pipeline.inference.filling import Canvas, Filled, fill, prompted
 from pipeline.inference.likelihood import LikelihoodConfig, Request, score
 from pipeline.inference.model import OpenModel, forget_models, open_model, read_about
@@ -29,9 +31,10 @@ from pipeline.tasks import generations, tables
 from pipeline.tasks.config import STAGE, TaskConfig, TasksConfig, check_scorer
 from pipeline.tasks.fit import check_fit, length_of
 from pipeline.tasks.likelihoods import mask_id
+from pipeline.tasks.questions import TaskFile
 from pipeline.tasks.run import read_records
 from pipeline.tracking import WandbRun
-from pipeline.weights import load_denoiser
+from pipeline.weights import load_denoiser, load_record
 from tests.support.model_kinds import KINDS, save_models
 from tests.support.questions import FakeWandbRun, ask, words, write
 from tests.support.tiny_run import Artifacts, make_artifacts
@@ -436,18 +439,39 @@ def test_a_length_beyond_the_rows_is_refused(saved: dict[str, Path], made: Artif
         ask(config, saved["shifted"], made.tokenizer, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("name", "length"), [("masked", 32), ("shifted", 31), ("next", 32)])
+def asked(*prompts: str) -> dict[str, TaskFile]:
+    return {"q": TaskFile("", tuple({"prompt": prompt} for prompt in prompts))}
+
+
+@pytest.mark.parametrize("name", ["masked", "next"])
 @pytest.mark.parametrize("kind", ["match", "code"])
 def test_a_length_that_leaves_no_room_for_a_prompt_is_refused(
-    kind: Any, name: str, length: int, saved: dict[str, Path], made: Artifacts
+    kind: Any, name: str, saved: dict[str, Path], made: Artifacts
 ) -> None:
     record, vocabulary = read_about(saved[name], made.tokenizer)
-    task = TaskConfig(kind, "q.jsonl", length=length, sampling=sampling(name))
-    with pytest.raises(
-        UserError, match=rf"tasks\.q\.length is {length}, .* no room for a prompt in rows of 32; set it to 16"
-    ):
-        check_fit(replace(CONFIG, tasks={"q": task}), record, vocabulary.special)
-    check_fit(replace(CONFIG, tasks={"q": replace(task, length=length - 1)}), record, vocabulary.special)
+    task = TaskConfig(kind, "q.jsonl", length=32, sampling=sampling(name))
+    with pytest.raises(UserError, match=r"tasks\.q\.length is 32, .* no room for a prompt in rows of 32; set it to 16"):
+        check_fit(replace(CONFIG, tasks={"q": task}), asked("ba"), record, vocabulary.special)
+    check_fit(replace(CONFIG, tasks={"q": replace(task, length=31)}), asked("ba"), record, vocabulary.special)
+
+
+def test_a_length_that_leaves_a_token_of_a_prompt_is_that_of_the_harness_too(
+    saved: dict[str, Path], made: Artifacts, tmp_path: Path
+) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "ba be", "answer": "bi"}\n')
+    task = TaskConfig("match", str(tmp_path / "q.jsonl"), length=31, sampling=sampling("shifted"))
+    config = replace(CONFIG, tasks={"q": task})
+    found = ask(config, saved["shifted"], made.tokenizer, tmp_path / "out")["q"]
+    assert (found["n"], found["num_cut"]) == (1, 1)
+    given = read_config({"weights": "w", "tokenizer": "t"})
+    assert wish_of({"max_gen_toks": 31}, given, load_record(saved["shifted"])).length == 31
+
+
+def test_prompts_that_are_empty_need_no_room(saved: dict[str, Path], made: Artifacts, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "", "answer": "bi"}\n')
+    task = TaskConfig("match", str(tmp_path / "q.jsonl"), length=32, sampling=sampling("masked"))
+    found = ask(replace(CONFIG, tasks={"q": task}), saved["masked"], made.tokenizer, tmp_path / "out")["q"]
+    assert (found["n"], found["num_cut"]) == (1, 0)
 
 
 @pytest.mark.parametrize(

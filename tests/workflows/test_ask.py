@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tests.support.questions import choices, texts, write
 from tests.support.tiny_run import write_text
 from tests.workflows.conftest import Dlm
 from workflows import runs
+from workflows.recipes.ask import ask
+from workflows.step import Workflow
 from workflows.store import Store
 
 ON_RAY = (pytest.mark.ray, pytest.mark.timeout(RAY_LIMIT_S))
@@ -100,6 +103,30 @@ def test_settings_of_a_step_that_nobody_asked_for_are_refused(
 
 def test_settings_of_a_step_that_nobody_asked_for_may_say_what_the_recipe_says() -> None:
     assert runs.plan_recipe("quickstart", [("tasks.track", True)]) == runs.plan_recipe("quickstart", [])
+
+
+def scored() -> Workflow:
+    """A recipe of one's own, whose optional step is given what the other leaves to its user."""
+    own = ask()
+    steps = (
+        replace(s, config=replace(s.config, path="/scorer")) if s.name == "import_scorer" else s for s in own.steps
+    )
+    return replace(own, steps=tuple(steps))
+
+
+SCORED = f"{__name__}:{scored.__name__}"
+WITHOUT_SCORER = ("import_scorer.path", "")
+
+
+def test_a_setting_may_leave_out_a_step_that_the_recipe_gives_what_it_needs() -> None:
+    assert runs.plan_recipe(SCORED, [WITHOUT_SCORER]).steps == runs.plan_recipe("ask", []).steps
+
+
+def test_a_setting_of_a_step_that_another_setting_leaves_out_is_refused() -> None:
+    asked = ("scorer_tokenizer.vocab_size", 500)
+    assert runs.configured(SCORED, [asked]).steps
+    with pytest.raises(UserError, match=rf"^scorer_tokenizer\.vocab_size is 500, but .*{NO_SCORER}"):
+        runs.configured(SCORED, [WITHOUT_SCORER, asked])
 
 
 def test_tasks_that_a_resume_would_add_are_told_to_need_a_run_of_their_own(dlm: Dlm, store: Store) -> None:

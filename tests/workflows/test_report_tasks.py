@@ -18,6 +18,13 @@ def test_report_of_tasks_has_figures_intervals_and_what_failed(tmp_path: Path):
     assert "Of 3 the context lost its beginning." in shown
 
 
+def test_report_of_programs_says_what_stood_between(tmp_path: Path):
+    words = ["namespaces and seccomp", "rlimits and a time limit alone"]
+    task = {**TASK, "kind": "code", "settings": {"ks": [1], "isolation": words}}
+    _, page = render({"tasks": make_artifact(tmp_path, "tasks", tasks={"q": task})}, tmp_path / "report.html")
+    assert "isolation namespaces and seccomp, rlimits and a time limit alone." in " ".join(page.texts)
+
+
 def test_every_figure_of_a_task_has_a_meaning():
     choice = {"answer": 0, "nats": [1.0, 2.0], "deviations": [[0.1], [0.2]], "chars": [1, 2], "bytes": [1, 2]}
     text = {"nats": 2.0, "mc_se": 0.1, "tokens": 3, "bytes": 4, "words": 1}

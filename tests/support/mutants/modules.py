@@ -80,7 +80,8 @@ TASKS = [
             "a_scorer_with_another_tokenizer_reads_the_text",
             "a_process_reads_model_and_scorer_once_for_all_pieces",
             "a_length_beyond_the_rows_is_refused",
-            "a_length_that_leaves_no_room_for_a_prompt_is_refused[match-shifted-31]",
+            "a_length_that_leaves_no_room_for_a_prompt_is_refused[match-masked]",
+            "prompts_that_are_empty_need_no_room",
             "answers_have_half_a_row_unless_a_task_says_how_long",
         )
     ),

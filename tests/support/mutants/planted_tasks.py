@@ -85,7 +85,15 @@ TASKS: tuple[Planted, ...] = (
         'return ""',
     ),
     Planted("pipeline/tasks/fit", "a token more than there is room for", "length > room:", "length > room + 1:"),
-    Planted("pipeline/tasks/fit", "answers that leave a prompt no room", "if length == room and", "if False and"),
+    Planted(
+        "pipeline/tasks/fit", "answers that leave a prompt no room", "if length == record.seq_len and", "if False and"
+    ),
+    Planted(
+        "pipeline/tasks/fit",
+        "no room for prompts that are empty",
+        'any(question.get("prompt") for question in file.questions)',
+        'task.kind != "samples"',
+    ),
     Planted("pipeline/tasks/fit", "answers as long as rows", "record.seq_len // 2)", "record.seq_len)"),
     Planted(
         "pipeline/inference/pairs",
