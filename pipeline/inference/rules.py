@@ -26,9 +26,10 @@ _APPROXIMATE = ("prefix", "dual")
 """Caches."""
 
 
-def make_rule(sampler: SamplerConfig) -> Rule:
+def make_rule(sampler: SamplerConfig, special: SpecialTokens) -> Rule:
     """How positions are chosen."""
     value = sampler.value
+    last = (special.eos_token_id,) if value("takes_eos_last") else ()
     match sampler.kind:
         case "ancestral" if value("noise_removal"):
             return Ancestral(value("num_steps"), t_end=_MDLM_T_END, denoises_at_end="argmax")
@@ -49,12 +50,12 @@ def make_rule(sampler: SamplerConfig) -> Rule:
         case "self_speculative":
             return SelfSpeculative(value("num_states"))
         case "threshold" | "factor":
-            return Confident("probability", _count(sampler), value("is_tempered"))
+            return Confident("probability", _count(sampler), value("is_tempered"), last=last)
         case "entropy_bound":
-            return Confident("entropy", _count(sampler), value("is_tempered"))
+            return Confident("entropy", _count(sampler), value("is_tempered"), last=last)
         case "confidence" | "margin" | "entropy":
             score = "probability" if sampler.kind == "confidence" else sampler.kind
-            return Confident(score, _quotas(sampler), value("is_tempered"), value("order_temperature"))
+            return Confident(score, _quotas(sampler), value("is_tempered"), value("order_temperature"), last=last)
 
 
 def _count(sampler: SamplerConfig) -> Count:
@@ -127,7 +128,7 @@ def make_context(config: SamplingConfig, model: OpenModel, padding: Padding | No
     """What a window sees of its row, under settings that ``check_sampling`` lets pass."""
     record, denoiser = model.record, model.denoiser
     if record.objective == "block_nelbo":
-        if config.cache == "auto" and not make_rule(config.sampler).adds_rows:
+        if config.cache == "auto" and not make_rule(config.sampler, model.vocabulary.special).adds_rows:
             return ExactCache(denoiser, record.block_size, padding)
         mask = AttentionMask("block_causal", block_size=record.block_size)
         return Whole(whole_rows(denoiser, mask, padding), padding)

@@ -22,7 +22,7 @@ Kind = Literal[
     "self_speculative",
 ]
 QuotaKind = Literal["even", "timed", "cosine", "linear"]
-_BY_SCORE = ("num_steps", "quotas", "is_tempered", "order_temperature")
+_BY_SCORE = ("num_steps", "quotas", "is_tempered", "order_temperature", "takes_eos_last")
 TAKES: Mapping[Kind, tuple[str, ...]] = {
     "ancestral": ("num_steps", "noise_removal"),
     "origin": ("num_steps",),
@@ -32,9 +32,9 @@ TAKES: Mapping[Kind, tuple[str, ...]] = {
     "confidence": _BY_SCORE,
     "margin": _BY_SCORE,
     "entropy": _BY_SCORE,
-    "threshold": ("tau", "is_tempered"),
-    "factor": ("factor", "is_tempered"),
-    "entropy_bound": ("gamma", "is_tempered"),
+    "threshold": ("tau", "is_tempered", "takes_eos_last"),
+    "factor": ("factor", "is_tempered", "takes_eos_last"),
+    "entropy_bound": ("gamma", "is_tempered", "takes_eos_last"),
     "remdm": ("num_steps", "remasking", "eta"),
     "path_planning": ("num_steps", "eta", "is_tempered"),
     "self_speculative": ("num_states",),
@@ -78,6 +78,9 @@ class SamplerConfig:
     """Score the distribution that tokens are drawn from (Dream), and not softmax(logits) (LLaDA, the default)."""
     order_temperature: float | None = None
     """Above 0, positions are drawn by their scores in place of the highest (alg_temp of Dream)."""
+    takes_eos_last: bool | None = None
+    """A position for which the end of a text was drawn is the least sure (confidence_eos_eot_inf of LLaDA); false by
+    default."""
     tau: float | None = None
     """0.9 by default."""
     factor: float | None = None
@@ -124,6 +127,7 @@ _DEFAULTS: Mapping[tuple[str, str], Any] = {
     ("", "quotas"): "even",
     ("", "is_tempered"): False,
     ("", "order_temperature"): 0.0,
+    ("", "takes_eos_last"): False,
     ("", "tau"): 0.9,
     ("", "factor"): 1.0,
     ("", "gamma"): 0.1,
