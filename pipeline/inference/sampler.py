@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from pipeline.config import execution
+
 Kind = Literal[
     "ancestral",
     "origin",
@@ -23,6 +25,7 @@ Kind = Literal[
 ]
 QuotaKind = Literal["even", "timed", "cosine", "linear"]
 _BY_SCORE = ("num_steps", "quotas", "is_tempered", "order_temperature", "takes_eos_last")
+_BY_COUNT = ("is_tempered", "takes_eos_last", "look_every")
 TAKES: Mapping[Kind, tuple[str, ...]] = {
     "ancestral": ("num_steps", "noise_removal"),
     "origin": ("num_steps",),
@@ -32,9 +35,9 @@ TAKES: Mapping[Kind, tuple[str, ...]] = {
     "confidence": _BY_SCORE,
     "margin": _BY_SCORE,
     "entropy": _BY_SCORE,
-    "threshold": ("tau", "is_tempered", "takes_eos_last"),
-    "factor": ("factor", "is_tempered", "takes_eos_last"),
-    "entropy_bound": ("gamma", "is_tempered", "takes_eos_last"),
+    "threshold": ("tau", *_BY_COUNT),
+    "factor": ("factor", *_BY_COUNT),
+    "entropy_bound": ("gamma", *_BY_COUNT),
     "remdm": ("num_steps", "remasking", "eta"),
     "path_planning": ("num_steps", "eta", "is_tempered"),
     "self_speculative": ("num_states",),
@@ -49,6 +52,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "factor": (0.0, math.inf),
     "gamma": (0.0, math.inf),
     "eta": (0.0, math.inf),
+    "look_every": (1, math.inf),
 }
 
 
@@ -94,6 +98,9 @@ class SamplerConfig:
     0.02 of loop, 1 of confidence.  Of path_planning: 1 by default."""
     num_states: int | None = None
     """States verified in a pass, 4 by default."""
+    look_every: int | None = execution(None)
+    """Passes from one look whether all rows are done to the next, 1 by default.  Each waits for the device; passes that
+    no row needed any more are made, and not counted.  No effect on what is drawn."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -134,5 +141,6 @@ _DEFAULTS: Mapping[tuple[str, str], Any] = {
     ("", "remasking"): "cap",
     ("path_planning", "eta"): 1.0,
     ("", "num_states"): 4,
+    ("", "look_every"): 1,
 }
 _ETA_OF_REMASKING = {"cap": 0.008, "rescale": 0.015, "loop": 0.02, "confidence": 1.0}

@@ -285,6 +285,8 @@ def test_a_setting_out_of_range_names_the_field_and_the_value(change: dict[str, 
         ({"kind": "path_planning", "eta": -1.5}, "eta is -1.5; it must be at least 0"),
         ({"kind": "self_speculative", "num_states": 0}, "num_states is 0"),
         ({"kind": "entropy", "order_temperature": -0.5}, "order_temperature is -0.5"),
+        ({"kind": "threshold", "look_every": 0}, "look_every is 0; it must be at least 1"),
+        ({"kind": "confidence", "look_every": 2}, "look_every is 2, but kind 'confidence' has no use for it"),
         ({"kind": "random", "takes_eos_last": True}, "takes_eos_last is True, but kind 'random' has no use for it"),
     ],
 )

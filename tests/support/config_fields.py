@@ -196,6 +196,11 @@ EXECUTION: dict[type, dict[str, Any]] = {
 
 EXPERTS = Architecture(moe=_EXPERTS, d_ff=None)
 EXECUTION_NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
-    PretrainConfig: {"ep_size": (PretrainConfig(architecture=EXPERTS), PretrainConfig(architecture=EXPERTS, ep_size=2))}
+    PretrainConfig: {
+        "ep_size": (PretrainConfig(architecture=EXPERTS), PretrainConfig(architecture=EXPERTS, ep_size=2))
+    },
+    GenerateConfig: {
+        "sampler.look_every": (SamplerConfig("threshold"), SamplerConfig("threshold", look_every=3)),
+    },
 }
 """Fields that may change in a resume, and need others: before, after."""
