@@ -103,7 +103,7 @@ class Bench:
         drawn = sample_blocks(
             make_context(config, self.model),
             torch.full((config.num_samples, length), self.model.mask_token_id),
-            make_rule(config.sampler),
+            make_rule(config.sampler, self.model.vocabulary.special),
             make_proposal(config, self.model),
             block_size=window_of(config, self.model.record, length),
             mask_token_id=self.model.mask_token_id,

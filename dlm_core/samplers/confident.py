@@ -94,12 +94,13 @@ class Confident(Rule):
     ``num`` is a number by step (``Quotas``) or by how sure they are (``Count``).  ``is_tempered`` scores the
     distribution that is drawn from (Dream, arXiv 2508.15487) in place of softmax(logits) (LLaDA, 2502.09992).
     ``order_temperature`` takes positions at random in place of the surest, without replacement and in proportion to
-    exp(score / order_temperature): alg_temp of Dream.
+    exp(score / order_temperature): alg_temp of Dream.  A position for which one of the ids ``last`` was drawn has a
+    score of -inf, and is taken when no other is left: what LLaDA does with ends of text (confidence_eos_eot_inf).
 
     With quotas nothing waits for the device, and a row makes a pass for each step with a quota.  With a ``Count`` a row
     is done after a number of steps that the host does not know: it looks every ``look_every`` steps, and till then rows
     that are done go through passes as well, which ``nfe`` does not count and ``num_passes`` does.  Raises ValueError
-    for an unknown score, a negative temperature, one beside a ``Count``, and a look_every below 1.
+    for an unknown score, a negative temperature, one beside a ``Count``, a look_every below 1, and a negative id.
     """
 
     score: Score = "probability"
@@ -107,6 +108,7 @@ class Confident(Rule):
     is_tempered: bool = False
     order_temperature: float = 0.0
     look_every: int = 1
+    last: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_score(self.score)
@@ -121,6 +123,8 @@ class Confident(Rule):
             raise ValueError(f'score is "{self.score}", but {self.num} is a bound on the probability; take that')
         if self.look_every < 1:
             raise ValueError(f"look_every is {self.look_every}; it must be at least 1")
+        if any(i < 0 for i in self.last):
+            raise ValueError(f"last has the id {min(self.last)}; ids begin at 0")
 
     def turns(self, canvas: Canvas) -> Generator[Ask, Drawn, None]:
         """One pass a step."""
@@ -138,7 +142,7 @@ class Confident(Rule):
                 continue
             places = open_places(is_open & (counts[:, step] > 0)[:, None], size)
             drawn = yield self._ask(canvas, places, asked, step)
-            _, order = by_score(is_open.shape, places, self._perturbed(canvas, places, drawn.score, step))
+            _, order = by_score(is_open.shape, places, self._perturbed(canvas, places, self._sureness(drawn), step))
             _take(canvas, is_open, first_of(order, counts[:, step]), places, drawn.x0)
 
     def _until_done(self, canvas: Canvas, is_open: Bool[Tensor, "B L"], num: Count) -> Generator[Ask, Drawn, None]:
@@ -151,7 +155,7 @@ class Confident(Rule):
                 # rows that go on unseen leave places over: they ask for one that may be asked for, in vain
                 ask = self._ask(canvas, torch.where(places < is_open.numel(), places, first), rows, step)
                 drawn = yield ask._replace(is_busy=is_open.any(dim=1)[ask.rows])
-                score, order = by_score(is_open.shape, places, drawn.score)
+                score, order = by_score(is_open.shape, places, self._sureness(drawn))
                 entropy = put(torch.zeros_like(score), places, drawn.entropy).gather(1, order)
                 count = num.count(score, entropy, is_open.gather(1, order))
                 _take(canvas, is_open, first_of(order, count), places, drawn.x0)
@@ -162,6 +166,12 @@ class Confident(Rule):
         return canvas.ask(places, rows, step, step)._replace(
             score=self.score, is_tempered=self.is_tempered, with_entropy=isinstance(self.num, EntropyBound)
         )
+
+    def _sureness(self, drawn: Drawn) -> Float[Tensor, " M"]:
+        score = drawn.score
+        for token_id in self.last:
+            score = score.masked_fill(drawn.x0 == token_id, -torch.inf)
+        return score
 
     def _perturbed(
         self, canvas: Canvas, places: Int[Tensor, " M"], score: Float[Tensor, " M"], step: int

@@ -75,15 +75,17 @@ def sample_next_tokens(
         canvas.xt[:, position] = drawn
         nfe += ~has_ended
         is_busy.append(~has_ended)
+        is_done = False
         if eos_token_id is not None:
             has_ended = has_ended | (drawn == eos_token_id)
-            if has_ended.all():
+            is_done = bool(has_ended.all())  # waits for the device
+            if is_done:
                 canvas.xt[:, position:] = eos_token_id
         if keep_frames:
             frames.append(canvas.xt.clone())
         if on_pass is not None:
             on_pass(len(is_busy), canvas.xt)
-        if eos_token_id is not None and has_ended.all():
+        if is_done:
             break
         seen = drawn[:, None]
     if not is_usable:

@@ -299,7 +299,7 @@ def _draw(
             first = torch.tensor([row.before for row in batch.rows.values()], device=model.device)
             common |= {"first_token_ids": first, "before": None if padding is None else before}
             return sample_next_tokens(model.denoiser, xt, proposal, **common)
-        context, rule = make_context(config, model, padding), make_rule(config.sampler)
+        context, rule = make_context(config, model, padding), make_rule(config.sampler, special)
         size = window_of(config, model.record, width - batch.start)
         return sample_blocks(context, xt, rule, proposal, block_size=size, **common)
 

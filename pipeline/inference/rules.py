@@ -1,5 +1,7 @@
 """From settings to the parts of a sampler: its rule, what tokens are drawn from, what a window sees of its row."""
 
+from collections.abc import Mapping
+
 from dlm_core.models.attention import AttentionMask
 from dlm_core.models.transformer import FULL
 from dlm_core.samplers.confident import Confident, Count, EntropyBound, Factor, Threshold
@@ -8,7 +10,7 @@ from dlm_core.samplers.guidance import Guided
 from dlm_core.samplers.loop import Rule
 from dlm_core.samplers.padding import Padding, whole_rows
 from dlm_core.samplers.planned import Ancestral, FirstHitting, RandomOrder
-from dlm_core.samplers.proposal import Proposal
+from dlm_core.samplers.proposal import Proposal, Score
 from dlm_core.samplers.quotas import EvenQuotas, Quotas, ScheduleQuotas, TimedQuotas
 from dlm_core.samplers.remask import PathPlanning, ReMDM
 from dlm_core.samplers.speculative import SelfSpeculative
@@ -16,17 +18,19 @@ from dlm_core.schedules import LinearSchedule
 from pipeline.data.special_tokens import SpecialTokens
 from pipeline.errors import UserError
 from pipeline.inference.model import OpenModel
-from pipeline.inference.sampler import SamplerConfig
+from pipeline.inference.sampler import Kind, SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.weights import ModelRecord
 
 _MDLM_T_END = 1e-5
 """Where MDLM (arXiv 2406.07524) stops, and fills what is left with the most likely tokens."""
+_SCORES: Mapping[Kind, Score] = {"margin": "margin", "entropy": "entropy", "entropy_bound": "entropy"}
+"""Of kinds that take the surest first, by what is no probability."""
 _APPROXIMATE = ("prefix", "dual")
 """Caches."""
 
 
-def make_rule(sampler: SamplerConfig) -> Rule:
+def make_rule(sampler: SamplerConfig, special: SpecialTokens) -> Rule:
     """How positions are chosen."""
     value = sampler.value
     match sampler.kind:
@@ -48,19 +52,23 @@ def make_rule(sampler: SamplerConfig) -> Rule:
             return PathPlanning(value("num_steps"), value("eta"), value("is_tempered"))
         case "self_speculative":
             return SelfSpeculative(value("num_states"))
-        case "threshold" | "factor":
-            return Confident("probability", _count(sampler), value("is_tempered"))
+        case "confidence" | "margin" | "entropy" | "threshold" | "factor" | "entropy_bound":
+            score = _SCORES.get(sampler.kind, "probability")
+            last = (special.eos_token_id,) if value("takes_eos_last") else ()
+            how = value("is_tempered"), value("order_temperature"), value("look_every"), last
+            return Confident(score, _num(sampler), *how)
+
+
+def _num(sampler: SamplerConfig) -> Quotas | Count:
+    match sampler.kind:
+        case "threshold":
+            return Threshold(sampler.value("tau"))
+        case "factor":
+            return Factor(sampler.value("factor"))
         case "entropy_bound":
-            return Confident("entropy", _count(sampler), value("is_tempered"))
-        case "confidence" | "margin" | "entropy":
-            score = "probability" if sampler.kind == "confidence" else sampler.kind
-            return Confident(score, _quotas(sampler), value("is_tempered"), value("order_temperature"))
-
-
-def _count(sampler: SamplerConfig) -> Count:
-    if sampler.kind == "threshold":
-        return Threshold(sampler.value("tau"))
-    return Factor(sampler.value("factor")) if sampler.kind == "factor" else EntropyBound(sampler.value("gamma"))
+            return EntropyBound(sampler.value("gamma"))
+        case _:
+            return _quotas(sampler)
 
 
 def _quotas(sampler: SamplerConfig) -> Quotas:
@@ -127,7 +135,7 @@ def make_context(config: SamplingConfig, model: OpenModel, padding: Padding | No
     """What a window sees of its row, under settings that ``check_sampling`` lets pass."""
     record, denoiser = model.record, model.denoiser
     if record.objective == "block_nelbo":
-        if config.cache == "auto" and not make_rule(config.sampler).adds_rows:
+        if config.cache == "auto" and not make_rule(config.sampler, model.vocabulary.special).adds_rows:
             return ExactCache(denoiser, record.block_size, padding)
         mask = AttentionMask("block_causal", block_size=record.block_size)
         return Whole(whole_rows(denoiser, mask, padding), padding)

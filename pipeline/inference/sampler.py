@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from pipeline.config import execution
+
 Kind = Literal[
     "ancestral",
     "origin",
@@ -22,7 +24,8 @@ Kind = Literal[
     "self_speculative",
 ]
 QuotaKind = Literal["even", "timed", "cosine", "linear"]
-_BY_SCORE = ("num_steps", "quotas", "is_tempered", "order_temperature")
+_BY_SCORE = ("num_steps", "quotas", "is_tempered", "order_temperature", "takes_eos_last")
+_BY_COUNT = ("is_tempered", "takes_eos_last", "look_every")
 TAKES: Mapping[Kind, tuple[str, ...]] = {
     "ancestral": ("num_steps", "noise_removal"),
     "origin": ("num_steps",),
@@ -32,9 +35,9 @@ TAKES: Mapping[Kind, tuple[str, ...]] = {
     "confidence": _BY_SCORE,
     "margin": _BY_SCORE,
     "entropy": _BY_SCORE,
-    "threshold": ("tau", "is_tempered"),
-    "factor": ("factor", "is_tempered"),
-    "entropy_bound": ("gamma", "is_tempered"),
+    "threshold": ("tau", *_BY_COUNT),
+    "factor": ("factor", *_BY_COUNT),
+    "entropy_bound": ("gamma", *_BY_COUNT),
     "remdm": ("num_steps", "remasking", "eta"),
     "path_planning": ("num_steps", "eta", "is_tempered"),
     "self_speculative": ("num_states",),
@@ -49,6 +52,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "factor": (0.0, math.inf),
     "gamma": (0.0, math.inf),
     "eta": (0.0, math.inf),
+    "look_every": (1, math.inf),
 }
 
 
@@ -78,6 +82,9 @@ class SamplerConfig:
     """Score the distribution that tokens are drawn from (Dream), and not softmax(logits) (LLaDA, the default)."""
     order_temperature: float | None = None
     """Above 0, positions are drawn by their scores in place of the highest (alg_temp of Dream)."""
+    takes_eos_last: bool | None = None
+    """A position for which the end of a text was drawn is the least sure (confidence_eos_eot_inf of LLaDA); false by
+    default."""
     tau: float | None = None
     """0.9 by default."""
     factor: float | None = None
@@ -91,6 +98,9 @@ class SamplerConfig:
     0.02 of loop, 1 of confidence.  Of path_planning: 1 by default."""
     num_states: int | None = None
     """States verified in a pass, 4 by default."""
+    look_every: int | None = execution(None)
+    """Passes from one look whether all rows are done to the next, 1 by default.  Each waits for the device; passes that
+    no row needed any more are made, and not counted.  No effect on what is drawn."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -124,11 +134,13 @@ _DEFAULTS: Mapping[tuple[str, str], Any] = {
     ("", "quotas"): "even",
     ("", "is_tempered"): False,
     ("", "order_temperature"): 0.0,
+    ("", "takes_eos_last"): False,
     ("", "tau"): 0.9,
     ("", "factor"): 1.0,
     ("", "gamma"): 0.1,
     ("", "remasking"): "cap",
     ("path_planning", "eta"): 1.0,
     ("", "num_states"): 4,
+    ("", "look_every"): 1,
 }
 _ETA_OF_REMASKING = {"cap": 0.008, "rescale": 0.015, "loop": 0.02, "confidence": 1.0}

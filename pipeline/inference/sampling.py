@@ -87,3 +87,5 @@ class SamplingConfig:
             raise ValueError(f"suppressed has the id {min(self.suppressed)}; ids begin at 0")
         if self.suppresses_eos and self.ends_at_eos:
             raise ValueError("ends_at_eos is true, but suppresses_eos lets no end be drawn; leave one out")
+        if self.suppresses_eos and self.sampler.takes_eos_last:
+            raise ValueError("sampler.takes_eos_last is true, but suppresses_eos lets no end be drawn; leave one out")

@@ -15,6 +15,7 @@ from benchmarks.sampling_scores import distinct, next_token_nll, row_entropy, sc
 from dlm_core.models.attention import AttentionMask
 from dlm_core.models.presets import PRESETS, tiny
 from dlm_core.models.transformer import Denoiser
+from pipeline.data.special_tokens import SpecialTokens
 from pipeline.inference.rules import make_rule
 from pipeline.inference.sampler import Kind
 from pipeline.pretrain.config import ValidationConfig
@@ -69,7 +70,7 @@ def test_every_kind_of_sampler_is_in_the_curves_and_makes_a_rule():
     configs = [config for curve in found for config in curve.points]
     assert {config.sampler.kind for config in configs} == set(get_args(Kind))
     assert {config.cache for config in configs} >= {"prefix", "dual"}
-    assert all(make_rule(config.sampler) for config in configs)
+    assert all(make_rule(config.sampler, SpecialTokens(3, 1, 2, 4)) for config in configs)
     assert len({curve.label for curve in found}) == len(found)
     assert set(SHOWN) <= {curve.label for curve in found}
 

@@ -56,7 +56,8 @@ def _naive(rule: Confident, row: list[int], mask: int, proposal: Proposal, sampl
             token = reference.inverse_cdf(tempered, u) if proposal.temperature else tempered.index(max(tempered))
             probs = tempered if rule.is_tempered else _probs(logits[place])
             entropy = -math.fsum(p * math.log(p) for p in probs if p > 0)
-            found.append((_score(rule.score, probs, token), -place, token, entropy))
+            score = -math.inf if token in rule.last else _score(rule.score, probs, token)
+            found.append((score, -place, token, entropy))
         found.sort(reverse=True)
         for _, place, token, _ in found[: _naive_count(rule.num, found, num_masks, step)]:
             row[-place] = token
@@ -88,7 +89,20 @@ def _naive_count(num, found: list[tuple], num_masks: int, step: int) -> int:
     "rule", [rule for rule in ALL if not rule.order_temperature], ids=[n for n in NAMES if n.endswith(" 0.0")]
 )
 def test_rows_are_those_of_the_naive_loop(rule, is_tempered, proposal):
-    rule = Confident(rule.score, rule.num, is_tempered=is_tempered)
+    _is_naive(Confident(rule.score, rule.num, is_tempered=is_tempered), proposal)
+
+
+@pytest.mark.parametrize("proposal", [GREEDY, Proposal()], ids=["greedy", "t=1"])
+@pytest.mark.parametrize(
+    "rule", [rule for rule in ALL if not rule.order_temperature], ids=[n for n in NAMES if n.endswith(" 0.0")]
+)
+def test_what_is_to_come_last_has_no_confidence_in_the_naive_loop(rule, proposal):
+    """Half of all ids, so that some of them are drawn in every step."""
+    half = tuple(range(tiny_model().config.mask_token_id // 2))
+    _is_naive(Confident(rule.score, rule.num, last=half), proposal)
+
+
+def _is_naive(rule: Confident, proposal: Proposal) -> None:
     model = tiny_model()
     mask = model.config.mask_token_id
     xt = torch.randint(mask, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -127,6 +141,15 @@ def test_order_temperature_draws_positions_without_replacement_in_proportion():
         law[min(i, j), max(i, j)] += weights[i] / sum(weights) * weights[j] / (sum(weights) - weights[i])
     observed, expected = [pairs[p] for p in law], [NUM_SAMPLES * p for p in law.values()]
     assert reference.chi_square(observed, expected) < reference.chi_square_bound(2)
+
+
+@pytest.mark.parametrize("order_temperature", [0.0, 50.0])
+def test_what_is_to_come_last_does_so_in_a_drawn_order_too(order_temperature):
+    logits = torch.tensor([[0.0, 99.0, 0.0, 0.0], *[[0.0, -math.inf, 0.0, 0.0]] * (LENGTH - 1)], dtype=torch.float64)
+    rule = Confident("probability", EvenQuotas(LENGTH), order_temperature=order_temperature, last=(1,))
+    frames = draw_rows(rule, denoise=lambda xt, select: logits[select % LENGTH], keep_frames=True).frames
+    assert ((frames[-2] == MASK) == (torch.arange(LENGTH) == 0)).all()
+    assert (frames[-1][:, 0] == 1).all()
 
 
 @pytest.mark.parametrize(("num_steps", "order_temperature"), [(2, 0.0), (2, 0.3), (3, 0.2)])
@@ -239,6 +262,7 @@ def test_rows_without_a_mask_make_no_pass(rule):
         (lambda: Confident(num=Threshold(), order_temperature=1.0), "it goes with quotas"),
         (lambda: Confident("entropy", Threshold()), "a bound on the probability"),
         (lambda: Confident(look_every=0), "look_every is 0"),
+        (lambda: Confident(last=(3, -1)), "last has the id -1; ids begin at 0"),
         (lambda: Confident("probabilty"), 'score is "probabilty"; it must be one of probability, margin, entropy'),  # pyright: ignore[reportArgumentType]
         (lambda: ScheduleQuotas(4, "cosin"), 'shape is "cosin"'),  # pyright: ignore[reportArgumentType]
         (lambda: EvenQuotas(0), "num_steps is 0; it"),

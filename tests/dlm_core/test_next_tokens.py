@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlm_core.models.attention import AttentionMask
 from dlm_core.models.config import Architecture, ModelConfig
@@ -106,6 +107,27 @@ def test_no_pass_is_made_once_all_rows_have_ended():
     )
     assert filled.num_passes == 1
     assert filled.x0.unique().tolist() == [2]
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads: on a device it would wait for each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_looks_once_a_pass_whether_all_have_ended():
+    """Of an end that never comes, less what it reads without one."""
+    found = []
+    for eos in (None, 1):
+        with _Reads() as reads:
+            filled = fill(torch.full((3, 8), MASK), Proposal(suppressed=(1,)), eos_token_id=eos)
+        assert filled.num_passes == 8
+        found.append(reads.count)
+    assert found[1] - found[0] == 8
 
 
 def test_passes_are_heard_of_and_logits_changed_by_place():

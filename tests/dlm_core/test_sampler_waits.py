@@ -25,7 +25,7 @@ NO_WAIT = [
     RandomOrder(EvenQuotas(6)),
     Confident("probability", EvenQuotas(6)),
     Confident("margin", TimedQuotas(6)),
-    Confident("entropy", ScheduleQuotas(6), order_temperature=0.5),
+    Confident("entropy", ScheduleQuotas(6), order_temperature=0.5, last=(2, 5)),
     ReMDM(10, 0.3, "cap"),
     ReMDM(10, 0.3, "loop"),
     PathPlanning(5),

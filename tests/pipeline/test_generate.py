@@ -260,6 +260,10 @@ def test_the_tokenizer_of_another_run_is_refused(weights: Path, tmp_path: Path) 
         ({"guidance": 1.0, "cache": "dual"}, r'guidance is 1\.0, but cache is "dual"'),
         ({"suppressed": (-1,)}, "suppressed has the id -1"),
         ({"suppresses_eos": True, "ends_at_eos": True}, "ends_at_eos is true, but suppresses_eos"),
+        (
+            {"suppresses_eos": True, "sampler": SamplerConfig("entropy", takes_eos_last=True)},
+            r"sampler\.takes_eos_last is true, but suppresses_eos lets no end be drawn; leave one out",
+        ),
     ],
 )
 def test_a_setting_out_of_range_names_the_field_and_the_value(change: dict[str, Any], words: str) -> None:
@@ -281,6 +285,9 @@ def test_a_setting_out_of_range_names_the_field_and_the_value(change: dict[str, 
         ({"kind": "path_planning", "eta": -1.5}, "eta is -1.5; it must be at least 0"),
         ({"kind": "self_speculative", "num_states": 0}, "num_states is 0"),
         ({"kind": "entropy", "order_temperature": -0.5}, "order_temperature is -0.5"),
+        ({"kind": "threshold", "look_every": 0}, "look_every is 0; it must be at least 1"),
+        ({"kind": "confidence", "look_every": 2}, "look_every is 2, but kind 'confidence' has no use for it"),
+        ({"kind": "random", "takes_eos_last": True}, "takes_eos_last is True, but kind 'random' has no use for it"),
     ],
 )
 def test_a_setting_of_a_sampler_that_is_out_of_range_or_idle_is_refused(settings: dict[str, Any], words: str) -> None:

@@ -14,7 +14,7 @@ from dlm_core.samplers.proposal import Proposal, draw
 from pipeline.errors import UserError
 from pipeline.inference.filling import Canvas, Filled, drawn_ids, fill, prompted
 from pipeline.inference.model import OpenModel
-from pipeline.inference.sampler import SamplerConfig
+from pipeline.inference.sampler import TAKES, Kind, SamplerConfig
 from pipeline.inference.sampling import SamplingConfig
 from pipeline.inference.stops import before_end
 from tests.support.model_kinds import KINDS
@@ -333,6 +333,53 @@ def test_suppressed_tokens_are_never_drawn(doubles: dict[str, OpenModel], name: 
     config = replace(_config(name), suppressed=suppressed, suppresses_eos=True)
     (filled,) = _all(model, [prompted(model, (5, 6), 20, 0)], config)
     assert set(filled.ids[2:]) == allowed
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SamplerConfig("threshold", tau=0.015),
+        SamplerConfig("factor", factor=2.93),
+        SamplerConfig("entropy_bound", gamma=6.8),
+    ],
+    ids=lambda sampler: sampler.kind,
+)
+def test_looking_less_often_makes_more_passes_and_the_same_rows(
+    doubles: dict[str, OpenModel], sampler: SamplerConfig
+) -> None:
+    """Of settings that take several tokens in most passes."""
+    cached: dict[str, Any] = {"block_size": BLOCK, "cache": "dual", "refresh_every": 2}
+    found: dict[int, list[Filled]] = {1: [], 5: []}
+    heard: dict[int, list[int]] = {1: [], 5: []}
+    for name, options in [("masked", {}), ("masked", cached), ("blocks", {"ends_at_eos": True})]:
+        canvases = [prompted(doubles[name], range(20, 20 + n), 3 * BLOCK, n) for n in (0, 4, 8, 16)]
+        for look_every, told in heard.items():
+            config = SamplingConfig(replace(sampler, look_every=look_every), temperature=1.0, noise_seed=3, **options)
+            hear = lambda n, rows, told=told: told.append(n)  # noqa: E731
+            found[look_every] += _all(doubles[name], canvases, config, keep_frames=True, on_pass=hear)
+    assert found[1] == found[5]
+    assert len(heard[1]) < len(heard[5])
+
+
+@pytest.mark.parametrize("kind", [kind for kind, settings in TAKES.items() if "takes_eos_last" in settings])
+def test_the_end_of_a_text_is_the_surest_of_all_unless_it_is_to_be_taken_last(
+    doubles: dict[str, OpenModel], kind: Kind
+) -> None:
+    """Where every even position is an end, and nobody knows what the others are."""
+    model = doubles["masked"]
+    eos = model.vocabulary.special.eos_token_id
+
+    def change(logits: torch.Tensor, sample_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        is_end = torch.arange(logits.shape[1]) == eos
+        return torch.where(is_end == (positions % 2 == 0)[:, None], 0.0, -torch.inf)
+
+    seen: list[bool] = []
+    for takes_eos_last in (False, True):
+        config = SamplingConfig(SamplerConfig(kind, takes_eos_last=takes_eos_last), temperature=1.0)
+        (filled,) = _all(model, [Canvas([5, *[model.mask_token_id] * 12], 0)], config, change=change, keep_frames=True)
+        first = next(frame for frame in filled.frames if eos in frame)
+        seen.append(all(i != model.mask_token_id for i in first[1::2]))
+    assert seen == [False, True]
 
 
 # Prompts

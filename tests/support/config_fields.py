@@ -82,8 +82,8 @@ _EXPERTS = MoE(num_experts=4, top_k=2, d_ff_expert=8)
 
 _SAMPLERS: dict[str, tuple[Kind, Any]] = {
     "per_pass": ("first_hitting", 2), "quotas": ("random", "timed"), "is_tempered": ("entropy", True),
-    "order_temperature": ("entropy", 0.5), "tau": ("threshold", 0.5), "factor": ("factor", 2.0),
-    "gamma": ("entropy_bound", 0.5), "remasking": ("remdm", "loop"), "eta": ("remdm", 0.5),
+    "order_temperature": ("entropy", 0.5), "takes_eos_last": ("margin", True), "tau": ("threshold", 0.5),
+    "factor": ("factor", 2.0), "gamma": ("entropy_bound", 0.5), "remasking": ("remdm", "loop"), "eta": ("remdm", 0.5),
     "num_states": ("self_speculative", 2),
 }  # fmt: skip
 """Another value of a setting, and a kind of sampler that takes it."""
@@ -196,6 +196,11 @@ EXECUTION: dict[type, dict[str, Any]] = {
 
 EXPERTS = Architecture(moe=_EXPERTS, d_ff=None)
 EXECUTION_NOT_ALONE: dict[type, dict[str, tuple[Any, Any]]] = {
-    PretrainConfig: {"ep_size": (PretrainConfig(architecture=EXPERTS), PretrainConfig(architecture=EXPERTS, ep_size=2))}
+    PretrainConfig: {
+        "ep_size": (PretrainConfig(architecture=EXPERTS), PretrainConfig(architecture=EXPERTS, ep_size=2))
+    },
+    GenerateConfig: {
+        "sampler.look_every": (SamplerConfig("threshold"), SamplerConfig("threshold", look_every=3)),
+    },
 }
 """Fields that may change in a resume, and need others: before, after."""

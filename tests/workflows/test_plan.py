@@ -124,7 +124,8 @@ NOT_ALONE = {f"pretrain.architecture.{name}" for name in ("moe", "time_condition
     "pretrain.optimizer.lr_schedule.drop_scale", "generate.refresh_every", "generate.sampler.per_pass",
     "generate.sampler.is_tempered", "generate.sampler.order_temperature", "generate.sampler.tau",
     "generate.sampler.factor", "generate.sampler.gamma", "generate.sampler.remasking", "generate.sampler.eta",
-    "generate.sampler.num_states", "generate.sampler.quotas",
+    "generate.sampler.num_states", "generate.sampler.quotas", "generate.sampler.takes_eos_last",
+    "generate.sampler.look_every",
 }  # fmt: skip
 """Settings that change only together with others, or that the stage refuses."""
 

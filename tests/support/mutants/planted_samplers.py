@@ -180,6 +180,12 @@ SAMPLERS: tuple[Planted, ...] = (
     ),
     Planted(
         "samplers/confident",
+        "what is to come last comes first",
+        "masked_fill(drawn.x0 == token_id, -torch.inf)",
+        "masked_fill(drawn.x0 == token_id, torch.inf)",
+    ),
+    Planted(
+        "samplers/confident",
         "positions drawn by the number that tokens are drawn by",
         "canvas.draws(places, step, Stream.ORDER)",
         "canvas.draws(places, step, Stream.CATEGORICAL)",
