@@ -33,14 +33,13 @@ def asked(tmp_path: Path, tokenizer_file: Path) -> Asked:
 
 
 def files_of(store: Store, plan: Plan, make: Callable[[], Executor]) -> list[FileRecord]:
-    """Run to the end; the files of the tasks."""
+    """Run to the end; the files of what was asked."""
     states = coordinate(store, runs.create_run(store, plan, "local", "r1"), make)
     assert all(state.status in ("committed", "cached") for state in states.values()), [
         state.reason for state in states.values()
     ]
-    output = states["tasks"].output
-    assert output is not None
-    return load_manifest(output).files
+    outputs = [states[step].output for step in ("evaluate", "tasks") if step in states]
+    return [file for output in outputs if output is not None for file in load_manifest(output).files]
 
 
 def copied(tmp_path: Path, asked: Asked, name: str, model: str) -> Store:
@@ -69,6 +68,24 @@ def test_every_bit_is_the_same_for_any_number_of_workers(
     plan = asked.plan(every_kind(tmp_path, model, num_shards=6), model, **KINDS[model])
     wanted = files_of(copied(tmp_path, asked, "inline", model), plan, Inline)
     assert files_of(copied(tmp_path, asked, "workers", model), plan, lambda: LocalExecutor(workers)) == wanted
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("model", ["masked", "shifted"])
+def test_likelihoods_are_the_same_for_any_number_of_workers(
+    tmp_path: Path, asked: Asked, workers: int, model: str
+) -> None:
+    plan = asked.plan(both(tmp_path, num_shards=3), model, **KINDS[model])
+    wanted = files_of(copied(tmp_path, asked, "inline", model), plan, Inline)
+    assert files_of(copied(tmp_path, asked, "workers", model), plan, lambda: LocalExecutor(workers)) == wanted
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_evaluation_is_the_same_for_any_number_of_workers(tmp_path: Path, asked: Asked, workers: int) -> None:
+    plan = asked.plan(None, "masked", evaluates=True)
+    wanted = files_of(open_store(tmp_path / "inline"), plan, Inline)
+    assert "results.json" in {file.path for file in wanted}
+    assert files_of(open_store(tmp_path / "workers"), plan, lambda: LocalExecutor(workers)) == wanted
 
 
 @pytest.mark.ray
