@@ -43,17 +43,17 @@ def configured(recipe: str, settings: list[tuple[str, Any]]) -> Workflow:
 
 
 def _refuse_idle(recipe: Workflow, configured: Workflow) -> None:
-    """UserError for a setting of a step that is left out with the recipe's own settings of it too: it changes nothing.
+    """UserError for a setting of a step that is left out, with it or without: it would change nothing.
 
-    One that is left out by its settings alone is meant to be.
+    One that alone leaves its step out is meant to.
     """
-    for own, given in zip(recipe.steps, configured.steps, strict=True):
-        if own == given:
-            continue
-        as_before = tuple(own if step is given else step for step in configured.steps)
-        if reason := left_out(dataclasses.replace(configured, steps=as_before)).get(own.name):
-            path, (_, value) = next(iter(diff(to_json(own.config), to_json(given.config)).items()))
-            raise UserError(f"{own.name}.{path} is {value!r}, but the step {own.name} is left out: {reason}")
+    own, given = ({step.name: step for step in one.steps} for one in (recipe, configured))
+    for name in left_out(configured):
+        without = tuple(own[name] if step.name == name else step for step in configured.steps)
+        reason = left_out(dataclasses.replace(configured, steps=without)).get(name)
+        settings = diff(*(to_json(one[name].config) for one in (own, given))) if reason else {}
+        for path, (_, value) in settings.items():
+            raise UserError(f"{name}.{path} is {value!r}, but the step {name} is left out: {reason}")
 
 
 def merged_values(recipe: str, settings: list[tuple[str, Any]]) -> dict[str, Any]:

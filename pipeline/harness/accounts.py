@@ -45,9 +45,10 @@ class Accounts:
     def __init__(self, details: str) -> None:
         self._accounts: dict[tuple[str, str], Account] = defaultdict(Account)
         self._details = Path(details) if details else None
+        self._mode = "w"
         if self._details is not None:
             try:
-                self._details.write_text("")
+                self._details.open("a").close()  # emptied with the first answers: arguments may only be looked at
             except OSError as error:
                 raise UserError(f"details is {details}, which cannot be written: {error.strerror}") from None
 
@@ -67,10 +68,11 @@ class Accounts:
                 if adds_up:
                     account.nats.append(line["nats"])
         if self._details is not None:
-            with self._details.open("a", encoding="utf-8") as handle:
+            with self._details.open(self._mode, encoding="utf-8") as handle:
                 for instance, line in zip(instances, lines, strict=True):
                     place = {"kind": kind, "task": instance.task_name, "doc_id": instance.doc_id, "idx": instance.idx}
                     handle.write(json.dumps(place | dict(line), allow_nan=False) + "\n")
+            self._mode = "a"
 
     def cut(self, kind: str) -> dict[str, tuple[int, int]]:
         """Requests of each task whose context was cut, of how many."""

@@ -185,6 +185,7 @@ def test_rolling_bounds_are_of_rows_that_hold_every_token_once(dlm: Any, model: 
 
 
 def test_a_context_that_is_cut_is_counted_and_told(dlm: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "details.jsonl").write_text("of another run\n")
     lm = dlm(details=str(tmp_path / "details.jsonl"))
     long = " ".join(["ba be bi"] * 20)
     with caplog.at_level(logging.WARNING):
@@ -196,6 +197,8 @@ def test_a_context_that_is_cut_is_counted_and_told(dlm: Any, caplog: pytest.LogC
     lines = [json.loads(line) for line in (tmp_path / "details.jsonl").read_text().splitlines()]
     assert [(line["doc_id"], line["idx"], line["nats"]) for line in lines] == [(0, 0, -whole), (0, 1, -short)]
     assert sum(line["num_cut"] for line in lines) == told["num_cut_tokens"]
+    lm.loglikelihood(questions((long, [" bo", " bi"])), disable_tqdm=True)
+    assert len((tmp_path / "details.jsonl").read_text().splitlines()) == 4, "of all that one model was asked"
 
 
 @pytest.mark.parametrize(

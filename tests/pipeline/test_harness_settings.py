@@ -156,7 +156,9 @@ def test_arguments_of_the_model_are_looked_at_before_the_tasks(
 
     places = ["--model", "dlm", "--model_args", f"weights={saved['masked']}", f"tokenizer={made.tokenizer}"]
     (tmp_path / "run.yaml").write_text("model: dlm\nmodel_args: weights=w,tokenizer=t,worker=2\n")
-    check(*places)
+    (tmp_path / "details.jsonl").write_text("of before\n")
+    check(*places, f"details={tmp_path / 'details.jsonl'}")
+    assert (tmp_path / "details.jsonl").read_text() == "of before\n", "nothing was asked yet"
     check("--model", "hf", "--model_args", "worker=2")
     for words, reason in (
         ([*places, "worker=2"], "unknown setting worker of the model dlm; did you mean workers"),

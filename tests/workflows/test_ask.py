@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.adaptation_checkpoint import make_checkpoint
 from pipeline.errors import UserError
+from tests.cluster.test_jobs import Dashboard, dashboard
 from tests.support.executors import RAY_LIMIT_S
 from tests.support.questions import choices, texts, write
 from tests.support.tiny_run import write_text
@@ -18,6 +19,8 @@ from workflows import runs
 from workflows.recipes.ask import ask
 from workflows.step import Workflow
 from workflows.store import Store
+
+__all__ = ["dashboard"]
 
 ON_RAY = (pytest.mark.ray, pytest.mark.timeout(RAY_LIMIT_S))
 
@@ -142,6 +145,9 @@ def test_tasks_that_a_resume_would_add_are_told_to_need_a_run_of_their_own(dlm: 
     assert "unknown setting taks.tasks.which" in dlm("resume", "r1", "--set", asked.replace("tasks", "taks", 1)).stderr
 
 
+PROBLEM = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test"), "") | {"entry_point": "f"}
+
+
 def test_permission_to_run_programs_without_namespaces_is_an_option_of_run_and_resume(
     dlm: Dlm, store: Store, tmp_path: Path
 ) -> None:
@@ -156,8 +162,7 @@ def test_permission_to_run_programs_without_namespaces_is_an_option_of_run_and_r
         "--set",
         "corpus.held_out_fraction=0.5",
     ]
-    problem = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test"), "") | {"entry_point": "f"}
-    file = write(tmp_path / "q.jsonl", [problem])
+    file = write(tmp_path / "q.jsonl", [PROBLEM])
     words += ["--set", f'tasks.tasks.programs={{"kind": "code", "file": "{file}"}}']
 
     def permitted(run_id: str) -> bool:
@@ -171,6 +176,22 @@ def test_permission_to_run_programs_without_namespaces_is_an_option_of_run_and_r
     assert done.code == 0, done.stderr
     assert permitted("r1")
     assert runs.command_of(store.run("r2")).endswith("--set tasks.allow_unsandboxed=true")
+
+
+def test_permission_to_run_programs_without_namespaces_goes_with_a_job(
+    dashboard: Dashboard, dlm: Dlm, store: Store, tmp_path: Path
+) -> None:
+    text = write_text(tmp_path / "text.jsonl", seed=0, num_docs=20)
+    file = write(tmp_path / "q.jsonl", [PROBLEM])
+    words = ["mdlm_tiny", "--set", f"corpus.source={text}"]
+    words += ["--set", f'tasks.tasks.programs={{"kind": "code", "file": "{file}"}}']
+    for run_id, option in (("r1", []), ("r2", ["--allow-unsandboxed"])):
+        done = dlm("submit", *words, "--run-id", run_id, "--address", dashboard.url, *option)
+        assert done.code == 0, done.stderr
+        assert f"workflows.supervise {run_id}" in dashboard.asked["entrypoint"]
+        run = store.run(run_id)
+        assert runs.frozen_plan(run).step("tasks").config["allow_unsandboxed"] == bool(option)
+        assert ("tasks.allow_unsandboxed=true" in run.plan()["settings"]) == bool(option)
 
 
 def test_permission_to_run_programs_where_none_are_run_is_refused(dlm: Dlm, store: Store) -> None:
