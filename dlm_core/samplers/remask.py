@@ -39,9 +39,10 @@ class ReMDM(Rule):
     "confidence" keeps no marginals: masks are revealed as if sigma were 0 while tokens are taken back, so that more is
     masked than 1 - alpha_t, at eta 1 by up to 0.2.
 
-    With eta 0 it is ``Ancestral``, token for token under the same noise.  A row makes a pass for each step that reveals
-    something in it.  Reveals and remaskings are known before the first pass but for "confidence", which waits for the
-    device in each pass.  Raises ValueError for values out of range, and for those of "loop" elsewhere.
+    With eta 0 it is ``Ancestral``, token for token under the same noise: "loop" that of its own alpha, which reveals
+    nothing from t_on to t_off.  A row makes a pass for each step that reveals something in it.  Reveals and remaskings
+    are known before the first pass but for "confidence", which waits for the device in each pass.  Raises ValueError
+    for values out of range, and for those of "loop" elsewhere.
     """
 
     changes_between: ClassVar[bool] = True

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import sampling_quality
 from benchmarks.command import Options
-from benchmarks.figures_sampling import SHOWN, draw_sampling
+from benchmarks.figures_sampling import FAMILIES, draw_sampling
 from benchmarks.sampling_scores import distinct, next_token_nll, row_entropy, score
 from dlm_core.models.attention import AttentionMask
 from dlm_core.models.presets import PRESETS, tiny
@@ -21,6 +21,7 @@ from pipeline.inference.sampler import Kind
 from pipeline.pretrain.config import ValidationConfig
 from workflows.recipes.quickstart import quickstart
 
+SHOWN = {label: name for family in FAMILIES.values() for label, name in family.items()}
 RTOL = 1e-5  # float32 sums
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +73,7 @@ def test_every_kind_of_sampler_is_in_the_curves_and_makes_a_rule():
     assert {config.cache for config in configs} >= {"prefix", "dual"}
     assert all(make_rule(config.sampler, SpecialTokens(3, 1, 2, 4)) for config in configs)
     assert len({curve.label for curve in found}) == len(found)
-    assert set(SHOWN) <= {curve.label for curve in found}
+    assert SHOWN.keys() == {curve.label for curve in found}
 
 
 def test_trainings_are_those_of_the_quickstart_but_for_the_validation():
@@ -96,19 +97,19 @@ def test_a_part_of_the_artifacts_is_refused(argv, message):
         sampling_quality.measure(Options(quick=True, text=(), own=own))
 
 
-def test_figure_has_a_line_a_sampler_and_the_level_of_text_in_both_panels():
+def test_figure_has_a_line_a_sampler_and_the_level_of_text_for_perplexity_and_entropy():
     point = {"ppl": 50.0, "unigram_entropy": 4.0}
-    curves = {
-        label: [{**point, "nfe": 8.0}, {**point, "nfe": 64.0, "unigram_entropy": 3.0}] for label in [*SHOWN, "left out"]
-    }
+    curves = {label: [{**point, "nfe": 8.0}, {**point, "nfe": 64.0, "unigram_entropy": 3.0}] for label in SHOWN}
     report = {"figures": {"curves": curves, "text": {**point, "ppl": 30.0}, "num_samples": 4, "seq_len": 64}}
     drawn = ElementTree.fromstring(draw_sampling(report))
     kept = [element for element in drawn.iter() if element.get("class") == "curve"]
     assert len(kept) == 2 * len(SHOWN)
-    words = "".join(drawn.itertext())
-    assert all(label in words for label in SHOWN)
-    assert "left out" not in words
+    words = [element.text for element in drawn.iter() if element.text]
+    assert set(words) >= {*FAMILIES, *SHOWN.values()}
     assert words.count("held-out text") == 2
+    curves["another"] = curves["random"]
+    with pytest.raises(ValueError, match="another has no column; FAMILIES has In random order, "):
+        draw_sampling(report)
 
 
 @pytest.mark.slow

@@ -1,11 +1,17 @@
 """Caches of keys and values: approximate ones against a naive model of both states at once, rows alone and together."""
 
+import itertools
+import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import pytest
 import torch
 
 from dlm_core.models.attention import AttentionMask, plan_attention
+from dlm_core.models.config import Architecture, ModelConfig
+from dlm_core.models.transformer import Denoiser
 from dlm_core.samplers.blocks import sample_blocks
 from dlm_core.samplers.confident import Confident, Threshold
 from dlm_core.samplers.contexts import Context, DualCache, ExactCache, PrefixCache
@@ -14,7 +20,7 @@ from dlm_core.samplers.planned import Ancestral, FirstHitting, RandomOrder
 from dlm_core.samplers.proposal import Proposal
 from dlm_core.samplers.quotas import EvenQuotas, ScheduleQuotas, TimedQuotas
 from dlm_core.samplers.remask import PathPlanning, ReMDM
-from tests.support.sampling import tiny_model
+from tests.support.sampling import follows, tiny_model
 
 BLOCK, START, SEQ_LEN = 8, 8, 24
 MASK = tiny_model().config.mask_token_id
@@ -189,3 +195,73 @@ def test_a_row_counts_what_it_needs_alone(rule):
         assert together.nfe.tolist() == [int(one.nfe) for one in alone]
         assert torch.equal(together.x0, torch.cat([one.x0 for one in alone]))
         assert together.nfe[0] == 0
+
+
+@pytest.mark.parametrize(("ends_at", "nfe"), [([3, 12, None], [8, 17, 26]), ([3, 12], [8, 17]), ([3, 7], [8, 8])])
+def test_a_row_that_has_ended_needs_no_pass_of_an_exact_cache(ends_at, nfe):
+    """Neither those of the windows behind its end nor those that take them in, nor what takes in its last one."""
+    eos = 5
+
+    def change(logits, places):
+        is_end = torch.tensor([ends_at[place // SEQ_LEN] == place % SEQ_LEN for place in places.tolist()])
+        return torch.where((torch.arange(logits.shape[1]) == eos) == is_end[:, None], logits, -torch.inf)
+
+    xt = torch.full((len(ends_at), SEQ_LEN), MASK)
+    filled = _fill(ExactCache(tiny_model(), BLOCK), FirstHitting(), xt, start=0, eos_token_id=eos, change=change)
+    assert filled.nfe.tolist() == nfe
+    assert filled.num_passes == max(nfe)
+    for row, end in zip(filled.x0.tolist(), ends_at, strict=True):
+        assert [place for place, token in enumerate(row) if token == eos] == list(range(end or SEQ_LEN, SEQ_LEN))
+
+
+# What rows follow behind an exact cache
+
+
+@cache
+def _of_blocks() -> Denoiser:
+    """Three tokens and a mask; far from uniform."""
+    a = Architecture(d_model=16, num_layers=2, num_heads=2, d_ff=32, init="normal", init_std=0.7)
+    model = Denoiser(ModelConfig(a, 4, 3))
+    model.init_weights(1)
+    return model.double().eval()
+
+
+@cache
+def _probs(row: tuple[int, ...]) -> list[list[float]]:
+    logits = _of_blocks()(torch.tensor([row]), mask=AttentionMask("block_causal", block_size=2))
+    return logits[:, :3].softmax(dim=1).tolist()
+
+
+def _law(prompt: tuple[int, ...], orders: list[list[tuple[int, ...]]]) -> dict[tuple[int, ...], float]:
+    """Of rows of 4 tokens in blocks of 2: each order is as likely, and what is drawn together is independent."""
+    law = {prompt: 1.0}
+    for start in range(len(prompt), 4, 2):
+        after: Counter[tuple[int, ...]] = Counter()
+        for clean, prob in law.items():
+            for order, pair in itertools.product(orders, itertools.product(range(3), repeat=2)):
+                block, p = [3, 3], prob / len(orders)
+                for together in order:
+                    probs = _probs((*clean, *block))
+                    p *= math.prod(probs[start + place][pair[place]] for place in together)
+                    for place in together:
+                        block[place] = pair[place]
+                after[*clean, *pair] += p
+        law = dict(after)
+    return law
+
+
+ONE_BY_ONE, AT_ONCE = [[(0,), (1,)], [(1,), (0,)]], [[(0, 1)]]
+
+
+@pytest.mark.parametrize("prompt", [(), (2, 0)])
+@pytest.mark.parametrize(
+    ("rule", "orders", "others"), [(FirstHitting(), ONE_BY_ONE, AT_ONCE), (Ancestral(1), AT_ONCE, ONE_BY_ONE)]
+)
+def test_windows_behind_an_exact_cache_follow_the_law_of_all_rows(rule, orders, others, prompt):
+    xt = torch.tensor([[*prompt, *[3] * (4 - len(prompt))]]).expand(10_000, -1)
+    options = {"block_size": 2, "mask_token_id": 3, "start": len(prompt)}
+    filled = _fill(ExactCache(_of_blocks(), 2), rule, xt, **options)
+    law = _law(prompt, orders)
+    assert sum(law.values()) == pytest.approx(1.0)
+    assert follows(filled.x0, law)
+    assert not follows(filled.x0, _law(prompt, others))

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dlm_core.samplers.planned import Ancestral
 from dlm_core.samplers.proposal import Proposal
 from dlm_core.samplers.quotas import ScheduleQuotas
 from dlm_core.samplers.remask import PathPlanning, ReMDM
+from dlm_core.schedules import Schedule
 from tests.support import reference
 from tests.support.sampling import LENGTH, MASK, draw_rows, follows, tiny_model, world
 
@@ -32,6 +34,30 @@ def test_remdm_that_takes_nothing_back_is_ancestral_token_for_token(kind, num_st
     plain, none = draw_rows(Ancestral(num_steps), 2_000), draw_rows(ReMDM(num_steps, 0.0, kind), 2_000)
     assert torch.equal(plain.x0, none.x0)
     assert torch.equal(plain.nfe, none.nfe)
+
+
+@dataclass(frozen=True)
+class _OfLoop(Schedule):
+    """1 - alpha of "loop" as it is by default."""
+
+    def _mask_prob(self, t):
+        rising, ending = 1 - (1 - t) * 0.9 / 0.45, t * 0.1 / 0.05
+        return torch.where(t > 0.55, rising, torch.where(t > 0.05, 0.1, ending))
+
+    def _slope(self, t):
+        raise NotImplementedError
+
+    def _time_of(self, mask_prob):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 60])
+def test_loop_that_takes_nothing_back_is_ancestral_by_its_own_schedule(num_steps):
+    plain, none = draw_rows(Ancestral(num_steps, _OfLoop()), 2_000), draw_rows(ReMDM(num_steps, 0.0, "loop"), 2_000)
+    assert torch.equal(plain.x0, none.x0)
+    assert torch.equal(plain.nfe, none.nfe)
+    if num_steps > 1:
+        assert not torch.equal(none.nfe, draw_rows(Ancestral(num_steps), 2_000).nfe)
 
 
 @pytest.mark.parametrize("rule", [ReMDM(300, 0.05, kind) for kind in KINDS[:3]], ids=KINDS[:3])

@@ -101,6 +101,66 @@ PADDED = [
 ]
 """One sampler and the contexts that differ; all of them take a minute."""
 
+REMASKED = [
+    *(
+        f"tests/dlm_core/test_remask.py::test_{case}"
+        for case in (
+            "remdm_that_takes_nothing_back_is_ancestral_token_for_token",
+            "loop_that_takes_nothing_back_is_ancestral_by_its_own_schedule",
+            "remdm_keeps_the_mask_rate_of_its_schedule",
+            "sigmas_are_those_of_the_formulas",
+            "loop_rises_stays_and_rises",
+            "tokens_are_taken_back_by_their_confidence_as_often_as_in_the_naive_process",
+            "path_planning_that_takes_nothing_back_is_confident_token_for_token",
+            "path_planning_is_the_naive_loop",
+        )
+    ),
+    "tests/dlm_core/test_sampler_waits.py::test_no_step_waits",
+    "tests/dlm_core/test_every_rule.py::test_a_row_is_filled_and_counted_as_it_is_alone",
+    "tests/dlm_core/test_every_rule.py::test_masks_alone_are_asked_for_and_rows_that_have_some",
+]
+"""All but the laws of thousands of rows in hundreds of steps."""
+LOOPED = [
+    "tests/dlm_core/test_planned.py",
+    "tests/dlm_core/test_confident.py::test_rows_are_those_of_the_naive_loop",
+    "tests/dlm_core/test_sampler_waits.py::test_no_step_waits",
+    *(
+        f"tests/dlm_core/test_sample_blocks.py::test_{case}"
+        for case in (
+            "rows_are_the_same_in_any_batch",
+            "passes_are_heard_of_and_frames_kept_for_the_rows_that_needed_them",
+            "change_is_told_positions_of_the_batch_in_every_window",
+            "logits_that_give_no_distribution_raise",
+        )
+    ),
+]
+"""What the loop does for every rule; rules by themselves are looked at in their own tests."""
+
+WINDOWS = [
+    f"tests/dlm_core/test_sample_blocks.py::test_{case}"
+    for case in (
+        "a_cache_of_clean_blocks_changes_no_token_and_costs_a_pass_a_block",
+        "an_approximate_cache_that_is_refreshed_in_every_pass_changes_no_token[FirstHitting, -PrefixCache-0]",
+        "an_approximate_cache_that_is_refreshed_in_every_pass_changes_no_token[FirstHitting, -DualCache-1]",
+        "rows_are_the_same_in_any_batch",
+        "a_change_of_logits_is_told_places_of_the_row_in_any_window",
+        "rows_end_behind_their_first_end_token_and_cost_no_more",
+        "a_row_that_has_ended_needs_no_pass_of_the_others",
+        "the_last_frame_is_the_result_where_rows_end",
+        "noise_removal_is_a_pass_of_windows_and_rows_with_masks",
+    )
+]
+"""One sampler where all of them take half a minute."""
+EXACT = [
+    f"tests/dlm_core/test_caches.py::test_{case}"
+    for case in (
+        "a_pass_a_block_takes_in_what_something_is_to_be_filled_behind",
+        "a_row_counts_what_it_needs_alone",
+        "a_row_that_has_ended_needs_no_pass_of_an_exact_cache",
+        "windows_behind_an_exact_cache_follow_the_law_of_all_rows",
+    )
+]
+
 MODULES: dict[str, list[str]] = {
     "schedules": ["tests/dlm_core/test_schedules.py", "tests/dlm_core/test_schedules_chain.py"],
     "noise": ["tests/dlm_core/test_noise.py"],
@@ -144,27 +204,14 @@ MODULES: dict[str, list[str]] = {
         "tests/dlm_core/test_sampler_waits.py",
         "tests/dlm_core/test_every_rule.py",
     ],
-    "samplers/remask": [
-        "tests/dlm_core/test_remask.py",
-        "tests/dlm_core/test_sampler_waits.py",
-        "tests/dlm_core/test_every_rule.py",
-    ],
+    "samplers/remask": REMASKED,
     "samplers/speculative": ["tests/dlm_core/test_speculative.py", "tests/dlm_core/test_every_rule.py"],
-    "samplers/contexts": ["tests/dlm_core/test_sample_blocks.py", "tests/dlm_core/test_caches.py"],
-    "samplers/blocks": [
-        "tests/dlm_core/test_sample_blocks.py",
-        "tests/dlm_core/test_caches.py",
-        *PADDED,
-    ],
+    "samplers/contexts": [*WINDOWS, "tests/dlm_core/test_caches.py"],
+    "samplers/blocks": [*WINDOWS, *EXACT, *PADDED],
     "samplers/guidance": ["tests/dlm_core/test_guidance.py", *PADDED],
     "samplers/next_tokens": ["tests/dlm_core/test_next_tokens.py", *PADDED],
     "samplers/padding": PADDED,
-    "samplers/loop": [
-        "tests/dlm_core/test_planned.py",
-        "tests/dlm_core/test_confident.py",
-        "tests/dlm_core/test_sampler_waits.py",
-        "tests/dlm_core/test_sample_blocks.py",
-    ],
+    "samplers/loop": LOOPED,
     "models/config": ["tests/dlm_core/test_model_config.py"],
     "models/rope": ["tests/dlm_core/test_rope.py"],
     "models/attention": [

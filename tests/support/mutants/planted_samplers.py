@@ -234,5 +234,11 @@ SAMPLERS: tuple[Planted, ...] = (
         "        if right < stop:",
         "        if right < seq_len:",
     ),
+    Planted(
+        "samplers/blocks",
+        "rows that have ended are charged for what takes in their last window",
+        "nfe += torch.where(is_over, 0, taken)",
+        "nfe += taken",
+    ),
     Planted("samplers/blocks", "passes of others are counted", "is_over |= ends <= right", "is_over |= ends <= start"),
 )
