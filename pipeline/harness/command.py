@@ -55,7 +55,7 @@ def check_model_args(args: Namespace) -> None:
     said = _said(args)
     if args.command != "run" or said.get("model") != pipeline.harness.NAME:
         return
-    given = said.get("model_args", {})
+    given = said.get("model_args") or {}
     given = simple_parse_args_string(given) if isinstance(given, str) else given
     DenoiserLM.create_from_arg_obj(given, said)
 

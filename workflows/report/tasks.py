@@ -43,7 +43,8 @@ def tasks(data: ReportData) -> str:
         return ""
     explanation = (
         "doc_se is over questions, as if others of the kind had been asked, and so are the intervals of 95 %: Wilson's "
-        "of a share, Student's t of all else. mc_se is the noise of the drawn masks for these questions."
+        "of a share, its form for unequal spreads where a question has several parts or programs, Student's t of all "
+        "else. mc_se is the noise of the drawn masks for these questions."
     )
     return section("Tasks", *parts, note(explanation))
 
