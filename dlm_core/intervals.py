@@ -112,7 +112,8 @@ def mean_interval(
 def difference_interval(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Interval of the mean of b - a, of pairs of values in [0, 1]: that of the mean of (1 + b - a) / 2, brought back.
 
-    It stays within [-1, 1], has a length where no pair differs, and is wide where there are few pairs.  Raises ValueError as ``mean_interval`` does.
+    It stays within [-1, 1], has a length where no pair differs, and is wide where there are few pairs.  Raises
+    ValueError as ``mean_interval`` does.
     """
     low, high = mean_interval([(1.0 + second - first) / 2 for first, second in zip(a, b, strict=True)], level=level)
     return 2 * low - 1, 2 * high - 1
