@@ -25,10 +25,10 @@ The fit of a stratum is one of the losses in all *other* strata: being independe
 it moves no mean, however bad it is.  Given fit and counts the two subsets of a stratum are independent, so that the
 difference of what they add is a deviation whose square tells the variance; it tells too much by what trend the fit has
 left, in strata that are wide because they are few.  That fits share data adds next to nothing.  So the error is right
-for answers of tens of tokens, by the normal law from 64 masks on and by Student's t of ``effective_dof`` from 8 on, and
-rather too large for hundreds of tokens, or for more than ten at 8 masks (tests).  Of any sum of bounds the deviations
-are the sums of theirs, whether they share masks or not: that of a difference of two choices, or of two models, is told
-as small as common masks make it.
+for answers of tens of tokens, by Student's t of ``effective_dof`` and, from 64 masks on, unless one token decides over
+all others, by the normal law; it is rather too large for hundreds of tokens, or for six and more at 8 masks (tests).
+Of any sum of bounds the deviations are the sums of theirs, whether they share masks or not: that of a difference of two
+choices, or of two models, is told as small as common masks make it.
 
 What lives here: subsets, weights, the bound and its deviations.  What must not: rows, models.
 

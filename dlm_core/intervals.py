@@ -124,4 +124,4 @@ def _score_interval(share: float, num_trials: float, z: float) -> tuple[float, f
     z2 = z**2
     middle = (share + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
     half = math.sqrt(z2 * (share * (1 - share) / num_trials + z2 / (4 * num_trials**2))) / (1 + z2 / num_trials)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return 0.0 if share == 0.0 else max(0.0, middle - half), 1.0 if share == 1.0 else min(1.0, middle + half)

@@ -194,16 +194,23 @@ def _explain(kind: type, item: dict[str, Any], where: str) -> str:
     location = [part for part in item["loc"] if part != "function-before"]
     path = ".".join([*([where] if where else []), *map(str, location)])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        hint: Any = kind
-        for part in location[:-1]:
-            hint = _hint_of(hint, part) if isinstance(part, str) else next(iter(get_args(_parts(hint)[0])), None)
-        names = _field_names(hint)
+        names = _field_names(_hint_at(kind, location[:-1]))
         return f"unknown setting {path}{suggestion(str(location[-1]), names)}"
     if item["type"] == "value_error":
         return f"{path or kind.__name__}: {item['ctx']['error']}"
     if item["type"] == "missing":
         return f"{path} is missing"
+    if item["type"] in ("dataclass_type", "dataclass_exact_type"):
+        fields = [f"{path}.{name}" if path else name for name in _field_names(_hint_at(kind, location))]
+        own = f" with fields as {fields[0]}" if fields else ""
+        return f"{path or kind.__name__} is {item['input']!r}; wanted a JSON object{own}"
     return f"{path} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _hint_at(hint: Any, location: Sequence[Any]) -> Any:
+    for part in location:
+        hint = _hint_of(hint, part) if isinstance(part, str) else next(iter(get_args(_parts(hint)[0])), None)
+    return hint
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

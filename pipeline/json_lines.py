@@ -53,11 +53,11 @@ def _lines(path: Path, where: str) -> Iterator[tuple[int, bytes]]:
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        value = parse_json(line.decode())
+        value = parse_json(line.decode().rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8: {error.reason} at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} is no JSON: {error.msg} at character {error.colno}") from None
+        raise UserError(f"{where} is no JSON: {error.msg} at character {error.pos + 1}") from None
     except RecursionError:
         raise UserError(f"{where} is no JSON that can be read: it is nested too deeply") from None
     except UserError as error:

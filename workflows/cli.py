@@ -113,7 +113,10 @@ def main(run: Callable[[], Any] = app) -> None:
     except SystemExit as end:
         if end.code != _TYPER_INTERRUPTED:
             raise
-        say("interrupted; if the run had begun, dlm list shows it and dlm resume RUN goes on with it")
+        say(
+            "interrupted; if a run had begun, dlm list shows it and dlm resume RUN goes on with it; dlm generate --out "
+            "goes on by the same command"
+        )
         sys.exit(EXIT_INTERRUPTED)
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from cluster.executor import Executor
@@ -45,15 +45,21 @@ def configured(recipe: str, settings: list[tuple[str, Any]]) -> Workflow:
 def _refuse_idle(recipe: Workflow, configured: Workflow) -> None:
     """UserError for a setting of a step that is left out, with it or without: it would change nothing.
 
-    One that alone leaves its step out is meant to.
+    One that by itself leaves its step out is meant to.
     """
     own, given = ({step.name: step for step in one.steps} for one in (recipe, configured))
     for name in left_out(configured):
-        without = tuple(own[name] if step.name == name else step for step in configured.steps)
-        reason = left_out(dataclasses.replace(configured, steps=without)).get(name)
-        settings = diff(*(to_json(one[name].config) for one in (own, given))) if reason else {}
-        for path, (_, value) in settings.items():
-            raise UserError(f"{name}.{path} is {value!r}, but the step {name} is left out: {reason}")
+        reason = left_out(_with_configs(configured, {name: own[name].config})).get(name)
+        for path, (_, value) in diff(*(to_json(one[name].config) for one in (own, given))).items():
+            alone = apply_settings({name: own[name].config}, [(f"{name}.{path}", value)])
+            if reason or name not in left_out(_with_configs(configured, alone)):
+                why = reason or left_out(configured)[name]
+                raise UserError(f"{name}.{path} is {value!r}, but the step {name} is left out: {why}")
+
+
+def _with_configs(workflow: Workflow, configs: Mapping[str, Any]) -> Workflow:
+    steps = (dataclasses.replace(step, config=configs.get(step.name, step.config)) for step in workflow.steps)
+    return dataclasses.replace(workflow, steps=tuple(steps))
 
 
 def merged_values(recipe: str, settings: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Score:
 
     nats: float
     deviations: tuple[float, ...]
-    """Noise of the drawn masks by stratum; none where nothing was drawn.  Those of a sum of scores are the sums."""
+    """Noise of the drawn masks by stratum, none where nothing was drawn or deviates.  Those of a sum are the sums."""
     num_passes: int
     num_cut: int
     """Tokens at the beginning of the context for which there was no room."""

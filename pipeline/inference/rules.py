@@ -88,6 +88,11 @@ def check_sampling(config: SamplingConfig, record: ModelRecord, special: Special
     for token_id in config.suppressed:
         if token_id >= vocab_size:
             raise UserError(f"suppressed has the id {token_id}; the model has the ids 0..{vocab_size - 1}")
+    if config.sampler.takes_eos_last and special.eos_token_id in config.suppressed:
+        raise UserError(
+            f"sampler.takes_eos_last is true, but suppressed has the end of a text, {special.eos_token_id}, which is "
+            "then never drawn; leave one out"
+        )
     if not set(range(vocab_size)) - _suppressed(config, special) - {special.mask_token_id}:
         raise UserError(f"suppressed has {len(config.suppressed)} ids and leaves no token to draw; take some out")
 

@@ -211,7 +211,7 @@ STAGE = Stage(
     inputs=("weights", "tokenizer"),
     optional_inputs=("scorer", "scorer_tokenizer"),
     external="pipeline.tasks.questions:external_data",
-    code_version=3,
+    code_version=4,
     check=check_scorer,
     ready=check_ready,
 )

@@ -59,10 +59,12 @@ def _read(where: str, kind: Kind, path: Path, state: tuple[int, ...]) -> TaskFil
     """The state of the file is there for the cache."""
     if kind == "code":
         try:
-            return TaskFile(file_sha256(path), tuple(asdict(problem) for problem in read_problems(path)))
+            problems = tuple(asdict(problem) for problem in read_problems(path))
+            return TaskFile(file_sha256(path), problems)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-    return TaskFile(file_sha256(path), read_questions(path, FIELDS[kind], f"{where}: {path}"))
+    questions = read_questions(path, FIELDS[kind], f"{where}: {path}")  # first, as it tells what is wrong with a path
+    return TaskFile(file_sha256(path), questions)
 
 
 def read_questions(path: Path, fields: Fields, where: str) -> tuple[dict[str, Any], ...]:

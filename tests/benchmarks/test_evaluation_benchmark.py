@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.command import RefusedError
-from benchmarks.evaluation import MAX_ERROR_RATIO, MIN_DOF, _check_errors
+from benchmarks.evaluation import MIN_DOF, _check_errors
 from benchmarks.evaluation_peers import one_by_one
 
 MASK, VOCAB = 7, 8
@@ -87,4 +87,6 @@ def test_errors_that_are_larger_or_not_true_are_refused(
 
 
 def test_few_rounds_say_nothing_of_an_error() -> None:
-    _check_errors({"theirs": 1.0, "ours": 1.0 * MAX_ERROR_RATIO}, {"theirs": 9.0, "ours": 9.0}, MIN_DOF - 1)
+    _check_errors({"theirs": 1.0, "ours": 2.0}, {"theirs": 9.0, "ours": 9.0}, MIN_DOF - 1)
+    with pytest.raises(RefusedError, match="our error of"):
+        _check_errors({"theirs": 1.0, "ours": 2.0}, {"theirs": 1.0, "ours": 2.0}, MIN_DOF)

@@ -199,7 +199,8 @@ def test_so_do_intervals_of_answers_that_nobody_can_enumerate(n: int, num_masks:
 
 
 @pytest.mark.parametrize(
-    ("n", "num_masks"), [(10, 8), (14, 8), (30, 8), (30, 16), (40, 64), (128, 8), (128, 16), (128, 64)]
+    ("n", "num_masks"),
+    [*((n, 8) for n in (6, 7, 8, 10, 14, 30, 128)), (30, 16), (40, 64), (128, 16), (128, 64)],
 )
 def test_standard_errors_of_few_masks_and_long_answers_are_rather_too_large(n: int, num_masks: int) -> None:
     sharpness = min(1.0, 30 / n)  # else a few shown tokens tell all of a long row, as they do in no text

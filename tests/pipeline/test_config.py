@@ -398,6 +398,7 @@ def test_apply_settings_of_one_path_twice_takes_the_last() -> None:
         ("pretrain.", 1, "unknown setting"),
         ("", 1, "unknown setting"),
         ("pretrain.num_steps", "abc", "pretrain.num_steps is 'abc'"),
+        ("pretrain.optimizer", "adamw", "is 'adamw'; wanted a JSON object with fields as pretrain.optimizer."),
         ("pretrain.num_steps", 0, "num_steps is 0"),
         ("pretrain.optimizer.lr", "NaN", "pretrain.optimizer.lr is 'NaN'"),
     ],

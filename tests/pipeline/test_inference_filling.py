@@ -426,3 +426,11 @@ def test_what_a_model_cannot_fill_or_use_is_refused_before_any_pass(
 ) -> None:
     with pytest.raises(UserError, match=words):
         next(fill(doubles[name], [Canvas([5, 6], 0), Canvas(ids, 1)], replace(PLAIN, **changes)))
+
+
+def test_an_end_that_is_never_drawn_cannot_be_taken_last(doubles: dict[str, OpenModel]) -> None:
+    model = doubles["masked"]
+    end = model.vocabulary.special.eos_token_id
+    config = SamplingConfig(SamplerConfig("confidence", takes_eos_last=True), temperature=1.0, suppressed=(end,))
+    with pytest.raises(UserError, match=f"suppressed has the end of a text, {end}, which is then never drawn"):
+        _all(model, [Canvas([5, model.mask_token_id], 0)], config)

@@ -43,6 +43,12 @@ def test_a_line_that_no_parser_takes_is_refused_with_its_number(line: str, words
         list(json_objects(tmp_path / "f.jsonl", "f"))
 
 
+def test_a_torn_line_is_refused_at_the_character_where_something_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "f.jsonl").write_text('{"prompt": "x"\r\n')
+    with pytest.raises(UserError, match=r"^f, line 1 is no JSON: Expecting ',' delimiter at character 15$"):
+        list(json_objects(tmp_path / "f.jsonl", "f"))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

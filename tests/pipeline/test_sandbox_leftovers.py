@@ -1,5 +1,6 @@
 """After every hostile program nothing is left of it: no process, no file, no memory, nothing held by who ran it."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -49,6 +50,7 @@ HOSTILE = {
 
 def _held() -> tuple[set[str], set[int], str]:
     """What this process holds of a run: descriptors, children, and the mounts that it sees."""
+    gc.collect()  # files that earlier tests left to the collector would be closed in between
     children = {int(name) for name in filter(str.isdigit, os.listdir("/proc")) if os.getpid() in ancestors(int(name))}
     return set(os.listdir("/proc/self/fd")), children, Path("/proc/self/mounts").read_text(encoding="utf-8")
 

@@ -130,6 +130,8 @@ def test_a_setting_of_a_step_that_another_setting_leaves_out_is_refused() -> Non
     assert runs.configured(SCORED, [asked]).steps
     with pytest.raises(UserError, match=rf"^scorer_tokenizer\.vocab_size is 500, but .*{NO_SCORER}"):
         runs.configured(SCORED, [WITHOUT_SCORER, asked])
+    with pytest.raises(UserError, match=rf"^import_scorer\.proof is 'tensors', but .*{NO_SCORER}"):
+        runs.configured(SCORED, [WITHOUT_SCORER, ("import_scorer.proof", "tensors")])
 
 
 def test_tasks_that_a_resume_would_add_are_told_to_need_a_run_of_their_own(dlm: Dlm, store: Store) -> None:

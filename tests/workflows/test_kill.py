@@ -228,5 +228,6 @@ def test_interrupt_before_a_run_exists_ends_in_a_sentence(dlm, monkeypatch):
     done = dlm("run", "toy")
     assert done.code == 75
     assert done.stderr.strip().splitlines() == [
-        "interrupted; if the run had begun, dlm list shows it and dlm resume RUN goes on with it"
+        "interrupted; if a run had begun, dlm list shows it and dlm resume RUN goes on with it; dlm generate --out "
+        "goes on by the same command"
     ]

@@ -40,7 +40,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="Text with gaps to be filled, [MASK] of one token and [MASK:12] of twelve; \\[MASK] is text. What "
+            help="Text with gaps to be filled, [MASK] of one token and [MASK:12] of twelve; \\\\[MASK] is text. What "
             "stands between gaps is encoded piece by piece: leave the blanks at a gap to the model.",
         ),
     ] = None,
