@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dlm_core.answers import AnswerEstimate, Answers, answer_bound
 from dlm_core.intervals import effective_dof, t_quantile
-from dlm_core.likelihood import Scoring, exact_count_bound
+from dlm_core.likelihood import BlockDenoise, RowEstimate, Scoring, block_bound, exact_count_bound
 
 NUM_REPETITIONS = 2_000
 COVERS = (0.93, 0.97)
@@ -34,18 +34,24 @@ class Helped:
 
     def rows(self, xt: Tensor, select: Tensor) -> Tensor:
         """A denoiser of whole rows."""
-        logit = self.logit(xt != MASK).flatten()[select]
-        zero = torch.zeros_like(logit)
-        return torch.stack([logit, zero, torch.full_like(logit, -math.inf)], dim=1)
+        return _logits(self.logit(xt != MASK).flatten()[select])
+
+    def blocks(self, block_size: int) -> BlockDenoise:
+        """A denoiser of blocks, each of which sees the clean ones before it."""
+        return lambda xt, x0, select: _logits(self.logit_in_blocks(xt, block_size).flatten()[select])
 
     def losses(self, xt: Tensor, select: Tensor, block_size: int) -> Tensor:
-        """-log p of token 0 by a model of blocks, each of which sees the clean ones before it."""
+        """-log p of token 0 by the same."""
+        return torch.nn.functional.softplus(-self.logit_in_blocks(xt, block_size).flatten()[select])
+
+    def logit_in_blocks(self, xt: Tensor, block_size: int) -> Tensor:
+        """What ``logit`` is where a block sees itself and those before it without their noise."""
         block = torch.arange(self.length) // block_size
         logit = torch.empty(xt.shape, dtype=torch.float64)
         for number in range(int(block[-1]) + 1):
             is_shown = (block < number) | ((block == number) & (xt != MASK))
             logit[:, block == number] = self.logit(is_shown)[:, block == number]
-        return torch.nn.functional.softplus(-logit.flatten()[select])
+        return logit
 
     def bound(self, block_size: int) -> float:
         """sum over blocks of  mean over k of n / k times the mean loss of a subset of k."""
@@ -73,6 +79,20 @@ class Helped:
         )  # fmt: skip
 
 
+def _logits(logit: Tensor) -> Tensor:
+    zero = torch.zeros_like(logit)
+    return torch.stack([logit, zero, torch.full_like(logit, -math.inf)], dim=1)
+
+
+def _repetitions(length: int) -> Scoring:
+    x0 = torch.zeros(NUM_REPETITIONS, length, dtype=torch.int64)
+    return Scoring(x0, x0 == 0, MASK, torch.arange(NUM_REPETITIONS), batch_rows=8192)
+
+
+def _covered(estimate: RowEstimate, truth: float) -> float:
+    return float(((estimate.nats - truth).abs() < 1.96 * estimate.mc_se).double().mean())
+
+
 @pytest.mark.parametrize(
     ("length", "block_size", "num_masks"),
     [(16, 4, 8), (16, 8, 16), (16, 16, 16), (16, 16, 64), (64, 8, 16), (64, 8, 32)],
@@ -85,11 +105,17 @@ def test_intervals_of_answers_in_blocks_hold_the_truth(length: int, block_size: 
     assert COVERS[0] <= float(covered.double().mean()) <= COVERS[1]
 
 
+@pytest.mark.parametrize(
+    ("length", "block_size", "num_draws"), [(16, 4, 16), (16, 4, 64), (16, 16, 16), (16, 16, 64), (64, 8, 32)]
+)
+def test_intervals_of_the_block_bound_hold_the_truth(length: int, block_size: int, num_draws: int) -> None:
+    world = Helped(length)
+    estimate = block_bound(world.blocks(block_size), _repetitions(length), block_size, num_draws=num_draws)
+    assert COVERS[0] <= _covered(estimate, world.bound(block_size)) <= COVERS[1]
+
+
 @pytest.mark.parametrize("num_draws", [32, 64])
 def test_intervals_of_the_exact_count_bound_hold_the_truth(num_draws: int) -> None:
     world = Helped(length=16)
-    x0 = torch.zeros(NUM_REPETITIONS, world.length, dtype=torch.int64)
-    s = Scoring(x0, x0 == 0, MASK, torch.arange(NUM_REPETITIONS), batch_rows=8192)
-    found, truth = exact_count_bound(world.rows, s, num_draws=num_draws), world.bound(world.length)
-    covered = (found.nats - truth).abs() < 1.96 * found.mc_se
-    assert COVERS[0] <= float(covered.double().mean()) <= COVERS[1]
+    estimate = exact_count_bound(world.rows, _repetitions(world.length), num_draws=num_draws)
+    assert COVERS[0] <= _covered(estimate, world.bound(world.length)) <= COVERS[1]
