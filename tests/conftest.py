@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,14 @@ def one_ray_token(request: pytest.FixtureRequest) -> None:
         from tests.support.ray_token import settle_token
 
         settle_token()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def denormals() -> Iterator[None]:
+    """Small numbers are numbers again for the next file, whatever a stage set for its process."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")
